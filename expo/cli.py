@@ -1,0 +1,287 @@
+"""The command line: options, wiring, printing, exit codes. It declares; the verbs decide.
+
+Options are read from the context (`_settings`), by the names of the config fields they fill.
+stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr.
+To add a command, write its module and config class, name it in `config.COMMANDS`, and declare it here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from expo import __version__, config, recipes
+from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig
+from expo.errors import ExpoError, Stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Config = TypeVar("Config", bound=config.CommonConfig)
+
+PARTLY_FAILED = 3
+INTERRUPTED = 130
+
+log = logging.getLogger("expo")
+
+app = typer.Typer(
+    name="expo",
+    help="ExPO model extrapolation: θ(α) = θ_dpo + α(θ_dpo − θ_sft), a better-aligned model without training.",
+    epilog="\b\nexpo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1"
+    "\nexpo recipes",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+# --- options that several commands share ------------------------------------------------------------------------
+
+
+def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        _add_defaults(ctx, "config", config.load_tables(path))
+    return path
+
+
+def _use_recipe(ctx: typer.Context, name: str | None) -> str | None:
+    if name is not None:
+        recipe = recipes.load(name)
+        if recipe.trust_remote_code:
+            log.info("%s comes with model code of its own: --trust-remote-code runs it", recipe.name)
+        _add_defaults(ctx, "recipe", recipe.tables)
+    return name
+
+
+def _add_defaults(ctx: typer.Context, source: str, tables: config.Tables) -> None:
+    """Flag > config file > recipe > default: typer checks these values as it checks flags."""
+    ctx.meta[f"expo.{source}"] = config.values_for(str(ctx.info_name), tables)
+    ctx.default_map = {**ctx.meta.get("expo.recipe", {}), **ctx.meta.get("expo.config", {})}
+
+
+def _set_debug(debug: bool) -> bool:
+    if debug:
+        log.setLevel(logging.DEBUG)
+    return debug
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"expo {__version__}")
+        raise typer.Exit
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        is_eager=True,
+        callback=_use_config,
+        help="Settings from a file: one table per command, and [common].",
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Settings of a known model."),
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", is_eager=True, callback=_set_debug, help="Tracebacks and the engines' logs.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output made with other settings, once the new one is whole.")
+]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where tensors are computed.")]
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, or a .jsonl/.json/.parquet/.csv file.")
+]
+OutputDirOption = Annotated[str, typer.Option(metavar="DIR", help="Holds outputs_<task>/ and rewards_<task>/.")]
+LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Only the first N prompts; extends later.")]
+ModelDtypeOption = Annotated[config.Dtype, typer.Option(help="Data type the model runs in.")]
+ChatTemplateOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Jinja file used instead of the model's own chat template.")
+]
+TrustRemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+BatchTokensOption = Annotated[
+    int, typer.Option(metavar="N", help="Token budget of one batch of the transformers engine.")
+]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  expo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1\n"
+    "  expo extrapolate --recipe Starling-LM-7B-beta --output checkpoints/starling --dry-run"
+)
+def extrapolate(
+    ctx: typer.Context,
+    *,
+    sft: Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")],
+    dpo: Annotated[str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft.")],
+    alpha: Annotated[
+        list[float] | None, typer.Option(metavar="A", help="Extrapolation strength α; repeat for several.  [required]")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Output folder; may hold {alpha}. [default: checkpoints/<DPO name>-ExPO-a<A>]",
+        ),
+    ] = ExtrapolateConfig.output,
+    device: DeviceOption = ExtrapolateConfig.device,
+    dtype: Annotated[
+        config.Dtype, typer.Option(help="Data type of the written weights; auto keeps each DPO tensor's own.")
+    ] = ExtrapolateConfig.dtype,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")
+    ] = ExtrapolateConfig.workers,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Tensors copied from DPO; repeatable.")
+    ] = None,
+    missing: Annotated[
+        config.Missing, typer.Option(help="Tensors that SFT lacks: refuse, or copy from DPO.")
+    ] = ExtrapolateConfig.missing,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
+    ] = ExtrapolateConfig.allow_nonfinite,
+    fsync: Annotated[
+        bool, typer.Option("--fsync/--no-fsync", help="Force files to the disk before they get their names.")
+    ] = ExtrapolateConfig.fsync,
+    overwrite: OverwriteOption = ExtrapolateConfig.overwrite,
+    dry_run: DryRunOption = ExtrapolateConfig.dry_run,
+    as_json: JsonOption = False,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write the extrapolated checkpoint θ(α), streaming both inputs in constant memory."""
+    settings = _settings(ctx, ExtrapolateConfig)
+    from expo import extrapolate as verb
+
+    if settings.dry_run:
+        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        return
+    written = verb.run(settings)
+    for output_written in written:
+        log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
+    if as_json:
+        _print_json({"outputs": [dataclasses.asdict(one) for one in written]})
+    else:
+        print(*[one.path for one in written], sep="\n")
+
+
+# --- wiring -----------------------------------------------------------------------------------------------------
+
+
+def _settings(ctx: typer.Context, kind: type[Config]) -> Config:
+    """The command's config object, from the option values typer has parsed and checked."""
+    given = {name: value for name, value in ctx.params.items() if value is not None}
+    values = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes
+    print(json.dumps(data, ensure_ascii=False, default=str))
+
+
+def _print_data(data: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(data)
+        return
+    for key, value in data.items():
+        for line in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{k} {v}" for k, v in line.items()) if isinstance(line, dict) else line
+            print(f"{key.replace('_', ' '):<18}{text}")
+
+
+def _exit_after(failed: int) -> None:
+    if failed:
+        log.warning("%d rows failed and are marked; the same command tries them again", failed)
+        raise typer.Exit(PARTLY_FAILED)
+
+
+def _on_terminate(signal_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Stopped(signal_number)
+
+
+def _say(message: object) -> None:
+    print(f"expo: {message}", file=sys.stderr)
+
+
+def _fail(error: Exception, message: str, code: int) -> int:
+    if log.isEnabledFor(logging.DEBUG):
+        traceback.print_exception(error)
+    _say(f"error: {message}")
+    return code
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        arguments: The words after `expo`; None takes the process's own.
+    """
+    try:
+        return int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
+    except ExpoError as error:
+        return _fail(error, str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _usage_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Stopped as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(error, f"{error.filename or 'I/O'}: {error.strerror or error}", 1)
+    except MemoryError as error:
+        return _fail(error, "out of memory", 1)
+
+
+def _usage_error(error: typer.TyperException) -> int:
+    message = getattr(error, "format_message", error.__str__)()
+    if message.startswith("Usage:"):
+        print(message, file=sys.stderr)
+        return 2
+    context = getattr(error, "ctx", None)
+    hint = f" (see `{context.command_path} --help`)" if context else ""
+    return _fail(error, " ".join(message.split()) + hint, 2)
+
+
+def main() -> None:
+    """The `expo` program."""
+    logging.basicConfig(format="expo: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _on_terminate)
+    code = run()
+    if code in (INTERRUPTED, 128 + signal.SIGTERM):
+        _say("stopped; the same command goes on from here")
+    sys.exit(code)

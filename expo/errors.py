@@ -1,0 +1,40 @@
+"""The error tree: everything expo refuses or fails at, with the exit code it ends in.
+
+A message is one line: what was wrong, with which value, and what to do next. The command line prints it
+without a traceback. Anything that is not an `ExpoError` is a bug and keeps its traceback.
+To add one, derive it from the class whose exit code it shares.
+"""
+
+from __future__ import annotations
+
+
+class ExpoError(Exception):
+    """Base of all errors expo raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(ExpoError):
+    """The usage or an input is at fault (exit code 2)."""
+
+    exit_code = 2
+
+
+class EnvironmentFailure(ExpoError):
+    """I/O, disk, memory, engine or network failed; the same command may work later (exit code 1)."""
+
+
+class MissingExtra(EnvironmentFailure):
+    """An optional dependency is not installed; the message names the command that installs it."""
+
+
+class Stopped(BaseException):
+    """A termination signal arrived; raised in the main thread so that work unwinds and stays resumable.
+
+    Args:
+        signal_number: The signal, 15 for SIGTERM; the process ends in 128 + this number.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,395 @@
+"""`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft) as a checkpoint.
+
+Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). What is computed is in
+`combine.py` and `rules.py`, how files become final in `writer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expo import __version__
+from expo.card import model_card
+from expo.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    Checkpoint,
+    fingerprint,
+    read_checkpoint,
+    read_config,
+    side_files,
+)
+from expo.combine import (
+    Combiner,
+    Norms,
+    PairPlan,
+    PairRules,
+    ShardPlan,
+    SourceFiles,
+    index_json,
+    is_single_file,
+    plan_pair,
+)
+from expo.config import ExtrapolateConfig
+from expo.errors import EnvironmentFailure, InputError
+from expo.hub import Location, locate
+from expo.progress import Progress, bytes_bar
+from expo.store import Row
+from expo.writer import CARD_FILE, MANIFEST_FILE, ShardRecord, StagedOutput, StagedShard, is_complete
+
+FORMAT = 1
+"""Raised when the same settings would give other bytes."""
+
+MAX_DEFAULT_WORKERS = 4
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One α's output."""
+
+    alpha: float
+    folder: Path
+    fingerprint: Row
+    complete: bool
+    """Whether it is there already."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `expo extrapolate` will do."""
+
+    config: ExtrapolateConfig
+    sft: Location
+    dpo: Location
+    pair: PairPlan
+    outputs: tuple[Output, ...]
+    side_files: tuple[Path, ...]
+
+    @property
+    def todo(self) -> tuple[Output, ...]:
+        """The outputs that are not complete, in the order of the pair's α."""
+        return tuple(output for output in self.outputs if not output.complete)
+
+    def describe(self) -> Row:
+        """The plan as plain data."""
+        pair = self.pair
+        return {
+            "sft": str(self.sft.path),
+            "dpo": str(self.dpo.path),
+            "outputs": [
+                {"alpha": output.alpha, "path": str(output.folder), "complete": output.complete}
+                for output in self.outputs
+            ],
+            "tensors": _tensor_counts(pair),
+            "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in pair.shards],
+            "bytes_per_output": pair.nbytes,
+            "side_files": ", ".join(map(str, self.side_files)),
+        }
+
+
+@dataclass(frozen=True)
+class Written:
+    """One output after the run."""
+
+    alpha: float
+    path: Path
+    status: str
+    """"written" or "already complete"."""
+
+
+def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
+    """Write every α's checkpoint that is not complete.
+
+    Raises:
+        InputError: The settings or inputs are at fault; nothing is left behind.
+        EnvironmentFailure: I/O failed; the same call goes on from there.
+    """
+    work = plan(config)
+    if work.todo:
+        _execute(work)
+    return tuple(
+        Written(output.alpha, output.folder, "already complete" if output.complete else "written")
+        for output in work.outputs
+    )
+
+
+def plan(config: ExtrapolateConfig) -> Plan:
+    """Decide everything from headers; nothing is written.
+
+    Raises:
+        InputError: The inputs do not fit together, or an output folder may not be used.
+    """
+    sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
+    folders = _output_folders(config, dpo)
+    for folder in folders:
+        _refuse_inside_input(folder, sft, dpo)
+    checkpoints = [_read(location) for location in (sft, dpo)]
+    sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+    outputs = tuple(
+        _plan_output(config, alpha, folder, sources) for alpha, folder in zip(config.alpha, folders, strict=True)
+    )
+    rules = PairRules(
+        alphas=tuple(output.alpha for output in outputs if not output.complete),
+        exclude=config.exclude,
+        copy_missing=config.missing == "copy-dpo",
+        dtype=config.dtype,
+        allow_nonfinite=config.allow_nonfinite,
+    )
+    pair = plan_pair(*checkpoints, rules)
+    return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
+
+
+def _read(location: Location) -> Checkpoint:
+    checkpoint = read_checkpoint(location.path)
+    if checkpoint.ignored:
+        log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
+    return checkpoint
+
+
+def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
+    if config.output is None:
+        return [Path("checkpoints") / f"{dpo.name}-ExPO-a{alpha!r}" for alpha in config.alpha]
+    if "{alpha}" in config.output:
+        return [Path(config.output.replace("{alpha}", repr(alpha))) for alpha in config.alpha]
+    if len(config.alpha) == 1:
+        return [Path(config.output)]
+    return [Path(config.output) / f"alpha-{alpha!r}" for alpha in config.alpha]
+
+
+def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
+    resolved = folder.resolve()
+    for location in inputs:
+        source = location.path.resolve()
+        if source == resolved or source in resolved.parents:
+            raise InputError(
+                f"the output {folder} is or lies inside the input {location.path}; choose another --output"
+            )
+
+
+def source_fingerprint(location: Location) -> Row:
+    """What tells a model's state: its commit on the hub, or its files' headers, sizes and times."""
+    if location.hub_id is not None:
+        return {"hub_id": location.hub_id, "revision": location.revision}
+    return fingerprint(location.path)
+
+
+def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:
+    made_from = {
+        "format": FORMAT,
+        "alpha": alpha,
+        "dtype": config.dtype,
+        "exclude": list(config.exclude),
+        "missing": config.missing,
+        **sources,
+    }
+    complete = is_complete(folder, made_from, overwrite=config.overwrite)
+    return Output(alpha, folder, made_from, complete)
+
+
+def _execute(work: Plan) -> None:
+    started, clock = time.time(), time.perf_counter()
+    config = work.config
+    _require_space(work)
+    with ExitStack() as stack:
+        staged = [
+            stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=config.fsync))
+            for output in work.todo
+        ]
+        if not all(output.is_committing for output in staged):
+            _write_shards(work, staged)
+            _require_unchanged(work)
+        times = {"started": started, "seconds": round(time.perf_counter() - clock, 3)}
+        for output, folder in zip(work.todo, staged, strict=True):
+            if folder.is_committing:
+                folder.finish_commit()
+            else:
+                _add_other_files(work, output, folder, times)
+                folder.commit()
+
+
+def _require_space(work: Plan) -> None:
+    folder = next(parent for parent in (work.todo[0].folder, *work.todo[0].folder.resolve().parents) if parent.exists())
+    staged = sum(file.stat().st_size for output in work.todo for file in output.folder.glob(".expo-partial/*.partial"))
+    needed, free = work.pair.nbytes * len(work.todo) - staged, shutil.disk_usage(folder).free
+    if needed > free:
+        raise EnvironmentFailure(f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed")
+
+
+def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> None:
+    for output in staged:
+        output.verify()
+    device, workers = pick_device(work.config.device), work.config.workers or default_workers()
+    with SourceFiles(work.pair.sft, work.pair.dpo) as sources:
+        combiner = Combiner(sources, work.pair.rules, device, workers)
+        progress = bytes_bar(work.pair.nbytes * len(staged), "extrapolate")
+        try:
+            for shard in work.pair.shards:
+                if any(shard.name not in output.records for output in staged):
+                    _write_shard(shard, combiner, staged, progress)
+                else:
+                    progress.update(shard.nbytes * len(staged))
+        finally:
+            progress.close()
+
+
+def _write_shard(shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], progress: Progress) -> None:
+    with ExitStack() as stack:
+        files = [output.start_shard(shard.name, shard.header) for output in staged]
+        for file in files:
+            stack.callback(file.close)
+        norms = Norms()
+        for block in combiner.stream(shard, _writes_to(files)):
+            for file, data in zip(files, block.outputs, strict=True):
+                file.absorb(data)
+                progress.update(len(data))
+            norms = norms.plus(block.norms)
+        for output, file in zip(staged, files, strict=True):
+            output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), norms.delta, norms.sft))
+
+
+def _writes_to(files: Sequence[StagedShard]) -> Callable[[int, int, memoryview], None]:
+    return lambda number, offset, data: files[number].write(offset, data)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a `--device` value.
+
+    Raises:
+        EnvironmentFailure: CUDA is asked for and cannot be used.
+    """
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFailure("--device cuda: torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def default_workers() -> int:
+    """Threads used where `--workers` is not given: the processors this process may use, at most four."""
+    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def _require_unchanged(work: Plan) -> None:
+    for side, location in (("sft", work.sft), ("dpo", work.dpo)):
+        if source_fingerprint(location) != work.todo[0].fingerprint[side]:
+            raise InputError(f"{location.path} changed while it was read; run the command again")
+
+
+def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Row) -> None:
+    names = [str(name) for name in work.side_files]
+    for name in names:
+        folder.add_copy(name, work.dpo.path / name)
+    if work.config.dtype != "auto" and CONFIG_FILE in names:
+        folder.add_text(CONFIG_FILE, config_with_dtype(work.dpo.path, work.config.dtype))
+    if not is_single_file(work.pair):
+        folder.add_text(INDEX_FILE, index_json(work.pair))
+    figures = _delta_figures(folder)
+    folder.add_text(CARD_FILE, _card(work, output, figures))
+    files = sorted({*names, *folder.records, CARD_FILE, *([] if is_single_file(work.pair) else [INDEX_FILE])})
+    manifest = _manifest(work, output, folder, files, figures, times)
+    folder.add_text(MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def config_with_dtype(folder: Path, dtype: str) -> str:
+    """A config.json's text with its dtype, under whichever name it has, replaced."""
+    config = read_config(folder)
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    for table in (config, *nested):
+        for key in {"dtype", "torch_dtype"} & set(table):
+            table[key] = dtype
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["torch_dtype"] = dtype
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _delta_figures(folder: StagedOutput) -> Row:
+    delta = math.sqrt(sum(record.delta_squared for record in folder.records.values()))
+    size = math.sqrt(sum(record.sft_squared for record in folder.records.values()))
+    return {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
+
+
+def _tensor_counts(pair: PairPlan) -> dict[str, int]:
+    return {
+        "extrapolated": pair.count("extrapolate"),
+        "copied": pair.count("copy", "convert"),
+        "equal": pair.count("match"),
+    }
+
+
+def _settings(config: ExtrapolateConfig, alpha: float) -> Row:
+    return {
+        "sft": config.sft,
+        "dpo": config.dpo,
+        "alpha": alpha,
+        "dtype": config.dtype,
+        "exclude": list(config.exclude),
+        "missing": config.missing,
+        "allow_nonfinite": config.allow_nonfinite,
+    }
+
+
+def _manifest(
+    work: Plan, output: Output, folder: StagedOutput, files: list[str], figures: Row, times: Row
+) -> dict[str, Any]:
+    return {
+        "command": "extrapolate",
+        "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
+        "config": _settings(work.config, output.alpha),
+        "alpha": output.alpha,
+        "fingerprint": output.fingerprint,
+        "sources": {
+            side: {"name": location.label, "revision": location.revision}
+            for side, location in (("sft", work.sft), ("dpo", work.dpo))
+        },
+        "tensors": _tensor_counts(work.pair),
+        "delta": figures,
+        "bytes": work.pair.nbytes,
+        "shards": {
+            name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(folder.records.items())
+        },
+        "files": files,
+        "clock": times,
+    }
+
+
+def _card(work: Plan, output: Output, figures: Row) -> str:
+    counts = _tensor_counts(work.pair)
+    return model_card(
+        title=f"{work.dpo.name}-ExPO-a{output.alpha!r}",
+        alpha=output.alpha,
+        sft=work.sft,
+        dpo=work.dpo,
+        command=_command(work, output.alpha),
+        figures={
+            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖": f"{figures['relative']:.5f}",
+            "tensors extrapolated": counts["extrapolated"],
+            "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
+        },
+    )
+
+
+def _command(work: Plan, alpha: float) -> str:
+    words = ["expo", "extrapolate"]
+    for flag, location in (("--sft", work.sft), ("--dpo", work.dpo)):
+        words += [flag, f"{location.hub_id}@{location.revision}" if location.hub_id else location.name]
+    words += ["--alpha", repr(alpha)]
+    words += [word for pattern in work.config.exclude for word in ("--exclude", pattern)]
+    words += ["--dtype", work.config.dtype] if work.config.dtype != "auto" else []
+    words += ["--missing", work.config.missing] if work.config.missing != "error" else []
+    return shlex.join(words)

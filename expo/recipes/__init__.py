@@ -1,0 +1,61 @@
+"""Recipes: the models known by name, with the checkpoint they were trained from and their α.
+
+A recipe is a config file (`expo/config.py`) with one more table, `[recipe]`. To add one, add a TOML file
+here, named as the model is; nothing else lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expo.config import Tables, load_tables
+from expo.errors import InputError
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model known by name."""
+
+    name: str
+    sft: str
+    dpo: str
+    alpha: float
+    source: str
+    """Where α comes from."""
+    trust_remote_code: bool
+    """Whether the model needs `--trust-remote-code`; a hint, never switched on from here."""
+    note: str
+    tables: Tables
+    """The settings, as `load_tables` gives them."""
+
+
+def names() -> list[str]:
+    """The recipe names, sorted without regard to case."""
+    return sorted((path.stem for path in FOLDER.glob("*.toml")), key=str.lower)
+
+
+def load(name: str) -> Recipe:
+    """Read the recipe of that name (in any case).
+
+    Raises:
+        InputError: There is none; the message lists what there is.
+    """
+    match = [known for known in names() if known.lower() == name.lower()]
+    if not match:
+        raise InputError(f"no recipe {name!r}; `expo recipes` lists them: {', '.join(names())}")
+    tables = load_tables(FOLDER / f"{match[0]}.toml", extra_tables=frozenset({"recipe"}))
+    about = tables.pop("recipe")
+    pair = tables["extrapolate"]
+    return Recipe(
+        name=match[0],
+        sft=pair["sft"],
+        dpo=pair["dpo"],
+        alpha=float(pair["alpha"][0]),
+        source=about["source"],
+        trust_remote_code=about.get("trust_remote_code", False),
+        note=about.get("note", ""),
+        tables=tables,
+    )

@@ -1,0 +1,322 @@
+"""Checkpoint folders that are whole or visibly unfinished: staging, resume by shard, commit.
+
+An output is built in `<folder>/.expo-partial/` under names that end in `.partial`, which no loader takes for
+weights. A journal there records each whole shard. When all files are whole they are renamed into the folder:
+shards first, then the manifest, the index and config.json, without which nothing loads the folder. A run that
+is killed, even between two renames, is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from expo.checkpoint import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
+from expo.errors import EnvironmentFailure, InputError
+from expo.store import Journal, Row, read_journal, require_same, sync, sync_folder
+
+MANIFEST_FILE = "expo.json"
+CARD_FILE = "README.md"
+LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
+"""Renamed last, in this order; removed first, in the other order."""
+
+JOURNAL_FILE = "journal.jsonl"
+LOCK_FILE = "lock"
+SUFFIX = ".partial"
+HASH_BLOCK_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A whole staged shard."""
+
+    shard: str
+    nbytes: int
+    xxh3: str
+    """XXH3-128 of the whole file, hexadecimal (`xxhsum -H2` prints the same)."""
+    delta_squared: float
+    sft_squared: float
+
+
+def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool) -> bool:
+    """Whether the folder holds this output already; if not, whether it may be written there.
+
+    Args:
+        folder: The output folder; it need not exist.
+        fingerprint: Every setting and source that changes the result.
+        overwrite: Whether an output with other settings may be replaced.
+
+    Raises:
+        InputError: The folder holds other files, or an output with other settings and no `overwrite`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output {folder} is a file; choose another --output")
+    journal = _read_journal(folder)
+    manifest = _read_manifest(folder)
+    if manifest and not journal and manifest.get("fingerprint") == fingerprint:
+        damaged = _damaged_files(folder, manifest)
+        if not damaged:
+            return True
+        if not overwrite:
+            raise InputError(f"{folder / damaged[0]} is missing or damaged; --overwrite makes the output again")
+    foreign = sorted(set(_files(folder)) - _own_files(manifest, journal))
+    if foreign:
+        raise InputError(f"the output folder {folder} holds files expo did not write ({foreign[0]}); choose another")
+    made_with = journal[0]["fingerprint"] if journal else (manifest or {}).get("fingerprint")
+    if made_with is not None and not overwrite:
+        require_same(folder, made_with, fingerprint)
+    return False
+
+
+def _read_journal(folder: Path) -> list[Row]:
+    return read_journal(folder / PARTIAL_FOLDER / JOURNAL_FILE)
+
+
+def _read_manifest(folder: Path) -> Row | None:
+    file = folder / MANIFEST_FILE
+    return read_json(file) if file.is_file() else None
+
+
+def _damaged_files(folder: Path, manifest: Row) -> list[str]:
+    shards = manifest.get("shards", {})
+    sizes = {name: shards[name]["bytes"] if name in shards else None for name in manifest.get("files", [])}
+    return [name for name, size in sizes.items() if not _has_size(folder / name, size)]
+
+
+def _has_size(file: Path, size: int | None) -> bool:
+    return file.is_file() and size in (None, file.stat().st_size)
+
+
+def _own_files(manifest: Row | None, journal: list[Row]) -> set[str]:
+    own = {MANIFEST_FILE, *manifest.get("files", [])} if manifest else set()
+    for row in journal:
+        own |= {*row.get("replaces", []), *row.get("commit", [])}
+    return own
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for parent, subfolders, files in os.walk(folder):
+        relative = Path(parent).relative_to(folder)
+        subfolders[:] = [name for name in subfolders if relative / name != Path(PARTIAL_FOLDER)]
+        yield from (str(relative / name) for name in files)
+
+
+class StagedShard:
+    """One output file being written.
+
+    Args:
+        path: The staged file.
+        header: Its first bytes.
+        fsync: Whether `finish` forces it to the disk.
+    """
+
+    def __init__(self, path: Path, header: bytes, *, fsync: bool) -> None:
+        self._path = path
+        self._fsync = fsync
+        self._hash = xxhash.xxh3_128()
+        self._stream: IO[bytes] = path.open("wb", buffering=0)
+        self.write(0, memoryview(header))
+        self.absorb(header)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes at an offset; called from several threads.
+
+        Raises:
+            EnvironmentFailure: The disk is full, or writing failed.
+        """
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._stream.fileno(), data[done:], offset + done)
+            except OSError as error:
+                raise EnvironmentFailure(
+                    f"writing {self._path} failed: {error.strerror}; the same command goes on from here"
+                ) from error
+
+    def absorb(self, data: bytes | memoryview) -> None:
+        """Add bytes to the checksum; called in the order of the file."""
+        self._hash.update(data)
+
+    def finish(self) -> str:
+        """Make the file durable and return its checksum."""
+        if self._fsync:
+            sync(self._stream)
+        self._stream.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._stream.close()
+
+
+class StagedOutput:
+    """An output folder while it is made; a context manager that keeps others out.
+
+    Left by an `InputError` it discards what was staged; left by anything else it keeps it for the next run.
+
+    Args:
+        folder: The output folder.
+        fingerprint: What the output is made from; work staged under another one is thrown away.
+        fsync: Whether files are forced to the disk.
+
+    Raises:
+        InputError: Another run is writing there.
+        EnvironmentFailure: The folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Row, *, fsync: bool = True) -> None:
+        self.folder = folder
+        self._fsync = fsync
+        self._staging = folder / PARTIAL_FOLDER
+        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        try:
+            self._staging.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self._staging / LOCK_FILE, folder)
+            self._journal = self._open_journal(fingerprint)
+        except OSError as error:
+            raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}") from error
+        self._staged: list[str] = []
+        self.records = {row["shard"]: ShardRecord(**row) for row in self._journal.rows if "shard" in row}
+
+    def _open_journal(self, fingerprint: Row) -> Journal:
+        old = _read_journal(self.folder)
+        replaces = sorted(_own_files(_read_manifest(self.folder), old))
+        if old and old[0]["fingerprint"] != fingerprint:
+            self._empty_staging()
+        return Journal(self._staging / JOURNAL_FILE, {"fingerprint": fingerprint, "replaces": replaces})
+
+    def __enter__(self) -> StagedOutput:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._journal.close()
+        if kind is not None and issubclass(kind, InputError):
+            self._empty_staging()
+            self._remove_staging()
+        self._lock.close()
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether an earlier run had everything whole and was stopped while renaming."""
+        return any("commit" in row for row in self._journal.rows)
+
+    def verify(self) -> None:
+        """Forget recorded shards whose staged bytes are not what was written."""
+        for name, record in list(self.records.items()):
+            if _hash_file(self._path(name)) != record.xxh3:
+                log.warning("the staged %s is damaged; it is made again", name)
+                del self.records[name]
+
+    def start_shard(self, name: str, header: bytes) -> StagedShard:
+        """Open one shard's file."""
+        return StagedShard(self._path(name), header, fsync=self._fsync)
+
+    def record(self, record: ShardRecord) -> None:
+        """Note that a shard is whole; a rerun keeps it."""
+        self.records[record.shard] = record
+        self._journal.append([asdict(record)])
+
+    def add_text(self, name: str, text: str) -> None:
+        """Stage a small file."""
+        with self._new_file(name) as stream:
+            stream.write(text.encode())
+
+    def add_copy(self, name: str, source: Path) -> None:
+        """Stage a copy of a file, byte for byte."""
+        with self._new_file(name) as stream, source.open("rb") as original:
+            shutil.copyfileobj(original, stream)
+
+    def _new_file(self, name: str) -> IO[bytes]:
+        self._staged.append(name)
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+
+    def _path(self, name: str) -> Path:
+        return self._staging / (name + SUFFIX)
+
+    def commit(self) -> None:
+        """Give every staged file its final name; everything must be whole.
+
+        Raises:
+            EnvironmentFailure: Renaming failed; the next run goes on with it.
+        """
+        files = self._in_order({*self.records, *self._staged})
+        try:
+            self._sync_staged(self._staged)
+            self._journal.append([{"commit": files}])
+            self.finish_commit()
+        except OSError as error:
+            raise EnvironmentFailure(f"completing {self.folder} failed: {error.strerror}") from error
+
+    def finish_commit(self) -> None:
+        """Do the renames of a commit, or those that a killed run left to do."""
+        rows = read_journal(self._staging / JOURNAL_FILE)
+        files = next(row["commit"] for row in rows if "commit" in row)
+        started = any("removed" in row for row in rows)
+        if not started:
+            for name in reversed(self._in_order(rows[0]["replaces"])):
+                (self.folder / name).unlink(missing_ok=True)
+            self._journal.append([{"removed": True}])
+        for name in files:
+            if self._path(name).exists():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self._path(name), self.folder / name)
+        self._sync_folders(self.folder, files)
+        self._empty_staging()
+        self._remove_staging()
+
+    @staticmethod
+    def _in_order(names: Iterable[str]) -> list[str]:
+        rank = {name: position for position, name in enumerate(LAST_FILES)}
+        return sorted(names, key=lambda name: (rank.get(name, -1), name))
+
+    def _sync_staged(self, names: list[str]) -> None:
+        for name in names if self._fsync else []:
+            with self._path(name).open("rb+") as stream:
+                sync(stream)
+
+    def _sync_folders(self, root: Path, names: list[str]) -> None:
+        for folder in {(root / name).parent for name in names} if self._fsync else set():
+            sync_folder(folder)
+
+    def _empty_staging(self) -> None:
+        for name in _files(self._staging):
+            if name != LOCK_FILE:
+                (self._staging / name).unlink()
+
+    def _remove_staging(self) -> None:
+        shutil.rmtree(self._staging)
+        for folder in self._made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _lock(file: Path, folder: Path) -> IO[Any]:
+    stream = file.open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise InputError(f"another run is writing to {folder}; wait for it or choose another --output") from error
+    return stream
+
+
+def _hash_file(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
