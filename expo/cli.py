@@ -202,8 +202,10 @@ def extrapolate(
 def _settings(ctx: typer.Context, kind: type[Config]) -> Config:
     """The command's config object, from the option values typer has parsed and checked."""
     given = {name: value for name, value in ctx.params.items() if value is not None}
-    values = {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {}
+    for name in {field.name for field in dataclasses.fields(kind)} & given.keys():
+        values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
+    return kind(**values)
 
 
 def _print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes

@@ -242,7 +242,8 @@ class Piece(NamedTuple):
 
     tensor: TensorPlan
     first: int
-    count: int
+    length: int
+    """Elements, or bytes where the tensor is handled as bytes."""
 
 
 class Block(NamedTuple):
@@ -360,9 +361,9 @@ class Combiner:
         dpo = self._read(tensor, tensor.dpo, piece, scratch.dpo)
         sft = None if tensor.sft is None else self._read(tensor, tensor.sft, piece, scratch.sft)
         out_dtype = tensor.torch_dtype(tensor.dtype)
-        outputs = [torch.frombuffer(buffer, dtype=out_dtype, count=piece.count) for buffer in scratch.outputs]
+        outputs = [torch.frombuffer(buffer, dtype=out_dtype, count=piece.length) for buffer in scratch.outputs]
         norms = self.combine(tensor, sft, dpo, outputs)
-        offset, nbytes = tensor.start + piece.first * out_dtype.itemsize, piece.count * out_dtype.itemsize
+        offset, nbytes = tensor.start + piece.first * out_dtype.itemsize, piece.length * out_dtype.itemsize
         views = tuple(memoryview(buffer)[:nbytes] for buffer in scratch.outputs)
         for number, view in enumerate(views):
             write(number, offset, view)
@@ -370,9 +371,9 @@ class Combiner:
 
     def _read(self, tensor: TensorPlan, info: TensorInfo, piece: Piece, buffer: bytearray) -> Tensor:
         dtype = tensor.torch_dtype(info.dtype)
-        view = memoryview(buffer)[: piece.count * dtype.itemsize]
+        view = memoryview(buffer)[: piece.length * dtype.itemsize]
         self._sources.read(info, piece.first * dtype.itemsize, view)
-        return torch.frombuffer(buffer, dtype=dtype, count=piece.count).to(self._device)
+        return torch.frombuffer(buffer, dtype=dtype, count=piece.length).to(self._device)
 
     def combine(self, tensor: TensorPlan, sft: Tensor | None, dpo: Tensor, outputs: Sequence[Tensor]) -> Norms:
         """Do what the plan says with one piece.

@@ -140,7 +140,6 @@ def plan(config: ExtrapolateConfig) -> Plan:
     folders = _output_folders(config, dpo)
     for folder in folders:
         _refuse_inside_input(folder, sft, dpo)
-    checkpoints = [_read(location) for location in (sft, dpo)]
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     outputs = tuple(
         _plan_output(config, alpha, folder, sources) for alpha, folder in zip(config.alpha, folders, strict=True)
@@ -152,7 +151,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
         dtype=config.dtype,
         allow_nonfinite=config.allow_nonfinite,
     )
-    pair = plan_pair(*checkpoints, rules)
+    pair = plan_pair(_read(sft), _read(dpo), rules)
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
 
 

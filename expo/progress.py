@@ -19,11 +19,13 @@ def bytes_bar(total: int, label: str) -> Progress:
     """A bar in bytes, with GB/s and the time left."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+    bar: Progress = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+    return bar
 
 
 def rows_bar(total: int, label: str, initial: int = 0) -> Progress:
     """A bar in rows, with rows/s and the time left."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit="row", initial=initial, dynamic_ncols=True, disable=None)
+    bar: Progress = tqdm(total=total, desc=label, unit="row", initial=initial, dynamic_ncols=True, disable=None)
+    return bar
