@@ -6,6 +6,7 @@ lives under a hidden or `.partial` name, so that a rerun finds it and nobody els
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -65,26 +66,37 @@ def json_lines(rows: Iterable[object]) -> str:
 
 
 class Journal:
-    """Rows appended as they are finished, durable within a second; a context manager.
+    """Rows appended as they are finished; a context manager that only one process at a time can hold.
 
-    The first line is the header (a fingerprint), each further line one row. A line torn by a crash is cut off
-    when the journal is opened again.
+    The first line is the header (with a fingerprint), each further line one row. A line torn by a crash is cut
+    off when the journal is opened again.
 
     Args:
         path: The journal's file.
         header: Written first into a new journal.
 
     Attributes:
-        rows: What an earlier run left.
+        rows: What an earlier run under the same fingerprint left; rows under another one are dropped.
+
+    Raises:
+        InputError: Another process is writing this output.
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: Path, header: Row) -> None:
         self._path = path
-        lines = read_journal(path)
-        self.rows = lines[1:]
-        kept = json_lines(lines or [header])
-        write_atomic(path, kept)
         self._stream = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._stream.close()
+            raise InputError(f"another run is writing {path.parent}; wait for it, or choose another output") from error
+        lines = read_journal(path)
+        kept = lines if lines and lines[0].get("fingerprint") == header.get("fingerprint") else []
+        self._stream.truncate(len(json_lines(kept).encode()))
+        self.rows = kept[1:]
+        if not kept:
+            self.append([header])
 
     def __enter__(self) -> Journal:
         return self

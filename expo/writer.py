@@ -8,14 +8,13 @@ is killed, even between two renames, is continued by the same command.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import xxhash
 
@@ -29,7 +28,6 @@ LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
 """Renamed last, in this order; removed first, in the other order."""
 
 JOURNAL_FILE = "journal.jsonl"
-LOCK_FILE = "lock"
 SUFFIX = ".partial"
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -181,7 +179,6 @@ class StagedOutput:
         self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._staging / LOCK_FILE, folder)
             self._journal = self._open_journal(fingerprint)
         except OSError as error:
             raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}") from error
@@ -189,21 +186,19 @@ class StagedOutput:
         self.records = {row["shard"]: ShardRecord(**row) for row in self._journal.rows if "shard" in row}
 
     def _open_journal(self, fingerprint: Row) -> Journal:
-        old = _read_journal(self.folder)
-        replaces = sorted(_own_files(_read_manifest(self.folder), old))
-        if old and old[0]["fingerprint"] != fingerprint:
+        replaces = sorted(_own_files(_read_manifest(self.folder), _read_journal(self.folder)))
+        journal = Journal(self._staging / JOURNAL_FILE, {"fingerprint": fingerprint, "replaces": replaces})
+        if not journal.rows:
             self._empty_staging()
-        return Journal(self._staging / JOURNAL_FILE, {"fingerprint": fingerprint, "replaces": replaces})
+        return journal
 
     def __enter__(self) -> StagedOutput:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._journal.close()
         if kind is not None and issubclass(kind, InputError):
-            self._empty_staging()
             self._remove_staging()
-        self._lock.close()
+        self._journal.close()
 
     @property
     def is_committing(self) -> bool:
@@ -273,7 +268,6 @@ class StagedOutput:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self._path(name), self.folder / name)
         self._sync_folders(self.folder, files)
-        self._empty_staging()
         self._remove_staging()
 
     @staticmethod
@@ -292,7 +286,7 @@ class StagedOutput:
 
     def _empty_staging(self) -> None:
         for name in _files(self._staging):
-            if name != LOCK_FILE:
+            if name != JOURNAL_FILE:
                 (self._staging / name).unlink()
 
     def _remove_staging(self) -> None:
@@ -300,16 +294,6 @@ class StagedOutput:
         for folder in self._made:
             if not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _lock(file: Path, folder: Path) -> IO[Any]:
-    stream = file.open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise InputError(f"another run is writing to {folder}; wait for it or choose another --output") from error
-    return stream
 
 
 def _hash_file(file: Path) -> str | None:
