@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from expo.errors import InputError
+from expo.hub import Location
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -291,6 +292,13 @@ def side_files(path: Path) -> list[Path]:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def source_fingerprint(location: Location) -> dict[str, Any]:
+    """What tells a model's state: its commit on the hub, or its files' headers, sizes and times."""
+    if location.hub_id is not None:
+        return {"hub_id": location.hub_id, "revision": location.revision}
+    return fingerprint(location.path)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

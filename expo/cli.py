@@ -196,6 +196,152 @@ def extrapolate(
         print(*[one.path for one in written], sep="\n")
 
 
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta\n"
+    "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100"
+)
+def generate(
+    ctx: typer.Context,
+    *,
+    task: TaskArgument,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="A directory, hub id, or id@revision.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the output. [default: the model's name]")
+    ] = GenerateConfig.name,
+    engine: Annotated[
+        config.GenerateEngine, typer.Option(help="auto: vLLM where it is installed and can run.")
+    ] = GenerateConfig.engine,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Given to the engine as it is; repeatable.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="PATH|ID", help="The task's prompts from a local file or another data set.")
+    ] = GenerateConfig.dataset,
+    limit: LimitOption = GenerateConfig.limit,
+    output_dir: OutputDirOption = GenerateConfig.output_dir,
+    device: DeviceOption = GenerateConfig.device,
+    dtype: ModelDtypeOption = GenerateConfig.dtype,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs per engine (vllm). [default: all]")
+    ] = GenerateConfig.tensor_parallel,
+    batch_tokens: BatchTokensOption = GenerateConfig.batch_tokens,
+    chat_template: ChatTemplateOption = GenerateConfig.chat_template,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message put before every prompt.")
+    ] = GenerateConfig.system,
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Samples per prompt.")] = GenerateConfig.n,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = GenerateConfig.temperature,
+    top_k: Annotated[int, typer.Option(help="-1 for all tokens.")] = GenerateConfig.top_k,
+    top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = GenerateConfig.top_p,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Off the logit of each token generated before.")
+    ] = GenerateConfig.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Off a token's logit per time it was generated.")
+    ] = GenerateConfig.frequency_penalty,
+    seed: Annotated[int, typer.Option(help="Seed of every request.")] = GenerateConfig.seed,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = GenerateConfig.max_tokens,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Further token id that ends an answer; repeatable.")
+    ] = None,
+    trust_remote_code: TrustRemoteCodeOption = GenerateConfig.trust_remote_code,
+    overwrite: OverwriteOption = GenerateConfig.overwrite,
+    dry_run: DryRunOption = GenerateConfig.dry_run,
+    as_json: JsonOption = False,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Answer a task's prompts; TASK is ultrafeedback, alpaca, or a file of prompts."""
+    settings = _settings(ctx, GenerateConfig)
+    from expo import generate as verb
+
+    if settings.dry_run:
+        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        return
+    result = verb.run(settings)
+    log.info("%s: %d rows", result.status, result.rows)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print(result.output)
+    _exit_after(result.failed)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  expo score alpaca --name zephyr-7b-beta\n"
+    "  expo score prompts.jsonl --name my-model --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1 --json"
+)
+def score(
+    ctx: typer.Context,
+    *,
+    task: TaskArgument,
+    name: Annotated[str, typer.Option(metavar="NAME", help="The output's name, as `expo generate` gave it.")],
+    outputs: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The file to score, where it lies elsewhere.")
+    ] = ScoreConfig.outputs,
+    reward_model: Annotated[
+        str, typer.Option(metavar="RM", help="A directory, hub id, or id@revision; one label.")
+    ] = ScoreConfig.reward_model,
+    engine: Annotated[config.ScoreEngine, typer.Option(help="What runs the reward model.")] = ScoreConfig.engine,
+    limit: LimitOption = ScoreConfig.limit,
+    output_dir: OutputDirOption = ScoreConfig.output_dir,
+    device: DeviceOption = ScoreConfig.device,
+    dtype: ModelDtypeOption = ScoreConfig.dtype,
+    batch_tokens: BatchTokensOption = ScoreConfig.batch_tokens,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Longest conversation in tokens. [default: the model's own]")
+    ] = ScoreConfig.max_length,
+    chat_template: ChatTemplateOption = ScoreConfig.chat_template,
+    trust_remote_code: TrustRemoteCodeOption = ScoreConfig.trust_remote_code,
+    overwrite: OverwriteOption = ScoreConfig.overwrite,
+    dry_run: DryRunOption = ScoreConfig.dry_run,
+    as_json: JsonOption = False,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Score generated answers with a reward model: raw logits, one per row."""
+    settings = _settings(ctx, ScoreConfig)
+    from expo import score as verb
+
+    if settings.dry_run:
+        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        return
+    result = verb.run(settings)
+    if result.mean is not None:
+        log.info(
+            "%s: mean reward %.4f ± %.4f over %d rows",
+            result.status,
+            result.mean,
+            result.standard_error or 0.0,
+            result.n,
+        )
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print(result.rewards)
+    _exit_after(result.failed)
+
+
+@app.command("recipes", epilog="\b\nExamples:\n  expo recipes\n  expo recipes Starling-LM-7B-beta --json")
+def show_recipes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the models known by name, with their SFT checkpoint, α and source."""
+    known = [recipes.load(name) for name in names or recipes.names()]
+    if as_json:
+        _print_json({"recipes": [one.describe() for one in known]})
+        return
+    print(f"{'name':<38}{'α':>6}  {'θ_sft':<42}{'θ_dpo':<46}source")
+    for one in known:
+        print(f"{one.name:<38}{one.alpha!r:>6}  {one.sft:<42}{one.dpo:<46}{one.source}")
+
+
 # --- wiring -----------------------------------------------------------------------------------------------------
 
 

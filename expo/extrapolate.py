@@ -29,10 +29,10 @@ from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     Checkpoint,
-    fingerprint,
     read_checkpoint,
     read_config,
     side_files,
+    source_fingerprint,
 )
 from expo.combine import (
     Combiner,
@@ -180,13 +180,6 @@ def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
             raise InputError(
                 f"the output {folder} is or lies inside the input {location.path}; choose another --output"
             )
-
-
-def source_fingerprint(location: Location) -> Row:
-    """What tells a model's state: its commit on the hub, or its files' headers, sizes and times."""
-    if location.hub_id is not None:
-        return {"hub_id": location.hub_id, "revision": location.revision}
-    return fingerprint(location.path)
 
 
 def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:

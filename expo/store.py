@@ -9,8 +9,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,6 +21,8 @@ from typing import IO, Any
 from expo.errors import EnvironmentFailure, InputError
 
 Row = dict[str, Any]
+
+ROW_SYNC_SECONDS = 1.0
 
 
 def write_atomic(path: Path, text: str, *, fsync: bool = True) -> None:
@@ -56,8 +61,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def json_line(row: object) -> str:
-    """One JSON value on one line, text as it is (not escaped)."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    """One JSON value on one line, text as it is (escaped only where UTF-8 cannot hold it)."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    return line if _is_utf8(line) else json.dumps(row) + "\n"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def json_lines(rows: Iterable[object]) -> str:
@@ -74,6 +88,7 @@ class Journal:
     Args:
         path: The journal's file.
         header: Written first into a new journal.
+        sync_every_s: Rows are forced to the disk at most this often; always when the journal is closed.
 
     Attributes:
         rows: What an earlier run under the same fingerprint left; rows under another one are dropped.
@@ -83,8 +98,10 @@ class Journal:
         OSError: The file cannot be opened.
     """
 
-    def __init__(self, path: Path, header: Row) -> None:
+    def __init__(self, path: Path, header: Row, *, sync_every_s: float = 0.0) -> None:
         self._path = path
+        self._sync_every_s = sync_every_s
+        self._synced_at = -math.inf
         self._stream = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,18 +124,23 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Close the file; nothing is lost, every row is on the disk."""
-        self._stream.close()
+        """Force the rows to the disk and let the next process have the journal."""
+        if not self._stream.closed:
+            sync(self._stream)
+            self._stream.close()
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add finished rows and force them to the disk.
+        """Add finished rows; a killed process loses none, a failing machine those of `sync_every_s`.
 
         Raises:
             EnvironmentFailure: Writing failed; the rows before are kept.
         """
         try:
             self._stream.write(json_lines(rows))
-            sync(self._stream)
+            self._stream.flush()
+            if time.monotonic() - self._synced_at >= self._sync_every_s:
+                sync(self._stream)
+                self._synced_at = time.monotonic()
         except OSError as error:
             raise EnvironmentFailure(f"writing {self._path} failed: {error.strerror}") from error
 
@@ -156,5 +178,106 @@ def texts_sha256(texts: Iterable[object]) -> str:
     """SHA-256 over JSON values, one a line; equal for equal prompts wherever they came from."""
     hasher = hashlib.sha256()
     for text in texts:
-        hasher.update(json_line(text).encode("utf-8", "surrogatepass"))
+        hasher.update(json_line(text).encode())
     return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """The files of one output that is made row by row.
+
+    While it is made there is a hidden journal, `.<name>.journal.jsonl`; what is under a final name is whole. The
+    meta file goes with it: its `fingerprint`, the number of `rows`, how many `failed`, and a hash of the items the
+    rows were made from.
+    """
+
+    final: Path
+    """The file other programs read."""
+    name: str
+    """The output's name, without a suffix."""
+    items_key: str
+    """Under which key the meta has the hash of what the rows were made from."""
+
+    @property
+    def meta(self) -> Path:
+        """The meta file."""
+        return self.final.with_name(f"{self.name}.meta.json")
+
+    @property
+    def journal(self) -> Path:
+        """The journal of an unfinished run."""
+        return self.final.with_name(f".{self.name}.journal.jsonl")
+
+    def finished(self) -> Row | None:
+        """The meta of a whole output; None where there is none or it is being made again.
+
+        Raises:
+            InputError: There is an output that expo did not write.
+        """
+        if self.journal.exists():
+            return None
+        if self.final.exists() and not self.meta.exists():
+            raise InputError(f"{self.final} exists and expo did not write it: move it away, or choose another --name")
+        if not self.final.exists() or not self.meta.exists():
+            return None
+        content = json.loads(self.meta.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+
+    def open(
+        self, fingerprint: Row, items: Sequence[object], *, overwrite: bool, old_rows: Callable[[Row], list[Row]]
+    ) -> Journal | None:
+        """Start or continue the run; None where the output is complete.
+
+        Args:
+            fingerprint: Every setting and source that changes the rows.
+            items: What each row is made from, in order; an old output must be made from a prefix of them, or
+                the other way round.
+            overwrite: Whether an output with other settings may be replaced.
+            old_rows: Gives the journal rows of a finished output (from its meta) that a longer run keeps.
+
+        Raises:
+            InputError: There is an output with other settings or from other items, or another run is writing it.
+        """
+        meta = self.finished()
+        rows: list[Row] = []
+        if meta is not None:
+            problem = self._difference(meta, fingerprint, items)
+            if problem is None and (meta["rows"] > len(items) or (meta["rows"] == len(items) and not meta["failed"])):
+                return None
+            if problem is None:
+                rows = old_rows(meta)
+            elif not overwrite:
+                raise problem
+        elif not overwrite and (lines := read_journal(self.journal)):
+            require_same(self.final, lines[0]["fingerprint"], fingerprint)
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
+        if rows:
+            journal.append(rows)
+            journal.rows = rows
+        return journal
+
+    def _difference(self, meta: Row, fingerprint: Row, items: Sequence[object]) -> InputError | None:
+        try:
+            require_same(self.final, meta.get("fingerprint", {}), fingerprint)
+        except InputError as error:
+            return error
+        old = items[: meta["rows"]]
+        if len(old) == meta["rows"] and texts_sha256(old) != meta[self.items_key]:
+            return InputError(f"{self.final} was made from other rows; --overwrite replaces it")
+        return None
+
+    def finish(self, journal: Journal, final_text: str, meta: Row, others: dict[Path, str]) -> None:
+        """Write the final files, the meta file last, and end the run.
+
+        Args:
+            journal: The open journal; closed and removed.
+            final_text: Content of the final file.
+            meta: Content of the meta file.
+            others: Further files and their contents.
+        """
+        for path, text in {**others, self.final: final_text}.items():
+            write_atomic(path, text)
+        write_atomic(self.meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        self.journal.unlink()
+        journal.close()

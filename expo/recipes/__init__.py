@@ -6,7 +6,7 @@ here, named as the model is; nothing else lists them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from expo.config import Tables, load_tables
@@ -30,6 +30,10 @@ class Recipe:
     note: str
     tables: Tables
     """The settings, as `load_tables` gives them."""
+
+    def describe(self) -> dict[str, object]:
+        """The recipe as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tables"}
 
 
 def names() -> list[str]:

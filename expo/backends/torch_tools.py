@@ -1,0 +1,53 @@
+"""What the backends built on torch share: the device, and errors turned into one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from expo.errors import EnvironmentFailure, InputError
+
+
+def model_device(name: str) -> str:
+    """The torch device for a `--device` value; auto is the GPU where there is one.
+
+    Raises:
+        EnvironmentFailure: CUDA is asked for and cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return name
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises for an unusable model folder into an `InputError`.
+
+    Args:
+        name: The model's name, for the message.
+    """
+    with out_of_memory_hint("--dtype bfloat16"):
+        try:
+            yield
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"transformers cannot load {name}: {first}") from error
+
+
+@contextmanager
+def out_of_memory_hint(flag: str) -> Iterator[None]:
+    """Turn an out-of-memory error into one line.
+
+    Args:
+        flag: The option that lowers the need.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise EnvironmentFailure(f"out of memory; {flag} lowers the need, and the same command goes on") from error

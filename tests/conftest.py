@@ -1,0 +1,90 @@
+"""Fixtures: the real trained trio, real data, and a tiny random Llama pair made offline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import helpers
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def _real(variable: str, default: Path, needed: str) -> Path:
+    folder = Path(os.environ.get(variable, default))
+    if not (folder / needed).exists():
+        pytest.skip(f"no {needed} in {folder}; set {variable}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained() -> Path:
+    """The folder of the trained trio: tiny-sft, tiny-dpo, tiny-rm."""
+    return _real("EXPO_TEST_MODELS", SHARED / "models", "tiny-rm")
+
+
+@pytest.fixture(scope="session")
+def alpaca_data() -> Path:
+    """The folder of real AlpacaEval outputs and MT-Bench questions."""
+    return _real("EXPO_TEST_DATA", SHARED / "data", "alpaca_eval")
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    """`helpers.write_checkpoint`: a checkpoint of any tensors, single or sharded."""
+    return helpers.write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def run_expo():
+    """`helpers.run_expo`: the program in a process of its own → code, stdout, stderr."""
+    return helpers.run_expo
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A small random SFT/DPO pair of three tensors, the DPO side in two shards with side files."""
+    sft, dpo = helpers.random_pair({"a.weight": (16, 8), "b.weight": (5, 3), "norm": (8,)})
+    files = {"tokenizer.json": "{}", "README.md": "DPO's card", "custom/model.py": "x = 1\n"}
+    return (
+        helpers.write_checkpoint(tmp_path / "sft", sft),
+        helpers.write_checkpoint(tmp_path / "dpo", dpo, shards=2, files=files),
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random tiny bfloat16 Llama pair with tokenizer and chat template; the DPO side in several shards."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=128, **shape)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    tokenizer = _tokenizer()
+    for side, shard_size in (("sft", "5GB"), ("dpo", "20KB")):
+        model.save_pretrained(folder / side, max_shard_size=shard_size)
+        tokenizer.save_pretrained(folder / side)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return folder / "sft", folder / "dpo"
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    words = special + [f"w{number}" for number in range(64 - len(special))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": special[3:]})
+    fast.chat_template = helpers.CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,172 @@
+"""What the tests are made of: tiny checkpoints, the float64 reference, and ways to run the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SIGNIFICANDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
+"""Bits of the significand (the hidden one counted) and the smallest normal exponent."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the program gave."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def expo_command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "expo", *map(str, args)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def run_expo(*args: object, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 120) -> Result:
+    """Run `python -m expo …` and wait for it."""
+    done = subprocess.run(
+        expo_command(*args), env=environment(**(env or {})), cwd=cwd, timeout=timeout, capture_output=True, text=True
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    shards: int = 1,
+    files: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Write tensors as one model.safetensors, or, with `shards` > 1, dealt out to that many files and an index.
+
+    `files` are further files, name → text; config.json is there unless it is among them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in {"config.json": '{"model_type": "tiny", "torch_dtype": "bfloat16"}', **(files or {})}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata or {"format": "pt"})
+        return folder
+    names = list(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[number::shards]
+        save_file({name: tensors[name] for name in part}, folder / file, metadata or {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, as the safetensors library reads it."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    return tensors
+
+
+def random_pair(
+    names_shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """SFT and DPO tensors that differ by about 3 %, as real pairs do."""
+    generator = torch.Generator().manual_seed(seed)
+    sft = {name: torch.randn(shape, generator=generator) for name, shape in names_shapes.items()}
+    dpo = {name: s * (1 + 0.03 * torch.randn(s.shape, generator=generator)) for name, s in sft.items()}
+    return tuple({name: t.to(dtype) for name, t in side.items()} for side in (sft, dpo))  # type: ignore[return-value]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, name → bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def without_clock(content: dict[str, bytes]) -> dict[str, object]:
+    """A finished output's files, with the times in expo.json left out."""
+    manifest = json.loads(content["expo.json"])
+    assert manifest.pop("clock").keys() == {"started", "seconds"}
+    return {**content, "expo.json": manifest}
+
+
+# --- the float64 reference ----------------------------------------------------------------------------------------
+
+
+def round_to(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """float64 → the nearest values of a narrower type (ties to even), as float64. torch would round twice."""
+    bits, smallest = SIGNIFICANDS[dtype]
+    _, exponents = np.frexp(values)
+    step = np.ldexp(1.0, np.maximum(exponents - 1, smallest) - (bits - 1))
+    return np.rint(values / step) * step
+
+
+def exact(sft: Tensor, dpo: Tensor, alpha: float) -> np.ndarray:
+    """θ(α) in float64."""
+    s, d = sft.double().numpy(), dpo.double().numpy()
+    return d + alpha * (d - s)
+
+
+def share_off(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor) -> float:
+    """Check θ(α) against float64; returns the share of values that are not the correctly rounded ones.
+
+    The law: the output is the correct rounding of a real number within 2⁻²²(|d| + |α(d − s)|) of θ(α). So it is
+    the correctly rounded value, or one step beside it where θ(α) lies that close to a rounding boundary.
+    """
+    s, d, values = (tensor.double().numpy() for tensor in (sft, dpo, out))
+    right = exact(sft, dpo, alpha)
+    bound = 2.0**-22 * (np.abs(d) + np.abs(alpha * (d - s)))
+    low, high = round_to(right - bound, out.dtype), round_to(right + bound, out.dtype)
+    wrong = ~((low <= values) & (values <= high))
+    if wrong.any():
+        first = tuple(np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {values.size} values are off, first s={s[first]!r} d={d[first]!r} α={alpha!r}: "
+            f"{values[first]!r}, not {right[first]!r}"
+        )
+    return float((values != round_to(right, out.dtype)).mean()) if values.size else 0.0
+
+
+# --- files made by hand -------------------------------------------------------------------------------------------
+
+
+def raw_safetensors(file: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
+    """Write a safetensors file as told, right or wrong; `header` is JSON data, or the header's own bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return file
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
+    """One tensor's entry of a header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}

@@ -1,0 +1,146 @@
+"""θ(α) against float64, on every bfloat16 and float16 value and on adversarial pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import as_bytes, exact, round_to, share_off
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expo import rules
+
+ALPHAS = (0.1, 0.3, 0.5, -1.0, -0.7, -2.0, 8.0, 25.0)
+SIXTEEN_BIT = {torch.bfloat16: 2.0**100, torch.float16: 600.0}
+"""Type → magnitude up to which no α above overflows."""
+
+
+def every_value(dtype: torch.dtype) -> torch.Tensor:
+    """All finite values of a 16-bit type up to its magnitude limit: zeros, subnormals, normals, both signs."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return values[values.isfinite() & (values.abs() <= SIXTEEN_BIT[dtype])]
+
+
+def partners(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """For every d an s that makes trouble: equal, opposite, a step away, near, of another magnitude, zero."""
+    generator = torch.Generator().manual_seed(1)
+    shuffled = values[torch.randperm(len(values), generator=generator)]
+    near = (values.double() * (1 + 0.03 * torch.randn(len(values), generator=generator))).to(values.dtype)
+    return {
+        "equal": values.clone(),
+        "opposite": -values,
+        "almost opposite": -values.roll(1),
+        "one step away": values.roll(1),
+        "near": near,
+        "any": shuffled,
+        "zero": torch.zeros_like(values),
+    }
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_every_16_bit_value_is_the_rounded_float64_result_or_a_near_tie(dtype: torch.dtype, alpha: float) -> None:
+    dpo = every_value(dtype)
+    for kind, other in partners(dpo).items():
+        for sft, aligned in ((other, dpo), (dpo, other)):
+            out = rules.extrapolate(sft, aligned, alpha, torch.empty_like(dpo))
+            share_off(sft, aligned, alpha, out)
+            if kind == "equal":
+                assert torch.equal(out, dpo)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_pairs_like_real_ones_are_off_in_less_than_one_weight_in_5000(dtype: torch.dtype, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    sft = 0.02 * torch.randn(500_000, generator=generator)
+    dpo = sft + 0.0007 * torch.randn(500_000, generator=generator)
+    sft, dpo = sft.to(dtype), dpo.to(dtype)
+    assert share_off(sft, dpo, alpha, rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo))) < 1 / 5000
+
+
+@pytest.mark.parametrize("alpha", [*ALPHAS, 0.7, 0.45, 3.3])
+def test_float32_pairs(alpha: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sft = torch.randn(200_000, generator=generator)
+    for dpo in (sft * 1.01, -sft, sft.roll(1), sft.roll(1) * 1e4, sft * 1e-4):
+        share_off(sft, dpo, alpha, rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo)))
+
+
+def test_float64_pairs_are_computed_in_float64() -> None:
+    generator = torch.Generator().manual_seed(4)
+    sft, dpo = torch.randn(2, 1000, dtype=torch.float64, generator=generator)
+    out = rules.extrapolate(sft, dpo, 0.3, torch.empty_like(dpo))
+    np.testing.assert_allclose(out.numpy(), exact(sft, dpo, 0.3), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dpo_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sft_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_mixed_types(sft_dtype: torch.dtype, dpo_dtype: torch.dtype, out_dtype: torch.dtype, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    sft = torch.randn(20_000, generator=generator).to(sft_dtype)
+    dpo = (sft * (1 + 0.03 * torch.randn(20_000, generator=generator))).to(dpo_dtype)
+    out = rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo, dtype=out_dtype))
+    share_off(sft, dpo, alpha, out)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_alpha_zero_copies_every_bit_pattern(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    dpo = patterns.view(dtype)
+    out = rules.extrapolate(torch.ones_like(dpo), dpo, 0.0, torch.empty_like(dpo))
+    assert as_bytes(out) == as_bytes(dpo)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_alpha_minus_one_is_sft_up_to_the_sign_of_zero(dtype: torch.dtype) -> None:
+    sft = every_value(dtype)
+    for dpo in partners(sft).values():
+        out = rules.extrapolate(sft, dpo, -1.0, torch.empty_like(sft))
+        assert torch.equal(out, sft)
+        nonzero = sft != 0
+        assert as_bytes(out[nonzero]) == as_bytes(sft[nonzero])
+
+
+@given(alpha=st.floats(-30, 30), seed=st.integers(0, 2**32), dtype=st.sampled_from(list(SIXTEEN_BIT)))
+def test_any_alpha(alpha: float, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    dpo = torch.randn(2000, generator=generator).to(dtype)
+    sft = (dpo * (1 + 0.1 * torch.randn(2000, generator=generator))).to(dtype)
+    share_off(sft, dpo, alpha, rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo)))
+
+
+def test_squared_norms_against_numpy() -> None:
+    generator = torch.Generator().manual_seed(6)
+    sft, dpo = (torch.randn(100_000, generator=generator).to(torch.bfloat16) for _ in range(2))
+    s, d = sft.double().numpy(), dpo.double().numpy()
+    assert rules.squared_norms(sft, dpo) == pytest.approx((((d - s) ** 2).sum(), (s**2).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_nonfinite_value_is_found_anywhere(dtype: torch.dtype, value: float) -> None:
+    for position in (0, 511, 1022):
+        values = torch.ones(1023, dtype=dtype)
+        assert rules.is_finite(values)
+        values[position] = value
+        assert not rules.is_finite(values)
+
+
+def test_infinities_that_cancel_are_found() -> None:
+    assert not rules.is_finite(torch.tensor([float("inf"), -float("inf")]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_large_finite_values_are_finite(dtype: torch.dtype) -> None:
+    """Their sum overflows, they do not."""
+    assert rules.is_finite(torch.full((100_000,), torch.finfo(dtype).max, dtype=dtype))
+
+
+def test_the_reference_rounds_once() -> None:
+    """1 + 2⁻⁸ + 2⁻⁴⁰ is above the tie between two bfloat16 values; through float32 it would be the tie itself."""
+    value = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8, 1 + 3 * 2.0**-8])
+    assert round_to(value, torch.bfloat16).tolist() == [1 + 2.0**-7, 1.0, 1 + 2 * 2.0**-7]
