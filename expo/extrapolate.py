@@ -189,6 +189,7 @@ def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources:
         "dtype": config.dtype,
         "exclude": list(config.exclude),
         "missing": config.missing,
+        "allow_nonfinite": config.allow_nonfinite,
         **sources,
     }
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
@@ -311,9 +312,11 @@ def config_with_dtype(folder: Path, dtype: str) -> str:
 
 
 def _delta_figures(folder: StagedOutput) -> Row:
-    delta = math.sqrt(sum(record.delta_squared for record in folder.records.values()))
-    size = math.sqrt(sum(record.sft_squared for record in folder.records.values()))
-    return {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
+    # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
+    delta = math.sqrt(math.fsum(record.delta_squared for record in folder.records.values()))
+    size = math.sqrt(math.fsum(record.sft_squared for record in folder.records.values()))
+    figures = {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _tensor_counts(pair: PairPlan) -> dict[str, int]:
@@ -361,7 +364,7 @@ def _manifest(
 
 
 def _card(work: Plan, output: Output, figures: Row) -> str:
-    counts = _tensor_counts(work.pair)
+    counts, relative = _tensor_counts(work.pair), figures["relative"]
     return model_card(
         title=f"{work.dpo.name}-ExPO-a{output.alpha!r}",
         alpha=output.alpha,
@@ -369,7 +372,7 @@ def _card(work: Plan, output: Output, figures: Row) -> str:
         dpo=work.dpo,
         command=_command(work, output.alpha),
         figures={
-            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖": f"{figures['relative']:.5f}",
+            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖": "not finite" if relative is None else f"{relative:.5f}",
             "tensors extrapolated": counts["extrapolated"],
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
         },

@@ -82,7 +82,8 @@ def _read_journal(folder: Path) -> list[Row]:
 
 def _read_manifest(folder: Path) -> Row | None:
     file = folder / MANIFEST_FILE
-    return read_json(file) if file.is_file() else None
+    content = read_json(file) if file.is_file() else {}
+    return content if "fingerprint" in content else None
 
 
 def _damaged_files(folder: Path, manifest: Row) -> list[str]:
@@ -186,7 +187,8 @@ class StagedOutput:
         self.records = {row["shard"]: ShardRecord(**row) for row in self._journal.rows if "shard" in row}
 
     def _open_journal(self, fingerprint: Row) -> Journal:
-        replaces = sorted(_own_files(_read_manifest(self.folder), _read_journal(self.folder)))
+        own = _own_files(_read_manifest(self.folder), _read_journal(self.folder))
+        replaces = sorted(own & set(_files(self.folder)))  # a manifest that names ../x must not reach it
         journal = Journal(self._staging / JOURNAL_FILE, {"fingerprint": fingerprint, "replaces": replaces})
         if not journal.rows:
             self._empty_staging()

