@@ -1,0 +1,393 @@
+"""generate: formats, resume, refusals. The engine here is transformers on a tiny random model, in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+
+from expo import generate as verb
+from expo.backends import transformers as backend
+from expo.config import GenerateConfig
+from expo.errors import EnvironmentFailure, InputError
+
+PROMPTS = [" ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 7)) for row in range(12)]
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "questions.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(model: Path, task: Path | str, folder: Path, **others) -> GenerateConfig:
+    defaults = {"engine": "transformers", "device": "cpu", "dtype": "float32", "max_tokens": 9, "batch_tokens": 40}
+    return GenerateConfig(task=str(task), model=str(model), output_dir=str(folder), **{**defaults, **others})
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_in_prompt_order_in_the_papers_format(llama_pair, prompt_file, tmp_path):
+    result = verb.run(settings(llama_pair[1], prompt_file, tmp_path, name="mine"))
+    assert result.output == tmp_path / "outputs_questions" / "mine.jsonl"
+    rows = rows_of(result.output)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(list(row) == ["prompt", "output", "length", "finish_reason"] for row in rows)
+    assert all((row["finish_reason"] == "length") == (row["length"] == 9) or row["length"] == 9 for row in rows)
+    meta = json.loads(result.meta.read_text())
+    assert meta["rows"] == 12
+    assert meta["failed"] == 0
+    assert meta["tokens_out"] == sum(row["length"] for row in rows)
+    assert meta["repeatable"] is True
+    assert meta["config"]["max_tokens"] == 9
+    assert sorted(path.name for path in result.output.parent.iterdir()) == ["mine.jsonl", "mine.meta.json"]
+
+
+def test_alpaca_file_is_what_alpaca_eval_takes(llama_pair, tmp_path):
+    rows = [{"instruction": prompt, "dataset": "made", "output": "x", "generator": "y"} for prompt in PROMPTS]
+    dataset = tmp_path / "eval.json"
+    dataset.write_text(json.dumps(rows))
+    result = verb.run(settings(llama_pair[1], "alpaca", tmp_path, dataset=str(dataset), name="M"))
+    answers = json.loads(result.output.read_text())
+    assert result.output == tmp_path / "outputs_alpaca" / "M.json"
+    assert [list(row) for row in answers] == [["dataset", "instruction", "output", "generator"]] * 12
+    assert [row["instruction"] for row in answers] == PROMPTS
+    assert {(row["dataset"], row["generator"]) for row in answers} == {("made", "M")}
+
+
+def test_ultrafeedback_uses_the_first_message_only(llama_pair, tmp_path):
+    rows = [{"prompt": "no", "messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "no"}]}
+            for p in PROMPTS]  # fmt: skip
+    dataset = write_rows(tmp_path / "uf.jsonl", rows)
+    result = verb.run(settings(llama_pair[1], "ultrafeedback", tmp_path, dataset=str(dataset)))
+    assert result.output == tmp_path / "outputs_ultrafeedback" / "dpo.jsonl"
+    assert [row["prompt"] for row in rows_of(result.output)] == PROMPTS
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "instruction", "messages"])
+def test_prompt_files_of_every_kind_give_the_same_answers(llama_pair, prompt_file, tmp_path, kind):
+    expected = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "a", name="m"))
+    task = write_prompts(tmp_path, kind)
+    result = verb.run(settings(llama_pair[1], task, tmp_path / "b", name="m"))
+    assert rows_of(result.output) == rows_of(expected.output)
+
+
+def write_prompts(folder: Path, kind: str) -> Path:
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    if kind == "instruction":
+        return write_rows(folder / "i.jsonl", [{"instruction": prompt} for prompt in PROMPTS])
+    if kind == "messages":
+        turns = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+        return write_rows(folder / "m.jsonl", turns)
+    path = folder / f"p.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, ["prompt"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_several_turns_keep_their_messages(llama_pair, tmp_path):
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}, {"role": "user", "content": "w3"}]
+    task = write_rows(tmp_path / "t.jsonl", [{"messages": turns}])
+    row = rows_of(verb.run(settings(llama_pair[1], task, tmp_path)).output)[0]
+    assert row["prompt"] == "w3"
+    assert row["messages"] == turns
+
+
+def test_prompt_ids_are_those_of_the_chat_template(llama_pair, prompt_file, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_pair[1])
+    work = verb.plan(settings(llama_pair[1], prompt_file, tmp_path, system="w5"))
+    for prompt, request in zip(PROMPTS, work.requests, strict=True):
+        turns = [{"role": "system", "content": "w5"}, {"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert list(request.prompt_ids) == ids
+        assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_samples_are_prompt_major_and_differ(llama_pair, prompt_file, tmp_path):
+    one = rows_of(verb.run(settings(llama_pair[1], prompt_file, tmp_path / "1", name="m")).output)
+    two = rows_of(verb.run(settings(llama_pair[1], prompt_file, tmp_path / "2", name="m", n=2)).output)
+    assert [row["prompt"] for row in two] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert two[::2] == one
+    assert two[1::2] != one
+
+
+def test_rows_do_not_depend_on_their_batch(llama_pair, prompt_file, tmp_path):
+    small = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "a", batch_tokens=1))
+    large = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "b", batch_tokens=100_000))
+    assert small.output.read_bytes() == large.output.read_bytes()
+
+
+def test_another_seed_gives_other_rows_and_temperature_0_does_not_care(llama_pair, prompt_file, tmp_path):
+    def text(name: str, **others) -> str:
+        return verb.run(settings(llama_pair[1], prompt_file, tmp_path, name=name, **others)).output.read_text()
+
+    assert text("a", seed=1) != text("b", seed=2)
+    assert text("c", seed=1, temperature=0.0) == text("d", seed=2, temperature=0.0)
+
+
+def test_complete_is_left_alone_and_a_larger_limit_extends(llama_pair, prompt_file, tmp_path, monkeypatch):
+    whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
+    first = verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=5))
+    assert len(rows_of(first.output)) == 5
+    generated = count_rows(monkeypatch)
+    assert verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=5)).status == "already complete"
+    assert verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=3)).status == "already complete"
+    assert generated == []
+    extended = verb.run(settings(llama_pair[1], prompt_file, tmp_path, batch_tokens=40))
+    assert extended.output.read_bytes() == whole
+    assert extended.rows == 12
+    assert {request.id for request in generated} >= {str(row) for row in range(5, 12)}
+
+
+def count_rows(monkeypatch) -> list:
+    """Record the requests the engine really works on."""
+    seen: list = []
+    original = backend.TransformersGenerator._generate_batch
+
+    def recording(self, batch):
+        seen.extend(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(backend.TransformersGenerator, "_generate_batch", recording)
+    return seen
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"max_tokens": 8}, {"system": "w1"}, {"n": 2}])
+def test_other_settings_are_refused_unless_overwritten(llama_pair, prompt_file, tmp_path, change):
+    old = verb.run(settings(llama_pair[1], prompt_file, tmp_path)).output.read_bytes()
+    key = next(iter(change)).replace("_", "-")
+    with pytest.raises(InputError, match=f"made with another {key} "):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path, **change))
+    assert (tmp_path / "outputs_questions" / "dpo.jsonl").read_bytes() == old
+    fresh = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "fresh", **change))
+    replaced = verb.run(settings(llama_pair[1], prompt_file, tmp_path, overwrite=True, **change))
+    assert replaced.output.read_bytes() == fresh.output.read_bytes()
+
+
+def test_other_prompts_are_refused(llama_pair, prompt_file, tmp_path):
+    verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+    write_rows(prompt_file, [{"prompt": "w1"}])
+    with pytest.raises(InputError, match="another dataset-sha256"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+
+
+def test_a_file_expo_did_not_write_is_never_replaced(llama_pair, prompt_file, tmp_path):
+    released = tmp_path / "outputs_questions" / "dpo.jsonl"
+    released.parent.mkdir()
+    released.write_text("precious\n")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="expo did not write it"):
+            verb.run(settings(llama_pair[1], prompt_file, tmp_path, overwrite=overwrite))
+    assert released.read_text() == "precious\n"
+
+
+def test_interrupted_runs_end_as_uninterrupted_ones(llama_pair, prompt_file, tmp_path, monkeypatch):
+    whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
+    original = backend.TransformersGenerator._generate_batch
+    calls = []
+
+    def failing(self, batch):
+        calls.append(len(batch))
+        if len(calls) % 3 == 0:
+            raise EnvironmentFailure("the engine died")
+        return original(self, batch)
+
+    monkeypatch.setattr(backend.TransformersGenerator, "_generate_batch", failing)
+    final = tmp_path / "outputs_questions" / "dpo.jsonl"
+    for _ in range(12):
+        try:
+            verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+            break
+        except EnvironmentFailure:
+            assert not final.exists()
+            assert not final.with_name("dpo.meta.json").exists()
+    assert len(calls) > 4
+    assert final.read_bytes() == whole
+
+
+def test_a_torn_journal_line_is_repaired(llama_pair, prompt_file, tmp_path, monkeypatch):
+    whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
+
+    def dying(self, batch):
+        raise EnvironmentFailure("the engine died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend.TransformersGenerator, "_generate_batch", dying)
+        with pytest.raises(EnvironmentFailure):
+            verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+    journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
+    with journal.open("a") as stream:
+        stream.write('{"id": "0", "sample": 0, "output": "torn')
+    assert verb.run(settings(llama_pair[1], prompt_file, tmp_path)).output.read_bytes() == whole
+
+
+def test_a_prompt_longer_than_the_context_is_a_marked_row(llama_pair, tmp_path):
+    long = " ".join(["w7"] * 200)
+    task = write_rows(tmp_path / "q.jsonl", [{"prompt": "w1"}, {"prompt": long}, {"prompt": "w2"}])
+    result = verb.run(settings(llama_pair[1], task, tmp_path))
+    rows = rows_of(result.output)
+    assert result.failed == 1
+    assert [row["finish_reason"] == "error" for row in rows] == [False, True, False]
+    assert (rows[1]["output"], rows[1]["length"]) == ("", 0)
+    errors = json.loads(result.meta.read_text())["errors"]
+    assert [(error["row"], error["id"]) for error in errors] == [(1, "1")]
+    assert "the model takes 128" in errors[0]["reason"]
+
+
+def test_answers_stop_at_the_context(llama_pair, tmp_path):
+    task = write_rows(tmp_path / "q.jsonl", [{"prompt": " ".join(["w7"] * 120)}])
+    row = rows_of(verb.run(settings(llama_pair[1], task, tmp_path, max_tokens=50)).output)[0]
+    assert row["length"] <= 128 - 124
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_in_the_text(llama_pair, prompt_file, tmp_path):
+    free = rows_of(verb.run(settings(llama_pair[1], prompt_file, tmp_path / "a", temperature=0.0)).output)
+    word = free[0]["output"].split()[2]
+    token = int(word[1:]) + 6
+    stopped = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "b", temperature=0.0, stop_token_id=(token,)))
+    row = rows_of(stopped.output)[0]
+    before = free[0]["output"].split()
+    before = before[: before.index(word)]
+    assert row["output"].split() == before
+    assert row["finish_reason"] == "stop"
+    assert row["length"] == len(before) + 1
+
+
+BAD = [
+    ({"task": "no-such-task"}, "no task 'no-such-task'"),
+    ({"task": "missing.jsonl"}, "no such file: missing.jsonl"),
+    ({"model": "/no/such/model"}, "no such directory: /no/such/model"),
+    ({"dataset": "/no/such.json"}, "no such prompt file"),
+    ({"chat_template": "/no/such.jinja"}, "chat template /no/such.jinja cannot be read"),
+    ({"engine_arg": ("x=1",)}, "--engine-arg is for the vllm engine"),
+    ({"system": "w1", "chat_template": "refusing"}, "refuses the prompts: no system here"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused_and_nothing_written(llama_pair, prompt_file, tmp_path, change, message):
+    if change.get("chat_template") == "refusing":
+        template = tmp_path / "t.jinja"
+        template.write_text("{{ raise_exception('no system here') }}")
+        change = {**change, "chat_template": str(template)}
+    change = {"task": prompt_file, "model": llama_pair[1], **change}
+    with pytest.raises(InputError, match=message) as caught:
+        verb.run(settings(change.pop("model"), change.pop("task"), tmp_path / "out", **change))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "flag"),
+    [
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_k": -2}, "--top-k"),
+        ({"max_tokens": 0}, "--max-tokens"),
+        ({"limit": 0}, "--limit"),
+        ({"n": 0}, "--n"),
+        ({"task": "alpaca", "n": 2}, "--n"),
+        ({"name": "a/b"}, "--name"),
+        ({"engine": "magic"}, "--engine"),
+        ({"engine_arg": ("novalue",)}, "--engine-arg"),
+        ({"presence_penalty": 3.0}, "--presence-penalty"),
+    ],
+)
+def test_values_out_of_range_name_their_flag(value, flag):
+    with pytest.raises(InputError, match=flag):
+        GenerateConfig(**{"task": "alpaca", "model": "m", **value})
+
+
+def test_a_model_without_chat_template_is_refused(llama_pair, prompt_file, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(llama_pair[1], model)
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="no chat template; pass one with --chat-template"):
+        verb.run(settings(model, prompt_file, tmp_path / "out"))
+    given = verb.plan(settings(model, prompt_file, tmp_path / "out", chat_template=str(llama_pair[1] / "chat_template.jinja")))
+    assert given.requests[0].prompt_ids[0] == 1
+
+
+def test_empty_prompts_file_and_missing_column(llama_pair, tmp_path):
+    with pytest.raises(InputError, match="holds no prompts"):
+        verb.plan(settings(llama_pair[1], write_rows(tmp_path / "e.jsonl", []), tmp_path))
+    with pytest.raises(InputError, match="row 1 of .* has no prompt, instruction or messages column"):
+        verb.plan(settings(llama_pair[1], write_rows(tmp_path / "c.jsonl", [{"prompt": "a"}, {"text": "b"}]), tmp_path))
+
+
+def test_exit_codes_and_streams_of_the_program(llama_pair, prompt_file, tmp_path, run_expo):
+    arguments = ["generate", prompt_file, "--model", llama_pair[1], "--engine", "transformers", "--max-tokens", 4]
+    done = run_expo(*arguments, "--output-dir", tmp_path, "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 12
+    assert "Traceback" not in done.stderr
+    assert "\r" not in done.stderr  # no progress bar in a log file
+    refused = run_expo(*arguments, "--output-dir", tmp_path, "--temperature", 0)
+    assert (refused.code, refused.stdout) == (2, "")
+    assert refused.stderr.strip().splitlines()[-1].startswith("expo: error: ")
+    write_rows(prompt_file, [{"prompt": " ".join(["w7"] * 200)}, {"prompt": "w1"}])
+    partly = run_expo(*arguments, "--output-dir", tmp_path / "b")
+    assert partly.code == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_process_is_continued(trained, alpaca_data, tmp_path, run_expo, stop):
+    arguments = ["generate", "alpaca", "--dataset", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
+    arguments += ["--model", trained / "tiny-dpo", "--engine", "transformers", "--limit", 48, "--max-tokens", 24]
+    arguments += ["--batch-tokens", 400, "--dtype", "float32"]
+    whole = run_expo(*arguments, "--output-dir", tmp_path / "whole")
+    assert whole.code == 0, whole.stderr
+    folder = tmp_path / "killed" / "outputs_alpaca"
+    with subprocess.Popen(
+        helpers.expo_command(*arguments, "--output-dir", folder.parent),
+        env=helpers.environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        wait_for_rows(folder / ".tiny-dpo.journal.jsonl", 8, process)
+        os.kill(process.pid, stop)
+        code = process.wait(60)
+    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
+    assert not (folder / "tiny-dpo.json").exists()
+    assert not (folder / "tiny-dpo.meta.json").exists()
+    again = run_expo(*arguments, "--output-dir", folder.parent)
+    assert again.code == 0, again.stderr
+    assert (folder / "tiny-dpo.json").read_bytes() == (tmp_path / "whole/outputs_alpaca/tiny-dpo.json").read_bytes()
+    assert json.loads((folder / "tiny-dpo.meta.json").read_text())["rows_this_run"] < 48
+
+
+def wait_for_rows(journal: Path, rows: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") <= rows:
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
