@@ -308,16 +308,22 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
     Returns:
         `files` (name → [bytes, mtime in ns]) and `headers_xxh3` (hexadecimal).
+
+    Raises:
+        InputError: A file cannot be read, such as a link to nothing.
     """
     hasher = xxhash.xxh3_128()
     files: dict[str, list[int]] = {}
     for file in sorted((*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.json"), *path.glob("*.jinja"))):
-        status = file.stat()
         is_weights = file.suffix in (".safetensors", ".bin")
+        try:
+            status, content = file.stat(), _head(file) if is_weights else file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror}") from error
         if is_weights:
             files[file.name] = [status.st_size, status.st_mtime_ns]
         hasher.update(file.name.encode())
-        hasher.update(_head(file) if is_weights else file.read_bytes())
+        hasher.update(content)
     return {"headers_xxh3": hasher.hexdigest(), "files": files}
 
 

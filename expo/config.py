@@ -95,6 +95,7 @@ class ExtrapolateConfig(CommonConfig):
             _require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
         duplicates = sorted({a for a in self.alpha if self.alpha.count(a) > 1})
         _require(not duplicates, f"--alpha {duplicates[:1]} is given more than once")
+        object.__setattr__(self, "alpha", tuple(map(float, self.alpha)))
         _require_choice("--dtype", self.dtype, Dtype)
         _require_choice("--missing", self.missing, Missing)
         _require_device(self.device)
@@ -288,10 +289,17 @@ def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Ta
 def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, Any]:
     known = set().union(*map(field_names, COMMANDS)) if table == "common" else field_names(table)
     values = {key.replace("-", "_"): value for key, value in content.items()}
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r} in [{table}]{_nearest(key, known)}")
+        if isinstance(value, (list, dict)) and key not in _repeatable_names():
+            raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
     return values
+
+
+def _repeatable_names() -> set[str]:
+    fields = (field for kind in COMMANDS.values() for field in dataclasses.fields(kind))
+    return {field.name for field in fields if isinstance(field.default, tuple)}
 
 
 def _nearest(word: str, known: set[str]) -> str:

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# ExPO: extrapolate internlm/internlm2-chat-20b from internlm/internlm2-chat-20b-sft, generate and score.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+extra internlm2-chat-20b

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Baseline: generate with internlm/internlm2-chat-7b and score.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+baseline internlm2-chat-7b

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# ExPO: extrapolate allenai/tulu-2-dpo-7b from allenai/tulu-2-7b, generate and score.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+extra tulu-2-dpo-7b

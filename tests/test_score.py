@@ -1,0 +1,245 @@
+"""score: the numbers against transformers itself, the formats, resume and refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+from expo import score as verb
+from expo.backends import transformers_reward as backend
+from expo.config import ScoreConfig
+from expo.errors import EnvironmentFailure, InputError
+
+ROWS = [(" ".join(f"w{(5 * row + word) % 50}" for word in range(2 + row % 4)), "w3 " * (row % 9)) for row in range(14)]
+
+
+@pytest.fixture(scope="session")
+def reward_model(llama_pair, tmp_path_factory) -> Path:
+    """A random tiny Llama with one label; its padding token is its EOS, as in many reward models."""
+    return make_reward_model(tmp_path_factory.mktemp("rm") / "rm", llama_pair[1], labels=1, pad_id=2)
+
+
+def make_reward_model(folder: Path, like: Path, *, labels: int, pad_id: int | None) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(like, num_labels=labels, pad_token_id=pad_id)
+    LlamaForSequenceClassification(config).float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    return write_outputs(tmp_path)
+
+
+def write_outputs(folder: Path, rows=ROWS) -> Path:
+    path = folder / "outputs_q" / "m.jsonl"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    lines = [{"prompt": p, "output": o, "length": 3, "finish_reason": "stop"} for p, o in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def settings(model: Path, folder: Path, **others) -> ScoreConfig:
+    defaults = {"task": "q.jsonl", "name": "m", "dtype": "float32", "device": "cpu", "batch_tokens": 60}
+    return ScoreConfig(reward_model=str(model), output_dir=str(folder), **{**defaults, **others})
+
+
+def numbers(path: Path) -> list[float | None]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rewards_alone(model: Path, rows) -> list[float]:
+    """Each row by itself through transformers: no padding, no batching, none of our code."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    values = []
+    for prompt, output in rows:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        with torch.inference_mode():
+            values.append(reference(torch.tensor([ids])).logits[0, 0].item())
+    return values
+
+
+@pytest.mark.parametrize("pad_id", [2, None, 5])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_rewards_are_the_raw_logits_of_each_row_alone(llama_pair, outputs, tmp_path, pad_id, batch_tokens):
+    model = make_reward_model(tmp_path / "rm", llama_pair[1], labels=1, pad_id=pad_id)
+    result = verb.run(settings(model, tmp_path, batch_tokens=batch_tokens))
+    expected = rewards_alone(model, ROWS)
+    assert numbers(result.rewards) == pytest.approx(expected, abs=2e-6)
+    assert len({round(value, 4) for value in expected}) > 10
+
+
+def test_files_and_figures(reward_model, outputs, tmp_path):
+    result = verb.run(settings(reward_model, tmp_path))
+    folder = tmp_path / "rewards_q"
+    assert sorted(path.name for path in folder.iterdir()) == ["m.jsonl", "m.meta.json", "m.rows.jsonl"]
+    rewards = numbers(result.rewards)
+    rows = [json.loads(line) for line in (folder / "m.rows.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [["id", "sample", "reward", "tokens", "truncated"]] * 14
+    assert [row["reward"] for row in rows] == rewards
+    meta = json.loads(result.meta.read_text())
+    assert meta["n"] == 14
+    assert meta["failed"] == meta["truncated"] == 0
+    assert meta["mean"] == pytest.approx(statistics.fmean(rewards))
+    assert meta["standard_error"] == pytest.approx(statistics.stdev(rewards) / math.sqrt(14))
+    assert meta["reward_model"] == "rm"
+
+
+def test_prompts_hash_is_the_one_generate_wrote(llama_pair, reward_model, tmp_path):
+    from expo import generate
+    from expo.config import GenerateConfig
+
+    task = tmp_path / "q.jsonl"
+    task.write_text("".join(json.dumps({"prompt": prompt, "id": f"r{n}"}) + "\n" for n, (prompt, _) in enumerate(ROWS)))
+    generated = generate.run(
+        GenerateConfig(task=str(task), model=str(llama_pair[1]), engine="transformers", device="cpu", max_tokens=5,
+                       output_dir=str(tmp_path), name="m", n=2)  # fmt: skip
+    )
+    scored = verb.run(settings(reward_model, tmp_path))
+    metas = [json.loads(path.read_text()) for path in (generated.meta, scored.meta)]
+    assert metas[0]["prompts_sha256"] == metas[1]["prompts_sha256"]
+    rows = [json.loads(line) for line in (tmp_path / "rewards_q/m.rows.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in rows] == [(f"r{n}", s) for n in range(14) for s in range(2)]
+
+
+def test_long_conversations_lose_their_end_and_are_marked(reward_model, outputs, tmp_path):
+    result = verb.run(settings(reward_model, tmp_path, max_length=8))
+    rows = [json.loads(line) for line in (tmp_path / "rewards_q/m.rows.jsonl").read_text().splitlines()]
+    assert all(row["tokens"] <= 8 for row in rows)
+    truncated = sum(row["truncated"] for row in rows)
+    assert 0 < truncated < 14
+    assert json.loads(result.meta.read_text())["truncated"] == truncated
+
+
+def test_rows_without_an_answer_have_no_reward(reward_model, tmp_path):
+    path = write_outputs(tmp_path)
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps({"prompt": "w1", "output": "", "length": 0, "finish_reason": "error"})
+    path.write_text("\n".join(lines) + "\n")
+    result = verb.run(settings(reward_model, tmp_path))
+    rewards = numbers(result.rewards)
+    assert [number for number, reward in enumerate(rewards) if reward is None] == [3]
+    assert (result.n, result.failed) == (13, 1)
+
+
+def test_complete_is_left_alone_more_rows_extend_and_other_outputs_are_refused(
+    reward_model, outputs, tmp_path, monkeypatch
+):
+    first = verb.run(settings(reward_model, tmp_path, limit=5))
+    assert len(numbers(first.rewards)) == 5
+    assert verb.run(settings(reward_model, tmp_path, limit=5)).status == "already complete"
+    assert verb.run(settings(reward_model, tmp_path)).n == 14
+    assert numbers(first.rewards) == pytest.approx(rewards_alone(reward_model, ROWS), abs=2e-6)
+    write_outputs(tmp_path, [("w1", "w2"), *ROWS[1:]])
+    with pytest.raises(InputError, match="made from other rows; --overwrite replaces it"):
+        verb.run(settings(reward_model, tmp_path))
+    assert verb.run(settings(reward_model, tmp_path, overwrite=True)).status == "written"
+    with pytest.raises(InputError, match="another max-length"):
+        verb.run(settings(reward_model, tmp_path, max_length=7))
+
+
+def test_interrupted_runs_end_as_uninterrupted_ones(reward_model, outputs, tmp_path, monkeypatch):
+    whole = verb.run(settings(reward_model, tmp_path)).rewards.read_bytes()
+    shutil.rmtree(tmp_path / "rewards_q")
+    original, calls = backend.TransformersScorer.score, []
+
+    def failing(self, rows):
+        calls.append(len(rows))
+        if len(calls) % 3 == 0:
+            raise EnvironmentFailure("the engine died")
+        return original(self, rows)
+
+    monkeypatch.setattr(backend.TransformersScorer, "score", failing)
+    final = tmp_path / "rewards_q" / "m.jsonl"
+    for _ in range(12):
+        try:
+            verb.run(settings(reward_model, tmp_path))
+            break
+        except EnvironmentFailure:
+            assert [path.name for path in final.parent.iterdir()] == [".m.journal.jsonl"]
+    assert len(calls) > 3
+    assert final.read_bytes() == whole
+
+
+def test_a_causal_model_is_refused_by_name(llama_pair, outputs, tmp_path):
+    with pytest.raises(InputError, match="dpo is a LlamaForCausalLM, not a reward model: it has no trained score head"):
+        verb.run(settings(llama_pair[1], tmp_path))
+    assert not (tmp_path / "rewards_q").exists()
+
+
+def test_two_labels_are_refused(llama_pair, outputs, tmp_path):
+    model = make_reward_model(tmp_path / "two", llama_pair[1], labels=2, pad_id=2)
+    with pytest.raises(InputError, match="two has 2 labels; a reward model has one"):
+        verb.run(settings(model, tmp_path))
+
+
+def test_an_untrained_head_is_refused(llama_pair, reward_model, outputs, tmp_path):
+    model = tmp_path / "headless"
+    shutil.copytree(llama_pair[1], model)
+    shutil.copy(reward_model / "config.json", model / "config.json")
+    with pytest.raises(InputError, match=r"headless has no trained score head \(score.weight is not in its weights\)"):
+        verb.run(settings(model, tmp_path))
+    assert not (tmp_path / "rewards_q" / "m.jsonl").exists()
+
+
+def test_missing_or_strange_outputs_are_refused(reward_model, tmp_path):
+    with pytest.raises(InputError, match="no outputs to score: .*m.jsonl does not exist"):
+        verb.run(settings(reward_model, tmp_path))
+    path = write_outputs(tmp_path)
+    path.write_text('{"prompt": "w1"}\n')
+    with pytest.raises(InputError, match="row 0 of .* lacks a prompt"):
+        verb.run(settings(reward_model, tmp_path))
+    path.write_text('{"prompt": "w1", "out')
+    with pytest.raises(InputError, match="is not a valid jsonl file"):
+        verb.run(settings(reward_model, tmp_path))
+
+
+def test_real_outputs_with_the_real_reward_model(trained, alpaca_data, tmp_path):
+    """Released AlpacaEval outputs, read as they were published, without a meta file."""
+    outputs = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
+    model = trained / "tiny-rm"
+    result = verb.run(settings(model, tmp_path, task="alpaca", outputs=str(outputs), limit=24, batch_tokens=4096))
+    rows = json.loads(outputs.read_text())[:24]
+    expected = rewards_alone(model, [(row["instruction"], row["output"]) for row in rows])
+    assert numbers(result.rewards) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path, run_expo):
+    arguments = ["score", "alpaca", "--name", "m", "--batch-tokens", 500, "--dtype", "float32", "--limit", 150]
+    arguments += ["--outputs", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
+    arguments += ["--reward-model", trained / "tiny-rm"]
+    whole = run_expo(*arguments, "--output-dir", tmp_path / "whole")
+    assert whole.code == 0, whole.stderr
+    folder = tmp_path / "killed" / "rewards_alpaca"
+    command = helpers.expo_command(*arguments, "--output-dir", folder.parent)
+    with subprocess.Popen(command, env=helpers.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as p:
+        deadline = time.monotonic() + 120
+        while not (folder / ".m.journal.jsonl").exists() or (folder / ".m.journal.jsonl").stat().st_size < 2000:
+            assert p.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(p.pid, signal.SIGKILL)
+    assert [path.name for path in folder.iterdir()] == [".m.journal.jsonl"]
+    again = run_expo(*arguments, "--output-dir", folder.parent)
+    assert again.code == 0, again.stderr
+    for name in ("m.jsonl", "m.rows.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / "rewards_alpaca" / name).read_bytes()
