@@ -109,7 +109,11 @@ def write_prompts(folder: Path, kind: str) -> Path:
 
 
 def test_several_turns_keep_their_messages(llama_pair, tmp_path):
-    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}, {"role": "user", "content": "w3"}]
+    turns = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": "w3"},
+    ]
     task = write_rows(tmp_path / "t.jsonl", [{"messages": turns}])
     row = rows_of(verb.run(settings(llama_pair[1], task, tmp_path)).output)[0]
     assert row["prompt"] == "w3"
@@ -332,14 +336,16 @@ def test_a_model_without_chat_template_is_refused(llama_pair, prompt_file, tmp_p
     (model / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="no chat template; pass one with --chat-template"):
         verb.run(settings(model, prompt_file, tmp_path / "out"))
-    given = verb.plan(settings(model, prompt_file, tmp_path / "out", chat_template=str(llama_pair[1] / "chat_template.jinja")))
+    given = verb.plan(
+        settings(model, prompt_file, tmp_path / "out", chat_template=str(llama_pair[1] / "chat_template.jinja"))
+    )
     assert given.requests[0].prompt_ids[0] == 1
 
 
 def test_empty_prompts_file_and_missing_column(llama_pair, tmp_path):
     with pytest.raises(InputError, match="holds no prompts"):
         verb.plan(settings(llama_pair[1], write_rows(tmp_path / "e.jsonl", []), tmp_path))
-    with pytest.raises(InputError, match="row 1 of .* has no prompt, instruction or messages column"):
+    with pytest.raises(InputError, match=r"row 1 of .* has no prompt, instruction or messages column"):
         verb.plan(settings(llama_pair[1], write_rows(tmp_path / "c.jsonl", [{"prompt": "a"}, {"text": "b"}]), tmp_path))
 
 

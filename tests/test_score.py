@@ -110,8 +110,16 @@ def test_prompts_hash_is_the_one_generate_wrote(llama_pair, reward_model, tmp_pa
     task = tmp_path / "q.jsonl"
     task.write_text("".join(json.dumps({"prompt": prompt, "id": f"r{n}"}) + "\n" for n, (prompt, _) in enumerate(ROWS)))
     generated = generate.run(
-        GenerateConfig(task=str(task), model=str(llama_pair[1]), engine="transformers", device="cpu", max_tokens=5,
-                       output_dir=str(tmp_path), name="m", n=2)  # fmt: skip
+        GenerateConfig(
+            task=str(task),
+            model=str(llama_pair[1]),
+            engine="transformers",
+            device="cpu",
+            max_tokens=5,
+            output_dir=str(tmp_path),
+            name="m",
+            n=2,
+        )
     )
     scored = verb.run(settings(reward_model, tmp_path))
     metas = [json.loads(path.read_text()) for path in (generated.meta, scored.meta)]
@@ -201,11 +209,11 @@ def test_an_untrained_head_is_refused(llama_pair, reward_model, outputs, tmp_pat
 
 
 def test_missing_or_strange_outputs_are_refused(reward_model, tmp_path):
-    with pytest.raises(InputError, match="no outputs to score: .*m.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"no outputs to score: .*m.jsonl does not exist"):
         verb.run(settings(reward_model, tmp_path))
     path = write_outputs(tmp_path)
     path.write_text('{"prompt": "w1"}\n')
-    with pytest.raises(InputError, match="row 0 of .* lacks a prompt"):
+    with pytest.raises(InputError, match=r"row 0 of .* lacks a prompt"):
         verb.run(settings(reward_model, tmp_path))
     path.write_text('{"prompt": "w1", "out')
     with pytest.raises(InputError, match="is not a valid jsonl file"):
@@ -231,7 +239,9 @@ def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path, run_expo)
     assert whole.code == 0, whole.stderr
     folder = tmp_path / "killed" / "rewards_alpaca"
     command = helpers.expo_command(*arguments, "--output-dir", folder.parent)
-    with subprocess.Popen(command, env=helpers.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as p:
+    with subprocess.Popen(
+        command, env=helpers.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as p:
         deadline = time.monotonic() + 120
         while not (folder / ".m.journal.jsonl").exists() or (folder / ".m.journal.jsonl").stat().st_size < 2000:
             assert p.poll() is None, "it ended before it could be killed"

@@ -1,0 +1,168 @@
+"""The engines against each other and against transformers itself; the noise and the batches they share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expo.backends import GENERATORS, SCORERS, Request, load_generator, load_scorer, token_batches
+from expo.backends.transformers import PenaltyProcessor, SeededChoice, sampling_noise
+
+COMPARE = """
+import json, sys
+from expo.backends import load_generator
+from expo.config import GenerateConfig
+from expo.generate import plan
+
+def main():
+    settings = json.loads(sys.argv[1])
+    settings["engine_arg"] = ()
+    answers = {}
+    for engine in ("transformers", "vllm"):
+        work = plan(GenerateConfig(engine=engine, **settings))
+        generator = load_generator(engine)(work.setup)
+        answers[engine] = {
+            one.request.id: [list(one.token_ids), one.finish_reason]
+            for rows in generator.generate(work.requests, set()) for one in rows
+        }
+    print(json.dumps(answers))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.vllm
+def test_greedy_answers_with_penalties_are_the_same_tokens_on_both_engines(trained, alpaca_data, tmp_path):
+    settings = {
+        "task": "alpaca",
+        "dataset": str(alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"),
+        "model": str(trained / "tiny-dpo"),
+        "limit": 32,
+        "max_tokens": 64,
+        "temperature": 0.0,
+        "dtype": "float32",
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+        "output_dir": str(tmp_path),
+    }
+    script = tmp_path / "compare.py"
+    script.write_text(COMPARE)
+    done = subprocess.run(
+        [sys.executable, script, json.dumps(settings)], env=helpers.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert len(answers["vllm"]) == 32
+    assert answers["vllm"] == answers["transformers"]
+    assert sum(len(ids) for ids, _ in answers["vllm"].values()) > 500
+
+
+@pytest.mark.vllm
+def test_vllm_from_the_command_line(trained, alpaca_data, tmp_path, run_expo):
+    """auto takes vLLM here; a run in two parts ends as one in one part: rows do not depend on their batch."""
+    dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
+    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--max-tokens", 32]
+    whole = run_expo(*arguments, "--output-dir", tmp_path / "a", "--limit", 24, "--json", timeout=300)
+    assert whole.code == 0, whole.stderr
+    assert "engine: vllm" in whole.stderr
+    assert json.loads(whole.stdout)["rows"] == 24  # one JSON object, none of vLLM's log
+    for limit in (7, 24):
+        part = run_expo(*arguments, "--output-dir", tmp_path / "b", "--limit", limit, timeout=300)
+        assert part.code == 0, part.stderr
+    final = Path("outputs_alpaca/tiny-dpo.json")
+    assert (tmp_path / "a" / final).read_bytes() == (tmp_path / "b" / final).read_bytes()
+    meta = json.loads((tmp_path / "b" / "outputs_alpaca" / "tiny-dpo.meta.json").read_text())
+    assert meta["engine"] == "vllm"
+    assert meta["rows_this_run"] == 17
+    assert meta["repeatable"] is True
+    assert meta["engine_step_seconds"] <= meta["generate_seconds"]
+    instructions = [row["instruction"] for row in json.loads(dataset.read_text())[:24]]
+    assert [row["instruction"] for row in json.loads((tmp_path / "a" / final).read_text())] == instructions
+
+
+@pytest.mark.vllm
+def test_vllm_refuses_a_bad_engine_argument_in_one_line(trained, tmp_path, run_expo):
+    task = tmp_path / "q.jsonl"
+    task.write_text('{"prompt": "hello"}\n')
+    arguments = ["generate", task, "--model", trained / "tiny-dpo", "--engine", "vllm", "--output-dir", tmp_path]
+    done = run_expo(*arguments, "--engine-arg", "no_such_argument=1", timeout=300)
+    assert done.code == 2
+    assert "no_such_argument" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "outputs_q" / "tiny-dpo.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_generator_in_the_table_is_there(name):
+    assert {"generate", "versions"} <= set(dir(load_generator(name)))
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_in_the_table_is_there(name):
+    assert {"score", "versions"} <= set(dir(load_scorer(name)))
+
+
+def test_penalties_are_counted_over_generated_tokens_only():
+    ids = torch.tensor([[7, 7, 1, 3, 3, 3], [5, 1, 1, 2, 0, 2]])  # (batch 2, 3 prompt + 3 generated)
+    scores = torch.zeros(2, 8)
+    result = PenaltyProcessor(3, presence=0.5, frequency=0.25)(ids, scores)
+    expected = torch.zeros(2, 8)
+    expected[0, 3] = -0.5 - 3 * 0.25
+    expected[1, 2] = -0.5 - 2 * 0.25
+    expected[1, 0] = -0.5 - 0.25
+    assert torch.equal(result, expected)
+    assert torch.equal(scores, torch.zeros(2, 8))
+
+
+def test_choices_follow_the_distribution():
+    """Counts of 40,000 draws lie within five standard deviations of softmax; a token ruled out is never drawn."""
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0, -1.0])
+    draws = 40_000
+    noise = torch.rand(draws, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen = SeededChoice(0, noise)(torch.empty(draws, 0, dtype=torch.long), logits.expand(draws, -1)).argmax(-1)
+    counts = torch.bincount(chosen, minlength=5).double()
+    expected = logits.double().softmax(-1)
+    deviation = (draws * expected * (1 - expected)).sqrt()
+    assert counts[2] == 0
+    assert torch.all((counts - draws * expected).abs() <= 5 * deviation)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1 - 2**-53])
+def test_choices_at_the_edges_are_possible_tokens(noise):
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, [3, 500, 998]] = 0.0
+    chosen = SeededChoice(0, torch.tensor([[noise]], dtype=torch.float64))(torch.empty(1, 0, dtype=torch.long), logits)
+    assert chosen.argmax().item() in (3, 500, 998)
+
+
+def test_noise_depends_on_seed_row_and_sample_only():
+    def noise(seed: int, row: str, sample: int, tokens: int = 20) -> list[float]:
+        return sampling_noise(seed, Request(row, sample, (1, 2), tokens)).tolist()
+
+    assert noise(42, "a", 0) == noise(42, "a", 0)
+    assert noise(42, "a", 0, 5) == noise(42, "a", 0)[:5]
+    others = [noise(43, "a", 0), noise(42, "b", 0), noise(42, "a", 1), noise(41, "a", 1)]
+    assert all(other != noise(42, "a", 0) for other in others)
+
+
+@given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 2000))
+def test_batches_hold_every_row_once_and_keep_the_budget(lengths, budget):
+    batches = token_batches(lengths, budget)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = max(lengths[number] for number in batch) * len(batch)
+        assert padded <= budget or len(batch) == 1
+    assert batches == token_batches(list(lengths), budget)
+
+
+def test_batches_are_full():
+    assert len(token_batches([10] * 100, 200)) == 5

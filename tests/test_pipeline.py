@@ -1,0 +1,76 @@
+"""The whole way on real input: a trained trio and real AlpacaEval instructions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_logits_are_those_of_a_model_extrapolated_in_memory(trained, tmp_path, run_expo):
+    from transformers import AutoModelForCausalLM
+
+    sides = [trained / "tiny-sft", trained / "tiny-dpo"]
+    done = run_expo("extrapolate", "--sft", sides[0], "--dpo", sides[1], "--alpha", 0.5, "--output", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'out'}\n"
+    sft, dpo = (AutoModelForCausalLM.from_pretrained(side, dtype=torch.float64) for side in sides)
+    with torch.no_grad():
+        for s, d in zip(sft.parameters(), dpo.parameters(), strict=True):
+            d.copy_((d + 0.5 * (d - s)).to(torch.bfloat16))  # float64, then one rounding to what the file holds
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    ids = torch.arange(1, 2000, 13)[None]
+    with torch.inference_mode():
+        expected, logits = dpo(ids).logits, ours(ids).logits
+    # the few weights beside a rounding boundary may lie one bfloat16 step off; without ExPO the gap is far larger
+    assert (logits - expected).abs().max() < 2e-3
+    plain = AutoModelForCausalLM.from_pretrained(sides[1], dtype=torch.float64)
+    with torch.inference_mode():
+        assert (plain(ids).logits - expected).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_extrapolate_generate_score(trained, alpaca_data, tmp_path, run_expo, engine):
+    """θ(1) scores well above SFT (θ(−1)) on real instructions, by more than three standard errors."""
+    dataset = alpaca_data / "alpaca_eval" / "Starling-LM-7B-beta.json"
+    means = {}
+    for alpha in (-1.0, 1.0):
+        model = tmp_path / f"alpha{alpha}"
+        sides = ["--sft", trained / "tiny-sft", "--dpo", trained / "tiny-dpo"]
+        made = run_expo("extrapolate", *sides, f"--alpha={alpha}", "--output", model)
+        assert made.code == 0, made.stderr
+        where = ["--output-dir", tmp_path, "--limit", 48]
+        generated = run_expo("generate", "alpaca", "--dataset", dataset, "--model", model, "--engine", engine,
+                             "--max-tokens", 64, *where, timeout=300)  # fmt: skip
+        assert generated.code == 0, generated.stderr
+        scored = run_expo(
+            "score", "alpaca", "--name", model.name, "--reward-model", trained / "tiny-rm", *where, "--json"
+        )
+        assert scored.code == 0, scored.stderr
+        result = json.loads(scored.stdout)
+        assert result["n"] == 48
+        means[alpha] = (result["mean"], result["standard_error"])
+    gap = means[1.0][0] - means[-1.0][0]
+    assert gap > 3 * (means[1.0][1] ** 2 + means[-1.0][1] ** 2) ** 0.5, means
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_curve(tmp_path):
+    """It ends with an error of its own unless reward rises beyond α = 0 and falls again."""
+    command = [sys.executable, "-m", "demo.run", tmp_path / "demo"]
+    done = subprocess.run(command, cwd=ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    curve = [line.split() for line in done.stdout.splitlines() if "±" in line]
+    assert [float(line[0]) for line in curve] == [-1, 0, 0.5, 1, 2, 4, 8]
+    rewards = [float(line[1]) for line in curve]
+    assert rewards[0] < rewards[1] < max(rewards)
+    assert rewards[-1] < rewards[1]
+    assert (tmp_path / "demo" / "curve.png").read_bytes().startswith(b"\x89PNG")
