@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +11,28 @@ import helpers
 import pytest
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need what this machine lacks skip themselves, saying so."""
+    for item in items:
+        for marker, reason in _lacking().items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@functools.cache
+def _lacking() -> dict[str, str]:
+    import torch
+
+    lacking = {}
+    if not torch.cuda.is_available():
+        lacking["gpu"] = "no CUDA device"
+    if importlib.util.find_spec("vllm") is None:
+        lacking["vllm"] = "vLLM is not installed; tests/run.sh installs it"
+    if os.environ.get("EXPO_TEST_NETWORK") != "1":
+        lacking["network"] = "EXPO_TEST_NETWORK=1 is not set"
+    return lacking
 
 
 def _real(variable: str, default: Path, needed: str) -> Path:

@@ -64,6 +64,7 @@ def _prepare_environment() -> None:
     debug = logging.getLogger("expo").isEnabledFor(logging.DEBUG)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debug else "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    logging.getLogger("torch._library.triton").setLevel(logging.DEBUG if debug else logging.ERROR)
     if not _has_gpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
