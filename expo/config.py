@@ -95,7 +95,7 @@ class ExtrapolateConfig(CommonConfig):
             _require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
         duplicates = sorted({a for a in self.alpha if self.alpha.count(a) > 1})
         _require(not duplicates, f"--alpha {duplicates[:1]} is given more than once")
-        object.__setattr__(self, "alpha", tuple(map(float, self.alpha)))
+        object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         _require_choice("--dtype", self.dtype, Dtype)
         _require_choice("--missing", self.missing, Missing)
         _require_device(self.device)
@@ -292,8 +292,10 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
     for key, value in values.items():
         if key not in known:
             raise InputError(f"{path}: unknown key {key!r} in [{table}]{_nearest(key, known)}")
-        if isinstance(value, (list, dict)) and key not in _repeatable_names():
+        repeatable = key in _repeatable_names()
+        if isinstance(value, (list, dict)) and not repeatable:
             raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
+        values[key] = [value] if repeatable and not isinstance(value, list) else value
     return values
 
 

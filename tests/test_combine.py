@@ -228,7 +228,7 @@ def test_a_result_that_overflows_is_refused_or_written(tmp_path: Path, action: s
     dpo = {"w": torch.tensor([1.0, 60000.0 if action == "extrapolate" else 70000.0])}
     exclude = ("w",) if action == "copy" else ()
     pair = plan(tmp_path / "no", sft, dpo, dtype="float16", exclude=exclude)
-    with pytest.raises(InputError, match="tensor w holds NaN or infinity .* too large for F16"):
+    with pytest.raises(InputError, match=r"tensor w holds NaN or infinity .* too large for F16"):
         stream(pair)
     pair = plan(tmp_path / "yes", sft, dpo, dtype="float16", exclude=exclude, allow_nonfinite=True)
     assert tensors_of(pair, stream(pair)[0])["w"].tolist() == [1.0, float("inf")]

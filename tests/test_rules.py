@@ -113,11 +113,14 @@ def test_any_alpha(alpha: float, seed: int, dtype: torch.dtype) -> None:
     share_off(sft, dpo, alpha, rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo)))
 
 
-def test_squared_norms_against_numpy() -> None:
+@pytest.mark.parametrize("block", [1 << 16, 999, 200_000])
+def test_squared_norms_against_numpy(block: int) -> None:
     generator = torch.Generator().manual_seed(6)
     sft, dpo = (torch.randn(100_000, generator=generator).to(torch.bfloat16) for _ in range(2))
     s, d = sft.double().numpy(), dpo.double().numpy()
-    assert rules.squared_norms(sft, dpo) == pytest.approx((((d - s) ** 2).sum(), (s**2).sum()), rel=1e-5)
+    assert rules.squared_norms(sft, dpo, torch.empty(2, block)) == pytest.approx(
+        (((d - s) ** 2).sum(), (s**2).sum()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

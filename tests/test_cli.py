@@ -1,0 +1,211 @@
+"""The program itself: what it imports, prints and returns. What commands do is tested beside their modules."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from helpers import Result, environment, expo_command, run_expo
+
+from expo import __version__, cli
+from expo.errors import EnvironmentFailure, InputError, Stopped
+
+HEAVY = ("torch", "transformers", "vllm", "datasets", "scipy", "matplotlib")
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_again() -> Iterator[None]:
+    """`--debug` sets a level for the whole process."""
+    level = cli.log.level
+    yield
+    cli.log.setLevel(level)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The program in this process."""
+
+    def call(*args: object) -> Result:
+        code = cli.run([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> Callable[..., Result]:
+    """`expo extrapolate`, whose verb raises what it is told to."""
+
+    def call(error: BaseException, *args: str) -> Result:
+        def verb(_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("expo.extrapolate.run", verb)
+        return run("extrapolate", "--sft", "s", "--dpo", "d", "--alpha", "1", *args)
+
+    return call
+
+
+# --- help and version ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["expo", *COMMANDS])
+def test_help_imports_nothing_heavy_and_shows_an_example(command: list[str]) -> None:
+    script = (
+        "import sys; from expo.cli import run; code = run(sys.argv[1:]);"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [expo_command()[0], "-c", script, *command, "--help"], env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert f"Usage: {' '.join(['expo', *command])}" in done.stdout
+    examples = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("expo ")]
+    assert examples, "help ends with commands that run"
+    assert all(words[1] in (command or COMMANDS) for words in examples)
+
+
+def test_module_and_script_are_the_same_program() -> None:
+    module = run_expo("--version")
+    script = subprocess.run(["expo", "--version"], env=_with_scripts(), capture_output=True, text=True)
+    assert (module.code, module.stdout, module.stderr) == (0, f"expo {__version__}\n", "")
+    assert (script.returncode, script.stdout, script.stderr) == (0, module.stdout, "")
+
+
+def _with_scripts() -> dict[str, str]:
+    folder = Path(expo_command()[0]).parent
+    return environment(PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_no_command_is_a_usage_error_on_stderr(run: Callable[..., Result]) -> None:
+    result = run()
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Usage: expo")
+
+
+@pytest.mark.parametrize("args", [["extrapolat"], ["extrapolate"], ["extrapolate", "--sft"], ["--nonsense"]])
+def test_usage_errors_are_one_line(run: Callable[..., Result], args: list[str]) -> None:
+    result = run(*args)
+    assert (result.code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("expo: error: ")
+
+
+# --- exit codes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("alpha is odd"), 2, "expo: error: alpha is odd\n"),
+        (EnvironmentFailure("the disk is gone"), 1, "expo: error: the disk is gone\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, "expo: error: /x/y: No space left on device\n"),
+        (OSError("strange"), 1, "expo: error: I/O: strange\n"),
+        (MemoryError(), 1, "expo: error: out of memory\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (Stopped(15), 143, ""),
+    ],
+)
+def test_errors_become_a_line_and_a_code(
+    fail: Callable[..., Result], error: BaseException, code: int, line: str
+) -> None:
+    assert fail(error) == Result(code, "", line)
+
+
+def test_bugs_keep_their_traceback(fail: Callable[..., Result]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
+
+
+def test_debug_shows_the_traceback_of_known_errors(fail: Callable[..., Result]) -> None:
+    result = fail(InputError("alpha is odd"), "--debug")
+    assert result.code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("expo: error: alpha is odd\n")
+    assert result.stdout == ""
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_data_and_stderr_is_talk(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    args = ("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 0.5, "--output", tmp_path / "out")
+    first, second = run_expo(*args), run_expo(*args)
+    assert first == Result(0, f"{tmp_path}/out\n", f"expo: α = 0.5: written: {tmp_path}/out\n")
+    assert second == Result(0, f"{tmp_path}/out\n", f"expo: α = 0.5: already complete: {tmp_path}/out\n")
+
+
+def test_json_is_exactly_one_object(run: Callable[..., Result], pair: tuple[Path, Path], tmp_path: Path) -> None:
+    args = ("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 0.5, "--output", tmp_path / "out", "--json")
+    for status in ("written", "already complete"):
+        result = run(*args)
+        assert result.code == 0
+        assert len(result.stdout.splitlines()) == 1
+        expected = {"outputs": [{"alpha": 0.5, "path": f"{tmp_path}/out", "status": status}]}
+        assert json.loads(result.stdout) == expected
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    run: Callable[..., Result], pair: tuple[Path, Path], tmp_path: Path, as_json: bool
+) -> None:
+    args = [
+        "extrapolate",
+        "--sft",
+        pair[0],
+        "--dpo",
+        pair[1],
+        "--alpha",
+        0.5,
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*args, *(["--json"] if as_json else []))
+    assert (result.code, result.stderr) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
+    if as_json:
+        plan = json.loads(result.stdout)
+        assert plan["outputs"] == [{"alpha": 0.5, "path": f"{tmp_path}/out", "complete": False}]
+        assert plan["tensors"] == {"extrapolated": 3, "copied": 0, "equal": 0}
+        sizes = {file.name: file.stat().st_size for file in pair[1].glob("*.safetensors")}
+        assert {shard["file"]: shard["bytes"] for shard in plan["shards"]} == sizes
+        assert plan["bytes_per_output"] == sum(sizes.values())
+    else:
+        assert f"outputs           alpha 0.5, path {tmp_path}/out, complete False\n" in result.stdout
+
+
+def test_a_json_run_that_fails_prints_no_data(run: Callable[..., Result]) -> None:
+    result = run("extrapolate", "--sft", "./no/such/x", "--dpo", "d", "--alpha", 1, "--json")
+    assert (result.code, result.stdout) == (2, "")
+
+
+def test_a_closed_pipe_is_no_traceback(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    args = ["extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 0.5, "--output", tmp_path / "out"]
+    command = expo_command(*args, "--dry-run")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
+def test_warnings_go_to_stderr(
+    run: Callable[..., Result], pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    (pair[1] / "stray.safetensors").write_bytes((pair[0] / "model.safetensors").read_bytes())
+    with caplog.at_level(logging.WARNING):
+        result = run("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 1, "--dry-run", "--json")
+    assert json.loads(result.stdout)["bytes_per_output"] > 0
+    assert caplog.messages == ["dpo: ignoring stray.safetensors, which is not part of it"]

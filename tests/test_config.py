@@ -1,0 +1,220 @@
+"""Settings: what flags, a file, a recipe and the defaults give together, and which values are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from expo import cli, config, recipes
+from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig
+from expo.errors import InputError
+
+RECIPE = """
+[recipe]
+source = "the paper, table 1"
+
+[extrapolate]
+sft = "recipe/sft"
+dpo = "recipe/dpo"
+alpha = [0.5]
+dtype = "bfloat16"
+exclude = ["recipe"]
+missing = "copy-dpo"
+"""
+
+
+@pytest.fixture
+def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ExtrapolateConfig]:
+    """The config object that `expo extrapolate` makes of flags, with a recipe named `known` at hand."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "Known.toml").write_text(RECIPE)
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path / "recipes")
+    seen: list[ExtrapolateConfig] = []
+    monkeypatch.setattr("expo.extrapolate.run", lambda settings: seen.append(settings) or ())
+
+    def run(*args: str, toml: str | None = None) -> ExtrapolateConfig:
+        if toml is not None:
+            (tmp_path / "expo.toml").write_text(toml)
+            args = (*args, "--config", str(tmp_path / "expo.toml"))
+        assert cli.run(["extrapolate", *args]) == 0
+        return seen.pop()
+
+    return run
+
+
+BOTH = ("--sft", "s", "--dpo", "d")
+
+
+def test_defaults_are_those_of_the_class(resolve: Callable[..., ExtrapolateConfig]) -> None:
+    assert resolve(*BOTH, "--alpha", "0.3") == ExtrapolateConfig(sft="s", dpo="d", alpha=(0.3,))
+
+
+def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -> None:
+    values = {
+        "sft": "s", "dpo": "d", "alpha": (0.1, 2.0), "output": "o", "device": "cpu", "dtype": "float32", "workers": 3,
+        "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
+    }  # fmt: skip
+    assert values.keys() | {"dry_run"} == config.field_names("extrapolate"), "a new setting belongs here too"
+    lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
+    assert resolve(toml="[extrapolate]\n" + "\n".join(lines)) == ExtrapolateConfig(**values)
+
+
+def test_a_flag_beats_the_file_beats_the_recipe_beats_the_default(resolve: Callable[..., ExtrapolateConfig]) -> None:
+    toml = '[extrapolate]\ndtype = "float16"\nexclude = ["file"]\nalpha = [0.2]\n'
+    made = resolve("--recipe", "known", "--dtype", "float32", toml=toml)
+    assert made == ExtrapolateConfig(
+        sft="recipe/sft", dpo="recipe/dpo", alpha=(0.2,), dtype="float32", exclude=("file",), missing="copy-dpo"
+    )
+    assert made.workers is None
+
+
+def test_the_order_of_config_and_recipe_on_the_command_line_does_not_matter(
+    resolve: Callable[..., ExtrapolateConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "one.toml").write_text("[extrapolate]\nalpha = [0.2]\n")
+    one, two = ("--config", str(tmp_path / "one.toml")), ("--recipe", "KNOWN")
+    assert resolve(*one, *two) == resolve(*two, *one)
+    assert resolve(*one, *two).alpha == (0.2,)
+
+
+def test_the_commands_table_beats_common(resolve: Callable[..., ExtrapolateConfig]) -> None:
+    toml = '[common]\ndevice = "cpu"\ndtype = "float16"\nlimit = 3\n[extrapolate]\ndtype = "float32"\nalpha = [1]\n'
+    made = resolve(*BOTH, toml=toml)
+    assert (made.device, made.dtype) == ("cpu", "float32")
+
+
+def test_a_single_value_may_stand_for_a_list(resolve: Callable[..., ExtrapolateConfig]) -> None:
+    assert resolve(*BOTH, toml="[extrapolate]\nalpha = 0.3\n").alpha == (0.3,)
+
+
+def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., ExtrapolateConfig]) -> None:
+    assert resolve(*BOTH, "--fsync", toml="[extrapolate]\nalpha = [1]\nfsync = false\n").fsync
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[extrapolate]\nalhpa = 1", "unknown key 'alhpa' in [extrapolate]; did you mean 'alpha'?"),
+        ("[extrapolate]\nallow-nonfinit = true", "did you mean 'allow_nonfinite'?"),
+        ("[extrapolate]\ntemperature = 1", "unknown key 'temperature' in [extrapolate]"),
+        ("[common]\nseeed = 1", "unknown key 'seeed' in [common]; did you mean 'seed'?"),
+        ("[extrapolat]\nalpha = 1", "unknown table [extrapolat]; did you mean 'extrapolate'?"),
+        ("[recipe]\nsource = 'x'", "unknown table [recipe]"),
+        ("alpha = 1", "unknown table [alpha]"),
+        ("[extrapolate]\noutput = ['a', 'b']", "'output' in [extrapolate] takes one value, not ['a', 'b']"),
+        ("[extrapolate]\nsft.path = 'a'", "'sft' in [extrapolate] takes one value"),
+        ("[extrapolate", "is not valid TOML"),
+        ("[extrapolate]\nalpha = 1\nalpha = 2", "is not valid TOML"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, toml: str, message: str) -> None:
+    (tmp_path / "expo.toml").write_text(toml)
+    with pytest.raises(InputError) as caught:
+        config.load_tables(tmp_path / "expo.toml")
+    assert message in str(caught.value)
+    assert str(tmp_path / "expo.toml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "expo.toml").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        config.load_tables(tmp_path / "expo.toml")
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("alpha = ['half']", "--alpha"),
+        ("alpha = [nan]", "--alpha must be a finite number"),
+        ("alpha = 1\nworkers = 'two'", "--workers"),
+        ("alpha = 1\nworkers = -1", "--workers must be positive, not -1"),
+        ("alpha = 1\ndtype = 'int8'", "'int8' is not one of"),
+        ("alpha = 1\nfsync = 'maybe'", "--fsync"),
+        ("alpha = 1\nexclude = ['(']", "--exclude '(' is not a regular expression"),
+    ],
+)
+def test_a_files_values_are_checked_as_flags_are(
+    tmp_path: Path, toml: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "expo.toml").write_text(f"[extrapolate]\n{toml}")
+    assert cli.run(["extrapolate", *BOTH, "--config", str(tmp_path / "expo.toml")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert named in err
+
+
+GENERATE = {"task": "alpaca", "model": "m"}
+SCORE = {"task": "alpaca", "name": "n"}
+EXTRAPOLATE = {"sft": "s", "dpo": "d", "alpha": (0.5,)}
+
+OUT_OF_RANGE = [
+    (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": ()}, "--alpha is missing"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": (float("inf"),)}, "--alpha must be a finite number, not inf"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": (0.0, -0.0)}, "given more than once"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "device": "cuda:x"}, "--device"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "missing": "skip"}, "--missing is one of error, copy-dpo, not 'skip'"),
+    (GenerateConfig, {**GENERATE, "limit": 0}, "--limit must be positive, not 0"),
+    (GenerateConfig, {**GENERATE, "temperature": -0.1}, "--temperature must be 0 or more"),
+    (GenerateConfig, {**GENERATE, "temperature": float("nan")}, "--temperature must be 0 or more"),
+    (GenerateConfig, {**GENERATE, "top_k": -2}, "--top-k"),
+    (GenerateConfig, {**GENERATE, "top_p": 0.0}, "--top-p must lie in (0, 1], not 0.0"),
+    (GenerateConfig, {**GENERATE, "top_p": 1.1}, "--top-p must lie in (0, 1], not 1.1"),
+    (GenerateConfig, {**GENERATE, "presence_penalty": 2.1}, "--presence-penalty must lie in [-2, 2]"),
+    (GenerateConfig, {**GENERATE, "frequency_penalty": -2.1}, "--frequency-penalty must lie in [-2, 2]"),
+    (GenerateConfig, {**GENERATE, "max_tokens": 0}, "--max-tokens must be positive"),
+    (GenerateConfig, {**GENERATE, "n": 0}, "--n must be positive"),
+    (GenerateConfig, {**GENERATE, "n": 2}, "--n above 1 is not for alpaca"),
+    (GenerateConfig, {**GENERATE, "name": "../x"}, "--name '../x' is not a plain file name"),
+    (GenerateConfig, {**GENERATE, "engine": "magic"}, "--engine is one of"),
+    (ScoreConfig, {**SCORE, "name": "a/b"}, "--name 'a/b' is not a plain file name"),
+    (ScoreConfig, {**SCORE, "name": ".hidden"}, "--name '.hidden' is not a plain file name"),
+    (ScoreConfig, {**SCORE, "max_length": 0}, "--max-length must be positive"),
+    (ScoreConfig, {**SCORE, "batch_tokens": 0}, "--batch-tokens must be positive"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), OUT_OF_RANGE, ids=[case[2][:30] for case in OUT_OF_RANGE])
+def test_python_users_are_checked_as_flags_are(kind: type, values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        kind(**values)
+    assert message in str(caught.value)
+
+
+def test_the_papers_decoding() -> None:
+    made = GenerateConfig(**GENERATE)
+    assert (made.temperature, made.top_k, made.top_p) == (0.7, 50, 0.9)
+    assert (made.presence_penalty, made.frequency_penalty) == (0.1, 0.1)
+    assert (made.seed, made.max_tokens) == (42, 2048)
+    assert ScoreConfig(**SCORE).reward_model == "weqweasdas/RM-Mistral-7B"
+
+
+@pytest.mark.parametrize("kind", config.COMMANDS.values(), ids=config.COMMANDS.keys())
+def test_settings_cannot_be_changed(kind: type) -> None:
+    made = kind(**{ExtrapolateConfig: EXTRAPOLATE, GenerateConfig: GENERATE, ScoreConfig: SCORE}[kind])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.overwrite = True
+
+
+def test_alphas_are_floats_however_they_come() -> None:
+    assert list(map(repr, ExtrapolateConfig(sft="s", dpo="d", alpha=(1, 0.5)).alpha)) == ["1.0", "0.5"]
+
+
+def test_every_shipped_recipe_makes_a_config() -> None:
+    for name in recipes.names():
+        recipe = recipes.load(name.upper())
+        made = ExtrapolateConfig(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in recipe.tables["extrapolate"].items()
+            }
+        )
+        assert (recipe.name, made.alpha) == (name, (recipe.alpha,))
+        assert recipe.source

@@ -1,0 +1,829 @@
+"""`expo extrapolate` from end to end: laws of the output, faults on the way, inputs that are refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from helpers import (
+    DTYPES,
+    Result,
+    as_bytes,
+    entry,
+    environment,
+    expo_command,
+    random_pair,
+    raw_safetensors,
+    read_checkpoint_tensors,
+    share_off,
+    tree,
+    without_clock,
+    write_checkpoint,
+)
+from safetensors import safe_open
+
+from expo import cli, extrapolate
+from expo.config import ExtrapolateConfig
+from expo.errors import EnvironmentFailure, InputError
+
+Pair = tuple[Path, Path]
+
+
+def write(pair: Pair, output: Path, *alphas: float, **settings: object) -> tuple[extrapolate.Written, ...]:
+    """Run the verb in this process."""
+    defaults = {"alpha": alphas or (0.5,), "output": str(output), "fsync": False}
+    return extrapolate.run(ExtrapolateConfig(sft=str(pair[0]), dpo=str(pair[1]), **{**defaults, **settings}))
+
+
+@pytest.fixture
+def expo(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`expo extrapolate` in this process, on the inputs it is given."""
+
+    def run(pair: Pair, *args: object) -> Result:
+        code = cli.run(["extrapolate", "--sft", str(pair[0]), "--dpo", str(pair[1]), *map(str, args)])
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+# --- laws of the output -------------------------------------------------------------------------------------------
+
+
+def test_alpha_zero_is_dpo_byte_for_byte(pair: Pair, tmp_path: Path) -> None:
+    dpo = read_checkpoint_tensors(pair[1])
+    special = [0x8000, 0x0001, 0x807F, 0x0080, 0xFF7F, 0x0000]
+    dpo["b.weight"].view(torch.uint16).reshape(-1)[:6] = torch.tensor(special, dtype=torch.uint16)
+    shutil.rmtree(pair[1])
+    write_checkpoint(pair[1], dpo, shards=2)
+    write(pair, tmp_path / "out", 0.0)
+    new, old = tree(tmp_path / "out"), tree(pair[1])
+    for name in (name for name in old if name.endswith(".safetensors")):
+        assert new[name] == old[name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_alpha_minus_one_is_sft(tmp_path: Path, dtype: torch.dtype) -> None:
+    sft, dpo = random_pair({"w": (100, 30), "v": (7,)}, dtype)
+    pair = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo)
+    write(pair, tmp_path / "out", -1.0)
+    for name, tensor in read_checkpoint_tensors(tmp_path / "out").items():
+        assert as_bytes(tensor) == as_bytes(sft[name])
+
+
+def test_excluded_tensors_are_dpos(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "out", 2.0, exclude=("^a", "norm"))
+    new, sft, dpo = map(read_checkpoint_tensors, (tmp_path / "out", *pair))
+    assert as_bytes(new["a.weight"]) == as_bytes(dpo["a.weight"])
+    assert as_bytes(new["norm"]) == as_bytes(dpo["norm"])
+    assert not torch.equal(new["b.weight"], dpo["b.weight"])
+    share_off(sft["b.weight"], dpo["b.weight"], 2.0, new["b.weight"])
+
+
+def test_every_weight_of_a_sharded_model_obeys_the_law(tmp_path: Path) -> None:
+    shapes = {"scalar": (), "empty": (0, 4), "one": (1,), "odd": (3, 5, 7), "big": (2, 700_001)}
+    sft, dpo = random_pair(shapes)
+    sft["odd"] = sft["odd"].to(torch.float32)
+    dpo["one"] = dpo["one"].to(torch.float16)
+    ids = torch.arange(4)
+    pair = (
+        write_checkpoint(tmp_path / "sft", {**sft, "ids": ids}),
+        write_checkpoint(tmp_path / "dpo", {**dpo, "ids": ids}, shards=4),
+    )
+    alphas = (0.1, 0.3, 0.5, -1.0, -0.7, -2.0, 8.0, 25.0)
+    for written in write(pair, tmp_path / "out", *alphas):
+        tensors = read_checkpoint_tensors(written.path)
+        assert {n: (t.shape, t.dtype) for n, t in tensors.items() if n != "ids"} == {
+            n: (t.shape, t.dtype) for n, t in dpo.items()
+        }
+        assert torch.equal(tensors["ids"], ids)
+        assert sorted(os.listdir(written.path)) == sorted({*os.listdir(pair[1]), "expo.json", "README.md"})
+        for name in shapes:
+            share_off(sft[name], dpo[name], written.alpha, tensors[name])
+
+
+def test_several_alphas_in_one_pass_equal_separate_passes(pair: Pair, tmp_path: Path) -> None:
+    alphas = (0.3, 0.0, -1.0, 8.0)
+    together = write(pair, tmp_path / "together-{alpha}", *alphas)
+    for written, alpha in zip(together, alphas, strict=True):
+        assert written.path == tmp_path / f"together-{alpha}"
+        write(pair, tmp_path / "alone", alpha, overwrite=True)
+        alone, both = tree(tmp_path / "alone"), tree(written.path)
+        assert without_clock(alone) == without_clock(both)
+
+
+def test_layouts_change_nothing_but_the_files(tmp_path: Path) -> None:
+    sft, dpo = random_pair({f"t{number}": (number, 3) for number in range(9)})
+    results = []
+    for sft_shards, dpo_shards in ((1, 1), (3, 2), (2, 9)):
+        folder = tmp_path / f"{sft_shards}-{dpo_shards}"
+        pair = (
+            write_checkpoint(folder / "sft", sft, shards=sft_shards),
+            write_checkpoint(folder / "dpo", dpo, shards=dpo_shards),
+        )
+        write(pair, folder / "out")
+        results.append({name: as_bytes(tensor) for name, tensor in read_checkpoint_tensors(folder / "out").items()})
+        index = folder / "out" / "model.safetensors.index.json"
+        assert index.exists() == (dpo_shards > 1)
+        if dpo_shards > 1:
+            old, new = (json.loads((one / index.name).read_text()) for one in (pair[1], folder / "out"))
+            assert new == old
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.keys())
+def test_dtype_changes_the_weights_and_the_configs_dtype_only(tmp_path: Path, dtype: str) -> None:
+    config = {"model_type": "x", "torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "n": 1}, "é": "é"}
+    sft, dpo = random_pair({"w": (50, 7), "v": (3,)})
+    ids = {"ids": torch.arange(3)}
+    pair = (
+        write_checkpoint(tmp_path / "sft", {**sft, **ids}),
+        write_checkpoint(tmp_path / "dpo", {**dpo, **ids}, shards=2, files={"config.json": json.dumps(config)}),
+    )
+    write(pair, tmp_path / "out", 0.3, dtype=dtype)
+    new = read_checkpoint_tensors(tmp_path / "out")
+    assert new["ids"].dtype == torch.int64
+    for name in sft:
+        assert new[name].dtype == DTYPES[dtype]
+        share_off(sft[name], dpo[name], 0.3, new[name])
+    expected = {**config, "torch_dtype": dtype, "text_config": {"dtype": dtype, "n": 1}}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in new.values())
+
+
+def test_side_files_go_along_byte_for_byte(pair: Pair, tmp_path: Path) -> None:
+    (pair[1] / "strange.bytes").write_bytes(bytes(range(256)))
+    (pair[0] / "chat_template.jinja").write_text("SFT's own, not to be taken")
+    write(pair, tmp_path / "out")
+    new, old = tree(tmp_path / "out"), tree(pair[1])
+    for name in ("config.json", "tokenizer.json", "custom/model.py", "strange.bytes"):
+        assert new[name] == old[name]
+    assert new["README.md"] != old["README.md"]
+    assert new.keys() == {*old, "expo.json"}
+
+
+def test_inputs_are_not_touched(pair: Pair, tmp_path: Path) -> None:
+    def state() -> list[tuple[str, bytes, int]]:
+        return [(str(f), f.read_bytes(), f.stat().st_mtime_ns) for side in pair for f in side.rglob("*") if f.is_file()]
+
+    before = state()
+    write(pair, tmp_path / "out")
+    assert state() == before
+
+
+def test_expo_json_tells_the_truth(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "out", 0.3, exclude=("norm",))
+    manifest = json.loads((tmp_path / "out" / "expo.json").read_text())
+    sft, dpo = (
+        {name: tensor.double().numpy() for name, tensor in read_checkpoint_tensors(side).items() if name != "norm"}
+        for side in pair
+    )
+    delta = np.sqrt(sum(((dpo[name] - sft[name]) ** 2).sum() for name in sft))
+    size = np.sqrt(sum((sft[name] ** 2).sum() for name in sft))
+    assert manifest["delta"] == pytest.approx({"norm": delta, "sft_norm": size, "relative": delta / size}, rel=1e-5)
+    files = tree(tmp_path / "out")
+    assert manifest["files"] == sorted(files.keys() - {"expo.json"})
+    assert manifest["shards"] == {
+        name: {"bytes": len(data), "xxh3": xxhash.xxh3_128(data).hexdigest()}
+        for name, data in files.items()
+        if name.endswith(".safetensors")
+    }
+    assert manifest["bytes"] == sum(shard["bytes"] for shard in manifest["shards"].values())
+    assert manifest["tensors"] == {"extrapolated": 2, "copied": 1, "equal": 0}
+    assert (manifest["alpha"], manifest["config"]["exclude"]) == (0.3, ["norm"])
+
+
+def test_the_card_names_the_pair_and_keeps_the_licence(pair: Pair, tmp_path: Path) -> None:
+    (pair[1] / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# DPO's own words\n")
+    write(pair, tmp_path / "out", 0.3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert "license: mit" in front
+    assert "own words" not in body
+    assert "α = 0.3" in body
+    assert "expo extrapolate --sft sft --dpo dpo --alpha 0.3" in body
+    assert str(tmp_path) not in card
+
+
+def test_nonfinite_outputs_still_give_valid_json(pair: Pair, tmp_path: Path) -> None:
+    tensors = read_checkpoint_tensors(pair[0])
+    tensors["norm"][3] = float("nan")
+    write_checkpoint(pair[0], tensors)
+    write(pair, tmp_path / "out", allow_nonfinite=True)
+    assert read_checkpoint_tensors(tmp_path / "out")["norm"].isnan().tolist() == [False] * 3 + [True] + [False] * 4
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    manifest = json.loads((tmp_path / "out" / "expo.json").read_text(), parse_constant=refuse)
+    assert manifest["delta"]["norm"] is None
+
+
+def test_default_output_names(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = extrapolate.run(ExtrapolateConfig(sft="sft", dpo="dpo", alpha=(0.5, 1e-7), fsync=False))
+    assert [str(one.path) for one in written] == ["checkpoints/dpo-ExPO-a0.5", "checkpoints/dpo-ExPO-a1e-07"]
+    written = extrapolate.run(ExtrapolateConfig(sft="sft", dpo="dpo", alpha=(2, 3.0), output="many", fsync=False))
+    assert [one.path.name for one in written] == ["alpha-2.0", "alpha-3.0"]
+    assert all((one.path / "config.json").is_file() for one in written)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from expo.config import ExtrapolateConfig
+from expo.extrapolate import run
+
+def peak_mb():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+peaks = []
+for name in ("small", "large"):
+    root = Path(sys.argv[1]) / name
+    run(ExtrapolateConfig(sft=str(root / "sft"), dpo=str(root / "dpo"), alpha=(0.3,), output=str(root / "out")))
+    peaks.append(peak_mb())
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_model_nor_its_largest_tensor(tmp_path: Path) -> None:
+    """One tensor of 120 MB on each side; a process that has made a 30 MB model before needs hardly more for it."""
+    for name, numel in (("small", 15_000_000), ("large", 60_000_000)):
+        tensor = torch.ones(numel, dtype=torch.bfloat16)
+        for side in ("sft", "dpo"):
+            write_checkpoint(tmp_path / name / side, {"w": tensor})
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 16
+
+
+# --- models that load -----------------------------------------------------------------------------------------------
+
+
+def logits(folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    if state is not None:
+        model.load_state_dict(state)
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits
+
+
+def in_memory(pair: Pair, alpha: float) -> dict[str, torch.Tensor]:
+    """θ(α) as a state dict, in float32 arithmetic: the paper's formula without expo."""
+    from transformers import AutoModelForCausalLM
+
+    sft, dpo = (AutoModelForCausalLM.from_pretrained(side, dtype=torch.bfloat16).state_dict() for side in pair)
+    return {name: (d.float() + alpha * (d.float() - sft[name].float())).to(d.dtype) for name, d in dpo.items()}
+
+
+def test_a_random_llama_loads_with_the_logits_of_one_made_in_memory(llama_pair: Pair, tmp_path: Path) -> None:
+    write(llama_pair, tmp_path / "out", 0.5)
+    assert torch.equal(
+        logits(tmp_path / "out", torch.bfloat16), logits(llama_pair[1], torch.bfloat16, in_memory(llama_pair, 0.5))
+    )
+    assert not torch.equal(logits(tmp_path / "out", torch.bfloat16), logits(llama_pair[1], torch.bfloat16))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "w1"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<s><|user|>w1</s><|assistant|>"
+
+
+def test_the_trained_pair(trained: Path, tmp_path: Path) -> None:
+    pair = trained / "tiny-sft", trained / "tiny-dpo"
+    write(pair, tmp_path / "{alpha}", 0.5, 0.0, -1.0)
+    sft, dpo, half = map(read_checkpoint_tensors, (*pair, tmp_path / "0.5"))
+    off = [share_off(sft[name], dpo[name], 0.5, tensor) * tensor.numel() for name, tensor in half.items()]
+    assert sum(off) / sum(tensor.numel() for tensor in half.values()) < 1e-4
+    assert (tmp_path / "0.0" / "model.safetensors").read_bytes() == (pair[1] / "model.safetensors").read_bytes()
+    assert (tmp_path / "-1.0" / "model.safetensors").read_bytes() == (pair[0] / "model.safetensors").read_bytes()
+    assert torch.equal(logits(tmp_path / "0.5", torch.bfloat16), logits(pair[1], torch.bfloat16, in_memory(pair, 0.5)))
+    card = json.loads((tmp_path / "0.5" / "expo.json").read_text())["delta"]
+    assert 0.001 < card["relative"] < 0.1
+
+
+def test_outputs_open_with_safe_open(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "out", dtype="float32")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened, safe_open(pair[1] / file.name, "pt") as old:
+            assert opened.metadata() == old.metadata()
+            assert list(opened.keys()) == list(old.keys())
+
+
+# --- rerunning ------------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_output_is_left_alone(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(pair, tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+
+    def no_weights(*_: object) -> None:
+        raise AssertionError("weights were opened")
+
+    monkeypatch.setattr(extrapolate, "SourceFiles", no_weights)
+    assert [one.status for one in write(pair, tmp_path / "out")] == ["already complete"]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
+
+
+def test_only_new_alphas_are_made(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "{alpha}", 0.1)
+    assert [one.status for one in write(pair, tmp_path / "{alpha}", 0.1, 0.2)] == ["already complete", "written"]
+    write(pair, tmp_path / "alone", 0.2)
+    assert without_clock(tree(tmp_path / "0.2")) == without_clock(tree(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"alpha": (0.7,)}, r"another alpha \(0.5 then, 0.7 now\)"),
+        ({"dtype": "float32"}, r"another dtype \('auto' then, 'float32' now\)"),
+        ({"exclude": ("norm",)}, r"another exclude \(\[\] then, \['norm'\] now\)"),
+        ({"missing": "copy-dpo"}, r"another missing \('error' then, 'copy-dpo' now\)"),
+        ({"allow_nonfinite": True}, r"another allow-nonfinite \(False then, True now\)"),
+    ],
+)
+def test_other_settings_are_refused_by_name(pair: Pair, tmp_path: Path, settings: dict, named: str) -> None:
+    write(pair, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(InputError, match=named):
+        write(pair, tmp_path / "out", **settings)
+    assert tree(tmp_path / "out") == before
+    write(pair, tmp_path / "out", **settings, overwrite=True)
+    write(pair, tmp_path / "fresh", **settings)
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("side", ["sft", "dpo"])
+def test_changed_inputs_are_refused_by_name(pair: Pair, tmp_path: Path, side: str) -> None:
+    write(pair, tmp_path / "out")
+    os.utime(next((tmp_path / side).glob("*.safetensors")), ns=(0, 0))
+    with pytest.raises(InputError, match=f"another {side}; --overwrite"):
+        write(pair, tmp_path / "out")
+
+
+def test_settings_that_change_no_byte_are_not_compared(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "out", workers=1)
+    (again,) = write(pair, tmp_path / "out", workers=3, fsync=True, device="cpu")
+    assert again.status == "already complete"
+
+
+def test_overwriting_with_a_bad_input_keeps_the_old_output(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(InputError, match="too large for F16"):
+        write(pair, tmp_path / "out", 1e30, dtype="float16", overwrite=True)
+    assert tree(tmp_path / "out") == before
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Path]:
+    """A pair of 120 MB in 40 shards, and the output of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("long")
+    sft, dpo = random_pair({f"layer.{number}": (1_500_001,) for number in range(40)})
+    files = {"tokenizer.json": "{}", "custom/model.py": "x = 1\n"}
+    pair = (
+        write_checkpoint(folder / "sft", sft, shards=3),
+        write_checkpoint(folder / "dpo", dpo, shards=40, files=files),
+    )
+    write(pair, folder / "whole", 0.3)
+    return pair, folder / "whole"
+
+
+def start(pair: Pair, output: Path, *args: str) -> subprocess.Popen[str]:
+    command = expo_command("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 0.3, "--output", output, *args)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop_at(process: subprocess.Popen[str], output: Path, shards: int, signal_number: int) -> tuple[int, str]:
+    """Send a signal as soon as that many staged shards can be seen; returns the exit code and stderr."""
+    deadline = time.monotonic() + 60
+    while len(list(output.glob(".expo-partial/*.partial"))) < shards and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal_number)
+    return process.wait(60), process.communicate()[1]
+
+
+def looks_unfinished(output: Path) -> bool:
+    names = [file.name for file in output.glob("*") if file.is_file()]
+    return not any(name == "config.json" or name.endswith((".safetensors", ".index.json")) for name in names)
+
+
+@pytest.mark.slow
+def test_killed_at_several_moments_a_rerun_gives_the_same_bytes(long_job: tuple[Pair, Path], tmp_path: Path) -> None:
+    pair, whole = long_job
+    moments = sorted(random.Random(0).sample(range(1, 39), 3))
+    kept = []
+    for shards in moments:
+        process = start(pair, tmp_path / "out")
+        code, _ = stop_at(process, tmp_path / "out", shards, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        assert looks_unfinished(tmp_path / "out")
+        journal = (tmp_path / "out" / ".expo-partial" / "journal.jsonl").read_text()
+        kept.append(journal.count('"shard"'))
+    assert kept == sorted(kept), "no run may lose what an earlier one finished"
+    assert 0 < kept[-1] < 40
+    write(pair, tmp_path / "out", 0.3)
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_resumably(long_job: tuple[Pair, Path], tmp_path: Path, signal_number: int, code: int) -> None:
+    pair, whole = long_job
+    process = start(pair, tmp_path / "out")
+    seen, stderr = stop_at(process, tmp_path / "out", 10, signal_number)
+    assert seen == code
+    assert stderr.splitlines() == ["expo: stopped; the same command goes on from here"]
+    assert looks_unfinished(tmp_path / "out")
+    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / ".expo-partial").glob("*.partial")}
+    assert len(made) >= 10
+    write(pair, tmp_path / "out", 0.3)
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
+    reused = [name for name, mtime in made.items() if _mtime(tmp_path / "out", name) == mtime]
+    assert len(reused) >= 9, "finished shards are not made again"
+
+
+def _mtime(folder: Path, staged: str) -> int:
+    return (folder / staged.removesuffix(".partial")).stat().st_mtime_ns
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would be too slow."""
+
+
+@contextmanager
+def stopped_in_shard(number: int) -> Iterator[None]:
+    """The body is a run; it is stopped in the middle of its shard `number`, when its bytes are written."""
+    real, calls = extrapolate.StagedShard.finish, iter(range(number))
+
+    def finish(shard: extrapolate.StagedShard) -> str:
+        if next(calls, None) is None:
+            raise Killed
+        return real(shard)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extrapolate.StagedShard, "finish", finish)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])
+def test_a_damaged_staged_shard_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    sft, dpo = random_pair({f"t{number}": (1000 + number,) for number in range(6)})
+    pair = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo, shards=6)
+    write(pair, tmp_path / "whole", 0.3)
+    with stopped_in_shard(4):
+        write(pair, tmp_path / "out", 0.3)
+    victim = sorted((tmp_path / "out" / ".expo-partial").glob("*.partial"))[1]
+    content = bytearray(victim.read_bytes())
+    content[1000] ^= 1
+    if damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes({"flip": content, "cut": content[:500], "lengthen": content + b"\0"}[damage])
+    write(pair, tmp_path / "out", 0.3)
+    assert [record.getMessage() for record in caplog.records if "damaged" in record.message] == [
+        f"the staged {victim.name.removesuffix('.partial')} is damaged; it is made again"
+    ]
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(tmp_path / "whole"))
+
+
+def test_several_alphas_resume_together(pair: Pair, tmp_path: Path) -> None:
+    """Also where one of them was stopped while renaming and the other before it."""
+    write(pair, tmp_path / "whole-{alpha}", 0.1, 0.2)
+    real, calls = os.replace, iter(range(3))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls, None) is None:
+            raise Killed
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            write(pair, tmp_path / "{alpha}", 0.1, 0.2)
+    write(pair, tmp_path / "{alpha}", 0.1, 0.2)
+    for alpha in ("0.1", "0.2"):
+        assert without_clock(tree(tmp_path / alpha)) == without_clock(tree(tmp_path / f"whole-{alpha}"))
+
+
+def test_inputs_that_change_while_they_are_read_are_noticed(pair: Pair, tmp_path: Path) -> None:
+    real = extrapolate._write_shards
+
+    def touching(*args: object) -> None:
+        real(*args)
+        os.utime(pair[0] / "model.safetensors", ns=(1, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extrapolate, "_write_shards", touching)
+        with pytest.raises(InputError, match="changed while it was read"):
+            write(pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("noticed", ["before", "in the middle"])
+def test_a_full_disk_is_one_line_and_resumable(
+    small_disk: Path, tmp_path: Path, noticed: str, expo: Callable[..., Result]
+) -> None:
+    sft, dpo = random_pair({f"t{number}": (200_000,) for number in range(10)})
+    pair = write_checkpoint(tmp_path / "sft", sft, shards=2), write_checkpoint(tmp_path / "dpo", dpo, shards=10)
+    (small_disk / "filler").write_bytes(bytes(4 << 20))
+    args = ("--alpha", "0.3", "--output", small_disk / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        if noticed == "in the middle":
+            patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+        result = expo(pair, *args)
+    assert result.code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert ("are needed" if noticed == "before" else "No space left on device") in result.stderr
+    assert result.stdout == ""
+    assert looks_unfinished(small_disk / "out")
+    (small_disk / "filler").unlink()
+    assert expo(pair, *args).code == 0
+    write(pair, tmp_path / "whole", 0.3)
+    assert without_clock(tree(small_disk / "out")) == without_clock(tree(tmp_path / "whole"))
+
+
+def test_a_disk_that_is_full_of_the_output_itself_needs_only_the_rest(tmp_path: Path, small_disk: Path) -> None:
+    """Space that staged shards take already is not asked for twice."""
+    sft, dpo = random_pair({f"t{number}": (200_000,) for number in range(10)})
+    pair = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo, shards=10)
+    with stopped_in_shard(8):
+        write(pair, small_disk / "out", 0.3)
+    assert shutil.disk_usage(small_disk).free < 4_000_000
+    assert [one.status for one in write(pair, small_disk / "out", 0.3)] == ["written"]
+
+
+def test_a_second_run_at_the_same_time_is_refused(pair: Pair, tmp_path: Path, expo: Callable[..., Result]) -> None:
+    with stopped_in_shard(1):
+        write(pair, tmp_path / "out")
+    with (tmp_path / "out" / ".expo-partial" / "journal.jsonl").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        before = tree(tmp_path / "out")
+        result = expo(pair, "--alpha", "0.5", "--output", tmp_path / "out")
+        assert (result.code, result.stdout) == (2, "")
+        assert "another run is writing" in result.stderr
+        assert tree(tmp_path / "out") == before
+    assert expo(pair, "--alpha", "0.5", "--output", tmp_path / "out").code == 0
+
+
+def test_an_unreadable_source_is_the_environments_fault(pair: Pair, tmp_path: Path) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(EnvironmentFailure, match=r"reading .* failed: Input/output error"):
+            write(pair, tmp_path / "out")
+    assert [one.status for one in write(pair, tmp_path / "out")] == ["written"]
+
+
+# --- bad input: what is wrong → the message; always exit code 2, nothing written, no traceback -----------------------
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Rewrite a checkpoint as one file with other tensors; None removes one."""
+    content = {name.replace(".", "_"): tensor for name, tensor in read_checkpoint_tensors(folder).items()}
+    content = {name: tensor for name, tensor in {**content, **tensors}.items() if tensor is not None}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    write_checkpoint(folder, content)
+
+
+def header_lies(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    raw_safetensors(folder / "model.safetensors", {"norm": entry("BF16", [9], 0, 16)}, bytes(16))
+
+
+def reindex(folder: Path, weight_map: dict[str, str]) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] |= weight_map
+    index.write_text(json.dumps(content))
+
+
+def only_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def nan_in(folder: Path) -> None:
+    tensors = read_checkpoint_tensors(folder)
+    tensors["norm"][2] = float("nan")
+    write_checkpoint(folder, tensors)
+
+
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
+def same_config(root: Path, text: str) -> None:
+    (root / "expo.toml").write_text(text)
+
+
+SFT, DPO, OUT = "{root}/sft", "{root}/dpo", "{root}/out"
+GOOD = ["--alpha", "0.5", "--output", OUT]
+DUPLICATE = b'{"norm":%s,"norm":%s}' % ((json.dumps(entry("BF16", [8], 0, 16)).encode(),) * 2)
+OVERLAP = {"a": entry("BF16", [8], 0, 16), "b": entry("BF16", [8], 8, 24)}
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], object] | None, list[str], str]] = {
+    "SFT is missing": (None, ["--sft", "{root}/none", *GOOD], "no such directory: {root}/none"),
+    "DPO is missing": (None, ["--dpo", "./none/x/y", *GOOD], "no such directory: ./none/x/y"),
+    "no such hub id": (None, ["--dpo", "nobody/nothing", *GOOD], "nobody/nothing is neither a local directory nor"),
+    "SFT is a file": (None, ["--sft", "{root}/sft/config.json", *GOOD], "is a file; give the checkpoint's directory"),
+    "SFT holds nothing": (lambda root: (root / "e").mkdir(), ["--sft", "{root}/e", *GOOD], "no safetensors weights"),
+    "SFT lacks a tensor": (lambda root: change(root / "sft", norm=None), GOOD, "missing in SFT"),
+    "DPO lacks a tensor": (
+        lambda root: [change(root / "dpo", norm=None), change(root / "sft")],
+        GOOD,
+        "missing in DPO: norm",
+    ),
+    "shapes differ": (
+        lambda root: [change(root / "sft", norm=torch.zeros(9)), change(root / "dpo")],
+        GOOD,
+        "norm [9] ≠ [8]",
+    ),
+    "output holds other files": (
+        lambda root: [(root / "out").mkdir(), (root / "out" / "mine.txt").write_text("x")],
+        GOOD,
+        "holds files expo did not write (mine.txt)",
+    ),
+    "output is a file": (lambda root: (root / "out").write_text("x"), GOOD, "out is a file; choose another --output"),
+    "output is SFT": (None, ["--alpha", "1", "--output", SFT], "is or lies inside the input {root}/sft"),
+    "output is DPO, overwriting": (
+        None,
+        ["--alpha", "1", "--output", DPO, "--overwrite"],
+        "inside the input {root}/dpo",
+    ),
+    "output is inside DPO": (None, ["--alpha", "1", "--output", f"{DPO}/new/out"], "inside the input {root}/dpo"),
+    "output is inside by ..": (
+        None,
+        ["--alpha", "1", "--output", "{root}/x/../dpo/out"],
+        "inside the input {root}/dpo",
+    ),
+    "output is inside by a link": (
+        lambda root: (root / "link").symlink_to(root / "dpo"),
+        ["--alpha", "1", "--output", "{root}/link/out"],
+        "inside the input {root}/dpo",
+    ),
+    "one of several outputs is inside": (
+        lambda root: (root / "many-0.2").symlink_to(root / "sft"),
+        ["--alpha", "0.1", "--alpha", "0.2", "--output", "{root}/many-{{alpha}}"],
+        "many-0.2 is or lies inside the input {root}/sft",
+    ),
+    "no alpha": (None, ["--output", OUT], "--alpha is missing: give at least one, such as --alpha 0.3"),
+    "alpha is nan": (None, ["--alpha", "nan", "--output", OUT], "--alpha must be a finite number, not nan"),
+    "alpha is inf": (None, ["--alpha", "0.1", "--alpha", "inf", "--output", OUT], "finite number, not inf"),
+    "alpha is no number": (None, ["--alpha", "half", "--output", OUT], "Invalid value for '--alpha'"),
+    "alpha twice": (None, ["--alpha", "0.1", "--alpha", "0.10", "--output", OUT], "0.1] is given more than once"),
+    "an unknown dtype": (None, [*GOOD, "--dtype", "int8"], "'int8' is not one of"),
+    "an unknown device": (None, [*GOOD, "--device", "tpu"], "--device is auto, cpu, cuda or cuda:N, not 'tpu'"),
+    "no workers": (None, [*GOOD, "--workers", "0"], "--workers must be positive, not 0"),
+    "an unknown option": (None, [*GOOD, "--alhpa", "1"], "No such option: --alhpa"),
+    "a bad regex": (None, [*GOOD, "--exclude", "("], "--exclude '(' is not a regular expression"),
+    "exclude matches nothing": (None, [*GOOD, "--exclude", "lm_head"], "--exclude 'lm_head' matches no tensor"),
+    "a truncated shard": (lambda root: cut(root / "sft/model.safetensors"), GOOD, "model.safetensors is truncated"),
+    "trailing bytes": (
+        lambda root: (root / "sft/model.safetensors").open("ab").write(b"x"),
+        GOOD,
+        "1 bytes after its last tensor",
+    ),
+    "a git-lfs pointer": (
+        lambda root: (root / "sft/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        GOOD,
+        "is a git-lfs pointer, not weights",
+    ),
+    "a web page": (
+        lambda root: (root / "sft/model.safetensors").write_text("<!DOCTYPE html><html></html>"),
+        GOOD,
+        "is a web page, not weights",
+    ),
+    "a dangling link": (lambda root: dangling(root / "sft"), GOOD, "sft/model.safetensors cannot be read"),
+    "the header lies": (lambda root: header_lies(root / "sft"), GOOD, "'norm': BF16 [9] does not fill its 16 bytes"),
+    "duplicate keys": (
+        lambda root: raw_safetensors(root / "sft/model.safetensors", DUPLICATE, bytes(16)),
+        GOOD,
+        "'norm' appears twice",
+    ),
+    "overlapping tensors": (
+        lambda root: raw_safetensors(root / "sft/model.safetensors", OVERLAP, bytes(24)),
+        GOOD,
+        "tensor 'b' overlaps another tensor",
+    ),
+    "the index names a missing shard": (
+        lambda root: reindex(root / "dpo", {"norm": "gone.safetensors"}),
+        GOOD,
+        "names gone.safetensors, which is missing",
+    ),
+    "the index names ../x": (
+        lambda root: reindex(root / "dpo", {"norm": "../sft/model.safetensors"}),
+        GOOD,
+        "names '../sft/model.safetensors', which is not a safetensors file in the same folder",
+    ),
+    "the index names an absolute path": (
+        lambda root: reindex(root / "dpo", {"norm": str(root / "sft/model.safetensors")}),
+        GOOD,
+        "which is not a safetensors file in the same folder",
+    ),
+    "model.safetensors beside an index": (
+        lambda root: shutil.copy(root / "sft/model.safetensors", root / "dpo"),
+        GOOD,
+        "holds model.safetensors beside model.safetensors.index.json, which does not name it",
+    ),
+    "only .bin": (lambda root: only_bin(root / "sft"), GOOD, "holds .bin weights only"),
+    "an unfinished output for input": (
+        lambda root: (root / "sft/.expo-partial").mkdir(),
+        GOOD,
+        "sft is an unfinished output of expo",
+    ),
+    "a quantized checkpoint": (
+        lambda root: (root / "dpo/config.json").write_text('{"quantization_config": {"quant_method": "awq"}}'),
+        GOOD,
+        "dpo is quantized (awq)",
+    ),
+    "a config that is no JSON": (
+        lambda root: (root / "dpo/config.json").write_text("{"),
+        GOOD,
+        "dpo/config.json is not valid JSON",
+    ),
+    "NaN in an input": (lambda root: nan_in(root / "sft"), GOOD, "the result for tensor norm holds NaN or infinity"),
+    "overflow": (None, ["--alpha", "1e30", "--dtype", "float16", "--output", OUT], "too large for F16"),
+    "no config file": (
+        None,
+        [*GOOD, "--config", "{root}/none.toml"],
+        "the config file {root}/none.toml cannot be read",
+    ),
+    "no TOML": (lambda root: same_config(root, "="), [*GOOD, "--config", "{root}/expo.toml"], "is not valid TOML"),
+    "an unknown key": (
+        lambda root: same_config(root, "[extrapolate]\nalhpa = [0.3]\n"),
+        [*GOOD, "--config", "{root}/expo.toml"],
+        "unknown key 'alhpa' in [extrapolate]; did you mean 'alpha'?",
+    ),
+    "an unknown table": (
+        lambda root: same_config(root, "[extrapolat]\nalpha = [0.3]\n"),
+        [*GOOD, "--config", "{root}/expo.toml"],
+        "unknown table [extrapolat]; did you mean 'extrapolate'?",
+    ),
+    "an unknown recipe": (None, [*GOOD, "--recipe", "gpt-5"], "no recipe 'gpt-5'; `expo recipes` lists them"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(
+    case: str, pair: Pair, tmp_path: Path, expo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, args, message = BAD_INPUT[case]
+    root = tmp_path
+    if prepare is not None:
+        prepare(root)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = sorted(root.rglob("*")), tree(root)
+    result = expo(pair, *[arg.format(root=root) for arg in args])
+    assert result.code == 2, result.stderr
+    assert message.format(root=root) in result.stderr
+    assert len(result.stderr.splitlines()) == 1, "one line"
+    assert result.stderr.startswith("expo: error: ")
+    assert result.stdout == ""
+    assert (sorted(root.rglob("*")), tree(root)) == before, "nothing is written"
