@@ -259,6 +259,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
 
 
+def config_with_dtype(folder: Path, dtype: str) -> str:
+    """A config.json's text with its dtype, under whichever name it has, replaced."""
+    config = read_config(folder)
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    for table in (config, *nested):
+        for key in {"dtype", "torch_dtype"} & set(table):
+            table[key] = dtype
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["torch_dtype"] = dtype
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 

@@ -19,9 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from expo import __version__
 from expo.card import model_card
@@ -29,28 +27,29 @@ from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     Checkpoint,
+    config_with_dtype,
     read_checkpoint,
-    read_config,
     side_files,
     source_fingerprint,
 )
-from expo.combine import (
-    Combiner,
-    Norms,
-    PairPlan,
-    PairRules,
-    ShardPlan,
-    SourceFiles,
-    index_json,
-    is_single_file,
-    plan_pair,
-)
+from expo.combine.plan import PairPlan, PairRules, ShardPlan, index_json, is_single_file, plan_pair
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
 from expo.progress import Progress, bytes_bar
 from expo.store import Row
-from expo.writer import CARD_FILE, MANIFEST_FILE, ShardRecord, StagedOutput, StagedShard, is_complete
+from expo.writer import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    ShardRecord,
+    StagedOutput,
+    StagedShard,
+    finish_interrupted,
+    is_complete,
+)
+
+if TYPE_CHECKING:
+    from expo.combine.stream import Combiner  # imports torch, which planning does without
 
 FORMAT = 1
 """Raised when the same settings would give other bytes."""
@@ -122,6 +121,9 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
         EnvironmentFailure: I/O failed; the same call goes on from there.
     """
     work = plan(config)
+    finished = [finish_interrupted(output.folder, output.fingerprint) for output in work.todo]
+    if any(finished):
+        work = plan(config)
     if work.todo:
         _execute(work)
     return tuple(
@@ -198,23 +200,18 @@ def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources:
 
 def _execute(work: Plan) -> None:
     started, clock = time.time(), time.perf_counter()
-    config = work.config
     _require_space(work)
     with ExitStack() as stack:
         staged = [
-            stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=config.fsync))
+            stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=work.config.fsync))
             for output in work.todo
         ]
-        if not all(output.is_committing for output in staged):
-            _write_shards(work, staged)
-            _require_unchanged(work)
+        _write_shards(work, staged)
+        _require_unchanged(work)
         times = {"started": started, "seconds": round(time.perf_counter() - clock, 3)}
         for output, folder in zip(work.todo, staged, strict=True):
-            if folder.is_committing:
-                folder.finish_commit()
-            else:
-                _add_other_files(work, output, folder, times)
-                folder.commit()
+            _add_other_files(work, output, folder, times)
+            folder.commit()
 
 
 def _require_space(work: Plan) -> None:
@@ -228,6 +225,8 @@ def _require_space(work: Plan) -> None:
 def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> None:
     for output in staged:
         output.verify()
+    from expo.combine.stream import Combiner, SourceFiles, pick_device
+
     device, workers = pick_device(work.config.device), work.config.workers or default_workers()
     with SourceFiles(work.pair.sft, work.pair.dpo) as sources:
         combiner = Combiner(sources, work.pair.rules, device, workers)
@@ -247,30 +246,18 @@ def _write_shard(shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOu
         files = [output.start_shard(shard.name, shard.header) for output in staged]
         for file in files:
             stack.callback(file.close)
-        norms = Norms()
+        delta = sft = 0.0
         for block in combiner.stream(shard, _writes_to(files)):
             for file, data in zip(files, block.outputs, strict=True):
                 file.absorb(data)
                 progress.update(len(data))
-            norms = norms.plus(block.norms)
+            delta, sft = delta + block.norms.delta, sft + block.norms.sft
         for output, file in zip(staged, files, strict=True):
-            output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), norms.delta, norms.sft))
+            output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), delta, sft))
 
 
 def _writes_to(files: Sequence[StagedShard]) -> Callable[[int, int, memoryview], None]:
     return lambda number, offset, data: files[number].write(offset, data)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for a `--device` value.
-
-    Raises:
-        EnvironmentFailure: CUDA is asked for and cannot be used.
-    """
-    device = torch.device("cpu" if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFailure("--device cuda: torch sees no CUDA device; use --device cpu")
-    return device
 
 
 def default_workers() -> int:
@@ -297,18 +284,6 @@ def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Ro
     files = sorted({*names, *folder.records, CARD_FILE, *([] if is_single_file(work.pair) else [INDEX_FILE])})
     manifest = _manifest(work, output, folder, files, figures, times)
     folder.add_text(MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def config_with_dtype(folder: Path, dtype: str) -> str:
-    """A config.json's text with its dtype, under whichever name it has, replaced."""
-    config = read_config(folder)
-    nested = [value for value in config.values() if isinstance(value, dict)]
-    for table in (config, *nested):
-        for key in {"dtype", "torch_dtype"} & set(table):
-            table[key] = dtype
-    if not {"dtype", "torch_dtype"} & set(config):
-        config["torch_dtype"] = dtype
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _delta_figures(folder: StagedOutput) -> Row:

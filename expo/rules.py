@@ -1,6 +1,6 @@
 """The maths of combining two tensors, pure: tensors in, tensors out.
 
-To add a rule, write one function with the signature of `extrapolate` and choose it in `combine.py`.
+To add a rule, write one function with the signature of `extrapolate` and choose it in `combine/stream.py`.
 """
 
 from __future__ import annotations

@@ -110,6 +110,25 @@ def _files(folder: Path) -> Iterator[str]:
         yield from (str(relative / name) for name in files)
 
 
+def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
+    """Do the renames that were left by a run that had everything whole; whether there were any.
+
+    Args:
+        folder: The output folder.
+        fingerprint: What the output is to be made from; another one's work is left alone.
+
+    Raises:
+        InputError: Another run is writing there.
+        EnvironmentFailure: Renaming failed.
+    """
+    journal = _read_journal(folder)
+    if not any("commit" in row for row in journal) or journal[0]["fingerprint"] != fingerprint:
+        return False
+    with StagedOutput(folder, fingerprint) as staged:
+        staged.finish_commit()
+    return True
+
+
 class StagedShard:
     """One output file being written.
 
@@ -202,11 +221,6 @@ class StagedOutput:
             self._remove_staging()
         self._journal.close()
 
-    @property
-    def is_committing(self) -> bool:
-        """Whether an earlier run had everything whole and was stopped while renaming."""
-        return any("commit" in row for row in self._journal.rows)
-
     def verify(self) -> None:
         """Forget recorded shards whose staged bytes are not what was written."""
         for name, record in list(self.records.items()):
@@ -251,13 +265,26 @@ class StagedOutput:
         files = self._in_order({*self.records, *self._staged})
         try:
             self._sync_staged(self._staged)
-            self._journal.append([{"commit": files}])
-            self.finish_commit()
         except OSError as error:
-            raise EnvironmentFailure(f"completing {self.folder} failed: {error.strerror}") from error
+            raise self._failure(error) from error
+        self._journal.append([{"commit": files}])
+        self.finish_commit()
 
     def finish_commit(self) -> None:
-        """Do the renames of a commit, or those that a killed run left to do."""
+        """Do the renames of a commit, or those that a killed run left to do.
+
+        Raises:
+            EnvironmentFailure: Renaming failed; the next run goes on with it.
+        """
+        try:
+            self._rename_all()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> EnvironmentFailure:
+        return EnvironmentFailure(f"completing {self.folder} failed: {error.strerror}; the same command goes on")
+
+    def _rename_all(self) -> None:
         rows = read_journal(self._staging / JOURNAL_FILE)
         files = next(row["commit"] for row in rows if "commit" in row)
         started = any("removed" in row for row in rows)

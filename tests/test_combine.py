@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expo import combine, rules
+from expo import rules
 from expo.checkpoint import read_checkpoint
-from expo.combine import Combiner, PairPlan, PairRules, SourceFiles, plan_pair
+from expo.combine import stream as streaming
+from expo.combine.plan import PairPlan, PairRules, plan_pair
+from expo.combine.stream import Combiner, SourceFiles
 from expo.errors import InputError
 
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def tensors_of(pair: PairPlan, shards: dict[str, bytes]) -> dict[str, Tensor]:
     return {
         tensor.name: torch.frombuffer(
             bytearray(shards[shard.name][tensor.start : tensor.start + tensor.nbytes]),
-            dtype={**combine.FLOAT_DTYPES, "I64": torch.int64, "BOOL": torch.bool}[tensor.dtype],
+            dtype={**streaming.TORCH_DTYPES, "I64": torch.int64, "BOOL": torch.bool}[tensor.dtype],
         ).reshape(tensor.dpo.shape)
         if tensor.nbytes
         else torch.empty(tensor.dpo.shape)
@@ -105,7 +107,7 @@ def test_any_shapes_types_and_layouts(
     sft, dpo = random_pair(named, torch.float32, seed)
     sft, dpo = ({n: t.to(DTYPES[d]) for n, t in side.items()} for side, d in ((sft, sft_dtype), (dpo, dpo_dtype)))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(combine, "CPU_PIECE_BYTES", piece_bytes)
+        patch.setattr(streaming, "CPU_PIECE_BYTES", piece_bytes)
         layouts = tuple(min(number, len(shapes)) for number in shards)
         pair = plan(Path(folder), sft, dpo, shards=layouts, alphas=(alpha,), dtype=out_dtype)
         results = tensors_of(pair, stream(pair, workers=1)[0])
@@ -124,7 +126,7 @@ def test_pieces_cover_every_byte_once_in_order(tmp_path: Path) -> None:
     pair = plan(tmp_path, mixed, dpo)
     (shard,) = pair.shards
     position = len(shard.header)
-    for piece in combine.pieces(shard, 1 << 20):
+    for piece in streaming.pieces(shard, 1 << 20):
         assert piece.tensor.start + 2 * piece.first == position
         assert 0 < piece.length <= (1 << 20) // 4, "the float32 side must fit too"
         position += 2 * piece.length
@@ -246,7 +248,6 @@ def test_norms_add_up_over_pieces(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, -1.0, 8.0])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_cuda_obeys_the_same_law(tmp_path: Path, dtype: torch.dtype, alpha: float) -> None:

@@ -37,6 +37,7 @@ from helpers import (
 from safetensors import safe_open
 
 from expo import cli, extrapolate
+from expo.combine import stream
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 
@@ -342,7 +343,7 @@ def test_a_complete_output_is_left_alone(pair: Pair, tmp_path: Path, monkeypatch
     def no_weights(*_: object) -> None:
         raise AssertionError("weights were opened")
 
-    monkeypatch.setattr(extrapolate, "SourceFiles", no_weights)
+    monkeypatch.setattr(stream, "SourceFiles", no_weights)
     assert [one.status for one in write(pair, tmp_path / "out")] == ["already complete"]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
 
@@ -514,7 +515,7 @@ def test_a_damaged_staged_shard_is_made_again(tmp_path: Path, damage: str, caplo
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(tmp_path / "whole"))
 
 
-def test_several_alphas_resume_together(pair: Pair, tmp_path: Path) -> None:
+def test_several_alphas_resume_together(pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also where one of them was stopped while renaming and the other before it."""
     write(pair, tmp_path / "whole-{alpha}", 0.1, 0.2)
     real, calls = os.replace, iter(range(3))
@@ -529,6 +530,7 @@ def test_several_alphas_resume_together(pair: Pair, tmp_path: Path) -> None:
         with pytest.raises(Killed):
             write(pair, tmp_path / "{alpha}", 0.1, 0.2)
     write(pair, tmp_path / "{alpha}", 0.1, 0.2)
+    assert "damaged" not in caplog.text
     for alpha in ("0.1", "0.2"):
         assert without_clock(tree(tmp_path / alpha)) == without_clock(tree(tmp_path / f"whole-{alpha}"))
 

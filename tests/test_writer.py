@@ -12,7 +12,7 @@ import xxhash
 from helpers import tree
 
 from expo.errors import EnvironmentFailure, InputError
-from expo.writer import ShardRecord, StagedOutput, is_complete
+from expo.writer import ShardRecord, StagedOutput, finish_interrupted, is_complete
 
 SHARDS = {"model-1.safetensors": b"first" * 100, "model-2.safetensors": b"second" * 100}
 TEXTS = {
@@ -29,10 +29,9 @@ class Killed(BaseException):
 
 def write(folder: Path, made_from: dict[str, object], texts: dict[str, str] = TEXTS) -> None:
     """Write an output as `extrapolate` does: what is recorded is kept, the rest is made."""
+    if finish_interrupted(folder, made_from):
+        return
     with StagedOutput(folder, made_from, fsync=False) as staged:
-        if staged.is_committing:
-            staged.finish_commit()
-            return
         staged.verify()
         for name, content in SHARDS.items():
             if name not in staged.records:
