@@ -2,7 +2,7 @@
 
 Here: shard headers (parsed and checked by hand, since the byte offsets are what the streaming needs), the
 index, config.json, the side files that go along, and fingerprints. Not here: reading tensor data in bulk
-(`combine.py`) and finding or fetching the folder (`hub.py`).
+(`combine/stream.py`) and finding or fetching the folder (`hub.py`).
 """
 
 from __future__ import annotations

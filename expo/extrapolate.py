@@ -1,7 +1,7 @@
 """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft) as a checkpoint.
 
 Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). What is computed is in
-`combine.py` and `rules.py`, how files become final in `writer.py`.
+`combine/` and `rules.py`, how files become final in `writer.py`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -108,7 +107,7 @@ def run(config: GenerateConfig) -> Generated:
     if journal is None:
         meta = read_json(work.files.meta)
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
-    with closing(journal):
+    with work.files.holding(journal):
         done = {(row["id"], row["sample"]): row for row in journal.rows if row["finish_reason"] != "error"}
         run_figures = _generate(work, journal, done)
         done |= {key: _failed_row(key, reason) for key, reason in work.too_long.items()}

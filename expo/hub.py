@@ -22,12 +22,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 """What is needed of a checkpoint whose weights alone are read."""
 
-OTHER_FORMATS = (
-    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack"),
-    *("*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz", "consolidated*", "original/*", "checkpoint-*"),
-    *("runs/*", "*.tfevents*", "global_step*"),
+NOT_WEIGHTS = (
+    *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
+    *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*"),
 )
-"""What is never needed of a checkpoint that has safetensors weights."""
+"""What is never needed of a checkpoint."""
+
+OTHER_FORMATS = (*NOT_WEIGHTS, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+"""What is not needed of a checkpoint that has safetensors weights."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,28 @@ def _fetch(repository: str, revision: str | None, *, weights_only: bool) -> Loca
     from huggingface_hub import snapshot_download
 
     def download() -> str:
+        unwanted = OTHER_FORMATS if _has_safetensors(repository, revision) else NOT_WEIGHTS
         return snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(WEIGHT_FILES) if weights_only else None,
-            ignore_patterns=list(OTHER_FORMATS),
+            ignore_patterns=list(unwanted),
         )
 
     path = Path(explain_hub_errors(download, repository, revision))
     return Location(path=path, name=repository.split("/")[-1], hub_id=repository, revision=path.name)
+
+
+def _has_safetensors(repository: str, revision: str | None) -> bool:
+    """Whether the repository has safetensors weights; taken for granted where the hub cannot be asked."""
+    import httpx
+    from huggingface_hub import HfApi, errors
+
+    try:
+        names = HfApi().list_repo_files(repository, revision=revision)
+    except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, httpx.HTTPError):
+        return True
+    return any(name.endswith(".safetensors") for name in names)
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:

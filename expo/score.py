@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -109,7 +108,7 @@ def run(config: ScoreConfig) -> Scored:
     )
     if journal is None:
         return _result(work, "already complete", read_json(work.files.meta))
-    with closing(journal):
+    with work.files.holding(journal):
         done = {row["row"]: row for row in journal.rows if row["reward"] is not None}
         seconds, tokens, versions = _score(work, journal, done)
         rows = [done.get(row.number) or _unscored(row) for row in work.rows]

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,7 @@ class Journal:
 
     Attributes:
         rows: What an earlier run under the same fingerprint left; rows under another one are dropped.
+        is_empty: Whether there is no row, old or new.
 
     Raises:
         InputError: Another process is writing this output.
@@ -112,8 +114,10 @@ class Journal:
         kept = lines if lines and lines[0].get("fingerprint") == header.get("fingerprint") else []
         self._stream.truncate(len(json_lines(kept).encode()))
         self.rows = kept[1:]
+        self.is_empty = not self.rows
         if not kept:
             self.append([header])
+            self.is_empty = True
 
     def __enter__(self) -> Journal:
         return self
@@ -135,6 +139,7 @@ class Journal:
         Raises:
             EnvironmentFailure: Writing failed; the rows before are kept.
         """
+        self.is_empty = False
         try:
             self._stream.write(json_lines(rows))
             self._stream.flush()
@@ -248,7 +253,7 @@ class RowFiles:
                 rows = old_rows(meta)
             elif not overwrite:
                 raise problem
-        elif not overwrite and (lines := read_journal(self.journal)):
+        elif not overwrite and len(lines := read_journal(self.journal)) > 1:
             require_same(self.final, lines[0]["fingerprint"], fingerprint)
         self.journal.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
@@ -256,6 +261,18 @@ class RowFiles:
             journal.append(rows)
             journal.rows = rows
         return journal
+
+    @contextmanager
+    def holding(self, journal: Journal) -> Iterator[None]:
+        """Close the journal at the end, and leave none behind that has no rows."""
+        try:
+            yield
+        finally:
+            if journal.is_empty and self.journal.exists():
+                self.journal.unlink()
+            journal.close()
+            if self.final.parent.exists() and not any(self.final.parent.iterdir()):
+                self.final.parent.rmdir()
 
     def _difference(self, meta: Row, fingerprint: Row, items: Sequence[object]) -> InputError | None:
         try:

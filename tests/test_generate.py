@@ -237,8 +237,13 @@ def test_interrupted_runs_end_as_uninterrupted_ones(llama_pair, prompt_file, tmp
 def test_a_torn_journal_line_is_repaired(llama_pair, prompt_file, tmp_path, monkeypatch):
     whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
 
+    original, calls = backend.TransformersGenerator._generate_batch, []
+
     def dying(self, batch):
-        raise EnvironmentFailure("the engine died")
+        calls.append(batch)
+        if len(calls) > 2:
+            raise EnvironmentFailure("the engine died")
+        return original(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(backend.TransformersGenerator, "_generate_batch", dying)
@@ -248,6 +253,20 @@ def test_a_torn_journal_line_is_repaired(llama_pair, prompt_file, tmp_path, monk
     with journal.open("a") as stream:
         stream.write('{"id": "0", "sample": 0, "output": "torn')
     assert verb.run(settings(llama_pair[1], prompt_file, tmp_path)).output.read_bytes() == whole
+
+
+def test_an_engine_that_does_not_start_leaves_nothing_behind(llama_pair, prompt_file, tmp_path, monkeypatch):
+    """So that the corrected command is not refused as another run's continuation."""
+
+    def refusing(self, setup):
+        raise InputError("no such argument")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend.TransformersGenerator, "__init__", refusing)
+        with pytest.raises(InputError, match="no such argument"):
+            verb.run(settings(llama_pair[1], prompt_file, tmp_path / "out", seed=1))
+    assert not (tmp_path / "out" / "outputs_questions").exists()
+    assert verb.run(settings(llama_pair[1], prompt_file, tmp_path / "out", seed=2)).rows == 12
 
 
 def test_a_prompt_longer_than_the_context_is_a_marked_row(llama_pair, tmp_path):
