@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -30,7 +32,7 @@ def main():
         work = plan(GenerateConfig(engine=engine, **settings))
         generator = load_generator(engine)(work.setup)
         answers[engine] = {
-            one.request.id: [list(one.token_ids), one.finish_reason]
+            f"{one.request.id}-{one.request.sample}": [list(one.token_ids), one.finish_reason]
             for rows in generator.generate(work.requests, set()) for one in rows
         }
     print(json.dumps(answers))
@@ -52,18 +54,47 @@ def test_greedy_answers_with_penalties_are_the_same_tokens_on_both_engines(train
         "dtype": "float32",
         "presence_penalty": 0.3,
         "frequency_penalty": 0.2,
-        "output_dir": str(tmp_path),
     }
-    script = tmp_path / "compare.py"
-    script.write_text(COMPARE)
-    done = subprocess.run(
-        [sys.executable, script, json.dumps(settings)], env=helpers.environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+    answers = both_engines(settings, tmp_path)
     assert len(answers["vllm"]) == 32
     assert answers["vllm"] == answers["transformers"]
     assert sum(len(ids) for ids, _ in answers["vllm"].values()) > 500
+
+
+def both_engines(settings: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Engine → row → [token ids, finish reason], from one process."""
+    script = folder / "compare.py"
+    script.write_text(COMPARE)
+    command = [sys.executable, script, json.dumps({**settings, "output_dir": str(folder)})]
+    done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+@pytest.mark.vllm
+def test_sampled_answers_follow_the_same_distribution_on_both_engines(trained, tmp_path):
+    """χ² over 1,500 samples, at the first token and at one that penalties, top-k and top-p have shaped."""
+    task = tmp_path / "q.jsonl"
+    task.write_text('{"prompt": "What is a good way to learn a language?"}\n')
+    settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "dtype": "float32", "n": 1500, "max_tokens": 4}
+    answers = both_engines({**settings, "presence_penalty": 0.5, "frequency_penalty": 0.5}, tmp_path)
+    for position in (0, 3):
+        counts = [
+            Counter(ids[position] for ids, _ in rows.values() if len(ids) > position) for rows in answers.values()
+        ]
+        chi_squared, freedom = homogeneity(*counts)
+        assert freedom >= 10
+        assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def homogeneity(ours: Counter[int], theirs: Counter[int]) -> tuple[float, int]:
+    """χ² of two samples being from one distribution, and its degrees of freedom; rare tokens are one class."""
+    common = [token for token in ours | theirs if ours[token] + theirs[token] >= 10]
+    cells = [(ours[token], theirs[token]) for token in common]
+    cells.append((ours.total() - sum(a for a, _ in cells), theirs.total() - sum(b for _, b in cells)))
+    weight = (theirs.total() / ours.total()) ** 0.5
+    return sum((a * weight - b / weight) ** 2 / (a + b) for a, b in cells if a + b), len(cells) - 1
 
 
 @pytest.mark.vllm
