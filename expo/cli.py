@@ -404,7 +404,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `expo`; None takes the process's own.
     """
     try:
-        return int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
     except ExpoError as error:
         return _fail(error, str(error), error.exit_code)
     except typer.TyperException as error:
@@ -439,6 +441,7 @@ def main() -> None:
     logging.basicConfig(format="expo: %(message)s", stream=sys.stderr, level=logging.WARNING)
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _on_terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; the same command goes on from here")

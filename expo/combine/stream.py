@@ -24,7 +24,7 @@ from expo.combine.plan import PairRules, ShardPlan, TensorPlan
 from expo.errors import EnvironmentFailure, InputError
 
 CPU_PIECE_BYTES = 1 << 20
-CUDA_PIECE_BYTES = 32 << 20
+CUDA_PIECE_BYTES = 16 << 20
 NORM_BLOCK = 1 << 17
 """Elements whose norms are taken at a time on a CPU; on a GPU a whole piece of 16-bit values."""
 
