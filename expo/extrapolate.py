@@ -154,6 +154,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
         allow_nonfinite=config.allow_nonfinite,
     )
     pair = plan_pair(_read(sft), _read(dpo), rules)
+    if pair.dropped:
+        log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
 
 

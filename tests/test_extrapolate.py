@@ -829,3 +829,19 @@ def test_bad_input(
     assert result.stderr.startswith("expo: error: ")
     assert result.stdout == ""
     assert (sorted(root.rglob("*")), tree(root)) == before, "nothing is written"
+
+
+def test_tensors_that_only_sft_has_are_named_before_they_are_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sft, dpo = random_pair({"w": (4, 4)})
+    sides = [
+        write_checkpoint(tmp_path / "s", {**sft, "extra": sft["w"].clone()}),
+        write_checkpoint(tmp_path / "d", dpo),
+    ]
+    settings = ExtrapolateConfig(
+        sft=str(sides[0]), dpo=str(sides[1]), alpha=(0.3,), output=str(tmp_path / "out"), missing="copy-dpo"
+    )
+    extrapolate.run(settings)
+    assert "1 tensors are in s only and dropped (extra …)" in caplog.text
+    assert set(read_checkpoint_tensors(tmp_path / "out")) == {"w"}

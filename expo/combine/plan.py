@@ -97,6 +97,11 @@ class PairPlan:
         """Tensor name → shard name."""
         return {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
 
+    @property
+    def dropped(self) -> list[str]:
+        """Tensors that only SFT has; the output, laid out as DPO, has no place for them."""
+        return sorted(set(self.sft.tensors) - set(self.dpo.tensors))
+
     def count(self, *actions: Action) -> int:
         """How many tensors have one of these actions."""
         return sum(tensor.action in actions for shard in self.shards for tensor in shard.tensors)
