@@ -438,8 +438,11 @@ def main() -> None:
     """The `expo` program."""
     for name, value in PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(format="expo: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("expo: %(message)s"))
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
+    log.propagate = False
     signal.signal(signal.SIGTERM, _on_terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     code = run()

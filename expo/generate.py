@@ -19,7 +19,7 @@ from expo import __version__
 from expo.backends import Completion, Generator, GeneratorSetup, Request, load_generator
 from expo.backends.chat import ChatTokenizer, context_length
 from expo.backends.vllm import why_not
-from expo.checkpoint import PARTIAL_FOLDER, read_json, source_fingerprint
+from expo.checkpoint import PARTIAL_FOLDER, read_config, read_json, source_fingerprint
 from expo.config import GenerateConfig
 from expo.errors import InputError
 from expo.hub import Location, locate
@@ -127,7 +127,7 @@ def plan(config: GenerateConfig) -> Plan:
     engine = choose_engine(config)
     task = find_task(config.task)
     location = locate(config.model)
-    require_finished(location.path)
+    require_generator(location.path)
     prompts = load_prompts(task, config.dataset)
     dataset_sha256 = texts_sha256(prompt.item for prompt in prompts)
     prompts = prompts[: config.limit]
@@ -182,12 +182,15 @@ def choose_engine(config: GenerateConfig) -> str:
     return engine
 
 
-def require_finished(path: Path) -> None:
-    """Refuse a model folder that expo has not finished writing.
+def require_generator(path: Path) -> None:
+    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
 
     Raises:
-        InputError: It is unfinished.
+        InputError: It is one of these.
     """
+    for architecture in read_config(path).get("architectures") or []:
+        if str(architecture).endswith("ForSequenceClassification"):
+            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
     if (path / PARTIAL_FOLDER).exists():
         raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
 

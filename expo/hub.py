@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
+HUB_TIMEOUT_S = 10.0
+
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 """What is needed of a checkpoint whose weights alone are read."""
 
@@ -90,14 +92,20 @@ def _fetch(repository: str, revision: str | None, *, weights_only: bool) -> Loca
 
 def _has_safetensors(repository: str, revision: str | None) -> bool:
     """Whether the repository has safetensors weights; taken for granted where the hub cannot be asked."""
-    import httpx
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
     try:
-        names = HfApi().list_repo_files(repository, revision=revision)
-    except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, httpx.HTTPError):
+        files = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S).siblings or []
+    except network_errors():
         return True
-    return any(name.endswith(".safetensors") for name in names)
+    return any(file.rfilename.endswith(".safetensors") for file in files)
+
+
+def network_errors() -> tuple[type[BaseException], ...]:
+    """What a request to the hub may raise: its HTTP library's errors, whichever library it uses, and `OSError`."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:
@@ -107,7 +115,6 @@ def explain_hub_errors(action: Callable[[], T], repository: str, revision: str |
         InputError: The repository or revision does not exist, is gated, or is not cached while offline.
         EnvironmentFailure: The hub cannot be reached.
     """
-    import httpx
     from huggingface_hub import constants, errors
 
     wanted = repository if revision is None else f"{repository}@{revision}"
@@ -129,5 +136,10 @@ def explain_hub_errors(action: Callable[[], T], repository: str, revision: str |
         raise EnvironmentFailure(
             f"{wanted} is not a local directory, and the hub cannot be reached to fetch it"
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError) as error:
-        raise EnvironmentFailure(f"fetching {wanted} from the hub failed: {type(error).__name__}") from error
+    except network_errors() as error:
+        raise EnvironmentFailure(f"fetching {wanted} from the hub failed: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.errors import EnvironmentFailure, InputError
+from expo.hub import first_line, network_errors
 from expo.store import Row, json_line, json_lines
 
 Message = dict[str, str]
@@ -266,7 +267,6 @@ def _read_parquet(path: Path) -> list[Any]:
 
 
 def _load_from_hub(source: Source) -> list[Row]:
-    import httpx
     from datasets import exceptions, load_dataset
 
     repository, _, revision = source.repository.partition("@")
@@ -277,11 +277,11 @@ def _load_from_hub(source: Source) -> list[Row]:
         return list(load_dataset(repository, split=source.split, revision=revision or None))
     except (FileNotFoundError, exceptions.DatasetsError, ValueError) as error:
         raise InputError(
-            f"the data set {source.repository} cannot be loaded: {error}; --dataset reads another"
+            f"the data set {source.repository} cannot be loaded: {first_line(error)}; --dataset reads another"
         ) from error
-    except (httpx.HTTPError, OSError) as error:
+    except network_errors() as error:
         raise EnvironmentFailure(
-            f"the data set {source.repository} cannot be fetched ({error}); --dataset FILE reads a local copy"
+            f"the data set {source.repository} cannot be fetched ({first_line(error)}); --dataset FILE reads a copy"
         ) from error
 
 

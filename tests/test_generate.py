@@ -347,6 +347,12 @@ def test_values_out_of_range_name_their_flag(value, flag):
         GenerateConfig(**{"task": "alpaca", "model": "m", **value})
 
 
+def test_a_reward_model_cannot_generate(trained, prompt_file, tmp_path):
+    with pytest.raises(InputError, match="tiny-rm is a LlamaForSequenceClassification: it scores and cannot generate"):
+        verb.run(settings(trained / "tiny-rm", prompt_file, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_chat_template_is_refused(llama_pair, prompt_file, tmp_path):
     import shutil
 

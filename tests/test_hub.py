@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import httpx
+import importlib
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import locate
+
+httpx = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])  # or its successor
 
 RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +29,8 @@ def answer(monkeypatch, result, *, files=("model.safetensors",)):
         return str(result)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: list(files))
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
     return calls
 
 
@@ -102,3 +107,12 @@ def test_a_file_is_no_checkpoint(tmp_path):
     file.touch()
     with pytest.raises(InputError, match="is a file; give the checkpoint's directory"):
         locate(str(file))
+
+
+def test_a_hub_that_is_not_there_is_one_line(run_expo, tmp_path):
+    """Real requests, to a port of this machine where nobody listens."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = run_expo("extrapolate", "--sft", "a/b", "--dpo", "a/c", "--alpha", 0.3, env=nowhere)
+    assert (done.code, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("expo: error: a/b is not a local directory, and the hub cannot be")
+    assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from typing import Any
 
 from expo.checkpoint import read_config, read_json
 from expo.errors import InputError
+from expo.hub import first_line
 from expo.tasks import Message
 
 UNLIMITED = 1 << 30
@@ -35,7 +36,7 @@ class ChatTokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"the tokenizer in {model} cannot be loaded: {_first_line(error)}") from error
+            raise InputError(f"the tokenizer in {model} cannot be loaded: {first_line(error)}") from error
         if template is not None:
             self._tokenizer.chat_template = _read_template(Path(template))
         if not self._tokenizer.chat_template:
@@ -77,7 +78,7 @@ class ChatTokenizer:
                 return_dict=False,
             )
         except TemplateError as error:
-            raise InputError(f"the chat template of {self._model} refuses the prompts: {_first_line(error)}") from error
+            raise InputError(f"the chat template of {self._model} refuses the prompts: {first_line(error)}") from error
         return rows
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -108,7 +109,3 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     if ids is None:
         return []
     return ids if isinstance(ids, list) else [ids]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

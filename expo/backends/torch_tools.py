@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from expo.errors import EnvironmentFailure, InputError
+from expo.hub import first_line
 
 
 def model_device(name: str) -> str:
@@ -40,8 +41,7 @@ def loading(name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"transformers cannot load {name}: {first}") from error
+            raise InputError(f"transformers cannot load {name}: {first_line(error)}") from error
 
 
 @contextmanager
