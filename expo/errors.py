@@ -38,3 +38,8 @@ class Stopped(BaseException):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from expo.errors import EnvironmentFailure, InputError
+from expo.errors import EnvironmentFailure, InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,8 +138,3 @@ def explain_hub_errors(action: Callable[[], T], repository: str, revision: str |
         ) from error
     except network_errors() as error:
         raise EnvironmentFailure(f"fetching {wanted} from the hub failed: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, cut to one line; its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expo.errors import EnvironmentFailure, InputError
-from expo.hub import first_line, network_errors
+from expo.errors import EnvironmentFailure, InputError, first_line
+from expo.hub import network_errors
 from expo.store import Row, json_line, json_lines
 
 Message = dict[str, str]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expo.checkpoint import read_config, read_json
-from expo.errors import InputError
-from expo.hub import first_line
+from expo.errors import InputError, first_line
 from expo.tasks import Message
 
 UNLIMITED = 1 << 30

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from expo.errors import EnvironmentFailure, InputError
-from expo.hub import first_line
+from expo.errors import EnvironmentFailure, InputError, first_line
 
 
 def model_device(name: str) -> str:

@@ -1,0 +1,81 @@
+"""Options that several commands share, declared once; `cli.py` has those of one command alone.
+
+A config file's and a recipe's values become typer's defaults, so that they are checked as flags are.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expo import config, recipes
+
+log = logging.getLogger("expo")
+
+
+def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        _add_defaults(ctx, "config", config.load_tables(path))
+    return path
+
+
+def _use_recipe(ctx: typer.Context, name: str | None) -> str | None:
+    if name is not None:
+        recipe = recipes.load(name)
+        if recipe.trust_remote_code:
+            log.info("%s comes with model code of its own: --trust-remote-code runs it", recipe.name)
+        _add_defaults(ctx, "recipe", recipe.tables)
+    return name
+
+
+def _add_defaults(ctx: typer.Context, source: str, tables: config.Tables) -> None:
+    """Flag > config file > recipe > default: typer checks these values as it checks flags."""
+    ctx.meta[f"expo.{source}"] = config.values_for(str(ctx.info_name), tables)
+    ctx.default_map = {**ctx.meta.get("expo.recipe", {}), **ctx.meta.get("expo.config", {})}
+
+
+def _set_debug(debug: bool) -> bool:
+    if debug:
+        log.setLevel(logging.DEBUG)
+    return debug
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        is_eager=True,
+        callback=_use_config,
+        help="Settings from a file: one table per command, and [common].",
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Settings of a known model."),
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", is_eager=True, callback=_set_debug, help="Tracebacks and the engines' logs.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output made with other settings, once the new one is whole.")
+]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where tensors are computed.")]
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, or a .jsonl/.json/.parquet/.csv file.")
+]
+OutputDirOption = Annotated[str, typer.Option(metavar="DIR", help="Holds outputs_<task>/ and rewards_<task>/.")]
+LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Only the first N prompts; extends later.")]
+ModelDtypeOption = Annotated[config.Dtype, typer.Option(help="Data type the model runs in.")]
+ChatTemplateOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Jinja file used instead of the model's own chat template.")
+]
+TrustRemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+BatchTokensOption = Annotated[
+    int, typer.Option(metavar="N", help="Token budget of one batch of the transformers engine.")
+]
