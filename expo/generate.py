@@ -109,10 +109,11 @@ def run(config: GenerateConfig) -> Generated:
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
         done = {(row["id"], row["sample"]): row for row in journal.rows if row["finish_reason"] != "error"}
+        extends = bool(done) and work.files.final.exists()
         run_figures = _generate(work, journal, done)
         done |= {key: _failed_row(key, reason) for key, reason in work.too_long.items()}
         rows = [done[key] for key in work.keys]
-        meta = _meta(work, rows, run_figures)
+        meta = _meta(work, rows, run_figures, extends=extends)
         work.files.finish(journal, _final_text(work, rows), meta, {})
     return Generated(work.files.final, work.files.meta, "written", len(rows), meta["failed"])
 
@@ -227,7 +228,7 @@ class _RunFigures:
     engine_start_seconds: float = 0.0
     generate_seconds: float = 0.0
     engine_step_seconds: float = 0.0
-    repeatable: bool = True
+    repeatable: bool = False
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -315,7 +316,17 @@ def _old_rows(work: Plan, meta: Row) -> list[Row]:
     return [row for row in rows if row["finish_reason"] != "error"]
 
 
-def _meta(work: Plan, rows: Sequence[Row], figures: _RunFigures) -> Row:
+def _is_repeatable(work: Plan, figures: _RunFigures, *, extends: bool) -> bool:
+    """Whether an uninterrupted run gives this file: shown for each engine on a CPU.
+
+    A longer run batches its rows otherwise than the one it extends, and below float32 transformers' rows depend on
+    their batch in the last bits.
+    """
+    batches_matter = work.engine == "transformers" and work.config.dtype != "float32"
+    return figures.repeatable and not (extends and batches_matter)
+
+
+def _meta(work: Plan, rows: Sequence[Row], figures: _RunFigures, *, extends: bool) -> Row:
     config = dataclasses.asdict(work.config)
     for transient in ("overwrite", "dry_run", "output_dir"):
         del config[transient]
@@ -345,7 +356,7 @@ def _meta(work: Plan, rows: Sequence[Row], figures: _RunFigures) -> Row:
         "engine_step_seconds": round(figures.engine_step_seconds, 3),
         "tokens_per_second": round(figures.tokens_out / seconds, 1) if seconds else 0.0,
         "prompts_sha256": texts_sha256(work.items),
-        "repeatable": figures.repeatable,
+        "repeatable": _is_repeatable(work, figures, extends=extends),
         "fingerprint": work.fingerprint,
         "per_row": {key: [row[key] for row in rows] for key in per_row},
     }

@@ -168,6 +168,16 @@ def test_complete_is_left_alone_and_a_larger_limit_extends(llama_pair, prompt_fi
     assert {request.id for request in generated} >= {str(row) for row in range(5, 12)}
 
 
+@pytest.mark.parametrize(("dtype", "repeatable"), [("float32", True), ("bfloat16", False)])
+def test_an_extended_run_is_repeatable_only_where_batches_do_not_matter(
+    llama_pair, prompt_file, tmp_path, dtype, repeatable
+):
+    first = verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=5, dtype=dtype))
+    assert json.loads(first.meta.read_text())["repeatable"] is True
+    extended = verb.run(settings(llama_pair[1], prompt_file, tmp_path, dtype=dtype))
+    assert json.loads(extended.meta.read_text())["repeatable"] is repeatable
+
+
 def count_rows(monkeypatch) -> list:
     """Record the requests the engine really works on."""
     seen: list = []
