@@ -7,6 +7,7 @@ index, config.json, the side files that go along, and fingerprints. Not here: re
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import math
@@ -63,6 +64,12 @@ class TensorInfo:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def rows(self, first: int, last: int) -> TensorInfo:
+        """The rows from `first` up to `last`, which are consecutive bytes too."""
+        row_bytes = self.nbytes // self.shape[0] if self.shape[0] else 0
+        shape, start = (last - first, *self.shape[1:]), self.start + first * row_bytes
+        return dataclasses.replace(self, shape=shape, start=start, nbytes=(last - first) * row_bytes)
 
 
 @dataclass(frozen=True)
