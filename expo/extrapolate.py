@@ -102,6 +102,17 @@ class Plan:
                 for output in self.outputs
             ],
             "tensors": _tensor_counts(pair),
+            "patterns": [
+                {
+                    "flag": one.flag,
+                    "pattern": one.pattern,
+                    "alpha": one.alpha,
+                    "tensors": len(one.names),
+                    "names": list(one.names),
+                }
+                for one in pair.matches
+            ],
+            **_vocabulary(pair),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in pair.shards],
             "bytes_per_output": pair.nbytes,
             "side_files": ", ".join(map(str, self.side_files)),
@@ -153,14 +164,21 @@ def plan(config: ExtrapolateConfig) -> Plan:
     )
     rules = PairRules(
         alphas=tuple(output.alpha for output in outputs if not output.complete),
+        alpha_for=config.alphas_for,
         exclude=config.exclude,
         copy_missing=config.missing == "copy-dpo",
+        common_vocabulary=config.vocab == "common",
         dtype=config.dtype,
+        max_shard_bytes=config.max_shard_bytes,
         allow_nonfinite=config.allow_nonfinite,
     )
     pair = plan_pair(_read(sft), _read(dpo), rules)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
+    if pair.vocabulary:
+        log.warning(
+            "vocabularies differ: %s", ", ".join(f"{k} {v}" for k, v in _vocabulary(pair)["vocabulary"].items())
+        )
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
 
 
@@ -192,15 +210,7 @@ def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
 
 
 def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:
-    made_from = {
-        "format": FORMAT,
-        "alpha": alpha,
-        "dtype": config.dtype,
-        "exclude": list(config.exclude),
-        "missing": config.missing,
-        "allow_nonfinite": config.allow_nonfinite,
-        **sources,
-    }
+    made_from = {"format": FORMAT, **_result_settings(config, alpha), **sources}
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
     return Output(alpha, folder, made_from, complete)
 
@@ -328,16 +338,21 @@ def _tensor_counts(pair: PairPlan) -> dict[str, int]:
     }
 
 
-def _settings(config: ExtrapolateConfig, alpha: float) -> Row:
-    return {
-        "sft": config.sft,
-        "dpo": config.dpo,
-        "alpha": alpha,
-        "dtype": config.dtype,
-        "exclude": list(config.exclude),
-        "missing": config.missing,
-        "allow_nonfinite": config.allow_nonfinite,
-    }
+def _vocabulary(pair: PairPlan) -> Row:
+    if pair.vocabulary is None:
+        return {}
+    sft, dpo, common = pair.vocabulary.sft, pair.vocabulary.dpo, pair.vocabulary.common
+    rows = {"sft": sft, "dpo": dpo, "rows_extrapolated": common}
+    return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
+
+
+RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
+"""Settings that change the result, beside α and the sources."""
+
+
+def _result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
+    values = {name: getattr(config, name) for name in RESULT_SETTINGS}
+    return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
 
 
 def _manifest(
@@ -346,7 +361,7 @@ def _manifest(
     return {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": _settings(work.config, output.alpha),
+        "config": {"sft": work.config.sft, "dpo": work.config.dpo, **_result_settings(work.config, output.alpha)},
         "alpha": output.alpha,
         "fingerprint": output.fingerprint,
         "sources": {
@@ -354,6 +369,7 @@ def _manifest(
             for side, location in (("sft", work.sft), ("dpo", work.dpo))
         },
         "tensors": _tensor_counts(work.pair),
+        **_vocabulary(work.pair),
         "delta": figures,
         "bytes": work.pair.nbytes,
         "shards": {
@@ -385,7 +401,10 @@ def _command(work: Plan, alpha: float) -> str:
     for flag, location in (("--sft", work.sft), ("--dpo", work.dpo)):
         words += [flag, f"{location.hub_id}@{location.revision}" if location.hub_id else location.name]
     words += ["--alpha", repr(alpha)]
-    words += [word for pattern in work.config.exclude for word in ("--exclude", pattern)]
-    words += ["--dtype", work.config.dtype] if work.config.dtype != "auto" else []
-    words += ["--missing", work.config.missing] if work.config.missing != "error" else []
+    for name in RESULT_SETTINGS:
+        value, flag = getattr(work.config, name), "--" + name.replace("_", "-")
+        if isinstance(value, tuple):
+            words += [word for item in value for word in (flag, item)]
+        elif value != getattr(ExtrapolateConfig, name):
+            words += [flag] if value is True else [flag, value]
     return shlex.join(words)

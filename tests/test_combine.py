@@ -9,79 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, as_bytes, entry, random_pair, raw_safetensors, share_off, write_checkpoint
+from helpers import (
+    CPU,
+    DTYPES,
+    Memory,
+    as_bytes,
+    entry,
+    plan,
+    random_pair,
+    raw_safetensors,
+    share_off,
+    stream,
+    tensors_of,
+    write_checkpoint,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from expo import rules
 from expo.checkpoint import read_checkpoint
 from expo.combine import stream as streaming
 from expo.combine.decide import plan_pair
-from expo.combine.plan import PairPlan, PairRules
+from expo.combine.plan import PairRules
 from expo.combine.stream import Combiner, SourceFiles
 from expo.errors import EnvironmentFailure, InputError
-
-CPU = torch.device("cpu")
-
-
-def plan(tmp_path: Path, sft: dict[str, Tensor], dpo: dict[str, Tensor], *, shards: tuple[int, int] = (1, 1), **rules):
-    sides = [
-        read_checkpoint(write_checkpoint(tmp_path / name, tensors, shards=number))
-        for name, tensors, number in (("sft", sft, shards[0]), ("dpo", dpo, shards[1]))
-    ]
-    return plan_pair(*sides, PairRules(**{"alphas": (0.5,), **rules}))
-
-
-class Memory:
-    """A sink that keeps the bytes, and checks what sinks are promised."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.content = bytearray(nbytes)
-        self.offsets: dict[int, int] = {}
-        self.covered = 0
-
-    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        self.content[offset : offset + len(data)] = data
-        self.offsets[number] = offset
-        self.covered += len(data)
-        done()
-
-    def check(self, nbytes: int) -> None:
-        assert sorted(self.offsets) == list(range(len(self.offsets))), "the numbers have no gap"
-        assert sorted(self.offsets.values()) == [self.offsets[number] for number in range(len(self.offsets))]
-        assert self.covered == nbytes, "every byte comes once"
-
-
-def stream(pair: PairPlan, workers: int = 2, device: torch.device = CPU) -> list[dict[str, bytes]]:
-    """Execute a plan in memory: for every α the shards' bytes."""
-    results: list[dict[str, bytes]] = [{} for _ in pair.rules.alphas]
-    with SourceFiles(pair.sft, pair.dpo) as sources:
-        combiner = Combiner(sources, pair.rules, device, workers)
-        for shard in pair.shards:
-            told: list[int] = []
-            sinks = [Memory(shard.nbytes) for _ in results]
-            combiner.run(shard.parts(), sinks, told.append)
-            for result, sink in zip(results, sinks, strict=True):
-                sink.check(shard.nbytes - len(shard.header))
-                sink.content[: len(shard.header)] = shard.header
-                result[shard.name] = bytes(sink.content)
-            assert sum(told) in (0, len(results) * (shard.nbytes - len(shard.header)))
-    return results
-
-
-def tensors_of(pair: PairPlan, shards: dict[str, bytes]) -> dict[str, Tensor]:
-    return {
-        tensor.name: torch.frombuffer(
-            bytearray(shards[shard.name][tensor.start : tensor.start + tensor.nbytes]),
-            dtype={**streaming.TORCH_DTYPES, "I64": torch.int64, "BOOL": torch.bool}[tensor.dtype],
-        ).reshape(tensor.shape)
-        if tensor.nbytes
-        else torch.empty(tensor.shape)
-        for shard in pair.shards
-        for tensor in shard.tensors
-    }
-
 
 SHAPES = {"scalar": (), "empty": (0, 3), "one": (1,), "odd": (7, 11), "big": (3, 300_001)}
 """`big` is two pieces of 16-bit values, the second one short."""

@@ -114,7 +114,8 @@ def _matches(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
         names = tuple(name for name in free if search(name))
         if not names:
             taken = any(map(search, dpo.tensors))
-            raise InputError(f"{flag} {pattern!r} matches no tensor{' that an earlier pattern left' if taken else ''}")
+            left = " that an earlier pattern left" if taken else ""
+            raise InputError(f"{flag} '{pattern}' matches no tensor{left}")
         for name in names:
             del free[name]
         matches.append(Match(flag, pattern, alpha, names))
