@@ -122,6 +122,9 @@ def extrapolate(
     missing: Annotated[
         config.Missing, typer.Option(help="Tensors that SFT lacks: refuse, or copy from DPO.")
     ] = ExtrapolateConfig.missing,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
+    ] = ExtrapolateConfig.allow_pickle,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
     ] = ExtrapolateConfig.allow_nonfinite,

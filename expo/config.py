@@ -79,6 +79,8 @@ class ExtrapolateConfig(CommonConfig):
     """Regular expressions (searched in tensor names) of tensors that are copied from DPO."""
     missing: Missing = "error"
     """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
     allow_nonfinite: bool = False
     """Write NaN and infinity instead of refusing them."""
     fsync: bool = True

@@ -28,6 +28,7 @@ from expo.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     config_with_dtype,
+    holds_only_bin,
     read_checkpoint,
     side_files,
     source_fingerprint,
@@ -36,6 +37,7 @@ from expo.combine.plan import PairPlan, PairRules, ShardPlan, index_json, is_sin
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
+from expo.pickled import read_pickled_checkpoint
 from expo.progress import Progress, bytes_bar
 from expo.store import Row
 from expo.writer import (
@@ -138,7 +140,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
     Raises:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
-    sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
+    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    dpo = locate(config.dpo, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         _refuse_inside_input(folder, sft, dpo)
@@ -153,14 +156,15 @@ def plan(config: ExtrapolateConfig) -> Plan:
         dtype=config.dtype,
         allow_nonfinite=config.allow_nonfinite,
     )
-    pair = plan_pair(_read(sft), _read(dpo), rules)
+    pair = plan_pair(_read(sft, config), _read(dpo, config), rules)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
 
 
-def _read(location: Location) -> Checkpoint:
-    checkpoint = read_checkpoint(location.path)
+def _read(location: Location, config: ExtrapolateConfig) -> Checkpoint:
+    pickled = config.allow_pickle and holds_only_bin(location.path)
+    checkpoint = read_pickled_checkpoint(location.path) if pickled else read_checkpoint(location.path)
     if checkpoint.ignored:
         log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
     return checkpoint
@@ -364,4 +368,5 @@ def _command(work: Plan, alpha: float) -> str:
     words += [word for pattern in work.config.exclude for word in ("--exclude", pattern)]
     words += ["--dtype", work.config.dtype] if work.config.dtype != "auto" else []
     words += ["--missing", work.config.missing] if work.config.missing != "error" else []
+    words += ["--allow-pickle"] if work.config.allow_pickle else []
     return shlex.join(words)

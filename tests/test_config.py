@@ -56,7 +56,8 @@ def test_defaults_are_those_of_the_class(resolve: Callable[..., ExtrapolateConfi
 def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -> None:
     values = {
         "sft": "s", "dpo": "d", "alpha": (0.1, 2.0), "output": "o", "device": "cpu", "dtype": "float32", "workers": 3,
-        "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
+        "exclude": ("a", "b"), "missing": "copy-dpo", "allow_pickle": True, "allow_nonfinite": True, "fsync": False,
+        "overwrite": True,
     }  # fmt: skip
     assert values.keys() | {"dry_run"} == config.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]

@@ -176,7 +176,7 @@ def _listed(title: str, names: list[str]) -> list[str]:
 def _plan_shard(shard: Shard, sft: Checkpoint, excluded: set[str], pair_rules: PairRules) -> ShardPlan:
     dtypes = [_output_dtype(tensor.dtype, pair_rules.dtype) for tensor in shard.tensors]
     sizes = [_output_bytes(tensor, dtype) for tensor, dtype in zip(shard.tensors, dtypes, strict=True)]
-    changed = dtypes != [tensor.dtype for tensor in shard.tensors]
+    changed = not shard.header or dtypes != [tensor.dtype for tensor in shard.tensors]
     header = _header(shard, dtypes, sizes) if changed else shard.header
     tensors, start = [], len(header)
     for info, dtype, nbytes in zip(shard.tensors, dtypes, sizes, strict=True):
@@ -184,7 +184,7 @@ def _plan_shard(shard: Shard, sft: Checkpoint, excluded: set[str], pair_rules: P
         action = _action(info, partner, dtype)
         tensors.append(TensorPlan(info.name, action, info, partner, dtype, start, nbytes))
         start += nbytes
-    return ShardPlan(shard.file.name, header, tuple(tensors), start)
+    return ShardPlan(shard.output_name or shard.file.name, header, tuple(tensors), start)
 
 
 def _output_dtype(dtype: str, wanted: str) -> str:
