@@ -133,6 +133,9 @@ def extrapolate(
     vocab: Annotated[
         config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
     ] = ExtrapolateConfig.vocab,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
+    ] = ExtrapolateConfig.allow_pickle,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
     ] = ExtrapolateConfig.allow_nonfinite,

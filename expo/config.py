@@ -117,6 +117,8 @@ class ExtrapolateConfig(CommonConfig):
     """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
     vocab: Vocab = "error"
     """Where vocabularies differ in size: refuse, or extrapolate the common rows and copy DPO's further rows."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
     allow_nonfinite: bool = False
     """Write NaN and infinity instead of refusing them."""
     fsync: bool = True

@@ -30,6 +30,7 @@ from expo.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     config_with_dtype,
+    holds_only_bin,
     read_checkpoint,
     side_files,
     source_fingerprint,
@@ -41,6 +42,7 @@ from expo.config import ExtrapolateConfig
 from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
+from expo.pickled import read_pickled_checkpoint
 from expo.progress import Progress, bytes_bar
 from expo.store import Row
 from expo.writer import (
@@ -154,7 +156,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
     Raises:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
-    sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
+    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    dpo = locate(config.dpo, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         _refuse_inside_input(folder, sft, dpo)
@@ -172,18 +175,21 @@ def plan(config: ExtrapolateConfig) -> Plan:
         max_shard_bytes=config.max_shard_bytes,
         allow_nonfinite=config.allow_nonfinite,
     )
-    pair = plan_pair(_read(sft), _read(dpo), rules)
+    pair = plan_pair(_read(sft, config), _read(dpo, config), rules)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     if pair.vocabulary:
+        rows = pair.vocabulary
         log.warning(
-            "vocabularies differ: %s", ", ".join(f"{k} {v}" for k, v in _vocabulary(pair)["vocabulary"].items())
+            "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
+            *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
         )
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
 
 
-def _read(location: Location) -> Checkpoint:
-    checkpoint = read_checkpoint(location.path)
+def _read(location: Location, config: ExtrapolateConfig) -> Checkpoint:
+    pickled = config.allow_pickle and holds_only_bin(location.path)
+    checkpoint = read_pickled_checkpoint(location.path) if pickled else read_checkpoint(location.path)
     if checkpoint.ignored:
         log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
     return checkpoint
@@ -407,4 +413,5 @@ def _command(work: Plan, alpha: float) -> str:
             words += [word for item in value for word in (flag, item)]
         elif value != getattr(ExtrapolateConfig, name):
             words += [flag] if value is True else [flag, value]
+    words += ["--allow-pickle"] if work.config.allow_pickle else []
     return shlex.join(words)

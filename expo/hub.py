@@ -24,6 +24,9 @@ HUB_TIMEOUT_S = 10.0
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 """What is needed of a checkpoint whose weights alone are read."""
 
+PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json")
+"""The same where there are .bin weights only."""
+
 NOT_WEIGHTS = (
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
     *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*"),
@@ -52,15 +55,16 @@ class Location:
         return self.hub_id or self.name
 
 
-def locate(model: str, *, weights_only: bool = False) -> Location:
+def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
     """Find a model, fetching it from the hub where it is not a local directory.
 
     Args:
         model: A directory, a hub id, or `id@revision`.
-        weights_only: Fetch the safetensors files and config.json alone.
+        weights_only: Fetch the weights and config.json alone.
+        pickled: Fetch .bin weights where the hub has no safetensors.
 
     Raises:
-        InputError: No such directory or repository, or no access to it.
+        InputError: No such directory or repository, no access to it, or .bin weights alone where they are not wanted.
         EnvironmentFailure: The hub cannot be reached.
     """
     path = Path(model).expanduser()
@@ -71,19 +75,24 @@ def locate(model: str, *, weights_only: bool = False) -> Location:
     repository, _, revision = model.partition("@")
     if HUB_ID.fullmatch(repository) is None:
         raise InputError(f"no such directory: {model}")
-    return _fetch(repository, revision or None, weights_only=weights_only)
+    return _fetch(repository, revision or None, weights_only=weights_only, pickled=pickled)
 
 
-def _fetch(repository: str, revision: str | None, *, weights_only: bool) -> Location:
+def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool) -> Location:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        unwanted = OTHER_FORMATS if _has_safetensors(repository, revision) else NOT_WEIGHTS
+        safe = _has_safetensors(repository, revision)
+        if not safe and not pickled:
+            raise InputError(
+                f"{repository} has no safetensors weights on the hub; --allow-pickle fetches and reads .bin weights, "
+                "which are pickles, with torch's weights_only loader"
+            )
         return snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(WEIGHT_FILES) if weights_only else None,
-            ignore_patterns=list(unwanted),
+            allow_patterns=list(WEIGHT_FILES if safe else PICKLED_WEIGHT_FILES) if weights_only else None,
+            ignore_patterns=list(OTHER_FORMATS if safe else NOT_WEIGHTS),
         )
 
     path = Path(explain_hub_errors(download, repository, revision))

@@ -58,6 +58,7 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "sft": "s", "dpo": "d", "alpha": (0.1, 2.0), "output": "o", "device": "cpu", "dtype": "float32", "workers": 3,
         "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
         "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
+        "allow_pickle": True,
     }  # fmt: skip
     assert values.keys() | {"dry_run"} == config.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]

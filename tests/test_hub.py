@@ -94,6 +94,20 @@ def test_of_sft_only_the_weights_are_fetched(monkeypatch, tmp_path):
     assert not any("token" in pattern for pattern in calls[0][1]["allow_patterns"])
 
 
+def test_of_sft_only_the_bin_weights_are_fetched_where_there_are_no_others(monkeypatch, tmp_path):
+    calls = answer(monkeypatch, tmp_path, files=["pytorch_model.bin", "tokenizer.json"])
+    locate("org/name", weights_only=True)
+    assert calls[0][1]["allow_patterns"] == ["pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json"]
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_bin_weights_that_are_not_wanted_are_not_fetched(monkeypatch, tmp_path, weights_only):
+    calls = answer(monkeypatch, tmp_path, files=["pytorch_model.bin"])
+    with pytest.raises(InputError, match="org/name has no safetensors weights on the hub; --allow-pickle fetches"):
+        locate("org/name", weights_only=weights_only, pickled=False)
+    assert calls == []
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nope", "a/b/c", "../x", "~nobody/x"])
 def test_a_missing_path_is_not_looked_for_on_the_hub(monkeypatch, name):
     calls = answer(monkeypatch, RuntimeError("asked"))
