@@ -229,10 +229,9 @@ def _execute(work: Plan) -> None:
             stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=work.config.fsync))
             for output in work.todo
         ]
-        combining = _write_shards(work, staged)
+        times = {"started": started, **_write_shards(work, staged)}
         _require_unchanged(work)
-        seconds = time.perf_counter() - clock
-        times = {"started": started, "seconds": round(seconds, 3), "combine_seconds": round(combining, 3)}
+        times["seconds"] = round(time.perf_counter() - clock, 3)
         for output, folder in zip(work.todo, staged, strict=True):
             _add_other_files(work, output, folder, times)
             folder.commit()
@@ -246,15 +245,15 @@ def _require_space(work: Plan) -> None:
         raise EnvironmentFailure(f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed")
 
 
-def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> float:
-    """Combine what is not there yet; the seconds from the first read to the last write."""
+def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
+    """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
     for output in staged:
         output.verify()
     stream, workers = _arithmetic(), work.config.workers or default_workers()
     device, rules = stream.pick_device(work.config.device), work.pair.rules
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
-        started = time.perf_counter()
+        first_read, started = time.time(), time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(work.pair.sft, work.pair.dpo))
         disk = stack.enter_context(Background())
         if work.pair.equal:
@@ -267,7 +266,7 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> float:
                 _write_shard(shard, combiner, staged, disk, progress)
             else:
                 progress.update(shard.nbytes * len(staged))
-        return time.perf_counter() - started
+        return {"first_read": first_read, "combine_seconds": round(time.perf_counter() - started, 3)}
 
 
 def _write_shard(
