@@ -57,6 +57,9 @@ PROCESS_ENVIRONMENT = {
 }
 """Set before torch is loaded, which reads it then; what is set already stays."""
 
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+"""Set where stderr is not a terminal; the libraries would draw their bars into a log."""
+
 app = typer.Typer(
     name="expo",
     help="ExPO model extrapolation: θ(α) = θ_dpo + α(θ_dpo − θ_sft), a better-aligned model without training.",
@@ -383,7 +386,7 @@ def _usage_error(error: typer.TyperException) -> int:
 
 def main() -> None:
     """The `expo` program."""
-    for name, value in PROCESS_ENVIRONMENT.items():
+    for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("expo: %(message)s"))

@@ -24,6 +24,16 @@ GenerateEngine: TypeAlias = Literal["auto", "vllm", "transformers"]
 ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 
 
+HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+"""A user's, an organisation's or a repository's name on the hub."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text is spelled as the hub spells a repository: `name` or `owner/name`."""
+    parts = text.split("/")
+    return len(parts) <= 2 and all(map(HUB_NAME.fullmatch, parts)) and not re.search(r"--|\.\.|\.git$", text)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
