@@ -131,6 +131,13 @@ def extrapolate(
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Force files to the disk before they get their names.")
     ] = ExtrapolateConfig.fsync,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Upload the output to this model repository; may hold {alpha}."),
+    ] = ExtrapolateConfig.push_to_hub,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private where it is new.")
+    ] = ExtrapolateConfig.private,
     overwrite: OverwriteOption = ExtrapolateConfig.overwrite,
     dry_run: DryRunOption = ExtrapolateConfig.dry_run,
     as_json: JsonOption = False,
@@ -148,6 +155,8 @@ def extrapolate(
     written = verb.run(settings)
     for output_written in written:
         log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
+        if output_written.pushed:
+            log.info("α = %r: pushed: %s", output_written.alpha, output_written.pushed.url)
     if as_json:
         _print_json({"outputs": [dataclasses.asdict(one) for one in written]})
     else:

@@ -93,6 +93,10 @@ class ExtrapolateConfig(CommonConfig):
     """Write NaN and infinity instead of refusing them."""
     fsync: bool = True
     """Force every file to the disk before it gets its final name."""
+    push_to_hub: str | None = None
+    """Upload the finished output to this model repository; with several α it holds `{alpha}`."""
+    private: bool = False
+    """Make that repository private where it does not exist yet."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -111,6 +115,25 @@ class ExtrapolateConfig(CommonConfig):
         _require_device(self.device)
         _require_regexes("--exclude", self.exclude)
         _require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
+        _require(self.push_to_hub is not None or not self.private, "--private is for --push-to-hub, which is missing")
+        _require_repositories(self.repositories, inputs=(self.sft, self.dpo))
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """Where on the hub each α's output goes, in the order of `alpha`; empty where none does."""
+        if self.push_to_hub is None:
+            return ()
+        return tuple(self.push_to_hub.replace("{alpha}", repr(alpha)) for alpha in self.alpha)
+
+
+def _require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:
+    for repository in repositories:
+        well_formed = "/" in repository and is_hub_id(repository)
+        _require(well_formed, f"--push-to-hub takes a hub id such as me/my-model, not {repository!r}")
+        known = [model.partition("@")[0].lower() for model in inputs]
+        _require(repository.lower() not in known, f"--push-to-hub {repository} is an input; choose another repository")
+    if len(set(repositories)) < len(repositories):
+        raise InputError(f"--push-to-hub {repositories[0]} takes one α; with several, put {{alpha}} in the name")
 
 
 @dataclass(frozen=True, kw_only=True)

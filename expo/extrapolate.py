@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
 from expo.progress import Progress, bytes_bar
+from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
 from expo.writer import (
     CARD_FILE,
@@ -68,6 +70,13 @@ class Output:
     fingerprint: Row
     complete: bool
     """Whether it is there already."""
+    destination: Destination | None
+    """Where on the hub it goes; None where it stays here."""
+
+    def describe(self) -> Row:
+        """The output as plain data."""
+        goes = {"push_to": self.destination.repository} if self.destination else {}
+        return {"alpha": self.alpha, "path": str(self.folder), "complete": self.complete, **goes}
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,7 @@ class Plan:
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
-            "outputs": [
-                {"alpha": output.alpha, "path": str(output.folder), "complete": output.complete}
-                for output in self.outputs
-            ],
+            "outputs": [output.describe() for output in self.outputs],
             "tensors": _tensor_counts(pair),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in pair.shards],
             "bytes_per_output": pair.nbytes,
@@ -111,6 +117,8 @@ class Written:
     path: Path
     status: str
     """"written" or "already complete"."""
+    pushed: Pushed | None = None
+    """Where it is on the hub, where it was pushed."""
 
 
 def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
@@ -124,12 +132,17 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
     finished = [finish_interrupted(output.folder, output.fingerprint) for output in work.todo]
     if any(finished):
         work = plan(config)
+    for output in work.outputs:
+        if output.destination:
+            make_repository(output.destination, private=config.private)
     if work.todo:
         _execute(work)
-    return tuple(
-        Written(output.alpha, output.folder, "already complete" if output.complete else "written")
-        for output in work.outputs
-    )
+    return tuple(map(_written, work.outputs))
+
+
+def _written(output: Output) -> Written:
+    pushed = push(output.destination, output.folder) if output.destination else None
+    return Written(output.alpha, output.folder, "already complete" if output.complete else "written", pushed)
 
 
 def plan(config: ExtrapolateConfig) -> Plan:
@@ -138,13 +151,15 @@ def plan(config: ExtrapolateConfig) -> Plan:
     Raises:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
+    destinations = find_destinations(config.repositories, private=config.private)
     sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
     folders = _output_folders(config, dpo)
     for folder in folders:
         _refuse_inside_input(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     outputs = tuple(
-        _plan_output(config, alpha, folder, sources) for alpha, folder in zip(config.alpha, folders, strict=True)
+        _plan_output(config, alpha, folder, sources, destination)
+        for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
     rules = PairRules(
         alphas=tuple(output.alpha for output in outputs if not output.complete),
@@ -186,7 +201,9 @@ def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
             )
 
 
-def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:
+def _plan_output(
+    config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
+) -> Output:
     made_from = {
         "format": FORMAT,
         "alpha": alpha,
@@ -197,7 +214,9 @@ def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources:
         **sources,
     }
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
-    return Output(alpha, folder, made_from, complete)
+    if destination and not config.overwrite:
+        destination.require_same_output(made_from)
+    return Output(alpha, folder, made_from, complete, destination)
 
 
 def _execute(work: Plan) -> None:
@@ -304,10 +323,11 @@ def _tensor_counts(pair: PairPlan) -> dict[str, int]:
     }
 
 
-def _settings(config: ExtrapolateConfig, alpha: float) -> Row:
+def _settings(work: Plan, alpha: float) -> Row:
+    config = work.config
     return {
-        "sft": config.sft,
-        "dpo": config.dpo,
+        "sft": config.sft if work.sft.hub_id else work.sft.name,  # a path says nothing to whom it is shared with
+        "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
         "alpha": alpha,
         "dtype": config.dtype,
         "exclude": list(config.exclude),
@@ -322,7 +342,7 @@ def _manifest(
     return {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": _settings(work.config, output.alpha),
+        "config": _settings(work, output.alpha),
         "alpha": output.alpha,
         "fingerprint": output.fingerprint,
         "sources": {

@@ -1,7 +1,7 @@
 """Where a model is: a local directory, or a hub id (`org/name`, `org/name@revision`) fetched into the cache.
 
 Only the files that are needed are fetched. Every request to the hub goes through `explain_hub_errors`, which turns
-what may go wrong into one line. Nothing here reads weights (`checkpoint.py`).
+what may go wrong into one line. Nothing here reads weights (`checkpoint.py`) or uploads (`publish.py`).
 """
 
 from __future__ import annotations
