@@ -119,12 +119,26 @@ def extrapolate(
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")
     ] = ExtrapolateConfig.workers,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(metavar="keep|SIZE", help="Most bytes of one file, such as 500MB or 5GB; keep has DPO's files."),
+    ] = ExtrapolateConfig.max_shard_size,
+    alpha_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=A", help="Tensors with an α of their own; repeatable, first match wins."),
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Tensors copied from DPO; repeatable.")
     ] = None,
     missing: Annotated[
         config.Missing, typer.Option(help="Tensors that SFT lacks: refuse, or copy from DPO.")
     ] = ExtrapolateConfig.missing,
+    vocab: Annotated[
+        config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
+    ] = ExtrapolateConfig.vocab,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
+    ] = ExtrapolateConfig.allow_pickle,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
     ] = ExtrapolateConfig.allow_nonfinite,
@@ -331,8 +345,14 @@ def _print_data(data: dict[str, Any], *, as_json: bool) -> None:
         return
     for key, value in data.items():
         for line in value if isinstance(value, list) else [value]:
-            text = ", ".join(f"{k} {v}" for k, v in line.items()) if isinstance(line, dict) else line
+            text = ", ".join(f"{k} {_short(v)}" for k, v in line.items()) if isinstance(line, dict) else line
             print(f"{key.replace('_', ' '):<18}{text}")
+
+
+def _short(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
 
 
 def _exit_after(failed: int) -> None:

@@ -20,6 +20,7 @@ from expo.errors import InputError
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
+Vocab: TypeAlias = Literal["error", "common"]
 GenerateEngine: TypeAlias = Literal["auto", "vllm", "transformers"]
 ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 
@@ -57,6 +58,37 @@ def _require_regexes(flag: str, patterns: tuple[str, ...]) -> None:
             raise InputError(f"{flag} {pattern!r} is not a regular expression: {error}") from error
 
 
+BYTE_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)},
+}
+
+
+def _read_bytes(flag: str, value: str) -> int:
+    """A size such as 5GB (10⁹) or 5GiB (2³⁰) in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?B)", value, re.IGNORECASE)
+    units = {name.upper(): size for name, size in BYTE_UNITS.items()}
+    nbytes = int(float(found[1]) * units[found[2].upper()]) if found and found[2].upper() in units else 0
+    _require(nbytes > 0, f"{flag} is a size such as 500MB or 5GB, not {value!r}")
+    return nbytes
+
+
+def _read_alpha_for(value: str) -> tuple[str, float]:
+    """`REGEX=A` as a pattern and a number; the last `=` counts."""
+    pattern, equals, number = value.rpartition("=")
+    try:
+        alpha = float(number)
+    except ValueError:
+        alpha = math.nan
+    _require(
+        bool(equals and pattern) and math.isfinite(alpha),
+        f"--alpha-for is REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
+    )
+    _require_regexes("--alpha-for", (pattern,))
+    return pattern, alpha + 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
     """What every command that writes something shares."""
@@ -85,10 +117,18 @@ class ExtrapolateConfig(CommonConfig):
     """Data type of the written floating-point tensors; auto keeps each DPO tensor's own."""
     workers: int | None = None
     """Threads that read, combine and write pieces. Default: the CPU count, at most 4."""
+    max_shard_size: str = "keep"
+    """Most bytes of one output file, such as 500MB or 5GB; keep has DPO's files."""
+    alpha_for: tuple[str, ...] = ()
+    """`REGEX=A`: tensors (the pattern is searched in their names) with an α of their own; the first match wins."""
     exclude: tuple[str, ...] = ()
-    """Regular expressions (searched in tensor names) of tensors that are copied from DPO."""
+    """Regular expressions of tensors that are copied from DPO, whatever `alpha_for` says."""
     missing: Missing = "error"
     """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
+    vocab: Vocab = "error"
+    """Where vocabularies differ in size: refuse, or extrapolate the common rows and copy DPO's further rows."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
     allow_nonfinite: bool = False
     """Write NaN and infinity instead of refusing them."""
     fsync: bool = True
@@ -112,6 +152,8 @@ class ExtrapolateConfig(CommonConfig):
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         _require_choice("--dtype", self.dtype, Dtype)
         _require_choice("--missing", self.missing, Missing)
+        _require_choice("--vocab", self.vocab, Vocab)
+        _ = self.max_shard_bytes, self.alphas_for  # read them once, so that they are checked
         _require_device(self.device)
         _require_regexes("--exclude", self.exclude)
         _require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
@@ -124,6 +166,16 @@ class ExtrapolateConfig(CommonConfig):
         if self.push_to_hub is None:
             return ()
         return tuple(self.push_to_hub.replace("{alpha}", repr(alpha)) for alpha in self.alpha)
+
+    @property
+    def max_shard_bytes(self) -> int | None:
+        """`max_shard_size` in bytes; None keeps DPO's files."""
+        return None if self.max_shard_size == "keep" else _read_bytes("--max-shard-size", self.max_shard_size)
+
+    @property
+    def alphas_for(self) -> tuple[tuple[str, float], ...]:
+        """`alpha_for` as patterns and numbers."""
+        return tuple(map(_read_alpha_for, self.alpha_for))
 
 
 def _require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:

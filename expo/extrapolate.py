@@ -6,6 +6,7 @@ Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`)
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -14,12 +15,13 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from expo import __version__
@@ -29,14 +31,19 @@ from expo.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     config_with_dtype,
+    holds_only_bin,
     read_checkpoint,
     side_files,
     source_fingerprint,
 )
-from expo.combine.plan import PairPlan, PairRules, ShardPlan, index_json, is_single_file, plan_pair
+from expo.combine.decide import plan_pair
+from expo.combine.layout import index_json
+from expo.combine.plan import PairPlan, PairRules, ShardPlan
 from expo.config import ExtrapolateConfig
+from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
+from expo.pickled import read_pickled_checkpoint
 from expo.progress import Progress, bytes_bar
 from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
@@ -103,6 +110,17 @@ class Plan:
             "dpo": str(self.dpo.path),
             "outputs": [output.describe() for output in self.outputs],
             "tensors": _tensor_counts(pair),
+            "patterns": [
+                {
+                    "flag": one.flag,
+                    "pattern": one.pattern,
+                    "alpha": one.alpha,
+                    "tensors": len(one.names),
+                    "names": list(one.names),
+                }
+                for one in pair.matches
+            ],
+            **_vocabulary(pair),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in pair.shards],
             "bytes_per_output": pair.nbytes,
             "side_files": ", ".join(map(str, self.side_files)),
@@ -152,7 +170,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
     destinations = find_destinations(config.repositories, private=config.private)
-    sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
+    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    dpo = locate(config.dpo, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         _refuse_inside_input(folder, sft, dpo)
@@ -163,19 +182,29 @@ def plan(config: ExtrapolateConfig) -> Plan:
     )
     rules = PairRules(
         alphas=tuple(output.alpha for output in outputs if not output.complete),
+        alpha_for=config.alphas_for,
         exclude=config.exclude,
         copy_missing=config.missing == "copy-dpo",
+        common_vocabulary=config.vocab == "common",
         dtype=config.dtype,
+        max_shard_bytes=config.max_shard_bytes,
         allow_nonfinite=config.allow_nonfinite,
     )
-    pair = plan_pair(_read(sft), _read(dpo), rules)
+    pair = plan_pair(_read(sft, config), _read(dpo, config), rules)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
+    if pair.vocabulary:
+        rows = pair.vocabulary
+        log.warning(
+            "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
+            *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
+        )
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
 
 
-def _read(location: Location) -> Checkpoint:
-    checkpoint = read_checkpoint(location.path)
+def _read(location: Location, config: ExtrapolateConfig) -> Checkpoint:
+    pickled = config.allow_pickle and holds_only_bin(location.path)
+    checkpoint = read_pickled_checkpoint(location.path) if pickled else read_checkpoint(location.path)
     if checkpoint.ignored:
         log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
     return checkpoint
@@ -204,15 +233,7 @@ def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
 def _plan_output(
     config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
 ) -> Output:
-    made_from = {
-        "format": FORMAT,
-        "alpha": alpha,
-        "dtype": config.dtype,
-        "exclude": list(config.exclude),
-        "missing": config.missing,
-        "allow_nonfinite": config.allow_nonfinite,
-        **sources,
-    }
+    made_from = {"format": FORMAT, **_result_settings(config, alpha), **sources}
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)
@@ -227,9 +248,9 @@ def _execute(work: Plan) -> None:
             stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=work.config.fsync))
             for output in work.todo
         ]
-        _write_shards(work, staged)
+        times = {"started": started, **_write_shards(work, staged)}
         _require_unchanged(work)
-        times = {"started": started, "seconds": round(time.perf_counter() - clock, 3)}
+        times["seconds"] = round(time.perf_counter() - clock, 3)
         for output, folder in zip(work.todo, staged, strict=True):
             _add_other_files(work, output, folder, times)
             folder.commit()
@@ -243,42 +264,60 @@ def _require_space(work: Plan) -> None:
         raise EnvironmentFailure(f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed")
 
 
-def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> None:
+def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
+    """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
     for output in staged:
         output.verify()
-    from expo.combine.stream import Combiner, SourceFiles, pick_device
-
-    device, workers = pick_device(work.config.device), work.config.workers or default_workers()
-    with SourceFiles(work.pair.sft, work.pair.dpo) as sources:
-        combiner = Combiner(sources, work.pair.rules, device, workers)
-        progress = bytes_bar(work.pair.nbytes * len(staged), "extrapolate")
-        try:
-            for shard in work.pair.shards:
-                if any(shard.name not in output.records for output in staged):
-                    _write_shard(shard, combiner, staged, progress)
-                else:
-                    progress.update(shard.nbytes * len(staged))
-        finally:
-            progress.close()
-
-
-def _write_shard(shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], progress: Progress) -> None:
+    stream, workers = _arithmetic(), work.config.workers or default_workers()
+    device, rules = stream.pick_device(work.config.device), work.pair.rules
     with ExitStack() as stack:
-        files = [output.start_shard(shard.name, shard.header) for output in staged]
-        for file in files:
-            stack.callback(file.close)
-        delta = sft = 0.0
-        for block in combiner.stream(shard, _writes_to(files)):
-            for file, data in zip(files, block.outputs, strict=True):
-                file.absorb(data)
-                progress.update(len(data))
-            delta, sft = delta + block.norms.delta, sft + block.norms.sft
+        progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
+        first_read, started = time.time(), time.perf_counter()
+        sources = stack.enter_context(stream.SourceFiles(work.pair.sft, work.pair.dpo))
+        disk = stack.enter_context(Background())
+        if work.pair.equal:
+            stream.Combiner(sources, replace(rules, alphas=()), device, workers).run(
+                [(part, 0) for part in work.pair.equal], []
+            )
+        combiner = stream.Combiner(sources, rules, device, workers)
+        for shard in work.pair.shards:
+            if any(shard.name not in output.records for output in staged):
+                _write_shard(shard, combiner, staged, disk, progress)
+            else:
+                progress.update(shard.nbytes * len(staged))
+        return {"first_read": first_read, "combine_seconds": round(time.perf_counter() - started, 3)}
+
+
+def _write_shard(
+    shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], disk: Background, progress: Progress
+) -> None:
+    with ExitStack() as stack:
+        files = []
+        for output in staged:
+            files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
+            stack.callback(files[-1].close)
+        pieces = combiner.run(shard.parts(), files, progress.update)
+        delta, sft, _ = _arithmetic().total_norms(norms for _, norms in pieces)
         for output, file in zip(staged, files, strict=True):
-            output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), delta, sft))
+            disk.submit(_finish_shard, output, file, shard, delta, sft)
+        stack.pop_all()  # the files are the background's now
 
 
-def _writes_to(files: Sequence[StagedShard]) -> Callable[[int, int, memoryview], None]:
-    return lambda number, offset, data: files[number].write(offset, data)
+def _finish_shard(output: StagedOutput, file: StagedShard, shard: ShardPlan, delta: float, sft: float) -> None:
+    with closing(file):
+        output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), delta, sft))
+
+
+def _arithmetic() -> ModuleType:
+    """`combine.stream`, which imports torch: a fifth faster without the garbage collector looking on."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        from expo.combine import stream
+    finally:
+        if collecting:
+            gc.enable()
+    return stream
 
 
 def default_workers() -> int:
@@ -298,11 +337,11 @@ def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Ro
         folder.add_copy(name, work.dpo.path / name)
     if work.config.dtype != "auto" and CONFIG_FILE in names:
         folder.add_text(CONFIG_FILE, config_with_dtype(work.dpo.path, work.config.dtype))
-    if not is_single_file(work.pair):
+    if not work.pair.is_single_file:
         folder.add_text(INDEX_FILE, index_json(work.pair))
     figures = _delta_figures(folder)
     folder.add_text(CARD_FILE, _card(work, output, figures))
-    files = sorted({*names, *folder.records, CARD_FILE, *([] if is_single_file(work.pair) else [INDEX_FILE])})
+    files = sorted({*names, *folder.records, CARD_FILE, *([] if work.pair.is_single_file else [INDEX_FILE])})
     manifest = _manifest(work, output, folder, files, figures, times)
     folder.add_text(MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
@@ -323,16 +362,29 @@ def _tensor_counts(pair: PairPlan) -> dict[str, int]:
     }
 
 
-def _settings(work: Plan, alpha: float) -> Row:
+def _vocabulary(pair: PairPlan) -> Row:
+    if pair.vocabulary is None:
+        return {}
+    sft, dpo, common = pair.vocabulary.sft, pair.vocabulary.dpo, pair.vocabulary.common
+    rows = {"sft": sft, "dpo": dpo, "rows_extrapolated": common}
+    return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
+
+
+RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
+"""Settings that change the result, beside α and the sources."""
+
+
+def _result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
+    values = {name: getattr(config, name) for name in RESULT_SETTINGS}
+    return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
+
+
+def _source_names(work: Plan) -> Row:
+    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
     config = work.config
     return {
-        "sft": config.sft if work.sft.hub_id else work.sft.name,  # a path says nothing to whom it is shared with
+        "sft": config.sft if work.sft.hub_id else work.sft.name,
         "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
-        "alpha": alpha,
-        "dtype": config.dtype,
-        "exclude": list(config.exclude),
-        "missing": config.missing,
-        "allow_nonfinite": config.allow_nonfinite,
     }
 
 
@@ -342,7 +394,7 @@ def _manifest(
     return {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": _settings(work, output.alpha),
+        "config": {**_source_names(work), **_result_settings(work.config, output.alpha)},
         "alpha": output.alpha,
         "fingerprint": output.fingerprint,
         "sources": {
@@ -350,6 +402,7 @@ def _manifest(
             for side, location in (("sft", work.sft), ("dpo", work.dpo))
         },
         "tensors": _tensor_counts(work.pair),
+        **_vocabulary(work.pair),
         "delta": figures,
         "bytes": work.pair.nbytes,
         "shards": {
@@ -381,7 +434,11 @@ def _command(work: Plan, alpha: float) -> str:
     for flag, location in (("--sft", work.sft), ("--dpo", work.dpo)):
         words += [flag, f"{location.hub_id}@{location.revision}" if location.hub_id else location.name]
     words += ["--alpha", repr(alpha)]
-    words += [word for pattern in work.config.exclude for word in ("--exclude", pattern)]
-    words += ["--dtype", work.config.dtype] if work.config.dtype != "auto" else []
-    words += ["--missing", work.config.missing] if work.config.missing != "error" else []
+    for name in RESULT_SETTINGS:
+        value, flag = getattr(work.config, name), "--" + name.replace("_", "-")
+        if isinstance(value, tuple):
+            words += [word for item in value for word in (flag, item)]
+        elif value != getattr(ExtrapolateConfig, name):
+            words += [flag] if value is True else [flag, value]
+    words += ["--allow-pickle"] if work.config.allow_pickle else []
     return shlex.join(words)

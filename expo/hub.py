@@ -35,6 +35,9 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
 """What is needed of a checkpoint whose weights are read, and whose token ids are compared with another's."""
 
+PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", *TOKENIZER_FILES)
+"""The same where there are .bin weights only."""
+
 NOT_WEIGHTS = (
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
     *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*"),
@@ -64,15 +67,16 @@ class Location:
         return self.hub_id or self.name
 
 
-def locate(model: str, *, weights_only: bool = False) -> Location:
+def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
     """Find a model, fetching it from the hub where it is not a local directory.
 
     Args:
         model: A directory, a hub id, or `id@revision`.
-        weights_only: Fetch the safetensors files, config.json and the tokenizer alone.
+        weights_only: Fetch the weights, config.json and the tokenizer alone.
+        pickled: Fetch .bin weights where the hub has no safetensors.
 
     Raises:
-        InputError: No such directory or repository, or no access to it.
+        InputError: No such directory or repository, no access to it, or .bin weights alone where they are not wanted.
         EnvironmentFailure: The hub cannot be reached.
     """
     if not model.strip():
@@ -87,7 +91,7 @@ def locate(model: str, *, weights_only: bool = False) -> Location:
         raise InputError(f"no such directory: {model}{_hint(model)}")
     if at and not revision:
         raise InputError(f"{model} names no revision: leave out the @, or put a branch, tag or commit behind it")
-    return _fetch(repository, revision or None, weights_only=weights_only)
+    return _fetch(repository, revision or None, weights_only=weights_only, pickled=pickled)
 
 
 def _expand(model: str) -> Path:
@@ -116,16 +120,21 @@ def _near_folder(model: str) -> str:
     return f" (is it {path.parent / near[0]}?)" if near else ""
 
 
-def _fetch(repository: str, revision: str | None, *, weights_only: bool) -> Location:
+def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool) -> Location:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        unwanted = OTHER_FORMATS if _has_safetensors(repository, revision) else NOT_WEIGHTS
+        safe = _has_safetensors(repository, revision)
+        if not safe and not pickled:
+            raise InputError(
+                f"{repository} has no safetensors weights on the hub; --allow-pickle fetches and reads .bin weights, "
+                "which are pickles, with torch's weights_only loader"
+            )
         return snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(WEIGHT_FILES) if weights_only else None,
-            ignore_patterns=list(unwanted),
+            allow_patterns=list(WEIGHT_FILES if safe else PICKLED_WEIGHT_FILES) if weights_only else None,
+            ignore_patterns=list(OTHER_FORMATS if safe else NOT_WEIGHTS),
         )
 
     path = Path(explain_hub_errors(download, repository, revision))

@@ -5,11 +5,65 @@ To add a rule, write one function with the signature of `extrapolate` and choose
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+NORM_ROW = 1 << 9
+"""Elements whose norm is taken at once; the rows' squares are added up in float64.
 
-def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor) -> Tensor:
+Few enough that rows differ by many steps of bfloat16, or all their roundings would go the same way.
+"""
+FEW_ELEMENTS = 1 << 18
+"""Up to here norms are taken in float32 throughout, where row norms rounded to the tensors' type would show."""
+WIDE_BLOCK = 1 << 16
+"""Elements converted to a wider type at a time, which stay in the processor's cache."""
+OWN_NORMS = frozenset({torch.bfloat16, torch.float32, torch.float64})
+"""Types whose differences and row norms neither overflow nor underflow before the values themselves do."""
+
+
+class Norms(NamedTuple):
+    """Squared Frobenius norms."""
+
+    delta: float = 0.0
+    """‖θ_dpo − θ_sft‖²."""
+    sft: float = 0.0
+    """‖θ_sft‖²."""
+    dpo: float = 0.0
+    """‖θ_dpo‖², where it is asked for."""
+
+
+class Scratch:
+    """Work space for pieces of at most `nbytes` a side, reused from piece to piece.
+
+    Memory that is given back and taken anew for every piece costs more than all the arithmetic: the system clears
+    it each time.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._delta = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._rows = torch.empty(nbytes // NORM_ROW * 8 + 8, dtype=torch.uint8, device=device)
+        self._wide: dict[torch.dtype, Tensor] = {}
+
+    def delta(self, like: Tensor) -> Tensor:
+        """Room for a tensor like this one."""
+        return self._delta[: like.nbytes].view(like.dtype)
+
+    def row_norms(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """Room for one number per row."""
+        return self._rows[: rows * dtype.itemsize].view(dtype)
+
+    def wide(self, dtype: torch.dtype, elements: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Three tensors of a wider type, of at most WIDE_BLOCK elements each."""
+        if dtype not in self._wide:
+            self._wide[dtype] = torch.empty(3, WIDE_BLOCK, dtype=dtype, device=self._delta.device)
+        first, second, third = self._wide[dtype]
+        return first[:elements], second[:elements], third[:elements]
+
+
+def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor, scratch: Scratch | None = None) -> Tensor:
     """θ = d + α(d − s), float32 inside, one rounding to the output's dtype (Zheng et al. 2025, eq. 2).
 
     `torch.lerp(d, s, -α)` is that formula: for a weight below 0.5 it evaluates d + (−α)(s − d), in float32 for
@@ -17,10 +71,11 @@ def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor) -> Tensor:
     misses about seven times as many weights.) For |α| ≥ 0.5 it evaluates s + (1 + α)(d − s), exactly s at −1.
 
     Args:
-        sft: s, any floating-point dtype and shape.
+        sft: s, any floating-point dtype and shape; one axis where `scratch` is given.
         dpo: d, same shape.
         alpha: α. At 0 d is copied, not computed (−0.0 and payloads of NaN survive).
         out: Where θ goes; same shape, any floating-point dtype.
+        scratch: Work space for sides of different types; without it they are widened whole.
 
     Returns:
         `out`.
@@ -29,30 +84,67 @@ def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor) -> Tensor:
         return out.copy_(dpo)
     if sft.dtype == dpo.dtype == out.dtype:
         return torch.lerp(dpo, sft, -alpha, out=out)
-    wide = torch.promote_types(torch.promote_types(sft.dtype, dpo.dtype), torch.float32)
-    return out.copy_(torch.lerp(dpo.to(wide), sft.to(wide), -alpha))
+    wide = _wider(sft, dpo)
+    if scratch is None:
+        return out.copy_(torch.lerp(dpo.to(wide), sft.to(wide), -alpha))
+    for s, d, o in zip(*(torch.split(side, WIDE_BLOCK) for side in (sft, dpo, out)), strict=True):
+        wide_s, wide_d, result = scratch.wide(wide, len(s))
+        o.copy_(torch.lerp(wide_d.copy_(d), wide_s.copy_(s), -alpha, out=result))
+    return out
 
 
-def squared_norms(sft: Tensor, dpo: Tensor, scratch: Tensor) -> tuple[float, float]:
-    """‖d − s‖² and ‖s‖².
+def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = False) -> Norms:
+    """‖d − s‖², ‖s‖² and, if asked, ‖d‖².
+
+    In large pieces a row's norm is rounded to the tensors' own type, up and down alike: over many rows these
+    roundings cancel, and of bfloat16 weights four digits stay.
 
     Args:
         sft: s, one axis, any floating-point dtype.
         dpo: d, same shape.
-        scratch: Work space, float32 [2, any size above 0], used block by block. Memory that is given back and
-            taken anew for every piece costs more than all the arithmetic: the system clears it each time.
+        scratch: Work space on the same device.
+        of_dpo: Whether ‖d‖² is wanted.
+    """
+    if sft.dtype != dpo.dtype or sft.dtype not in OWN_NORMS or len(sft) < FEW_ELEMENTS:
+        return _wide_norms(sft, dpo, scratch, of_dpo=of_dpo)
+    delta = torch.sub(dpo, sft, out=scratch.delta(dpo))
+    dpo_squared = _squared_norm(dpo, scratch) if of_dpo else 0.0
+    return Norms(_squared_norm(delta, scratch), _squared_norm(sft, scratch), dpo_squared)
+
+
+def _squared_norm(values: Tensor, scratch: Scratch) -> float:
+    count = len(values) // NORM_ROW
+    whole, rest = values[: count * NORM_ROW].view(count, NORM_ROW), values[count * NORM_ROW :]
+    rows = torch.linalg.vector_norm(whole, dim=1, out=scratch.row_norms(count, values.dtype))
+    total = float(rows.double().square_().sum())
+    return total + float(torch.linalg.vector_norm(rest)) ** 2 if len(rest) else total
+
+
+def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> Norms:
+    wide, total = _wider(sft, dpo), Norms()
+    for s, d in zip(torch.split(sft, WIDE_BLOCK), torch.split(dpo, WIDE_BLOCK), strict=True):
+        size, other, delta = scratch.wide(wide, len(s))
+        torch.sub(other.copy_(d), size.copy_(s), out=delta)
+        squares = [float(side.dot(side)) for side in ((delta, size, other) if of_dpo else (delta, size))]
+        total = Norms(*(old + new for old, new in zip(total, [*squares, 0.0], strict=False)))
+    return total
+
+
+def _wider(sft: Tensor, dpo: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(sft.dtype, dpo.dtype), torch.float32)
+
+
+def stays_finite(norms: Norms, alpha: float, dtype: torch.dtype) -> bool:
+    """Whether no element of θ(α) can be NaN or infinite, told from the norms alone.
+
+    |θ| ≤ |s| + |1 + α||d − s| ≤ ‖s‖ + |1 + α|‖d − s‖; the margin of two covers every rounding. A NaN or infinity
+    among the inputs is one in the norms.
 
     Returns:
-        Both squared Frobenius norms, of differences taken in float32.
+        False where the norms cannot tell; then look at the elements.
     """
-    delta_squared = size_squared = 0.0
-    block = scratch.shape[1]
-    for s, d in zip(torch.split(sft, block), torch.split(dpo, block), strict=True):
-        size, delta = scratch[0, : len(s)].copy_(s), scratch[1, : len(d)].copy_(d)
-        delta -= size
-        delta_squared += float(delta.dot(delta))
-        size_squared += float(size.dot(size))
-    return delta_squared, size_squared
+    bound = math.sqrt(norms.sft) + abs(1 + alpha) * math.sqrt(norms.delta)
+    return bound < torch.finfo(dtype).max / 2
 
 
 def is_finite(values: Tensor) -> bool:

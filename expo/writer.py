@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -19,6 +21,7 @@ from typing import IO
 import xxhash
 
 from expo.checkpoint import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
+from expo.disk import Background, preallocate
 from expo.errors import EnvironmentFailure, InputError
 from expo.store import Journal, Row, read_journal, require_same, sync, sync_folder
 
@@ -30,6 +33,8 @@ LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
 JOURNAL_FILE = "journal.jsonl"
 SUFFIX = ".partial"
 HASH_BLOCK_BYTES = 1 << 20
+FLUSH_BYTES = 256 << 20
+"""A file is forced to the disk each time this much of it is written, so that little is left to do at its end."""
 
 log = logging.getLogger(__name__)
 
@@ -130,46 +135,86 @@ def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
 
 
 class StagedShard:
-    """One output file being written.
+    """One output file being written; pieces come in any order and are written and hashed in theirs.
 
     Args:
         path: The staged file.
         header: Its first bytes.
+        nbytes: What its size will be; the disk's room for it is taken at once.
         fsync: Whether `finish` forces it to the disk.
+        disk: Does that for what is written so far, now and then, beside the copying.
+
+    Raises:
+        EnvironmentFailure: The disk is full, or writing failed.
     """
 
-    def __init__(self, path: Path, header: bytes, *, fsync: bool) -> None:
+    def __init__(
+        self, path: Path, header: bytes, nbytes: int, *, fsync: bool = True, disk: Background | None = None
+    ) -> None:
         self._path = path
         self._fsync = fsync
+        self._disk = disk if fsync else None
+        self._flushed = 0
         self._hash = xxhash.xxh3_128()
-        self._stream: IO[bytes] = path.open("wb", buffering=0)
-        self.write(0, memoryview(header))
-        self.absorb(header)
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tuple[int, memoryview, Callable[[], None]]] = {}
+        self._turn = 0
+        self._busy = False
+        with self._explained(), ExitStack() as opening:
+            self._stream: IO[bytes] = opening.enter_context(path.open("wb", buffering=0))
+            preallocate(self._stream.fileno(), nbytes)
+            self._append(0, memoryview(header))
+            opening.pop_all()
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Put bytes at an offset; called from several threads.
+    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        """Take piece `number`, whose place in the file is `offset`; `done` is called when `data` is free again.
+
+        Called from several threads. Whoever brings the piece that is next writes it and all that wait behind it.
 
         Raises:
             EnvironmentFailure: The disk is full, or writing failed.
         """
+        with self._lock:
+            self._waiting[number] = (offset, data, done)
+        while (piece := self._next()) is not None:
+            offset, data, done = piece
+            with self._explained():
+                self._append(offset, data)
+            done()
+            with self._lock:
+                self._turn += 1
+                self._busy = False
+
+    def _next(self) -> tuple[int, memoryview, Callable[[], None]] | None:
+        with self._lock:
+            if self._busy or self._turn not in self._waiting:
+                return None
+            self._busy = True
+            return self._waiting.pop(self._turn)
+
+    def _append(self, offset: int, data: memoryview) -> None:
         done = 0
         while done < len(data):
-            try:
-                done += os.pwrite(self._stream.fileno(), data[done:], offset + done)
-            except OSError as error:
-                raise EnvironmentFailure(
-                    f"writing {self._path} failed: {error.strerror}; the same command goes on from here"
-                ) from error
-
-    def absorb(self, data: bytes | memoryview) -> None:
-        """Add bytes to the checksum; called in the order of the file."""
+            done += os.pwrite(self._stream.fileno(), data[done:], offset + done)
         self._hash.update(data)
+        if self._disk is not None and offset + done >= self._flushed + FLUSH_BYTES:
+            self._flushed = offset + done
+            self._disk.offer(sync, self._stream)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"writing {self._path} failed: {error.strerror}; the same command goes on from here"
+            raise EnvironmentFailure(message) from error
 
     def finish(self) -> str:
-        """Make the file durable and return its checksum."""
-        if self._fsync:
-            sync(self._stream)
-        self._stream.close()
+        """Make the file durable, close it, and return its checksum."""
+        with self._explained():
+            if self._fsync:
+                sync(self._stream)
+            self._stream.close()
         return self._hash.hexdigest()
 
     def close(self) -> None:
@@ -228,9 +273,9 @@ class StagedOutput:
                 log.warning("the staged %s is damaged; it is made again", name)
                 del self.records[name]
 
-    def start_shard(self, name: str, header: bytes) -> StagedShard:
-        """Open one shard's file."""
-        return StagedShard(self._path(name), header, fsync=self._fsync)
+    def start_shard(self, name: str, header: bytes, nbytes: int, disk: Background | None = None) -> StagedShard:
+        """Open one shard's file; with `disk` it is forced to the disk beside the copying."""
+        return StagedShard(self._path(name), header, nbytes, fsync=self._fsync, disk=disk)
 
     def record(self, record: ShardRecord) -> None:
         """Note that a shard is whole; a rerun keeps it."""

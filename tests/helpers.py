@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from expo.checkpoint import read_checkpoint
+from expo.combine.decide import plan_pair
+from expo.combine.plan import PairPlan, PairRules
+from expo.combine.stream import TORCH_DTYPES, Combiner, SourceFiles
+
+CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIGNIFICANDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
 """Bits of the significand (the hidden one counted) and the smallest normal exponent."""
@@ -128,8 +135,79 @@ def as_bytes(tensor: Tensor) -> bytes:
 def without_clock(content: dict[str, bytes]) -> dict[str, object]:
     """A finished output's files, with the times in expo.json left out."""
     manifest = json.loads(content["expo.json"])
-    assert manifest.pop("clock").keys() == {"started", "seconds"}
+    assert manifest.pop("clock").keys() == {"started", "first_read", "combine_seconds", "seconds"}
     return {**content, "expo.json": manifest}
+
+
+# --- plans executed in memory ---------------------------------------------------------------------------------------
+
+
+def plan(
+    tmp_path: Path,
+    sft: dict[str, Tensor],
+    dpo: dict[str, Tensor],
+    *,
+    shards: tuple[int, int] = (1, 1),
+    files: dict[str, str] | list[dict[str, str]] | None = None,
+    **rules: object,
+) -> PairPlan:
+    """Write both sides and plan the pair; `files` are further ones of both sides, or of each."""
+    both = files if isinstance(files, list) else [files, files]
+    sides = [
+        read_checkpoint(write_checkpoint(tmp_path / name, tensors, shards=number, files=more))
+        for name, tensors, number, more in (("sft", sft, shards[0], both[0]), ("dpo", dpo, shards[1], both[1]))
+    ]
+    return plan_pair(*sides, PairRules(**{"alphas": (0.5,), **rules}))
+
+
+class Memory:
+    """A sink that keeps the bytes, and checks what sinks are promised."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.content = bytearray(nbytes)
+        self.offsets: dict[int, int] = {}
+        self.covered = 0
+
+    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        self.content[offset : offset + len(data)] = data
+        self.offsets[number] = offset
+        self.covered += len(data)
+        done()
+
+    def check(self, nbytes: int) -> None:
+        assert sorted(self.offsets) == list(range(len(self.offsets))), "the numbers have no gap"
+        assert sorted(self.offsets.values()) == [self.offsets[number] for number in range(len(self.offsets))]
+        assert self.covered == nbytes, "every byte comes once"
+
+
+def stream(pair: PairPlan, workers: int = 2, device: torch.device = CPU) -> list[dict[str, bytes]]:
+    """Execute a plan in memory: for every α the shards' bytes."""
+    results: list[dict[str, bytes]] = [{} for _ in pair.rules.alphas]
+    with SourceFiles(pair.sft, pair.dpo) as sources:
+        combiner = Combiner(sources, pair.rules, device, workers)
+        for shard in pair.shards:
+            told: list[int] = []
+            sinks = [Memory(shard.nbytes) for _ in results]
+            combiner.run(shard.parts(), sinks, told.append)
+            for result, sink in zip(results, sinks, strict=True):
+                sink.check(shard.nbytes - len(shard.header))
+                sink.content[: len(shard.header)] = shard.header
+                result[shard.name] = bytes(sink.content)
+            assert sum(told) in (0, len(results) * (shard.nbytes - len(shard.header)))
+    return results
+
+
+def tensors_of(pair: PairPlan, shards: dict[str, bytes]) -> dict[str, Tensor]:
+    return {
+        tensor.name: torch.frombuffer(
+            bytearray(shards[shard.name][tensor.start : tensor.start + tensor.nbytes]),
+            dtype={**TORCH_DTYPES, "I64": torch.int64, "BOOL": torch.bool}[tensor.dtype],
+        ).reshape(tensor.shape)
+        if tensor.nbytes
+        else torch.empty(tensor.shape)
+        for shard in pair.shards
+        for tensor in shard.tensors
+    }
 
 
 # --- the float64 reference ----------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "sft": "s", "dpo": "d", "alpha": (0.1, 2.0), "output": "o", "device": "cpu", "dtype": "float32", "workers": 3,
         "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
         "push_to_hub": "me/x-{alpha}", "private": True,
+        "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
+        "allow_pickle": True,
     }  # fmt: skip
     assert values.keys() | {"dry_run"} == config.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
@@ -139,6 +141,15 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> Non
         ("alpha = 1\ndtype = 'int8'", "'int8' is not one of"),
         ("alpha = 1\nfsync = 'maybe'", "--fsync"),
         ("alpha = 1\nexclude = ['(']", "--exclude '(' is not a regular expression"),
+        ("alpha = 1\nalpha_for = ['(=1']", "--alpha-for '(' is not a regular expression"),
+        ("alpha = 1\nalpha_for = ['mlp']", "--alpha-for is REGEX=A with a finite number A, such as"),
+        ("alpha = 1\nalpha_for = ['mlp=x']", "such as 'self_attn=0.5', not 'mlp=x'"),
+        ("alpha = 1\nalpha_for = ['mlp=nan']", "such as 'self_attn=0.5', not 'mlp=nan'"),
+        ("alpha = 1\nalpha_for = ['=1']", "such as 'self_attn=0.5', not '=1'"),
+        ("alpha = 1\nmax_shard_size = '5'", "--max-shard-size is a size such as 500MB or 5GB, not '5'"),
+        ("alpha = 1\nmax_shard_size = '0GB'", "--max-shard-size is a size such as 500MB or 5GB, not '0GB'"),
+        ("alpha = 1\nmax_shard_size = '-1GB'", "not '-1GB'"),
+        ("alpha = 1\nvocab = 'all'", "vocab"),
     ],
 )
 def test_a_files_values_are_checked_as_flags_are(
@@ -245,3 +256,18 @@ def test_every_shipped_recipe_makes_a_config() -> None:
         )
         assert (recipe.name, made.alpha) == (name, (recipe.alpha,))
         assert recipe.source
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [("keep", None), ("500MB", 500_000_000), ("5GB", 5_000_000_000), ("1.5 GiB", 3 << 29), ("7b", 7), ("2kb", 2000)],
+)
+def test_sizes(size: str, nbytes: int | None) -> None:
+    settings = ExtrapolateConfig(sft="s", dpo="d", alpha=(1,), max_shard_size=size)
+    assert settings.max_shard_bytes == nbytes
+
+
+def test_the_last_equals_sign_counts() -> None:
+    settings = ExtrapolateConfig(sft="s", dpo="d", alpha=(1,), alpha_for=("a=b=-0.0", "x=2"))
+    assert settings.alphas_for == (("a=b", 0.0), ("x", 2.0))
+    assert str(settings.alphas_for[0][1]) == "0.0"

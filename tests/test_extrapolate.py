@@ -146,6 +146,46 @@ def test_layouts_change_nothing_but_the_files(tmp_path: Path) -> None:
     assert results[0] == results[1] == results[2]
 
 
+def test_a_head_that_is_not_its_embedding_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    sft, dpo = random_pair({"model.embed_tokens.weight": (30, 70)})
+    dpo["lm_head.weight"] = dpo["model.embed_tokens.weight"] + 1
+    pair = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo)
+    with pytest.raises(InputError, match=r"the head lm_head\.weight is stored on one side only"):
+        write(pair, tmp_path / "out", 0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_files_and_back(pair: Pair, tmp_path: Path) -> None:
+    write(pair, tmp_path / "one", 0.5)
+    write(pair, tmp_path / "many", 0.5, max_shard_size="100B")
+    weights = read_checkpoint_tensors(tmp_path / "one")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 1
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    assert {n: as_bytes(t) for n, t in read_checkpoint_tensors(tmp_path / "many").items()} == {
+        n: as_bytes(t) for n, t in weights.items()
+    }
+    write((tmp_path / "many", tmp_path / "many"), tmp_path / "back", 0.5, max_shard_size="1GB")
+    assert sorted(file.name for file in (tmp_path / "back").glob("*.safetensors*")) == ["model.safetensors"]
+    assert {n: as_bytes(t) for n, t in read_checkpoint_tensors(tmp_path / "back").items()} == {
+        n: as_bytes(t) for n, t in weights.items()
+    }
+
+
+def test_a_dry_run_shows_what_each_pattern_takes(pair: Pair, tmp_path: Path, expo: Callable[..., Result]) -> None:
+    names = sorted(read_checkpoint_tensors(pair[1]))
+    patterns = ("--alpha-for", f"^{names[0]}$=2", "--exclude", f"^{names[1]}$")
+    told = expo(pair, "--alpha", "1", *patterns, "--output", tmp_path / "out", "--dry-run", "--json")
+    assert told.code == 0, told.stderr
+    assert json.loads(told.stdout)["patterns"] == [
+        {"flag": "--exclude", "pattern": f"^{names[1]}$", "alpha": 0.0, "tensors": 1, "names": [names[1]]},
+        {"flag": "--alpha-for", "pattern": f"^{names[0]}$", "alpha": 2.0, "tensors": 1, "names": [names[0]]},
+    ]
+    told = expo(pair, "--alpha", "1", *patterns, "--output", tmp_path / "out", "--dry-run")
+    assert f"flag --exclude, pattern ^{names[1]}$, alpha 0.0, tensors 1, names {names[1]}" in told.stdout
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", DTYPES.keys())
 def test_dtype_changes_the_weights_and_the_configs_dtype_only(tmp_path: Path, dtype: str) -> None:
     config = {"model_type": "x", "torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "n": 1}, "é": "é"}
@@ -363,6 +403,9 @@ def test_only_new_alphas_are_made(pair: Pair, tmp_path: Path) -> None:
         ({"exclude": ("norm",)}, r"another exclude \(\[\] then, \['norm'\] now\)"),
         ({"missing": "copy-dpo"}, r"another missing \('error' then, 'copy-dpo' now\)"),
         ({"allow_nonfinite": True}, r"another allow-nonfinite \(False then, True now\)"),
+        ({"alpha_for": ("norm=2",)}, r"another alpha-for \(\[\] then, \['norm=2'\] now\)"),
+        ({"max_shard_size": "1KB"}, r"another max-shard-size \('keep' then, '1KB' now\)"),
+        ({"vocab": "common"}, r"another vocab \('error' then, 'common' now\)"),
     ],
 )
 def test_other_settings_are_refused_by_name(pair: Pair, tmp_path: Path, settings: dict, named: str) -> None:

@@ -128,6 +128,22 @@ def test_weights_below_the_models_folder_are_not_fetched(monkeypatch, tmp_path, 
     assert "*/*.safetensors" in unwanted
 
 
+def test_of_sft_only_the_bin_weights_are_fetched_where_there_are_no_others(monkeypatch, tmp_path):
+    calls = answer(monkeypatch, tmp_path, files=["pytorch_model.bin", "tokenizer.json"])
+    locate("org/name", weights_only=True)
+    wanted = calls[0][1]["allow_patterns"]
+    assert {"pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", "tokenizer.json"} <= set(wanted)
+    assert "*.bin" not in wanted, "training_args.bin and the like are not weights"
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_bin_weights_that_are_not_wanted_are_not_fetched(monkeypatch, tmp_path, weights_only):
+    calls = answer(monkeypatch, tmp_path, files=["pytorch_model.bin"])
+    with pytest.raises(InputError, match="org/name has no safetensors weights on the hub; --allow-pickle fetches"):
+        locate("org/name", weights_only=weights_only, pickled=False)
+    assert calls == []
+
+
 # --- names --------------------------------------------------------------------------------------------------------
 
 

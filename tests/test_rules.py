@@ -14,6 +14,7 @@ from expo import rules
 ALPHAS = (0.1, 0.3, 0.5, -1.0, -0.7, -2.0, 8.0, 25.0)
 SIXTEEN_BIT = {torch.bfloat16: 2.0**100, torch.float16: 600.0}
 """Type → magnitude up to which no α above overflows."""
+SIDES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def every_value(dtype: torch.dtype) -> torch.Tensor:
@@ -113,14 +114,55 @@ def test_any_alpha(alpha: float, seed: int, dtype: torch.dtype) -> None:
     share_off(sft, dpo, alpha, rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo)))
 
 
-@pytest.mark.parametrize("block", [1 << 16, 999, 200_000])
-def test_squared_norms_against_numpy(block: int) -> None:
+SCRATCH = rules.Scratch(4 << 20, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count", [1, 100_000, rules.FEW_ELEMENTS - 1, rules.FEW_ELEMENTS, 400_001])
+@pytest.mark.parametrize("types", [(a, b) for a in SIDES for b in SIDES], ids=str)
+def test_norms_against_numpy(types: tuple[torch.dtype, torch.dtype], count: int) -> None:
     generator = torch.Generator().manual_seed(6)
-    sft, dpo = (torch.randn(100_000, generator=generator).to(torch.bfloat16) for _ in range(2))
+    sft = torch.randn(count, generator=generator)
+    dpo = (sft + 0.03 * torch.randn(count, generator=generator)).to(types[1])
+    sft = sft.to(types[0])
     s, d = sft.double().numpy(), dpo.double().numpy()
-    assert rules.squared_norms(sft, dpo, torch.empty(2, block)) == pytest.approx(
-        (((d - s) ** 2).sum(), (s**2).sum()), rel=1e-5
-    )
+    expected = ((d - s) ** 2).sum(), (s**2).sum(), (d**2).sum()
+    assert rules.pair_norms(sft, dpo, SCRATCH, of_dpo=True) == pytest.approx(expected, rel=5e-4)
+    if torch.bfloat16 not in types or count < rules.FEW_ELEMENTS:
+        assert rules.pair_norms(sft, dpo, SCRATCH, of_dpo=True) == pytest.approx(expected, rel=2e-5)
+    assert rules.pair_norms(sft, dpo, SCRATCH).dpo == 0
+
+
+@pytest.mark.parametrize("types", [(a, b) for a in SIDES for b in SIDES], ids=str)
+def test_scratch_changes_nothing(types: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    sft, dpo = (torch.randn(rules.WIDE_BLOCK + 9, generator=generator).to(dtype) for dtype in types)
+    for dtype in SIDES:
+        plain, blocks = (torch.empty(len(dpo), dtype=dtype) for _ in range(2))
+        rules.extrapolate(sft, dpo, 0.3, plain)
+        assert torch.equal(plain, rules.extrapolate(sft, dpo, 0.3, blocks, SCRATCH))
+
+
+@given(
+    alpha=st.floats(-30, 30),
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    size=st.sampled_from([1.0, 100.0, 3e4, 1e38]),
+    strange=st.sampled_from([None, float("nan"), float("inf"), -float("inf")]),
+)
+def test_what_the_norms_call_finite_is_finite(
+    alpha: float, seed: int, dtype: torch.dtype, size: float, strange: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sft, dpo = (size * torch.randn(2, 50, generator=generator)).to(dtype)
+    if strange is not None:
+        (sft, dpo)[seed % 2][seed % 50] = strange
+    finite = rules.is_finite(rules.extrapolate(sft, dpo, alpha, torch.empty_like(dpo)))
+    told = rules.stays_finite(rules.pair_norms(sft, dpo, SCRATCH), alpha, dtype)
+    assert finite or not told
+    if strange is not None:
+        assert not told
+    if size == 1 and strange is None:
+        assert told, "ordinary weights need no second look"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

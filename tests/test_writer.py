@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,9 +38,8 @@ def write(folder: Path, made_from: dict[str, object], texts: dict[str, str] = TE
         staged.verify()
         for name, content in SHARDS.items():
             if name not in staged.records:
-                shard = staged.start_shard(name, content[:10])
-                shard.write(10, memoryview(content)[10:])
-                shard.absorb(content[10:])
+                shard = staged.start_shard(name, content[:10], len(content))
+                shard.put(0, 10, memoryview(content)[10:], lambda: None)
                 staged.record(ShardRecord(name, len(content), shard.finish(), 1.0, 2.0))
         for name, text in texts.items():
             staged.add_text(name, text)
@@ -54,8 +56,8 @@ def begin(folder: Path, made_from: dict[str, object], *shards: str, error: BaseE
     """Write some shards and a config, then stop before the commit."""
     with StagedOutput(folder, made_from, fsync=False) as staged:
         for name in shards:
-            staged.record(ShardRecord(name, 4, staged.start_shard(name, b"1234").finish(), 0.1, 0.2))
-        staged.start_shard("torn", b"12").close()
+            staged.record(ShardRecord(name, 4, staged.start_shard(name, b"1234", 4).finish(), 0.1, 0.2))
+        staged.start_shard("torn", b"12", 4).close()
         staged.add_text("config.json", "new")
         raise error or Killed
 
@@ -74,13 +76,29 @@ def test_a_finished_folder_holds_exactly_its_files(tmp_path: Path) -> None:
     assert is_complete(folder, ONE, overwrite=False)
 
 
-def test_the_checksum_is_that_of_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
+def test_pieces_in_any_order_make_the_same_file(tmp_path: Path, order: tuple[int, ...]) -> None:
+    pieces, freed = [b"ab", b"c", b"defg", b"h"], []
+    content = b"head" + b"".join(pieces)
     with StagedOutput(tmp_path / "out", ONE) as staged:
-        shard = staged.start_shard("a", b"head")
-        shard.write(4, memoryview(b"tail"))
-        shard.absorb(b"tail")
-        assert shard.finish() == xxhash.xxh3_128(b"headtail").hexdigest()
-        assert (tmp_path / "out" / ".expo-partial" / "a.partial").read_bytes() == b"headtail"
+        shard = staged.start_shard("a", b"head", len(content))
+        for number in order:
+            offset = 4 + len(b"".join(pieces[:number]))
+            shard.put(number, offset, memoryview(pieces[number]), lambda number=number: freed.append(number))
+        assert shard.finish() == xxhash.xxh3_128(content).hexdigest()
+        assert (tmp_path / "out" / ".expo-partial" / "a.partial").read_bytes() == content
+    assert freed == [0, 1, 2, 3], "in the order of the file"
+
+
+def test_pieces_from_many_threads(tmp_path: Path) -> None:
+    pieces = [bytes([number % 251]) * (1 + number % 7) for number in range(2000)]
+    offsets = list(itertools.accumulate(map(len, pieces), initial=0))
+    with StagedOutput(tmp_path / "out", ONE) as staged, ThreadPoolExecutor(8) as pool:
+        shard = staged.start_shard("a", b"", offsets[-1])
+        numbers = random.Random(0).sample(range(2000), 2000)
+        list(pool.map(lambda n: shard.put(n, offsets[n], memoryview(pieces[n]), lambda: None), numbers))
+        assert shard.finish() == xxhash.xxh3_128(b"".join(pieces)).hexdigest()
+        assert (tmp_path / "out" / ".expo-partial" / "a.partial").read_bytes() == b"".join(pieces)
 
 
 def stop_after(patch: pytest.MonkeyPatch, function: str, count: int, error: type[BaseException]) -> None:
@@ -303,7 +321,7 @@ def test_a_third_setting_after_a_stopped_overwrite_leaves_no_remains(tmp_path: P
 
 def test_a_second_run_is_kept_out_and_harms_nothing(tmp_path: Path) -> None:
     with StagedOutput(tmp_path, ONE) as staged:
-        staged.record(ShardRecord("a", 4, staged.start_shard("a", b"1234").finish(), 0.1, 0.2))
+        staged.record(ShardRecord("a", 4, staged.start_shard("a", b"1234", 4).finish(), 0.1, 0.2))
         with pytest.raises(InputError, match="another run is writing"):
             StagedOutput(tmp_path, ONE)
         assert (tmp_path / ".expo-partial" / "a.partial").exists()
@@ -322,7 +340,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int, file_mode: int, fold
         with StagedOutput(tmp_path / "out", ONE) as staged:
             staged.add_copy("side.txt", source)
             staged.add_text("sub/config.json", "{}")
-            staged.record(ShardRecord("a", 4, staged.start_shard("a", b"1234").finish(), 0.1, 0.2))
+            staged.record(ShardRecord("a", 4, staged.start_shard("a", b"1234", 4).finish(), 0.1, 0.2))
             staged.commit()
     finally:
         os.umask(old)

@@ -1,1 +1,5 @@
-"""A pair of checkpoints: the plan (`plan.py`), and the stream of θ(α) pieces that executes it (`stream.py`)."""
+"""A pair of checkpoints combined.
+
+`plan.py` says what a plan is, `decide.py` makes it from headers, `layout.py` lays out the output's files, and
+`stream.py` executes it, piece by piece.
+"""

@@ -1,32 +1,40 @@
 """The stream of θ(α) pieces that executes a pair's plan.
 
-Used alike by the checkpoint writer and by anything else that wants θ(α): a loop over pieces of about 1 MiB, which
-stay in the processor's cache, so memory does not grow with the model nor with its largest tensor.
+Used alike by the checkpoint writer and by anything else that wants θ(α): worker threads take pieces of about 1 MiB,
+which stay in the processor's cache, read, combine, and hand each to the sinks. So memory does not grow with the
+model, nor with its largest tensor. On a GPU each worker has a stream and pinned buffers of its own, and the reads,
+copies, arithmetic and writes of different workers overlap.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from expo import rules
 from expo.checkpoint import Checkpoint, TensorInfo
-from expo.combine.plan import PairRules, ShardPlan, TensorPlan
+from expo.combine.buffers import PAGE, HostBuffer, Lane, Outputs
+from expo.combine.plan import PairRules, Part
 from expo.errors import EnvironmentFailure, InputError
+from expo.rules import Norms
 
 CPU_PIECE_BYTES = 1 << 20
 CUDA_PIECE_BYTES = 16 << 20
-NORM_BLOCK = 1 << 17
-"""Elements whose norms are taken at a time on a CPU; on a GPU a whole piece of 16-bit values."""
+MOST_OUTPUT_BYTES = 64 << 20
+"""Of all output buffers together; with very many α the pieces become smaller."""
+PROGRESS_S = 0.1
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -43,49 +51,40 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-class Norms(NamedTuple):
-    """Squared Frobenius norms, summed over extrapolated tensors."""
+class Sink(Protocol):
+    """Takes one output."""
 
-    delta: float = 0.0
-    """‖θ_dpo − θ_sft‖²."""
-    sft: float = 0.0
-    """‖θ_sft‖²."""
+    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        """Take piece `number`, whose first byte lies at `offset`; call `done` when `data` is no longer needed.
+
+        Called from several threads, in any order; the numbers count from 0 without a gap, as the offsets rise.
+        """
 
 
 class Piece(NamedTuple):
-    """Some consecutive elements of one tensor."""
+    """Some consecutive elements of one part of a tensor."""
 
-    tensor: TensorPlan
+    part: Part
     first: int
     length: int
-    """Elements, or bytes where the tensor is handled as bytes."""
+    """Elements, or bytes where the part is handled as bytes."""
+    offset: int
+    """Of its first output byte, where its sinks count from."""
 
 
-class Block(NamedTuple):
-    """A finished piece."""
-
-    piece: Piece
-    outputs: tuple[memoryview, ...]
-    """Its bytes, one per α; valid until the next block is asked for."""
-    norms: Norms
-
-
-Write = Callable[[int, int, memoryview], None]
-"""Takes the number of the output, the offset in the shard, and the bytes."""
-
-
-def unit_dtype(tensor: TensorPlan, dtype: str) -> torch.dtype:
+def unit_dtype(part: Part, dtype: str) -> torch.dtype:
     """The type one unit of a side with this dtype is read as."""
-    return torch.uint8 if tensor.is_raw else TORCH_DTYPES[dtype]
+    return torch.uint8 if part.is_raw else TORCH_DTYPES[dtype]
 
 
-def pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
-    """Cut a shard's tensors, in the order of their bytes, into pieces of at most `piece_bytes` on any side."""
-    for tensor in shard.tensors:
-        sides = [tensor.dtype, tensor.dpo.dtype, *([tensor.sft.dtype] if tensor.sft else [])]
-        step = piece_bytes // max(unit_dtype(tensor, dtype).itemsize for dtype in sides)
-        for first in range(0, tensor.units, step):
-            yield Piece(tensor, first, min(step, tensor.units - first))
+def pieces(parts: Iterable[tuple[Part, int]], piece_bytes: int) -> Iterator[Piece]:
+    """Cut parts, given with the offset of their first output byte, into pieces of at most `piece_bytes` a side."""
+    for part, start in parts:
+        sides = [part.dtype, part.dpo.dtype, *([part.sft.dtype] if part.sft else [])]
+        step = piece_bytes // max(unit_dtype(part, dtype).itemsize for dtype in sides)
+        out_bytes = unit_dtype(part, part.dtype).itemsize
+        for first in range(0, part.units, step):
+            yield Piece(part, first, min(step, part.units - first), start + first * out_bytes)
 
 
 class SourceFiles:
@@ -107,135 +106,206 @@ class SourceFiles:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of the tensor.
+    def read(self, file: Path, position: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `position` of the file.
 
         Raises:
             EnvironmentFailure: The file cannot be read, or became shorter than its header said.
         """
-        position, done = info.start + offset, 0
+        done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._descriptors[info.file], [buffer[done:]], position + done)
+                got = os.preadv(self._descriptors[file], [buffer[done:]], position + done)
             except OSError as error:
-                raise EnvironmentFailure(f"reading {info.file} failed: {error.strerror}") from error
-            if count == 0:
-                raise EnvironmentFailure(f"{info.file} became shorter while it was read")
-            done += count
+                raise EnvironmentFailure(f"reading {file} failed: {error.strerror}") from error
+            if got == 0:
+                raise EnvironmentFailure(f"{file} became shorter while it was read")
+            done += got
 
 
-class _Scratch:
-    """The buffers of one piece in flight, reused from piece to piece."""
+class _Job:
+    """One run of the combiner, shared by its workers."""
 
-    def __init__(self, piece_bytes: int, outputs: int, device: torch.device) -> None:
-        self.sft = bytearray(piece_bytes)
-        self.dpo = bytearray(piece_bytes)
-        self.outputs = [bytearray(piece_bytes) for _ in range(outputs)]
-        self.wide = torch.empty(2, NORM_BLOCK if device.type == "cpu" else piece_bytes // 2, device=device)
+    def __init__(self, todo: Iterator[Piece], sinks: Sequence[Sink], free: SimpleQueue[Outputs | None]) -> None:
+        self.sinks = sinks
+        self.norms: list[tuple[int, Part, Norms]] = []
+        self.handled = 0
+        self._todo = zip(count(), todo, strict=False)
+        self._free = free
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def take(self) -> tuple[int, Piece, Outputs] | None:
+        """The next piece with buffers for it; None when there is none, or the run is stopped."""
+        # Buffers first: whoever holds the lowest unfinished number can then always go on.
+        outputs = self._free.get()
+        if outputs is None:
+            return None
+        with self._lock:
+            number, piece = (None, None) if self._stopped else next(self._todo, (None, None))
+        if number is None or piece is None:
+            self._free.put(outputs)
+            return None
+        outputs.lend(self._free)
+        return number, piece, outputs
+
+    def note(self, number: int, piece: Piece, norms: Norms, nbytes: int) -> None:
+        """A piece is combined."""
+        with self._lock:
+            self.norms.append((number, piece.part, norms))
+            self.handled += nbytes
+
+    def stop(self, workers: int) -> None:
+        """Let no worker take another piece."""
+        self._stopped = True
+        for _ in range(workers):
+            self._free.put(None)
 
 
 class Combiner:
-    """Turns pieces into θ(α) bytes.
+    """Turns parts of a plan into θ(α).
 
     Args:
         sources: The open files of both checkpoints.
-        pair_rules: The rules the plan was made with.
+        pair_rules: The rules the plan was made with; one α per output.
         device: Where the arithmetic runs.
         workers: Threads; each has pieces of its own.
+        norms_of_dpo: Whether ‖θ_dpo‖² is wanted among the norms.
     """
 
-    def __init__(self, sources: SourceFiles, pair_rules: PairRules, device: torch.device, workers: int) -> None:
+    def __init__(
+        self,
+        sources: SourceFiles,
+        pair_rules: PairRules,
+        device: torch.device,
+        workers: int,
+        *,
+        norms_of_dpo: bool = False,
+    ) -> None:
         self._sources = sources
         self._rules = pair_rules
-        self._device = device
+        self._norms_of_dpo = norms_of_dpo
         self._workers = workers
-        self._piece_bytes = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
-        in_flight = 2 * workers
-        self._free = deque(_Scratch(self._piece_bytes, len(pair_rules.alphas), device) for _ in range(in_flight))
+        outputs, sets = len(pair_rules.alphas), 2 * workers
+        wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
+        self._piece_bytes = min(wanted, max(MOST_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
+        self._lanes = [Lane(self._piece_bytes, device) for _ in range(workers)]
+        pinned = device.type == "cuda"
+        self._outputs = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
 
-    def stream(self, shard: ShardPlan, write: Write) -> Iterator[Block]:
-        """Combine a shard, writing pieces as they are ready and yielding them in the order of their bytes.
-
-        Raises:
-            InputError: A value is not finite, or tensors that must be equal are not.
-            EnvironmentFailure: Reading failed.
-        """
-        todo, threads = pieces(shard, self._piece_bytes), torch.get_num_threads()
-        pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
-        flying: deque[tuple[Future[Block], _Scratch]] = deque()
-        try:
-            while True:
-                while self._free and (piece := next(todo, None)) is not None:
-                    scratch = self._free.popleft()
-                    flying.append((pool.submit(self._run, piece, scratch, write), scratch))
-                if not flying:
-                    return
-                future, scratch = flying.popleft()
-                yield future.result()
-                self._free.append(scratch)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # a worker's setting reaches the whole process in part
-            self._free.extend(scratch for _, scratch in flying)
-
-    def _run(self, piece: Piece, scratch: _Scratch, write: Write) -> Block:
-        tensor = piece.tensor
-        dpo = self._read(tensor, tensor.dpo, piece, scratch.dpo)
-        sft = None if tensor.sft is None else self._read(tensor, tensor.sft, piece, scratch.sft)
-        out_dtype = unit_dtype(tensor, tensor.dtype)
-        outputs = [torch.frombuffer(buffer, dtype=out_dtype, count=piece.length) for buffer in scratch.outputs]
-        norms = self.combine(tensor, sft, dpo, outputs, scratch.wide)
-        offset, nbytes = tensor.start + piece.first * out_dtype.itemsize, piece.length * out_dtype.itemsize
-        views = tuple(memoryview(buffer)[:nbytes] for buffer in scratch.outputs)
-        for number, view in enumerate(views):
-            write(number, offset, view)
-        return Block(piece, views, norms)
-
-    def _read(self, tensor: TensorPlan, info: TensorInfo, piece: Piece, buffer: bytearray) -> Tensor:
-        dtype = unit_dtype(tensor, info.dtype)
-        view = memoryview(buffer)[: piece.length * dtype.itemsize]
-        self._sources.read(info, piece.first * dtype.itemsize, view)
-        return torch.frombuffer(buffer, dtype=dtype, count=piece.length).to(self._device)
-
-    def combine(
-        self, tensor: TensorPlan, sft: Tensor | None, dpo: Tensor, outputs: Sequence[Tensor], wide: Tensor
-    ) -> Norms:
-        """Do what the plan says with one piece.
+    def run(
+        self, parts: Iterable[tuple[Part, int]], sinks: Sequence[Sink], on_bytes: Callable[[int], object] | None = None
+    ) -> list[tuple[Part, Norms]]:
+        """Combine parts and hand the outputs' bytes to the sinks.
 
         Args:
-            tensor: The plan of the tensor the piece is from.
-            sft: Its SFT values on the device, or None.
-            dpo: Its DPO values on the device.
-            outputs: Where the results go, in host memory, one per α.
-            wide: Work space on the device, float32 [2, any size].
+            parts: Each with the offset of its first output byte; the offsets rise.
+            sinks: One per α.
+            on_bytes: Called now and then, from this thread, with the output bytes that are new.
+
+        Returns:
+            The norms of each extrapolated piece, in order.
 
         Raises:
             InputError: A value is not finite, or sides that must be equal are not.
+            EnvironmentFailure: Reading failed, or a sink.
         """
-        if sft is not None and not tensor.is_raw:
-            return self._extrapolate(tensor, sft, dpo, outputs, wide)
-        if sft is not None and not torch.equal(sft, dpo):
-            raise InputError(
-                f"the {tensor.dpo.dtype} tensor {tensor.name} differs between SFT and DPO and cannot be "
-                f"extrapolated; --exclude '^{re.escape(tensor.name)}$' copies it from DPO"
-            )
-        for out in outputs:
-            self._checked(tensor, out.copy_(dpo))
-        return Norms()
+        free: SimpleQueue[Outputs | None] = SimpleQueue()
+        job = _Job(pieces(parts, self._piece_bytes), sinks, free)
+        for outputs in self._outputs:
+            free.put(outputs)
+        threads, told = torch.get_num_threads(), 0
+        pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            running = {pool.submit(self._work, job, lane) for lane in self._lanes}
+            while running:
+                ended, running = wait(running, PROGRESS_S, FIRST_EXCEPTION)
+                for worker in ended:
+                    worker.result()
+                if on_bytes is not None and job.handled > told:
+                    on_bytes(job.handled - told)
+                    told = job.handled
+        finally:
+            job.stop(self._workers)
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)  # a worker's setting reaches the whole process in part
+        return [(part, norms) for _, part, norms in sorted(job.norms, key=lambda entry: entry[0])]
+
+    def _work(self, job: _Job, lane: Lane) -> None:
+        with lane.running():
+            while (task := job.take()) is not None:
+                number, piece, outputs = task
+                dtype = unit_dtype(piece.part, piece.part.dtype)
+                nbytes = piece.length * dtype.itemsize
+                places = [buffer.to_write_from(piece.offset, nbytes) for buffer in outputs.buffers]
+                norms = self._combine(piece, lane, [tensor.view(dtype) for tensor, _ in places])
+                job.note(number, piece, norms, nbytes * len(places))
+                for sink, (_, data) in zip(job.sinks, places, strict=True):
+                    sink.put(number, piece.offset, data, outputs.done)
+
+    def _combine(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
+        part, norms = piece.part, Norms()
+        dpo = lane.load(self._read(piece, part.dpo, lane.dpo), 0)
+        if part.sft is None:
+            self._copy(part, dpo, outputs, lane)
+        else:
+            sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
+            if part.is_raw:
+                _require_equal(part, sft, dpo)
+                self._copy(part, dpo, outputs, lane)
+            else:
+                norms = rules.pair_norms(sft, dpo, lane.scratch, of_dpo=self._norms_of_dpo)
+                self._extrapolate(part, sft, dpo, norms, outputs, lane)
+        lane.finish()
+        return norms
+
+    def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
+        dtype = unit_dtype(piece.part, info.dtype)
+        position = info.start + piece.first * dtype.itemsize
+        tensor, view = buffer.to_read_into(position, piece.length * dtype.itemsize)
+        self._sources.read(info.file, position, view)
+        return tensor.view(dtype)
 
     def _extrapolate(
-        self, tensor: TensorPlan, sft: Tensor, dpo: Tensor, outputs: Sequence[Tensor], wide: Tensor
-    ) -> Norms:
-        for alpha, out in zip(self._rules.alphas, outputs, strict=True):
-            target = out if dpo.is_cpu else torch.empty_like(dpo, dtype=out.dtype)
-            out.copy_(self._checked(tensor, rules.extrapolate(sft, dpo, alpha, target)))
-        return Norms(*rules.squared_norms(sft, dpo, wide))
+        self, part: Part, sft: Tensor, dpo: Tensor, norms: Norms, outputs: Sequence[Tensor], lane: Lane
+    ) -> None:
+        for alpha, out in zip(part.alphas, outputs, strict=True):
+            values = rules.extrapolate(sft, dpo, alpha, lane.target(out), lane.scratch)
+            if not (self._rules.allow_nonfinite or rules.stays_finite(norms, alpha, out.dtype)):
+                _require_finite(part, values)
+            lane.store(values, out)
 
-    def _checked(self, tensor: TensorPlan, values: Tensor) -> Tensor:
-        finite = self._rules.allow_nonfinite or not values.is_floating_point() or rules.is_finite(values)
-        if not finite:
-            raise InputError(
-                f"the result for tensor {tensor.name} holds NaN or infinity (from the inputs, or too large for "
-                f"{tensor.dtype}); --allow-nonfinite writes it all the same"
-            )
-        return values
+    def _copy(self, part: Part, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> None:
+        for out in outputs:
+            values = lane.target(out).copy_(dpo)
+            if part.action == "convert" and not self._rules.allow_nonfinite:
+                _require_finite(part, values)
+            lane.store(values, out)
+
+
+def _require_finite(part: Part, values: Tensor) -> None:
+    if not rules.is_finite(values):
+        raise InputError(
+            f"the result for tensor {part.dpo.name} holds NaN or infinity (from the inputs, or too large for "
+            f"{part.dtype}); --allow-nonfinite writes it all the same"
+        )
+
+
+def _require_equal(part: Part, sft: Tensor, dpo: Tensor) -> None:
+    if torch.equal(sft, dpo):
+        return
+    if part.sft is not None and part.sft.name != part.dpo.name:
+        raise InputError(
+            f"the head {part.dpo.name} is stored on one side only, where it differs from the embedding "
+            f"{part.sft.name} that it would be tied to: the checkpoints do not fit together"
+        )
+    raise InputError(
+        f"the {part.dpo.dtype} tensor {part.dpo.name} differs between SFT and DPO and cannot be "
+        f"extrapolated; --exclude '^{re.escape(part.dpo.name)}$' copies it from DPO"
+    )
+
+
+def total_norms(norms: Iterable[Norms]) -> Norms:
+    """The sum, the same whatever the order."""
+    columns = list(zip(*norms, strict=True))
+    return Norms(*map(math.fsum, columns)) if columns else Norms()

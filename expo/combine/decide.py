@@ -1,0 +1,257 @@
+"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`.
+
+Tensors match by name. To teach it another model's tied head, add a line to `TIED_HEADS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expo.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from expo.combine.layout import keep_layout, reshard
+from expo.combine.plan import (
+    DTYPE_NAMES,
+    EXACT_DTYPES,
+    FLOAT_DTYPES,
+    Action,
+    Match,
+    PairPlan,
+    PairRules,
+    Part,
+    TensorPlan,
+    Vocabulary,
+)
+from expo.errors import InputError
+
+TIED_HEADS = (
+    ("lm_head.weight", "model.embed_tokens.weight"),
+    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
+    ("lm_head.weight", "language_model.model.embed_tokens.weight"),
+    ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
+    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
+    ("lm_head.weight", "transformer.wte.weight"),
+    ("lm_head.weight", "transformer.word_embeddings.weight"),
+    ("lm_head.weight", "backbone.embeddings.weight"),
+    ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    ("output.weight", "model.tok_embeddings.weight"),
+)
+"""Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor of DPO with its partner in SFT, cut to the rows both have."""
+
+    dpo: TensorInfo
+    sft: TensorInfo | None
+    rows: int | None
+    """Rows of DPO that have a partner where the vocabularies differ; None for all."""
+
+
+def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPlan:
+    """Decide what happens to every tensor of DPO.
+
+    Args:
+        sft: The SFT checkpoint θ_sft.
+        dpo: The DPO checkpoint θ_dpo, as which the outputs are made.
+        pair_rules: How to combine them.
+
+    Returns:
+        The plan, for all of the rules' α together.
+
+    Raises:
+        InputError: The checkpoints do not fit together; the message lists every kind of mismatch.
+    """
+    _refuse_quantized(sft, dpo)
+    matches = _matches(dpo, pair_rules)
+    excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
+    tied = _tied_heads(sft, dpo)
+    vocabulary = _vocabulary(sft, dpo)
+    pairs = {
+        name: _Pair(info, None, None) if name in excluded else _partner(info, sft, tied, vocabulary, pair_rules)
+        for name, info in dpo.tensors.items()
+    }
+    dropped = [name for name in sft.tensors if name not in dpo.tensors and name not in tied]
+    problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, pair_rules)
+    if problems:
+        raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
+    own = {name: match.alpha for match in matches for name in match.names}
+    tensors = {name: _plan_tensor(pair, own.get(name), pair_rules) for name, pair in pairs.items()}
+    if pair_rules.max_shard_bytes is None:
+        shards = keep_layout(dpo.shards, tensors)
+    else:
+        shards = reshard(dpo.shards, tensors, pair_rules.max_shard_bytes)
+    equal = tuple(_equal(side, head) for head, side in tied.items())
+    cut = vocabulary if any(pair.rows is not None for pair in pairs.values()) else None
+    return PairPlan(sft, dpo, pair_rules, shards, equal, tuple(sorted(dropped)), matches, cut)
+
+
+def _refuse_quantized(*checkpoints: Checkpoint) -> None:
+    for checkpoint in checkpoints:
+        quantization = checkpoint.config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+            raise InputError(
+                f"{checkpoint.path.name} is quantized ({method}); extrapolate the unquantized checkpoints and "
+                "quantize the result"
+            )
+
+
+# --- patterns -----------------------------------------------------------------------------------------------------
+
+
+def _matches(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
+    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it."""
+    patterns = [("--exclude", pattern, 0.0) for pattern in pair_rules.exclude]
+    patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in pair_rules.alpha_for]
+    free = dict.fromkeys(dpo.tensors)
+    matches = []
+    for flag, pattern, alpha in patterns:
+        search = re.compile(pattern).search
+        names = tuple(name for name in free if search(name))
+        if not names:
+            taken = any(map(search, dpo.tensors))
+            left = " that an earlier pattern left" if taken else ""
+            raise InputError(f"{flag} '{pattern}' matches no tensor{left}")
+        for name in names:
+            del free[name]
+        matches.append(Match(flag, pattern, alpha, names))
+    return tuple(matches)
+
+
+# --- partners -----------------------------------------------------------------------------------------------------
+
+
+def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
+    """Heads that one side alone stores and the other ties to its embedding, with the side that stores them."""
+    found = {}
+    for head, embedding in TIED_HEADS:
+        for stores, lacks in ((sft, dpo), (dpo, sft)):
+            both = embedding in stores.tensors and embedding in lacks.tensors
+            if both and head in stores.tensors and head not in lacks.tensors and _ties(lacks.config):
+                found[head] = stores
+    return found
+
+
+def _ties(config: dict[str, Any]) -> bool:
+    """Whether a model without a stored head takes its embedding; where the config is silent the library's default."""
+    flags = [table["tie_word_embeddings"] for table in _tables(config) if "tie_word_embeddings" in table]
+    return bool(flags[0]) if flags else True
+
+
+def _tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield config
+    yield from (value for value in config.values() if isinstance(value, dict))
+
+
+def _embedding_of(head: str, checkpoint: Checkpoint) -> TensorInfo:
+    return next(checkpoint.tensors[name] for other, name in TIED_HEADS if other == head and name in checkpoint.tensors)
+
+
+def _equal(side: Checkpoint, head: str) -> Part:
+    """The comparison of a stored head with its own embedding."""
+    stored, embedding = side.tensors[head], _embedding_of(head, side)
+    return Part("match", stored, embedding, (), stored.dtype, 0, stored.nbytes)
+
+
+def _vocabulary(sft: Checkpoint, dpo: Checkpoint) -> Vocabulary | None:
+    """The vocabulary sizes where they differ."""
+    sizes = [
+        next((table["vocab_size"] for table in _tables(side.config) if isinstance(table.get("vocab_size"), int)), None)
+        for side in (sft, dpo)
+    ]
+    return Vocabulary(*sizes) if None not in sizes and sizes[0] != sizes[1] else None  # type: ignore[arg-type]
+
+
+def _partner(
+    info: TensorInfo,
+    sft: Checkpoint,
+    tied: dict[str, Checkpoint],
+    vocabulary: Vocabulary | None,
+    pair_rules: PairRules,
+) -> _Pair:
+    partner = _embedding_of(info.name, sft) if info.name in tied else sft.tensors.get(info.name)
+    if partner is None or not pair_rules.common_vocabulary or not _differs_by_vocabulary(partner, info, vocabulary):
+        return _Pair(info, partner, None)
+    rows = min(partner.shape[0], info.shape[0])
+    return _Pair(info, partner.rows(0, rows), rows)
+
+
+def _differs_by_vocabulary(sft: TensorInfo, dpo: TensorInfo, vocabulary: Vocabulary | None) -> bool:
+    return (
+        vocabulary is not None
+        and sft.shape[1:] == dpo.shape[1:]
+        and (sft.shape[:1], dpo.shape[:1]) == ((vocabulary.sft,), (vocabulary.dpo,))
+    )
+
+
+def _mismatches(
+    pairs: Iterable[_Pair],
+    excluded: set[str],
+    dropped: list[str],
+    vocabulary: Vocabulary | None,
+    pair_rules: PairRules,
+) -> list[str]:
+    pairs = [pair for pair in pairs if pair.dpo.name not in excluded]
+    shared = [(pair.sft, pair.dpo, pair.rows) for pair in pairs if pair.sft is not None]
+    unlike = [(s, d) for s, d, rows in shared if s.shape != d.shape and rows is None]
+    by_vocabulary = [pair for pair in unlike if _differs_by_vocabulary(*pair, vocabulary)]
+    problems = []
+    if not pair_rules.copy_missing:
+        hint = "pass --missing copy-dpo to copy them from DPO"
+        problems += _listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
+        problems += _listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
+    hint = "the vocabularies differ in size: pass --vocab common to extrapolate the rows both have"
+    problems += _listed(hint, map(_shapes, by_vocabulary))
+    problems += _listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
+    problems += _listed(
+        "dtypes that cannot be combined", [f"{d.name} {s.dtype}, {d.dtype}" for s, d, _ in shared if not _fit(s, d)]
+    )
+    return problems
+
+
+def _shapes(pair: tuple[TensorInfo, TensorInfo]) -> str:
+    sft, dpo = pair
+    return f"{dpo.name} {list(sft.shape)} ≠ {list(dpo.shape)}"
+
+
+def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
+    both_float = sft.dtype in FLOAT_DTYPES and dpo.dtype in FLOAT_DTYPES
+    return both_float or (sft.dtype == dpo.dtype and dpo.dtype in EXACT_DTYPES)
+
+
+def _listed(title: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{title}: {', '.join(names[:3])}{more}"]
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def _plan_tensor(pair: _Pair, own_alpha: float | None, pair_rules: PairRules) -> TensorPlan:
+    info = pair.dpo
+    dtype = DTYPE_NAMES[pair_rules.dtype] if pair_rules.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+    alphas = pair_rules.alphas if own_alpha is None else (own_alpha,) * len(pair_rules.alphas)
+    rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
+    if pair.rows is not None:
+        rows = [(info.rows(0, pair.rows), pair.sft), (info.rows(pair.rows, info.shape[0]), None)]
+    parts: list[Part] = []
+    offset = 0
+    for dpo, sft in rows:
+        nbytes = dpo.numel * DTYPE_BITS[dtype] // 8
+        if nbytes or not parts:
+            parts.append(Part(_action(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
+        offset += nbytes
+    return TensorPlan(info.name, dtype, info.shape, offset, tuple(parts))
+
+
+def _action(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
+    if sft is None:
+        return "copy" if dtype == dpo.dtype else "convert"
+    return "match" if dpo.dtype in EXACT_DTYPES else "extrapolate"
