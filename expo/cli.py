@@ -57,6 +57,9 @@ PROCESS_ENVIRONMENT = {
 }
 """Set before torch is loaded, which reads it then; what is set already stays."""
 
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+"""Set where stderr is not a terminal; the libraries would draw their bars into a log."""
+
 app = typer.Typer(
     name="expo",
     help="ExPO model extrapolation: θ(α) = θ_dpo + α(θ_dpo − θ_sft), a better-aligned model without training.",
@@ -142,6 +145,13 @@ def extrapolate(
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Force files to the disk before they get their names.")
     ] = ExtrapolateConfig.fsync,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Upload the output to this model repository; may hold {alpha}."),
+    ] = ExtrapolateConfig.push_to_hub,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private where it is new.")
+    ] = ExtrapolateConfig.private,
     overwrite: OverwriteOption = ExtrapolateConfig.overwrite,
     dry_run: DryRunOption = ExtrapolateConfig.dry_run,
     as_json: JsonOption = False,
@@ -159,6 +169,8 @@ def extrapolate(
     written = verb.run(settings)
     for output_written in written:
         log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
+        if output_written.pushed:
+            log.info("α = %r: pushed: %s", output_written.alpha, output_written.pushed.url)
     if as_json:
         _print_json({"outputs": [dataclasses.asdict(one) for one in written]})
     else:
@@ -403,7 +415,7 @@ def _usage_error(error: typer.TyperException) -> int:
 
 def main() -> None:
     """The `expo` program."""
-    for name, value in PROCESS_ENVIRONMENT.items():
+    for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("expo: %(message)s"))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
 from expo.pickled import read_pickled_checkpoint
 from expo.progress import Progress, bytes_bar
+from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
 from expo.writer import (
     CARD_FILE,
@@ -75,6 +77,13 @@ class Output:
     fingerprint: Row
     complete: bool
     """Whether it is there already."""
+    destination: Destination | None
+    """Where on the hub it goes; None where it stays here."""
+
+    def describe(self) -> Row:
+        """The output as plain data."""
+        goes = {"push_to": self.destination.repository} if self.destination else {}
+        return {"alpha": self.alpha, "path": str(self.folder), "complete": self.complete, **goes}
 
 
 @dataclass(frozen=True)
@@ -99,10 +108,7 @@ class Plan:
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
-            "outputs": [
-                {"alpha": output.alpha, "path": str(output.folder), "complete": output.complete}
-                for output in self.outputs
-            ],
+            "outputs": [output.describe() for output in self.outputs],
             "tensors": _tensor_counts(pair),
             "patterns": [
                 {
@@ -129,6 +135,8 @@ class Written:
     path: Path
     status: str
     """"written" or "already complete"."""
+    pushed: Pushed | None = None
+    """Where it is on the hub, where it was pushed."""
 
 
 def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
@@ -142,12 +150,17 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
     finished = [finish_interrupted(output.folder, output.fingerprint) for output in work.todo]
     if any(finished):
         work = plan(config)
+    for output in work.outputs:
+        if output.destination:
+            make_repository(output.destination, private=config.private)
     if work.todo:
         _execute(work)
-    return tuple(
-        Written(output.alpha, output.folder, "already complete" if output.complete else "written")
-        for output in work.outputs
-    )
+    return tuple(map(_written, work.outputs))
+
+
+def _written(output: Output) -> Written:
+    pushed = push(output.destination, output.folder) if output.destination else None
+    return Written(output.alpha, output.folder, "already complete" if output.complete else "written", pushed)
 
 
 def plan(config: ExtrapolateConfig) -> Plan:
@@ -156,6 +169,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
     Raises:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
+    destinations = find_destinations(config.repositories, private=config.private)
     sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
     dpo = locate(config.dpo, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
@@ -163,7 +177,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
         _refuse_inside_input(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     outputs = tuple(
-        _plan_output(config, alpha, folder, sources) for alpha, folder in zip(config.alpha, folders, strict=True)
+        _plan_output(config, alpha, folder, sources, destination)
+        for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
     rules = PairRules(
         alphas=tuple(output.alpha for output in outputs if not output.complete),
@@ -215,10 +230,14 @@ def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
             )
 
 
-def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:
+def _plan_output(
+    config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
+) -> Output:
     made_from = {"format": FORMAT, **_result_settings(config, alpha), **sources}
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
-    return Output(alpha, folder, made_from, complete)
+    if destination and not config.overwrite:
+        destination.require_same_output(made_from)
+    return Output(alpha, folder, made_from, complete, destination)
 
 
 def _execute(work: Plan) -> None:
@@ -360,13 +379,22 @@ def _result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
     return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
 
 
+def _source_names(work: Plan) -> Row:
+    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
+    config = work.config
+    return {
+        "sft": config.sft if work.sft.hub_id else work.sft.name,
+        "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
+    }
+
+
 def _manifest(
     work: Plan, output: Output, folder: StagedOutput, files: list[str], figures: Row, times: Row
 ) -> dict[str, Any]:
     return {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": {"sft": work.config.sft, "dpo": work.config.dpo, **_result_settings(work.config, output.alpha)},
+        "config": {**_source_names(work), **_result_settings(work.config, output.alpha)},
         "alpha": output.alpha,
         "fingerprint": output.fingerprint,
         "sources": {
