@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
 import pytest
+
+from expo import cli
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -64,6 +67,18 @@ def checkpoint():
 def run_expo():
     """`helpers.run_expo`: the program in a process of its own → code, stdout, stderr."""
     return helpers.run_expo
+
+
+@pytest.fixture
+def expo(capsys: pytest.CaptureFixture[str]) -> Callable[..., helpers.Result]:
+    """`expo extrapolate` in this process, on the inputs it is given."""
+
+    def run(pair: helpers.Pair, *args: object) -> helpers.Result:
+        code = cli.run(["extrapolate", "--sft", str(pair[0]), "--dpo", str(pair[1]), *map(str, args)])
+        out, err = capsys.readouterr()
+        return helpers.Result(code, out, err)
+
+    return run
 
 
 @pytest.fixture

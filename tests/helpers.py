@@ -15,6 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from expo import extrapolate
+from expo.config import ExtrapolateConfig
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIGNIFICANDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
 """Bits of the significand (the hidden one counted) and the smallest normal exponent."""
@@ -23,6 +26,10 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+Pair = tuple[Path, Path]
+"""SFT and DPO."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,12 @@ def run_expo(*args: object, env: dict[str, str] | None = None, cwd: Path | None 
         expo_command(*args), env=environment(**(env or {})), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def write(pair: Pair, output: Path, *alphas: float, **settings: object) -> tuple[extrapolate.Written, ...]:
+    """`expo extrapolate`'s verb, run in this process."""
+    defaults = {"alpha": alphas or (0.5,), "output": str(output), "fsync": False}
+    return extrapolate.run(ExtrapolateConfig(sft=str(pair[0]), dpo=str(pair[1]), **{**defaults, **settings}))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

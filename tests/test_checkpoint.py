@@ -57,7 +57,10 @@ DAMAGED = {
     "an empty file": (b"", "truncated"),
     "seven bytes": (b"\0" * 7, "truncated"),
     "a header longer than the file": ((100).to_bytes(8, "little") + b"{}", "truncated"),
-    "a header longer than the format allows": ((1 << 40).to_bytes(8, "little") + b"{}", "claims 1099511627776 bytes"),
+    "a header longer than the format allows": (
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        "a header of 1099511627776 bytes",
+    ),
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
     "a web page": (b"<!DOCTYPE html><html><body>403</body></html>", "web page"),
     "an indented web page": (b"\n <html><body>403</body></html>", "web page"),
@@ -82,7 +85,7 @@ BAD_HEADERS = {
     "metadata that is no text": ({"__metadata__": {"a": 1}, "a": F32}, EIGHT, "__metadata__"),
     "an entry that is no object": ({"a": 3}, EIGHT, "'a' is not an object"),
     "an unknown dtype": ({"a": entry("F31", [2], 0, 8)}, EIGHT, "unknown dtype 'F31'"),
-    "a negative size": ({"a": entry("F32", [-2], 0, 8)}, EIGHT, "no valid shape"),
+    "a negative size": ({"a": entry("F32", [-2], 0, 8)}, EIGHT, "'-2' is no size"),
     "a shape that is no list": ({"a": {**F32, "shape": 2}}, EIGHT, "no valid shape"),
     "true for a size": ({"a": {**F32, "shape": [True, 2]}}, EIGHT, "no valid shape"),
     "three offsets": ({"a": {**F32, "data_offsets": [0, 4, 8]}}, EIGHT, "no valid data_offsets"),
@@ -187,7 +190,7 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
     [
         ((), "holds no safetensors weights"),
         (("pytorch_model.bin",), r"\.bin weights only"),
-        (("adapter_model.safetensors",), "adapter_model.safetensors but neither model.safetensors nor"),
+        (("adapter_model.safetensors",), "adapter_model.safetensors' but neither model.safetensors nor"),
         (("model.safetensors", ".expo-partial"), "unfinished output"),
     ],
 )

@@ -21,46 +21,25 @@ import torch
 import xxhash
 from helpers import (
     DTYPES,
+    Pair,
     Result,
     as_bytes,
-    entry,
     environment,
     expo_command,
     random_pair,
-    raw_safetensors,
     read_checkpoint_tensors,
     share_off,
     tree,
     without_clock,
+    write,
     write_checkpoint,
 )
 from safetensors import safe_open
 
-from expo import cli, extrapolate
+from expo import extrapolate
 from expo.combine import stream
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
-
-Pair = tuple[Path, Path]
-
-
-def write(pair: Pair, output: Path, *alphas: float, **settings: object) -> tuple[extrapolate.Written, ...]:
-    """Run the verb in this process."""
-    defaults = {"alpha": alphas or (0.5,), "output": str(output), "fsync": False}
-    return extrapolate.run(ExtrapolateConfig(sft=str(pair[0]), dpo=str(pair[1]), **{**defaults, **settings}))
-
-
-@pytest.fixture
-def expo(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """`expo extrapolate` in this process, on the inputs it is given."""
-
-    def run(pair: Pair, *args: object) -> Result:
-        code = cli.run(["extrapolate", "--sft", str(pair[0]), "--dpo", str(pair[1]), *map(str, args)])
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
-
 
 # --- laws of the output -------------------------------------------------------------------------------------------
 
@@ -618,217 +597,7 @@ def test_an_unreadable_source_is_the_environments_fault(pair: Pair, tmp_path: Pa
     assert [one.status for one in write(pair, tmp_path / "out")] == ["written"]
 
 
-# --- bad input: what is wrong → the message; always exit code 2, nothing written, no traceback -----------------------
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 1)
-
-
-def change(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Rewrite a checkpoint as one file with other tensors; None removes one."""
-    content = {name.replace(".", "_"): tensor for name, tensor in read_checkpoint_tensors(folder).items()}
-    content = {name: tensor for name, tensor in {**content, **tensors}.items() if tensor is not None}
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    write_checkpoint(folder, content)
-
-
-def header_lies(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    raw_safetensors(folder / "model.safetensors", {"norm": entry("BF16", [9], 0, 16)}, bytes(16))
-
-
-def reindex(folder: Path, weight_map: dict[str, str]) -> None:
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"] |= weight_map
-    index.write_text(json.dumps(content))
-
-
-def only_bin(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def nan_in(folder: Path) -> None:
-    tensors = read_checkpoint_tensors(folder)
-    tensors["norm"][2] = float("nan")
-    write_checkpoint(folder, tensors)
-
-
-def dangling(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(folder / "gone")
-
-
-def same_config(root: Path, text: str) -> None:
-    (root / "expo.toml").write_text(text)
-
-
-SFT, DPO, OUT = "{root}/sft", "{root}/dpo", "{root}/out"
-GOOD = ["--alpha", "0.5", "--output", OUT]
-DUPLICATE = b'{"norm":%s,"norm":%s}' % ((json.dumps(entry("BF16", [8], 0, 16)).encode(),) * 2)
-OVERLAP = {"a": entry("BF16", [8], 0, 16), "b": entry("BF16", [8], 8, 24)}
-
-BAD_INPUT: dict[str, tuple[Callable[[Path], object] | None, list[str], str]] = {
-    "SFT is missing": (None, ["--sft", "{root}/none", *GOOD], "no such directory: {root}/none"),
-    "DPO is missing": (None, ["--dpo", "./none/x/y", *GOOD], "no such directory: ./none/x/y"),
-    "no such hub id": (None, ["--dpo", "nobody/nothing", *GOOD], "nobody/nothing is neither a local directory nor"),
-    "SFT is a file": (None, ["--sft", "{root}/sft/config.json", *GOOD], "is a file; give the checkpoint's directory"),
-    "SFT holds nothing": (lambda root: (root / "e").mkdir(), ["--sft", "{root}/e", *GOOD], "no safetensors weights"),
-    "SFT lacks a tensor": (lambda root: change(root / "sft", norm=None), GOOD, "missing in SFT"),
-    "DPO lacks a tensor": (
-        lambda root: [change(root / "dpo", norm=None), change(root / "sft")],
-        GOOD,
-        "missing in DPO: norm",
-    ),
-    "shapes differ": (
-        lambda root: [change(root / "sft", norm=torch.zeros(9)), change(root / "dpo")],
-        GOOD,
-        "norm [9] ≠ [8]",
-    ),
-    "output holds other files": (
-        lambda root: [(root / "out").mkdir(), (root / "out" / "mine.txt").write_text("x")],
-        GOOD,
-        "holds files expo did not write (mine.txt)",
-    ),
-    "output is a file": (lambda root: (root / "out").write_text("x"), GOOD, "out is a file; choose another --output"),
-    "output is SFT": (None, ["--alpha", "1", "--output", SFT], "is or lies inside the input {root}/sft"),
-    "output is DPO, overwriting": (
-        None,
-        ["--alpha", "1", "--output", DPO, "--overwrite"],
-        "inside the input {root}/dpo",
-    ),
-    "output is inside DPO": (None, ["--alpha", "1", "--output", f"{DPO}/new/out"], "inside the input {root}/dpo"),
-    "output is inside by ..": (
-        None,
-        ["--alpha", "1", "--output", "{root}/x/../dpo/out"],
-        "inside the input {root}/dpo",
-    ),
-    "output is inside by a link": (
-        lambda root: (root / "link").symlink_to(root / "dpo"),
-        ["--alpha", "1", "--output", "{root}/link/out"],
-        "inside the input {root}/dpo",
-    ),
-    "one of several outputs is inside": (
-        lambda root: (root / "many-0.2").symlink_to(root / "sft"),
-        ["--alpha", "0.1", "--alpha", "0.2", "--output", "{root}/many-{{alpha}}"],
-        "many-0.2 is or lies inside the input {root}/sft",
-    ),
-    "no alpha": (None, ["--output", OUT], "--alpha is missing: give at least one, such as --alpha 0.3"),
-    "alpha is nan": (None, ["--alpha", "nan", "--output", OUT], "--alpha must be a finite number, not nan"),
-    "alpha is inf": (None, ["--alpha", "0.1", "--alpha", "inf", "--output", OUT], "finite number, not inf"),
-    "alpha is no number": (None, ["--alpha", "half", "--output", OUT], "Invalid value for '--alpha'"),
-    "alpha twice": (None, ["--alpha", "0.1", "--alpha", "0.10", "--output", OUT], "0.1] is given more than once"),
-    "an unknown dtype": (None, [*GOOD, "--dtype", "int8"], "'int8' is not one of"),
-    "an unknown device": (None, [*GOOD, "--device", "tpu"], "--device is auto, cpu, cuda or cuda:N, not 'tpu'"),
-    "no workers": (None, [*GOOD, "--workers", "0"], "--workers must be positive, not 0"),
-    "an unknown option": (None, [*GOOD, "--alhpa", "1"], "No such option: --alhpa"),
-    "a bad regex": (None, [*GOOD, "--exclude", "("], "--exclude '(' is not a regular expression"),
-    "exclude matches nothing": (None, [*GOOD, "--exclude", "lm_head"], "--exclude 'lm_head' matches no tensor"),
-    "a truncated shard": (lambda root: cut(root / "sft/model.safetensors"), GOOD, "model.safetensors is truncated"),
-    "trailing bytes": (
-        lambda root: (root / "sft/model.safetensors").open("ab").write(b"x"),
-        GOOD,
-        "1 bytes after its last tensor",
-    ),
-    "a git-lfs pointer": (
-        lambda root: (root / "sft/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-        GOOD,
-        "is a git-lfs pointer, not weights",
-    ),
-    "a web page": (
-        lambda root: (root / "sft/model.safetensors").write_text("<!DOCTYPE html><html></html>"),
-        GOOD,
-        "is a web page, not weights",
-    ),
-    "a dangling link": (lambda root: dangling(root / "sft"), GOOD, "sft/model.safetensors cannot be read"),
-    "the header lies": (lambda root: header_lies(root / "sft"), GOOD, "'norm': BF16 [9] does not fill its 16 bytes"),
-    "duplicate keys": (
-        lambda root: raw_safetensors(root / "sft/model.safetensors", DUPLICATE, bytes(16)),
-        GOOD,
-        "'norm' appears twice",
-    ),
-    "overlapping tensors": (
-        lambda root: raw_safetensors(root / "sft/model.safetensors", OVERLAP, bytes(24)),
-        GOOD,
-        "tensor 'b' overlaps another tensor",
-    ),
-    "the index names a missing shard": (
-        lambda root: reindex(root / "dpo", {"norm": "gone.safetensors"}),
-        GOOD,
-        "names gone.safetensors, which is missing",
-    ),
-    "the index names ../x": (
-        lambda root: reindex(root / "dpo", {"norm": "../sft/model.safetensors"}),
-        GOOD,
-        "names '../sft/model.safetensors', which is not a safetensors file in the same folder",
-    ),
-    "the index names an absolute path": (
-        lambda root: reindex(root / "dpo", {"norm": str(root / "sft/model.safetensors")}),
-        GOOD,
-        "which is not a safetensors file in the same folder",
-    ),
-    "model.safetensors beside an index": (
-        lambda root: shutil.copy(root / "sft/model.safetensors", root / "dpo"),
-        GOOD,
-        "holds model.safetensors beside model.safetensors.index.json, which does not name it",
-    ),
-    "only .bin": (lambda root: only_bin(root / "sft"), GOOD, "holds .bin weights only"),
-    "an unfinished output for input": (
-        lambda root: (root / "sft/.expo-partial").mkdir(),
-        GOOD,
-        "sft is an unfinished output of expo",
-    ),
-    "a quantized checkpoint": (
-        lambda root: (root / "dpo/config.json").write_text('{"quantization_config": {"quant_method": "awq"}}'),
-        GOOD,
-        "dpo is quantized (awq)",
-    ),
-    "a config that is no JSON": (
-        lambda root: (root / "dpo/config.json").write_text("{"),
-        GOOD,
-        "dpo/config.json is not valid JSON",
-    ),
-    "NaN in an input": (lambda root: nan_in(root / "sft"), GOOD, "the result for tensor norm holds NaN or infinity"),
-    "overflow": (None, ["--alpha", "1e30", "--dtype", "float16", "--output", OUT], "too large for F16"),
-    "no config file": (
-        None,
-        [*GOOD, "--config", "{root}/none.toml"],
-        "the config file {root}/none.toml cannot be read",
-    ),
-    "no TOML": (lambda root: same_config(root, "="), [*GOOD, "--config", "{root}/expo.toml"], "is not valid TOML"),
-    "an unknown key": (
-        lambda root: same_config(root, "[extrapolate]\nalhpa = [0.3]\n"),
-        [*GOOD, "--config", "{root}/expo.toml"],
-        "unknown key 'alhpa' in [extrapolate]; did you mean 'alpha'?",
-    ),
-    "an unknown table": (
-        lambda root: same_config(root, "[extrapolat]\nalpha = [0.3]\n"),
-        [*GOOD, "--config", "{root}/expo.toml"],
-        "unknown table [extrapolat]; did you mean 'extrapolate'?",
-    ),
-    "an unknown recipe": (None, [*GOOD, "--recipe", "gpt-5"], "no recipe 'gpt-5'; `expo recipes` lists them"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(
-    case: str, pair: Pair, tmp_path: Path, expo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare, args, message = BAD_INPUT[case]
-    root = tmp_path
-    if prepare is not None:
-        prepare(root)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    before = sorted(root.rglob("*")), tree(root)
-    result = expo(pair, *[arg.format(root=root) for arg in args])
-    assert result.code == 2, result.stderr
-    assert message.format(root=root) in result.stderr
-    assert len(result.stderr.splitlines()) == 1, "one line"
-    assert result.stderr.startswith("expo: error: ")
-    assert result.stdout == ""
-    assert (sorted(root.rglob("*")), tree(root)) == before, "nothing is written"
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 def test_tensors_that_only_sft_has_are_named_before_they_are_dropped(
