@@ -147,6 +147,54 @@ def stays_finite(norms: Norms, alpha: float, dtype: torch.dtype) -> bool:
     return bound < torch.finfo(dtype).max / 2
 
 
+def low_rank_delta(left: Tensor, right: Tensor, scale: float, first: int, length: int) -> Tensor:
+    """ΔW = scale · L · R for consecutive elements of the weight; only the rows that hold them are multiplied.
+
+    Args:
+        left: L [rows, rank], float32 or float64.
+        right: R [rank, columns], same dtype.
+        scale: A LoRA's scaling, α/rank or α/√rank.
+        first: The first element, in row-major order of [rows, columns].
+        length: How many elements, at least one.
+
+    Returns:
+        ΔW [length], in the factors' dtype; memory of its own, of at most two rows more.
+    """
+    columns = right.shape[1]
+    top, bottom = first // columns, (first + length - 1) // columns + 1
+    begin = first - top * columns
+    if bottom - top == 1:  # where a row is longer than a piece, its other columns are not multiplied
+        right, begin = right[:, begin : begin + length], 0
+    rows = (left[top:bottom] * scale) @ right  # [bottom - top, columns, or length of a single row]
+    return rows.view(-1)[begin : begin + length]
+
+
+def add_delta(sft: Tensor, delta: Tensor, alpha: float, out: Tensor) -> Tensor:
+    """θ = s + (1 + α)Δ, in Δ's dtype, one rounding to the output's: the rule for a Δ that is known by itself.
+
+    Args:
+        sft: s, any floating-point dtype and shape.
+        delta: Δ = θ_dpo − θ_sft, same shape, float32 (float64 where s is).
+        alpha: α. At 0 the result is θ_dpo, computed.
+        out: Where θ goes; same shape, any floating-point dtype.
+
+    Returns:
+        `out`.
+    """
+    return out.copy_(sft.to(delta.dtype, copy=True).add_(delta, alpha=1 + alpha))
+
+
+def delta_norms(sft: Tensor, delta: Tensor) -> tuple[float, float]:
+    """‖Δ‖² and ‖s‖².
+
+    Args:
+        sft: s, one axis, any floating-point dtype.
+        delta: Δ, same shape, float32 or float64.
+    """
+    size = sft.to(delta.dtype)
+    return float(delta.dot(delta)), float(size.dot(size))
+
+
 def is_finite(values: Tensor) -> bool:
     """Whether no element is NaN or infinite; `aminmax` hands on a NaN, and is much faster than `isfinite`.
 
