@@ -11,29 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo.adapter.settings import MERGE_FIRST, Settings, read_settings
-from expo.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_shard
+from expo.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_shard
 from expo.errors import InputError, listed
+from expo.tied import TIED_HEADS, ties_head
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names."""
-
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-
-TIED_HEADS = (
-    ("lm_head.weight", "model.embed_tokens.weight"),
-    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
-    ("lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
-    ("lm_head.weight", "transformer.wte.weight"),
-    ("lm_head.weight", "transformer.word_embeddings.weight"),
-    ("lm_head.weight", "backbone.embeddings.weight"),
-    ("embed_out.weight", "gpt_neox.embed_in.weight"),
-    ("output.weight", "model.tok_embeddings.weight"),
-)
-"""Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(?:\.[^.]+)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
@@ -191,12 +176,11 @@ def _settle_tied(
 
 def tied_heads(base: Checkpoint) -> list[tuple[str, str]]:
     """A checkpoint's tied heads, each with its embedding; where the config is silent, the heads it does not store."""
-    tables = [base.config, *(value for value in base.config.values() if isinstance(value, dict))]
-    flags = [bool(table["tie_word_embeddings"]) for table in tables if "tie_word_embeddings" in table]
+    ties = ties_head(base.config)
     return [
         (head, embedding)
         for head, embedding in TIED_HEADS
-        if embedding in base.tensors and (flags[0] if flags else head not in base.tensors)
+        if embedding in base.tensors and (head not in base.tensors if ties is None else ties)
     ]
 
 

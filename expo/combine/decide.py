@@ -1,21 +1,19 @@
 """Decide from headers alone what happens to every tensor of a pair: `plan_pair`.
 
-Tensors match by name. To teach it another model's tied head, add a line to `TIED_HEADS`.
+Tensors match by name. A DPO model that is an adapter over SFT has `decide_adapter.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from expo.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from expo.checkpoint import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, TensorInfo
 from expo.combine.layout import keep_layout, reshard
 from expo.combine.plan import (
     DTYPE_NAMES,
     EXACT_DTYPES,
-    FLOAT_DTYPES,
     Action,
     Match,
     PairPlan,
@@ -24,21 +22,8 @@ from expo.combine.plan import (
     TensorPlan,
     Vocabulary,
 )
-from expo.errors import InputError
-
-TIED_HEADS = (
-    ("lm_head.weight", "model.embed_tokens.weight"),
-    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
-    ("lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
-    ("lm_head.weight", "transformer.wte.weight"),
-    ("lm_head.weight", "transformer.word_embeddings.weight"),
-    ("lm_head.weight", "backbone.embeddings.weight"),
-    ("embed_out.weight", "gpt_neox.embed_in.weight"),
-    ("output.weight", "model.tok_embeddings.weight"),
-)
-"""Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
+from expo.errors import InputError, listed
+from expo.tied import TIED_HEADS, config_tables, ties_head
 
 
 @dataclass(frozen=True)
@@ -131,20 +116,9 @@ def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
     for head, embedding in TIED_HEADS:
         for stores, lacks in ((sft, dpo), (dpo, sft)):
             both = embedding in stores.tensors and embedding in lacks.tensors
-            if both and head in stores.tensors and head not in lacks.tensors and _ties(lacks.config):
+            if both and head in stores.tensors and head not in lacks.tensors and ties_head(lacks.config) is not False:
                 found[head] = stores
     return found
-
-
-def _ties(config: dict[str, Any]) -> bool:
-    """Whether a model without a stored head takes its embedding; where the config is silent the library's default."""
-    flags = [table["tie_word_embeddings"] for table in _tables(config) if "tie_word_embeddings" in table]
-    return bool(flags[0]) if flags else True
-
-
-def _tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield config
-    yield from (value for value in config.values() if isinstance(value, dict))
 
 
 def _embedding_of(head: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -159,10 +133,8 @@ def _equal(side: Checkpoint, head: str) -> Part:
 
 def _vocabulary(sft: Checkpoint, dpo: Checkpoint) -> Vocabulary | None:
     """The vocabulary sizes where they differ."""
-    sizes = [
-        next((table["vocab_size"] for table in _tables(side.config) if isinstance(table.get("vocab_size"), int)), None)
-        for side in (sft, dpo)
-    ]
+    found = ([table.get("vocab_size") for table in config_tables(side.config)] for side in (sft, dpo))
+    sizes = [next((size for size in given if isinstance(size, int)), None) for given in found]
     return Vocabulary(*sizes) if None not in sizes and sizes[0] != sizes[1] else None  # type: ignore[arg-type]
 
 
@@ -202,12 +174,12 @@ def _mismatches(
     problems = []
     if not pair_rules.copy_missing:
         hint = "pass --missing copy-dpo to copy them from DPO"
-        problems += _listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
-        problems += _listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
+        problems += listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
+        problems += listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
     hint = "the vocabularies differ in size: pass --vocab common to extrapolate the rows both have"
-    problems += _listed(hint, map(_shapes, by_vocabulary))
-    problems += _listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
-    problems += _listed(
+    problems += listed(hint, map(_shapes, by_vocabulary))
+    problems += listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
+    problems += listed(
         "dtypes that cannot be combined", [f"{d.name} {s.dtype}, {d.dtype}" for s, d, _ in shared if not _fit(s, d)]
     )
     return problems
@@ -221,14 +193,6 @@ def _shapes(pair: tuple[TensorInfo, TensorInfo]) -> str:
 def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
     both_float = sft.dtype in FLOAT_DTYPES and dpo.dtype in FLOAT_DTYPES
     return both_float or (sft.dtype == dpo.dtype and dpo.dtype in EXACT_DTYPES)
-
-
-def _listed(title: str, names: Iterable[str]) -> list[str]:
-    names = list(names)
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{title}: {', '.join(names[:3])}{more}"]
 
 
 # --- parts --------------------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from expo.checkpoint import SINGLE_FILE, Checkpoint, TensorInfo
 Action = Literal["extrapolate", "copy", "convert", "match"]
 """Compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's bytes, which must be SFT's too."""
 
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""Can be extrapolated."""
 EXACT_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 """Buffers and the like: both sides must hold the same values."""
 
