@@ -52,6 +52,7 @@ FOREIGN_SUFFIXES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
     *("*.tfevents.*", "optimizer*", "scheduler*", "trainer_state.json", "README.md", "expo.json"),
+    *("adapter_config.json", "adapter_model.*"),
 )
 FOREIGN_FOLDERS = ("checkpoint-*", "original", "runs", "global_step*", "__pycache__", ".*")
 

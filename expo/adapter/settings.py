@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from expo.checkpoint import read_json
 from expo.errors import InputError
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 Number = TypeVar("Number", int, float)
 
 REFUSED_SETTINGS = {
@@ -73,8 +75,6 @@ class Settings:
     """The base stores weights as [in, out]."""
     tied: bool = False
     """Head and embedding were trained as one."""
-    base: str | None = None
-    """The model it was trained on, as the config names it."""
 
     def rank_of(self, module: str) -> int:
         """The rank a module's factors should have."""
@@ -103,7 +103,6 @@ def read_settings(file: Path) -> Settings:
     unknown = sorted(key for key, value in config.items() if value and key not in NEUTRAL_SETTINGS)
     if unknown:
         log.warning("%s sets %s, which is not known here and ignored", file, ", ".join(unknown))
-    base = config.get("base_model_name_or_path")
     return Settings(
         rank=_rank(file, "r", config.get("r")),
         alpha=_alpha(file, "lora_alpha", config.get("lora_alpha")),
@@ -112,7 +111,6 @@ def read_settings(file: Path) -> Settings:
         rank_stabilised=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         tied=bool(config.get("ensure_weight_tying")),
-        base=base if isinstance(base, str) else None,
     )
 
 

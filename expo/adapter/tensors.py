@@ -10,12 +10,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo.adapter.settings import MERGE_FIRST, Settings, read_settings
-from expo.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, TensorInfo, read_shard
+from expo.adapter.settings import ADAPTER_CONFIG, MERGE_FIRST, Settings, read_settings
+from expo.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, Shard, TensorInfo, read_shard
 from expo.errors import InputError, listed
 from expo.tied import TIED_HEADS, ties_head
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names."""
@@ -66,11 +65,17 @@ class Adapter:
     """The base's tensor name → what is added to it, or to the tensor in `saved` where there is one as well."""
     saved: dict[str, TensorInfo]
     """The base's tensor name → the tensor that takes its place."""
+    shards: tuple[Shard, ...]
+    """The one file that holds it all."""
 
-
-def is_adapter(path: Path) -> bool:
-    """Whether a model's folder holds a PEFT adapter."""
-    return (path / ADAPTER_CONFIG).is_file()
+    def describe(self) -> dict[str, object]:
+        """The adapter in figures."""
+        return {
+            "merged": len(self.low_rank),
+            "replaced": len(self.saved),
+            "ranks": sorted({pair.ranks[0] for pair in self.low_rank.values()}),
+            "scalings": sorted({pair.scale for pair in self.low_rank.values()}),
+        }
 
 
 def read_adapter(path: Path, base: Checkpoint) -> Adapter:
@@ -85,13 +90,14 @@ def read_adapter(path: Path, base: Checkpoint) -> Adapter:
     """
     _require_safetensors(path)
     settings = read_settings(path / ADAPTER_CONFIG)
-    factors, saved = _sort(path / ADAPTER_WEIGHTS)
+    shard = read_shard(path / ADAPTER_WEIGHTS)
+    factors, saved = _sort(shard)
     _settle_tied(path, base, settings, factors, saved)
     low_rank = {f"{module}.weight": _low_rank(module, pair, settings) for module, pair in factors.items()}
     problems = _mismatches(base, settings, low_rank, saved)
     if problems:
         raise InputError(f"the adapter {path.name} does not fit {base.path.name}: {'; '.join(problems)}")
-    return Adapter(path, settings, low_rank, saved)
+    return Adapter(path, settings, low_rank, saved, (shard,))
 
 
 def _require_safetensors(path: Path) -> None:
@@ -108,12 +114,13 @@ def _require_safetensors(path: Path) -> None:
 # --- the adapter's names ------------------------------------------------------------------------------------------
 
 
-def _sort(file: Path) -> tuple[_Factors, dict[str, TensorInfo]]:
-    """A file's factors by module, and its whole tensors by the base's names."""
+def _sort(shard: Shard) -> tuple[_Factors, dict[str, TensorInfo]]:
+    """The adapter's factors by module, and its whole tensors by the base's names."""
+    file = shard.file
     factors: _Factors = {}
     plain: dict[str, TensorInfo] = {}
     wrapped: dict[str, TensorInfo] = {}
-    for tensor in read_shard(file).tensors:
+    for tensor in shard.tensors:
         name = tensor.name.removeprefix(PREFIX)
         factor = _FACTOR.fullmatch(name)
         if name == tensor.name or (factor is None and (".lora_" in name or ".token_adapter." in name)):
@@ -124,6 +131,8 @@ def _sort(file: Path) -> tuple[_Factors, dict[str, TensorInfo]]:
             target = _WRAPPER.sub("", name)
             (plain if target == name else wrapped)[target] = tensor
     _require_pairs(file, factors)
+    if not shard.tensors:
+        raise InputError(f"{file} holds no tensors; save the adapter again")
     return factors, {**wrapped, **plain}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from expo.checkpoint import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, TensorInfo
-from expo.combine.layout import keep_layout, reshard
+from expo.combine.layout import lay_out
 from expo.combine.plan import (
     DTYPE_NAMES,
     EXACT_DTYPES,
@@ -50,8 +50,8 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
     Raises:
         InputError: The checkpoints do not fit together; the message lists every kind of mismatch.
     """
-    _refuse_quantized(sft, dpo)
-    matches = _matches(dpo, pair_rules)
+    refuse_quantized(sft, dpo)
+    matches = match_patterns(dpo, pair_rules)
     excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
     tied = _tied_heads(sft, dpo)
     vocabulary = _vocabulary(sft, dpo)
@@ -65,16 +65,18 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
     tensors = {name: _plan_tensor(pair, own.get(name), pair_rules) for name, pair in pairs.items()}
-    if pair_rules.max_shard_bytes is None:
-        shards = keep_layout(dpo.shards, tensors)
-    else:
-        shards = reshard(dpo.shards, tensors, pair_rules.max_shard_bytes)
+    shards = lay_out(dpo, tensors, pair_rules)
     equal = tuple(_equal(side, head) for head, side in tied.items())
     cut = vocabulary if any(pair.rows is not None for pair in pairs.values()) else None
     return PairPlan(sft, dpo, pair_rules, shards, equal, tuple(sorted(dropped)), matches, cut)
 
 
-def _refuse_quantized(*checkpoints: Checkpoint) -> None:
+def refuse_quantized(*checkpoints: Checkpoint) -> None:
+    """Refuse checkpoints whose weights are no plain numbers.
+
+    Raises:
+        InputError: One of them is quantized; the message names it and the method.
+    """
     for checkpoint in checkpoints:
         quantization = checkpoint.config.get("quantization_config")
         if quantization:
@@ -88,8 +90,12 @@ def _refuse_quantized(*checkpoints: Checkpoint) -> None:
 # --- patterns -----------------------------------------------------------------------------------------------------
 
 
-def _matches(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
-    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it."""
+def match_patterns(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
+    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it.
+
+    Raises:
+        InputError: A pattern takes no tensor.
+    """
     patterns = [("--exclude", pattern, 0.0) for pattern in pair_rules.exclude]
     patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in pair_rules.alpha_for]
     free = dict.fromkeys(dpo.tensors)
@@ -198,9 +204,14 @@ def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
+def output_dtype(info: TensorInfo, pair_rules: PairRules) -> str:
+    """The type a tensor of DPO is written in, as safetensors spells it."""
+    return DTYPE_NAMES[pair_rules.dtype] if pair_rules.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+
+
 def _plan_tensor(pair: _Pair, own_alpha: float | None, pair_rules: PairRules) -> TensorPlan:
     info = pair.dpo
-    dtype = DTYPE_NAMES[pair_rules.dtype] if pair_rules.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+    dtype = output_dtype(info, pair_rules)
     alphas = pair_rules.alphas if own_alpha is None else (own_alpha,) * len(pair_rules.alphas)
     rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
     if pair.rows is not None:
@@ -210,12 +221,13 @@ def _plan_tensor(pair: _Pair, own_alpha: float | None, pair_rules: PairRules) ->
     for dpo, sft in rows:
         nbytes = dpo.numel * DTYPE_BITS[dtype] // 8
         if nbytes or not parts:
-            parts.append(Part(_action(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
+            parts.append(Part(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
         offset += nbytes
     return TensorPlan(info.name, dtype, info.shape, offset, tuple(parts))
 
 
-def _action(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
+def action_for(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
+    """What happens to a tensor with this partner, none where SFT is not read, that is written in this type."""
     if sft is None:
         return "copy" if dtype == dpo.dtype else "convert"
     return "match" if dpo.dtype in EXACT_DTYPES else "extrapolate"
