@@ -106,7 +106,9 @@ def extrapolate(
     ctx: typer.Context,
     *,
     sft: Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")],
-    dpo: Annotated[str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft.")],
+    dpo: Annotated[
+        str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft, or its LoRA adapter.")
+    ],
     alpha: Annotated[
         list[float] | None, typer.Option(metavar="A", help="Extrapolation strength α; repeat for several.  [required]")
     ] = None,

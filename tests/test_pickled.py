@@ -518,7 +518,10 @@ W = torch.randn(3, 4)
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (bytes_of(b""), "is no archive of torch's: download it again"),
     "noise": (bytes_of(b"\x13\x37" * 50), "is no archive of torch's: download it again"),
-    "a git-lfs pointer": (bytes_of(b"version https://git-lfs.github.com/spec/v1\noid x\n"), "is not weights but a git-lfs pointer"),
+    "a git-lfs pointer": (
+        bytes_of(b"version https://git-lfs.github.com/spec/v1\noid x\n"),
+        "is not weights but a git-lfs pointer",
+    ),
     "a web page": (bytes_of(b"<!DOCTYPE html><html><body>403</body></html>"), "is not weights but a web page"),
     "a bare pickle": (bytes_of(pickle.dumps({"w": 1})), "is a bare pickle, or in torch's format from before 1.6"),
     "torch before 1.6": (of({"w": W}, _use_new_zipfile_serialization=False), "torch's format from before 1.6"),
