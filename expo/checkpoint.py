@@ -35,6 +35,7 @@ from expo.files import (
 from expo.files import read_json as read_json
 from expo.hub import Location
 from expo.safetensors_header import DTYPE_BITS as DTYPE_BITS
+from expo.safetensors_header import FLOAT_DTYPES as FLOAT_DTYPES
 from expo.safetensors_header import Shard as Shard
 from expo.safetensors_header import TensorInfo as TensorInfo
 from expo.safetensors_header import is_text_map
@@ -47,9 +48,6 @@ BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 CONFIG_FILE = "config.json"
 PARTIAL_FOLDER = ".expo-partial"
 """Where an unfinished output keeps its files; a folder that has one is not a finished checkpoint."""
-
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""Can be extrapolated."""
 
 FOREIGN_SUFFIXES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),

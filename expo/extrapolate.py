@@ -113,7 +113,7 @@ class Plan:
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
             "outputs": [output.describe() for output in self.outputs],
-            "tensors": _tensor_counts(pair),
+            "tensors": pair.tensor_counts(),
             "patterns": [
                 {
                     "flag": one.flag,
@@ -197,8 +197,6 @@ def plan(config: ExtrapolateConfig) -> Plan:
         allow_nonfinite=config.allow_nonfinite,
     )
     pair = _plan_pair(sft, dpo, config, rules)
-    if pair.adapter is None:
-        question_pair(sft, dpo, pair.sft, pair.dpo)
     require_same_tokens(sft.path, dpo.path)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
@@ -215,7 +213,9 @@ def _plan_pair(sft: Location, dpo: Location, config: ExtrapolateConfig, rules: P
     require_base(sft, dpo)
     if is_adapter(dpo.path):
         return plan_adapter(_read(sft, config), dpo.path, rules)
-    return plan_pair(_read(sft, config), _read(dpo, config), rules)
+    pair = plan_pair(_read(sft, config), _read(dpo, config), rules)
+    question_pair(sft, dpo, pair.sft, pair.dpo)
+    return pair
 
 
 def _read(location: Location, config: ExtrapolateConfig) -> Checkpoint:
@@ -355,7 +355,7 @@ def _require_unchanged(work: Plan) -> None:
 
 def _question_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
     changed = [folder for output, folder in zip(work.todo, staged, strict=True) if output.alpha]
-    if changed and work.pair.count("extrapolate", "merge"):
+    if changed and work.pair.has_change:
         figures = _delta_figures(changed[0])
         question_change(figures["norm"], figures["relative"])
 
@@ -380,15 +380,6 @@ def _delta_figures(folder: StagedOutput) -> Row:
     size = math.sqrt(math.fsum(record.sft_squared for record in folder.records.values()))
     figures = {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def _tensor_counts(pair: PairPlan) -> dict[str, int]:
-    return {
-        **({} if pair.adapter is None else {"merged": pair.count("merge")}),
-        "extrapolated": pair.count("extrapolate"),
-        "copied": pair.count("copy", "convert"),
-        "equal": pair.count("match"),
-    }
 
 
 def _vocabulary(pair: PairPlan) -> Row:
@@ -430,7 +421,7 @@ def _manifest(
             side: {"name": location.label, "revision": location.revision}
             for side, location in (("sft", work.sft), ("dpo", work.dpo))
         },
-        "tensors": _tensor_counts(work.pair),
+        "tensors": work.pair.tensor_counts(),
         **_vocabulary(work.pair),
         **({} if work.pair.adapter is None else {"lora": work.pair.adapter.describe()}),
         "delta": figures,
@@ -444,7 +435,7 @@ def _manifest(
 
 
 def _card(work: Plan, output: Output, figures: Row) -> str:
-    counts, relative = _tensor_counts(work.pair), figures["relative"]
+    counts, relative = work.pair.tensor_counts(), figures["relative"]
     return model_card(
         title=f"{work.dpo.name}-ExPO-a{output.alpha!r}",
         alpha=output.alpha,

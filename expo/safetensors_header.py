@@ -30,6 +30,8 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("F4",), 4),
 }
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Can be extrapolated."""
 
 FIELDS = ("dtype", "shape", "data_offsets")
 

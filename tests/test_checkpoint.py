@@ -142,6 +142,7 @@ def test_side_files_are_the_models_and_nothing_else(tmp_path: Path) -> None:
     unwanted = {
         *("README.md", "expo.json", ".gitattributes", ".cache/x.json", "original/params.json", "checkpoint-5/a.json"),
         *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+        *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
         *("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", "runs/1/events.out.tfevents.1"),
         *("model.gguf", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "__pycache__/x.pyc", "rng_state.pth"),
     }

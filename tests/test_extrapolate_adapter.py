@@ -330,6 +330,23 @@ def test_patterns_act_by_the_bases_names(by_hand: Pair, tmp_path: Path, caplog: 
         write(by_hand, tmp_path / "none", exclude=("lm_head",))
 
 
+def test_everything_may_be_excluded(by_hand: Pair, tmp_path: Path) -> None:
+    write(by_hand, tmp_path / "out", 8.0, exclude=("model",))
+    write(by_hand, tmp_path / "merged", 0.0)
+    out, merged = tree(tmp_path / "out"), tree(tmp_path / "merged")
+    weights = [name for name in out if name.endswith(".safetensors")]
+    assert [out[name] for name in weights] == [merged[name] for name in weights]
+
+
+def test_an_untrained_adapter_is_refused(by_hand: Pair, tmp_path: Path) -> None:
+    tensors = load_file(by_hand[1] / "adapter_model.safetensors")
+    tensors = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    tensors["base_model.model.model.norm.weight"] = read_checkpoint_tensors(by_hand[0])["model.norm.weight"]
+    save_file(tensors, by_hand[1] / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="SFT and DPO hold the same weights"):
+        write(by_hand, tmp_path / "out", 0.3)
+
+
 def test_files_may_be_of_another_size(by_hand: Pair, tmp_path: Path) -> None:
     write(by_hand, tmp_path / "out", 0.3, max_shard_size="1kB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2

@@ -169,6 +169,18 @@ class PairPlan:
         kept = self.rules.max_shard_bytes is None and self.dpo.sharded
         return [shard.name for shard in self.shards] == [SINGLE_FILE] and not kept
 
+    @property
+    def has_change(self) -> bool:
+        """Whether α, and so the change from SFT to DPO, matters to any tensor."""
+        parts = (part for shard in self.shards for part, _ in shard.parts())
+        return any(part.sft is not None and not part.is_raw for part in parts)
+
     def count(self, *actions: Action) -> int:
         """How many tensors have one of these actions."""
         return sum(tensor.action in actions for shard in self.shards for tensor in shard.tensors)
+
+    def tensor_counts(self) -> dict[str, int]:
+        """How many tensors are made in which way."""
+        merged = {} if self.adapter is None else {"merged": self.count("merge")}
+        made = {"extrapolated": self.count("extrapolate"), "copied": self.count("copy", "convert")}
+        return {**merged, **made, "equal": self.count("match")}
