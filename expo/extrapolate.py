@@ -1,32 +1,25 @@
 """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft) as a checkpoint.
 
 Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). What is computed is in
-`combine/` and `rules.py`, how files become final in `writer.py`.
+`combine/` and `rules.py`, how files become final in `writer.py`, what they say of themselves in `manifest.py`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import math
 import os
-import platform
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from expo import __version__
 from expo.adapter.folders import is_adapter, output_side_files, require_base
-from expo.card import model_card
 from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -45,6 +38,7 @@ from expo.config import ExtrapolateConfig
 from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate
+from expo.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
 from expo.pickled import read_pickled_checkpoint
 from expo.progress import Progress, bytes_bar
 from expo.publish import Destination, Pushed, find_destinations, make_repository, push
@@ -90,13 +84,9 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Origin):
     """Everything `expo extrapolate` will do."""
 
-    config: ExtrapolateConfig
-    sft: Location
-    dpo: Location
-    pair: PairPlan
     outputs: tuple[Output, ...]
     side_files: dict[str, Path]
     """Name in the outputs → the file that is copied."""
@@ -124,7 +114,7 @@ class Plan:
                 }
                 for one in pair.matches
             ],
-            **_vocabulary(pair),
+            **vocabulary_rows(pair),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in pair.shards],
             "bytes_per_output": pair.nbytes,
             "side_files": ", ".join(self.side_files),
@@ -249,7 +239,7 @@ def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
 def _plan_output(
     config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
 ) -> Output:
-    made_from = {"format": FORMAT, **_result_settings(config, alpha), **sources}
+    made_from = {"format": FORMAT, **result_settings(config, alpha), **sources}
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)
@@ -356,7 +346,7 @@ def _require_unchanged(work: Plan) -> None:
 def _question_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
     changed = [folder for output, folder in zip(work.todo, staged, strict=True) if output.alpha]
     if changed and work.pair.has_change:
-        figures = _delta_figures(changed[0])
+        figures = delta_figures(changed[0].records)
         question_change(figures["norm"], figures["relative"])
 
 
@@ -367,100 +357,6 @@ def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Ro
         folder.add_text(CONFIG_FILE, config_with_dtype(work.pair.dpo.path, work.config.dtype))
     if not work.pair.is_single_file:
         folder.add_text(INDEX_FILE, index_json(work.pair))
-    figures = _delta_figures(folder)
-    folder.add_text(CARD_FILE, _card(work, output, figures))
+    folder.add_text(CARD_FILE, card(work, output.alpha, folder.records))
     files = sorted({*work.side_files, *folder.records, CARD_FILE, *([] if work.pair.is_single_file else [INDEX_FILE])})
-    manifest = _manifest(work, output, folder, files, figures, times)
-    folder.add_text(MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def _delta_figures(folder: StagedOutput) -> Row:
-    # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
-    delta = math.sqrt(math.fsum(record.delta_squared for record in folder.records.values()))
-    size = math.sqrt(math.fsum(record.sft_squared for record in folder.records.values()))
-    figures = {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def _vocabulary(pair: PairPlan) -> Row:
-    if pair.vocabulary is None:
-        return {}
-    sft, dpo, common = pair.vocabulary.sft, pair.vocabulary.dpo, pair.vocabulary.common
-    rows = {"sft": sft, "dpo": dpo, "rows_extrapolated": common}
-    return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
-
-
-RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
-"""Settings that change the result, beside α and the sources."""
-
-
-def _result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
-    values = {name: getattr(config, name) for name in RESULT_SETTINGS}
-    return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
-
-
-def _source_names(work: Plan) -> Row:
-    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
-    config = work.config
-    return {
-        "sft": config.sft if work.sft.hub_id else work.sft.name,
-        "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
-    }
-
-
-def _manifest(
-    work: Plan, output: Output, folder: StagedOutput, files: list[str], figures: Row, times: Row
-) -> dict[str, Any]:
-    return {
-        "command": "extrapolate",
-        "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": {**_source_names(work), **_result_settings(work.config, output.alpha)},
-        "alpha": output.alpha,
-        "fingerprint": output.fingerprint,
-        "sources": {
-            side: {"name": location.label, "revision": location.revision}
-            for side, location in (("sft", work.sft), ("dpo", work.dpo))
-        },
-        "tensors": work.pair.tensor_counts(),
-        **_vocabulary(work.pair),
-        **({} if work.pair.adapter is None else {"lora": work.pair.adapter.describe()}),
-        "delta": figures,
-        "bytes": work.pair.nbytes,
-        "shards": {
-            name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(folder.records.items())
-        },
-        "files": files,
-        "clock": times,
-    }
-
-
-def _card(work: Plan, output: Output, figures: Row) -> str:
-    counts, relative = work.pair.tensor_counts(), figures["relative"]
-    return model_card(
-        title=f"{work.dpo.name}-ExPO-a{output.alpha!r}",
-        alpha=output.alpha,
-        sft=work.sft,
-        dpo=work.dpo,
-        command=_command(work, output.alpha),
-        is_adapter=work.pair.adapter is not None,
-        figures={
-            "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
-            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
-            "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
-        },
-    )
-
-
-def _command(work: Plan, alpha: float) -> str:
-    words = ["expo", "extrapolate"]
-    for flag, location in (("--sft", work.sft), ("--dpo", work.dpo)):
-        words += [flag, f"{location.hub_id}@{location.revision}" if location.hub_id else location.name]
-    words += ["--alpha", repr(alpha)]
-    for name in RESULT_SETTINGS:
-        value, flag = getattr(work.config, name), "--" + name.replace("_", "-")
-        if isinstance(value, tuple):
-            words += [word for item in value for word in (flag, item)]
-        elif value != getattr(ExtrapolateConfig, name):
-            words += [flag] if value is True else [flag, value]
-    words += ["--allow-pickle"] if work.config.allow_pickle else []
-    return shlex.join(words)
+    folder.add_text(MANIFEST_FILE, manifest(work, output.alpha, output.fingerprint, folder.records, files, times))
