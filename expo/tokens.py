@@ -74,9 +74,6 @@ READERS: dict[str, Callable[[dict[str, Any]], Pairs]] = {
 }
 """The files that number tokens; of two numbers for a token the first counts."""
 
-TOKEN_FILES = (*READERS, SENTENCEPIECE_FILE)
-"""Everything that is compared."""
-
 
 def token_numbers(folder: Path) -> dict[str, int]:
     """Token → number, from all files of a model folder that say so; empty where there are none.

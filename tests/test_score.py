@@ -248,7 +248,7 @@ def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path, run_expo)
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(p.pid, signal.SIGKILL)
-    assert [path.name for path in folder.iterdir()] == [".m.journal.jsonl"]
+    assert {path.name for path in folder.iterdir()} == {".m.journal.jsonl", ".m.journal.jsonl.lock"}
     again = run_expo(*arguments, "--output-dir", folder.parent)
     assert again.code == 0, again.stderr
     for name in ("m.jsonl", "m.rows.jsonl"):

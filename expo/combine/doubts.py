@@ -61,7 +61,10 @@ def question_change(norm: float | None, relative: float | None) -> None:
             the output would be DPO under a name that promises more.
     """
     if norm == 0:
-        raise InputError("SFT and DPO hold the same weights, so every θ(α) would be DPO: are both paths right?")
+        raise InputError(
+            "SFT and DPO hold the same weights in every tensor that is extrapolated, so θ(α) would be DPO: are both "
+            "paths right?"
+        )
     if relative is not None and relative > UNRELATED_CHANGE:
         log.warning(
             "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, and about 0.04 where DPO was trained from SFT: is this such a pair?",
