@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -40,7 +39,7 @@ from expo.combine.plan import PairPlan, PairRules, ShardPlan
 from expo.config import ExtrapolateConfig
 from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
-from expo.hub import Location, locate
+from expo.hub import Location, locate, refuse_inside
 from expo.progress import Progress, bytes_bar
 from expo.store import Row
 from expo.writer import (
@@ -58,8 +57,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the same settings would give other bytes."""
-
-MAX_DEFAULT_WORKERS = 4
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +154,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
     sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
     folders = _output_folders(config, dpo)
     for folder in folders:
-        _refuse_inside_input(folder, sft, dpo)
+        refuse_inside(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     outputs = tuple(
         _plan_output(config, alpha, folder, sources) for alpha, folder in zip(config.alpha, folders, strict=True)
@@ -199,16 +196,6 @@ def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
     return [Path(config.output) / f"alpha-{alpha!r}" for alpha in config.alpha]
 
 
-def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
-    resolved = folder.resolve()
-    for location in inputs:
-        source = location.path.resolve()
-        if source == resolved or source in resolved.parents:
-            raise InputError(
-                f"the output {folder} is or lies inside the input {location.path}; choose another --output"
-            )
-
-
 def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:
     made_from = {"format": FORMAT, **_result_settings(config, alpha), **sources}
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
@@ -244,8 +231,8 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> float:
     """Combine what is not there yet; the seconds from the first read to the last write."""
     for output in staged:
         output.verify()
-    stream, workers = _arithmetic(), work.config.workers or default_workers()
-    device, rules = stream.pick_device(work.config.device), work.pair.rules
+    stream, rules = _arithmetic(), work.pair.rules
+    device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
         started = time.perf_counter()
@@ -294,11 +281,6 @@ def _arithmetic() -> ModuleType:
         if collecting:
             gc.enable()
     return stream
-
-
-def default_workers() -> int:
-    """Threads used where `--workers` is not given: the processors this process may use, at most four."""
-    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def _require_unchanged(work: Plan) -> None:

@@ -163,3 +163,23 @@ class PairPlan:
     def count(self, *actions: Action) -> int:
         """How many tensors have one of these actions."""
         return sum(tensor.action in actions for shard in self.shards for tensor in shard.tensors)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two checkpoints have in common, tensor by tensor, and what they do not."""
+
+    parts: tuple[Part, ...]
+    """Floating-point tensors of both, in DPO's order."""
+    exact: tuple[Part, ...]
+    """Integer and boolean tensors of both."""
+    heads: tuple[Part, ...]
+    """A head that one side leaves out, with its embedding on the side that stores it; they should be equal."""
+    only_sft: tuple[str, ...]
+    only_dpo: tuple[str, ...]
+    shapes: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Tensors of SFT and of DPO that differ in shape."""
+    dtypes: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Tensors of SFT and of DPO, of one shape, whose types cannot be combined."""
+    vocabulary: Vocabulary | None
+    """Where the vocabularies differ in size; then the parts hold the rows that both have."""
