@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from expo import __version__, config, recipes
-from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import ExpoError, Stopped
 from expo.options import (
     BatchTokensOption,
@@ -28,15 +28,19 @@ from expo.options import (
     ConfigOption,
     DebugOption,
     DeviceOption,
+    DpoOption,
     DryRunOption,
     JsonOption,
     LimitOption,
     ModelDtypeOption,
     OutputDirOption,
     OverwriteOption,
+    PictureOption,
     RecipeOption,
+    SftOption,
     TaskArgument,
     TrustRemoteCodeOption,
+    WorkersOption,
 )
 
 if TYPE_CHECKING:
@@ -97,8 +101,8 @@ def _root(
 def extrapolate(
     ctx: typer.Context,
     *,
-    sft: Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")],
-    dpo: Annotated[str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft.")],
+    sft: SftOption,
+    dpo: DpoOption,
     alpha: Annotated[
         list[float] | None, typer.Option(metavar="A", help="Extrapolation strength α; repeat for several.  [required]")
     ] = None,
@@ -113,9 +117,7 @@ def extrapolate(
     dtype: Annotated[
         config.Dtype, typer.Option(help="Data type of the written weights; auto keeps each DPO tensor's own.")
     ] = ExtrapolateConfig.dtype,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")
-    ] = ExtrapolateConfig.workers,
+    workers: WorkersOption = ExtrapolateConfig.workers,
     max_shard_size: Annotated[
         str,
         typer.Option(metavar="keep|SIZE", help="Most bytes of one file, such as 500MB or 5GB; keep has DPO's files."),
@@ -156,10 +158,8 @@ def extrapolate(
     written = verb.run(settings)
     for output_written in written:
         log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
-    if as_json:
-        _print_json({"outputs": [dataclasses.asdict(one) for one in written]})
-    else:
-        print(*[one.path for one in written], sep="\n")
+    data = {"outputs": [dataclasses.asdict(one) for one in written]}
+    _print_result(data, "\n".join(str(one.path) for one in written), as_json=as_json)
 
 
 @app.command(
@@ -228,10 +228,7 @@ def generate(
         return
     result = verb.run(settings)
     log.info("%s: %d rows", result.status, result.rows)
-    if as_json:
-        _print_json(dataclasses.asdict(result))
-    else:
-        print(result.output)
+    _print_result(dataclasses.asdict(result), result.output, as_json=as_json)
     _exit_after(result.failed)
 
 
@@ -285,11 +282,41 @@ def score(
             result.standard_error or 0.0,
             result.n,
         )
-    if as_json:
-        _print_json(dataclasses.asdict(result))
-    else:
-        print(result.rewards)
+    _print_result(dataclasses.asdict(result), result.rewards, as_json=as_json)
     _exit_after(result.failed)
+
+
+@app.command(
+    "inspect",
+    epilog="\b\nExamples:\n"
+    "  expo inspect --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta\n"
+    "  expo inspect --recipe Starling-LM-7B-beta --output starling.png --json",
+)
+def inspect_pair(
+    ctx: typer.Context,
+    *,
+    sft: SftOption,
+    dpo: DpoOption,
+    output: PictureOption = InspectConfig.output,
+    device: DeviceOption = InspectConfig.device,
+    workers: WorkersOption = InspectConfig.workers,
+    overwrite: OverwriteOption = InspectConfig.overwrite,
+    dry_run: DryRunOption = InspectConfig.dry_run,
+    as_json: JsonOption = False,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits."""
+    settings = _settings(ctx, InspectConfig)
+    from expo import inspection as verb
+
+    if settings.dry_run:
+        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        return
+    found = verb.run(settings)
+    _print_result(found.describe(), found.text(), as_json=as_json)
+    log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
 
 
 @app.command("recipes", epilog="\b\nExamples:\n  expo recipes\n  expo recipes Starling-LM-7B-beta --json")
@@ -322,6 +349,13 @@ def _settings(ctx: typer.Context, kind: type[Config]) -> Config:
 
 def _print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes
     print(json.dumps(data, ensure_ascii=False, default=str))
+
+
+def _print_result(data: dict[str, Any], text: object, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(data)
+    else:
+        print(text)
 
 
 def _print_data(data: dict[str, Any], *, as_json: bool) -> None:

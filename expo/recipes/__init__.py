@@ -53,6 +53,7 @@ def load(name: str) -> Recipe:
     tables = load_tables(FOLDER / f"{match[0]}.toml", extra_tables=frozenset({"recipe"}))
     about = tables.pop("recipe")
     pair = tables["extrapolate"]
+    tables.setdefault("inspect", {"sft": pair["sft"], "dpo": pair["dpo"]})
     return Recipe(
         name=match[0],
         sft=pair["sft"],
