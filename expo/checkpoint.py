@@ -2,7 +2,8 @@
 
 Here: shard headers (parsed and checked by hand, since the byte offsets are what the streaming needs), the
 index, config.json, the side files that go along, and fingerprints. Not here: reading tensor data in bulk
-(`combine/stream.py`) and finding or fetching the folder (`hub.py`).
+(`combine/stream.py`), pickled weights (`pickled.py`), and finding or fetching the folder (`hub.py`).
+To add a format of weights, write a reader of its shards and a `WeightFormat`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fnmatch
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,17 @@ from expo.hub import Location
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 CONFIG_FILE = "config.json"
 PARTIAL_FOLDER = ".expo-partial"
 """Where an unfinished output keeps its files; a folder that has one is not a finished checkpoint."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+
+BIN_TAIL_BYTES = 1 << 20
+"""What is hashed of a .bin file: its end, where a zip archive lists its records with their checksums."""
 
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -74,16 +81,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file."""
+    """One file of weights."""
 
     file: Path
     header: bytes
-    """The raw header: 8 bytes of length, then the JSON."""
+    """The raw safetensors header: 8 bytes of length, then the JSON; empty where the file has none."""
     metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
     """In the order of their bytes."""
     nbytes: int
     """The whole file's size."""
+    output_name: str | None = None
+    """What an output calls it, where that is not the file's own name."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,20 @@ class Checkpoint:
     sharded: bool
     """Whether there is an index file."""
     ignored: tuple[str, ...]
-    """Names of safetensors files in the folder that do not belong to the checkpoint."""
+    """Names of weight files in the folder that do not belong to the checkpoint."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a folder holds weights of one format."""
+
+    name: str
+    single: str
+    """The file that holds all tensors, where there is no index."""
+    index: str
+    pattern: str
+    """What weight files of this format are called; one that is not read is warned about."""
+    read_shard: Callable[[Path], Shard]
 
 
 def read_shard(file: Path) -> Shard:
@@ -131,11 +153,20 @@ def read_shard(file: Path) -> Shard:
     return Shard(file, prefix + raw, metadata, tuple(tensors), size)
 
 
-def _check_prefix(file: Path, prefix: bytes, length: int, size: int) -> None:
+def refuse_placeholder(file: Path, prefix: bytes) -> None:
+    """Refuse what was saved in the place of weights, by its first 8 bytes.
+
+    Raises:
+        InputError: A git-lfs pointer or a web page.
+    """
     if prefix.startswith(b"version "):
         raise InputError(f"{file} is a git-lfs pointer, not weights: run `git lfs pull`, or download it again")
     if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise InputError(f"{file} is a web page, not weights: download it again")
+
+
+def _check_prefix(file: Path, prefix: bytes, length: int, size: int) -> None:
+    refuse_placeholder(file, prefix)
     if len(prefix) < 8:
         raise InputError(f"{file} is truncated: {size} bytes are no safetensors file")
     if length > MAX_HEADER_BYTES:
@@ -191,74 +222,91 @@ def _check_layout(file: Path, tensors: list[TensorInfo], data_start: int, size: 
         raise InputError(f"{file} has {size - expected} bytes after its last tensor; download it again")
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+SAFETENSORS = WeightFormat("safetensors", SINGLE_FILE, INDEX_FILE, "*.safetensors", read_shard)
+
+
+def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoint:
     """Read a checkpoint's headers, index and config.
 
     Args:
         path: The checkpoint's folder.
+        weights: Which of its weights to read.
 
     Raises:
-        InputError: No safetensors weights, an unfinished or ambiguous folder, or damaged files.
+        InputError: No such weights, an unfinished or ambiguous folder, or damaged files.
     """
     if (path / PARTIAL_FOLDER).exists():
         raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
-    present = sorted(file.name for file in path.glob("*.safetensors"))
-    index = path / INDEX_FILE
+    present = sorted(file.name for file in path.glob(weights.pattern))
+    index = path / weights.index
     if index.is_file():
-        weight_map = _read_weight_map(index)
+        weight_map = _read_weight_map(index, weights)
         names = sorted(set(weight_map.values()))
     else:
         weight_map = None
-        names = [SINGLE_FILE] if SINGLE_FILE in present else []
+        names = [weights.single] if weights.single in present else []
     if not names:
-        raise InputError(_no_weights(path, present))
-    if weight_map is not None and SINGLE_FILE in present and SINGLE_FILE not in names:
+        raise InputError(_no_weights(path, present, weights))
+    if weight_map is not None and weights.single in present and weights.single not in names:
         raise InputError(
-            f"{path} holds {SINGLE_FILE} beside {INDEX_FILE}, which does not name it: remove the one that is stale"
+            f"{path} holds {weights.single} beside {weights.index}, which does not name it: "
+            "remove the one that is stale"
         )
-    shards = tuple(read_shard(path / name) for name in names)
+    shards = tuple(weights.read_shard(path / name) for name in names)
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    _check_against_index(path, shards, tensors, weight_map)
+    _check_against_index(index, shards, tensors, weight_map)
     ignored = tuple(name for name in present if name not in names)
     return Checkpoint(path, shards, tensors, read_config(path), weight_map is not None, ignored)
 
 
-def _no_weights(path: Path, present: list[str]) -> str:
+def holds_only_bin(path: Path) -> bool:
+    """Whether a folder's weights are pickles (.bin) and not safetensors."""
+    safe, pickled = (
+        any((path / name).is_file() for name in names)
+        for names in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE))
+    )
+    return pickled and not safe
+
+
+def _no_weights(path: Path, present: list[str], weights: WeightFormat) -> str:
+    if holds_only_bin(path):
+        return (
+            f"{path} holds .bin weights only, which are pickles and may carry code: --allow-pickle reads them with "
+            "torch's weights_only loader, or convert them to safetensors with `save_pretrained`"
+        )
     if present:
-        return f"{path} holds {present[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}"
-    if any(path.glob("*.bin")):
-        return f"{path} holds .bin weights only; convert them with `save_pretrained(..., safe_serialization=True)`"
-    return f"{path} holds no safetensors weights ({SINGLE_FILE} or {INDEX_FILE})"
+        return f"{path} holds {present[0]} but neither {weights.single} nor {weights.index}"
+    return f"{path} holds no {weights.name} weights ({weights.single} or {weights.index})"
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path, weights: WeightFormat) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not _is_text_map(weight_map):
         raise InputError(f"{index} has no weight_map")
     for name in sorted(set(weight_map.values())):
-        if name != os.path.basename(name) or not name.endswith(".safetensors"):
-            raise InputError(f"{index} names {name!r}, which is not a safetensors file in the same folder")
+        if name != os.path.basename(name) or not name.endswith(Path(weights.single).suffix):
+            raise InputError(f"{index} names {name!r}, which is not a {weights.name} file in the same folder")
         if not (index.parent / name).is_file():
             raise InputError(f"{index} names {name}, which is missing; download it again")
     return weight_map
 
 
 def _check_against_index(
-    path: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorInfo], weight_map: dict[str, str] | None
+    index: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorInfo], weight_map: dict[str, str] | None
 ) -> None:
     if sum(len(shard.tensors) for shard in shards) != len(tensors):
         names = [tensor.name for shard in shards for tensor in shard.tensors]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{path}: tensor {twice!r} is in more than one shard")
+        raise InputError(f"{index.parent}: tensor {twice!r} is in more than one shard")
     if not tensors:
-        raise InputError(f"{path} holds no tensors")
+        raise InputError(f"{index.parent} holds no tensors")
     for name, file in (weight_map or {}).items():
         if name not in tensors or tensors[name].file.name != file:
-            raise InputError(f"{path / INDEX_FILE} says tensor {name!r} is in {file}, where it is not")
+            raise InputError(f"{index} says tensor {name!r} is in {file}, where it is not")
     unnamed = sorted(set(tensors) - set(weight_map or tensors))
     if unnamed:
-        raise InputError(f"{path / INDEX_FILE} does not name tensor {unnamed[0]!r} of its own shards")
+        raise InputError(f"{index} does not name tensor {unnamed[0]!r} of its own shards")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -323,7 +371,8 @@ def source_fingerprint(location: Location) -> dict[str, Any]:
 def fingerprint(path: Path) -> dict[str, Any]:
     """What tells a model folder's state without reading its weights.
 
-    Every weights file's size and modification time, and one hash over the safetensors headers and the config.
+    Every weights file's size and modification time, and one hash over the config, the safetensors headers and the
+    ends of .bin files.
 
     Returns:
         `files` (name → [bytes, mtime in ns]) and `headers_xxh3` (hexadecimal).
@@ -334,12 +383,11 @@ def fingerprint(path: Path) -> dict[str, Any]:
     hasher = xxhash.xxh3_128()
     files: dict[str, list[int]] = {}
     for file in sorted((*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.json"), *path.glob("*.jinja"))):
-        is_weights = file.suffix in (".safetensors", ".bin")
         try:
-            status, content = file.stat(), _head(file) if is_weights else file.read_bytes()
+            status, content = file.stat(), _EXTRACTS.get(file.suffix, Path.read_bytes)(file)
         except OSError as error:
             raise InputError(f"{file} cannot be read: {error.strerror}") from error
-        if is_weights:
+        if file.suffix in _EXTRACTS:
             files[file.name] = [status.st_size, status.st_mtime_ns]
         hasher.update(file.name.encode())
         hasher.update(content)
@@ -350,3 +398,13 @@ def _head(file: Path) -> bytes:
     with file.open("rb") as stream:
         prefix = stream.read(8)
         return prefix + stream.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))
+
+
+def _tail(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - BIN_TAIL_BYTES))
+        return stream.read()
+
+
+_EXTRACTS: dict[str, Callable[[Path], bytes]] = {".safetensors": _head, ".bin": _tail}
+"""What is hashed of a weights file, by its suffix."""

@@ -1,4 +1,4 @@
-"""The command line: options, wiring, printing, exit codes. It declares; the verbs decide.
+"""The command line: options, wiring, exit codes. It declares; the verbs decide.
 
 Options are read from the context (`_settings`), by the names of the config fields they fill.
 stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr.
@@ -8,7 +8,6 @@ To add a command, write its module and config class, name it in `config.COMMANDS
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from expo import __version__, config, recipes
 from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import ExpoError, Stopped
 from expo.options import (
+    AllowPickleOption,
     BatchTokensOption,
     ChatTemplateOption,
     ConfigOption,
@@ -42,6 +42,7 @@ from expo.options import (
     TrustRemoteCodeOption,
     WorkersOption,
 )
+from expo.printing import print_data, print_json, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +61,9 @@ PROCESS_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 """Set before torch is loaded, which reads it then; what is set already stays."""
+
+NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+"""Set where stderr is not a terminal; the libraries would draw their bars into a log."""
 
 app = typer.Typer(
     name="expo",
@@ -135,12 +139,20 @@ def extrapolate(
     vocab: Annotated[
         config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
     ] = ExtrapolateConfig.vocab,
+    allow_pickle: AllowPickleOption = ExtrapolateConfig.allow_pickle,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
     ] = ExtrapolateConfig.allow_nonfinite,
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Force files to the disk before they get their names.")
     ] = ExtrapolateConfig.fsync,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Upload the output to this model repository; may hold {alpha}."),
+    ] = ExtrapolateConfig.push_to_hub,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private where it is new.")
+    ] = ExtrapolateConfig.private,
     overwrite: OverwriteOption = ExtrapolateConfig.overwrite,
     dry_run: DryRunOption = ExtrapolateConfig.dry_run,
     as_json: JsonOption = False,
@@ -153,13 +165,15 @@ def extrapolate(
     from expo import extrapolate as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     written = verb.run(settings)
     for output_written in written:
         log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
+        if output_written.pushed:
+            log.info("α = %r: pushed: %s", output_written.alpha, output_written.pushed.url)
     data = {"outputs": [dataclasses.asdict(one) for one in written]}
-    _print_result(data, "\n".join(str(one.path) for one in written), as_json=as_json)
+    print_result(data, "\n".join(str(one.path) for one in written), as_json=as_json)
 
 
 @app.command(
@@ -224,11 +238,11 @@ def generate(
     from expo import generate as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     result = verb.run(settings)
     log.info("%s: %d rows", result.status, result.rows)
-    _print_result(dataclasses.asdict(result), result.output, as_json=as_json)
+    print_result(dataclasses.asdict(result), result.output, as_json=as_json)
     _exit_after(result.failed)
 
 
@@ -271,7 +285,7 @@ def score(
     from expo import score as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     result = verb.run(settings)
     if result.mean is not None:
@@ -282,7 +296,7 @@ def score(
             result.standard_error or 0.0,
             result.n,
         )
-    _print_result(dataclasses.asdict(result), result.rewards, as_json=as_json)
+    print_result(dataclasses.asdict(result), result.rewards, as_json=as_json)
     _exit_after(result.failed)
 
 
@@ -300,6 +314,7 @@ def inspect_pair(
     output: PictureOption = InspectConfig.output,
     device: DeviceOption = InspectConfig.device,
     workers: WorkersOption = InspectConfig.workers,
+    allow_pickle: AllowPickleOption = InspectConfig.allow_pickle,
     overwrite: OverwriteOption = InspectConfig.overwrite,
     dry_run: DryRunOption = InspectConfig.dry_run,
     as_json: JsonOption = False,
@@ -312,10 +327,10 @@ def inspect_pair(
     from expo import inspection as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     found = verb.run(settings)
-    _print_result(found.describe(), found.text(), as_json=as_json)
+    print_result(found.describe(), found.text(), as_json=as_json)
     log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
 
 
@@ -328,7 +343,7 @@ def show_recipes(
     """List the models known by name, with their SFT checkpoint, α and source."""
     known = [recipes.load(name) for name in names or recipes.names()]
     if as_json:
-        _print_json({"recipes": [one.describe() for one in known]})
+        print_json({"recipes": [one.describe() for one in known]})
         return
     print(f"{'name':<38}{'α':>6}  {'θ_sft':<42}{'θ_dpo':<46}source")
     for one in known:
@@ -345,33 +360,6 @@ def _settings(ctx: typer.Context, kind: type[Config]) -> Config:
     for name in {field.name for field in dataclasses.fields(kind)} & given.keys():
         values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
     return kind(**values)
-
-
-def _print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes
-    print(json.dumps(data, ensure_ascii=False, default=str))
-
-
-def _print_result(data: dict[str, Any], text: object, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(data)
-    else:
-        print(text)
-
-
-def _print_data(data: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(data)
-        return
-    for key, value in data.items():
-        for line in value if isinstance(value, list) else [value]:
-            text = ", ".join(f"{k} {_short(v)}" for k, v in line.items()) if isinstance(line, dict) else line
-            print(f"{key.replace('_', ' '):<18}{text}")
-
-
-def _short(value: object) -> object:
-    if not isinstance(value, list):
-        return value
-    return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
 
 
 def _exit_after(failed: int) -> None:
@@ -434,7 +422,7 @@ def _usage_error(error: typer.TyperException) -> int:
 
 def main() -> None:
     """The `expo` program."""
-    for name, value in PROCESS_ENVIRONMENT.items():
+    for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("expo: %(message)s"))

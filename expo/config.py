@@ -27,6 +27,16 @@ ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
+HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+"""A user's, an organisation's or a repository's name on the hub."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text is spelled as the hub spells a repository: `name` or `owner/name`."""
+    parts = text.split("/")
+    return len(parts) <= 2 and all(map(HUB_NAME.fullmatch, parts)) and not re.search(r"--|\.\.|\.git$", text)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
@@ -119,10 +129,16 @@ class ExtrapolateConfig(CommonConfig):
     """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
     vocab: Vocab = "error"
     """Where vocabularies differ in size: refuse, or extrapolate the common rows and copy DPO's further rows."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
     allow_nonfinite: bool = False
     """Write NaN and infinity instead of refusing them."""
     fsync: bool = True
     """Force every file to the disk before it gets its final name."""
+    push_to_hub: str | None = None
+    """Upload the finished output to this model repository; with several α it holds `{alpha}`."""
+    private: bool = False
+    """Make that repository private where it does not exist yet."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -143,6 +159,15 @@ class ExtrapolateConfig(CommonConfig):
         _require_device(self.device)
         _require_regexes("--exclude", self.exclude)
         _require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
+        _require(self.push_to_hub is not None or not self.private, "--private is for --push-to-hub, which is missing")
+        _require_repositories(self.repositories, inputs=(self.sft, self.dpo))
+
+    @property
+    def repositories(self) -> tuple[str, ...]:
+        """Where on the hub each α's output goes, in the order of `alpha`; empty where none does."""
+        if self.push_to_hub is None:
+            return ()
+        return tuple(self.push_to_hub.replace("{alpha}", repr(alpha)) for alpha in self.alpha)
 
     @property
     def max_shard_bytes(self) -> int | None:
@@ -153,6 +178,16 @@ class ExtrapolateConfig(CommonConfig):
     def alphas_for(self) -> tuple[tuple[str, float], ...]:
         """`alpha_for` as patterns and numbers."""
         return tuple(map(_read_alpha_for, self.alpha_for))
+
+
+def _require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:
+    for repository in repositories:
+        well_formed = "/" in repository and is_hub_id(repository)
+        _require(well_formed, f"--push-to-hub takes a hub id such as me/my-model, not {repository!r}")
+        known = [model.partition("@")[0].lower() for model in inputs]
+        _require(repository.lower() not in known, f"--push-to-hub {repository} is an input; choose another repository")
+    if len(set(repositories)) < len(repositories):
+        raise InputError(f"--push-to-hub {repositories[0]} takes one α; with several, put {{alpha}} in the name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +204,8 @@ class InspectConfig(CommonConfig):
     """Where the norms are computed: auto, cpu, cuda or cuda:N (auto: the CPU, which keeps up with the disk)."""
     workers: int | None = None
     """Threads that read and measure pieces. Default: the CPU count, at most 4."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,7 @@ from expo.card import model_card
 from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
-    Checkpoint,
     config_with_dtype,
-    read_checkpoint,
     side_files,
     source_fingerprint,
 )
@@ -40,7 +39,9 @@ from expo.config import ExtrapolateConfig
 from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate, refuse_inside
+from expo.pickled import read_source
 from expo.progress import Progress, bytes_bar
+from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
 from expo.writer import (
     CARD_FILE,
@@ -70,6 +71,13 @@ class Output:
     fingerprint: Row
     complete: bool
     """Whether it is there already."""
+    destination: Destination | None
+    """Where on the hub it goes; None where it stays here."""
+
+    def describe(self) -> Row:
+        """The output as plain data."""
+        goes = {"push_to": self.destination.repository} if self.destination else {}
+        return {"alpha": self.alpha, "path": str(self.folder), "complete": self.complete, **goes}
 
 
 @dataclass(frozen=True)
@@ -94,10 +102,7 @@ class Plan:
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
-            "outputs": [
-                {"alpha": output.alpha, "path": str(output.folder), "complete": output.complete}
-                for output in self.outputs
-            ],
+            "outputs": [output.describe() for output in self.outputs],
             "tensors": _tensor_counts(pair),
             "patterns": [
                 {
@@ -124,6 +129,8 @@ class Written:
     path: Path
     status: str
     """"written" or "already complete"."""
+    pushed: Pushed | None = None
+    """Where it is on the hub, where it was pushed."""
 
 
 def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
@@ -137,12 +144,17 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
     finished = [finish_interrupted(output.folder, output.fingerprint) for output in work.todo]
     if any(finished):
         work = plan(config)
+    for output in work.outputs:
+        if output.destination:
+            make_repository(output.destination, private=config.private)
     if work.todo:
         _execute(work)
-    return tuple(
-        Written(output.alpha, output.folder, "already complete" if output.complete else "written")
-        for output in work.outputs
-    )
+    return tuple(map(_written, work.outputs))
+
+
+def _written(output: Output) -> Written:
+    pushed = push(output.destination, output.folder) if output.destination else None
+    return Written(output.alpha, output.folder, "already complete" if output.complete else "written", pushed)
 
 
 def plan(config: ExtrapolateConfig) -> Plan:
@@ -151,13 +163,16 @@ def plan(config: ExtrapolateConfig) -> Plan:
     Raises:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
-    sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo)
+    destinations = find_destinations(config.repositories, private=config.private)
+    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    dpo = locate(config.dpo, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         refuse_inside(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     outputs = tuple(
-        _plan_output(config, alpha, folder, sources) for alpha, folder in zip(config.alpha, folders, strict=True)
+        _plan_output(config, alpha, folder, sources, destination)
+        for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
     rules = PairRules(
         alphas=tuple(output.alpha for output in outputs if not output.complete),
@@ -169,21 +184,16 @@ def plan(config: ExtrapolateConfig) -> Plan:
         max_shard_bytes=config.max_shard_bytes,
         allow_nonfinite=config.allow_nonfinite,
     )
-    pair = plan_pair(_read(sft), _read(dpo), rules)
+    pair = plan_pair(read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle), rules)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     if pair.vocabulary:
+        rows = pair.vocabulary
         log.warning(
-            "vocabularies differ: %s", ", ".join(f"{k} {v}" for k, v in _vocabulary(pair)["vocabulary"].items())
+            "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
+            *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
         )
     return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
-
-
-def _read(location: Location) -> Checkpoint:
-    checkpoint = read_checkpoint(location.path)
-    if checkpoint.ignored:
-        log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
-    return checkpoint
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
@@ -196,10 +206,14 @@ def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
     return [Path(config.output) / f"alpha-{alpha!r}" for alpha in config.alpha]
 
 
-def _plan_output(config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row) -> Output:
+def _plan_output(
+    config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
+) -> Output:
     made_from = {"format": FORMAT, **_result_settings(config, alpha), **sources}
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
-    return Output(alpha, folder, made_from, complete)
+    if destination and not config.overwrite:
+        destination.require_same_output(made_from)
+    return Output(alpha, folder, made_from, complete, destination)
 
 
 def _execute(work: Plan) -> None:
@@ -210,10 +224,9 @@ def _execute(work: Plan) -> None:
             stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=work.config.fsync))
             for output in work.todo
         ]
-        combining = _write_shards(work, staged)
+        times = {"started": started, **_write_shards(work, staged)}
         _require_unchanged(work)
-        seconds = time.perf_counter() - clock
-        times = {"started": started, "seconds": round(seconds, 3), "combine_seconds": round(combining, 3)}
+        times["seconds"] = round(time.perf_counter() - clock, 3)
         for output, folder in zip(work.todo, staged, strict=True):
             _add_other_files(work, output, folder, times)
             folder.commit()
@@ -227,15 +240,15 @@ def _require_space(work: Plan) -> None:
         raise EnvironmentFailure(f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed")
 
 
-def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> float:
-    """Combine what is not there yet; the seconds from the first read to the last write."""
+def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
+    """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
     for output in staged:
         output.verify()
     stream, rules = _arithmetic(), work.pair.rules
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
-        started = time.perf_counter()
+        first_read, started = time.time(), time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(work.pair.sft, work.pair.dpo))
         disk = stack.enter_context(Background())
         if work.pair.equal:
@@ -248,7 +261,7 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> float:
                 _write_shard(shard, combiner, staged, disk, progress)
             else:
                 progress.update(shard.nbytes * len(staged))
-        return time.perf_counter() - started
+        return {"first_read": first_read, "combine_seconds": round(time.perf_counter() - started, 3)}
 
 
 def _write_shard(
@@ -337,13 +350,22 @@ def _result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
     return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
 
 
+def _source_names(work: Plan) -> Row:
+    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
+    config = work.config
+    return {
+        "sft": config.sft if work.sft.hub_id else work.sft.name,
+        "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
+    }
+
+
 def _manifest(
     work: Plan, output: Output, folder: StagedOutput, files: list[str], figures: Row, times: Row
 ) -> dict[str, Any]:
     return {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": {"sft": work.config.sft, "dpo": work.config.dpo, **_result_settings(work.config, output.alpha)},
+        "config": {**_source_names(work), **_result_settings(work.config, output.alpha)},
         "alpha": output.alpha,
         "fingerprint": output.fingerprint,
         "sources": {
@@ -389,4 +411,5 @@ def _command(work: Plan, alpha: float) -> str:
             words += [word for item in value for word in (flag, item)]
         elif value != getattr(ExtrapolateConfig, name):
             words += [flag] if value is True else [flag, value]
+    words += ["--allow-pickle"] if work.config.allow_pickle else []
     return shlex.join(words)

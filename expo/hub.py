@@ -1,32 +1,47 @@
 """Where a model is: a local directory, or a hub id (`org/name`, `org/name@revision`) fetched into the cache.
 
-Only the files that are needed are fetched. Nothing here reads weights; see `checkpoint.py`.
+Only the files that are needed are fetched. Every request to the hub goes through `explain_hub_errors`, which turns
+what may go wrong into one line. Nothing here reads weights (`checkpoint.py`) or uploads (`publish.py`).
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from expo.errors import EnvironmentFailure, InputError, first_line
+from expo.config import is_hub_id
+from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
 HUB_TIMEOUT_S = 10.0
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
-"""What is needed of a checkpoint whose weights alone are read."""
+TOKEN_ADVICE = "set HF_TOKEN or run `hf auth login`"
+
+ADDRESS = re.compile(r"(?:https?://[^/]+/|hf://(?:models/)?)(?P<id>[^/]+/[^/]+)(?:/.*)?")
+"""A model's page or its address for file systems."""
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+)
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
+"""What is needed of a checkpoint whose weights are read, and whose token ids are compared with another's."""
+
+PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", *TOKENIZER_FILES)
+"""The same where there are .bin weights only."""
 
 NOT_WEIGHTS = (
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
     *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*"),
+    *("*/*.safetensors", "*/*.bin"),  # no loader looks for weights below the model's own folder
 )
 """What is never needed of a checkpoint."""
 
@@ -67,38 +82,74 @@ def refuse_inside(output: Path, *inputs: Location) -> None:
             )
 
 
-def locate(model: str, *, weights_only: bool = False) -> Location:
+def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
     """Find a model, fetching it from the hub where it is not a local directory.
 
     Args:
         model: A directory, a hub id, or `id@revision`.
-        weights_only: Fetch the safetensors files and config.json alone.
+        weights_only: Fetch the weights, config.json and the tokenizer alone.
+        pickled: Fetch .bin weights where the hub has no safetensors.
 
     Raises:
-        InputError: No such directory or repository, or no access to it.
+        InputError: No such directory or repository, no access to it, or .bin weights alone where they are not wanted.
         EnvironmentFailure: The hub cannot be reached.
     """
-    path = Path(model).expanduser()
+    if not model.strip():
+        raise InputError("a model's name is empty; give a directory or a hub id")
+    path = _expand(model)
     if path.is_dir():
         return Location(path=path, name=path.resolve().name)
     if path.exists():
         raise InputError(f"{model} is a file; give the checkpoint's directory or a hub id")
-    repository, _, revision = model.partition("@")
-    if HUB_ID.fullmatch(repository) is None:
-        raise InputError(f"no such directory: {model}")
-    return _fetch(repository, revision or None, weights_only=weights_only)
+    repository, at, revision = model.partition("@")
+    if not is_hub_id(repository):
+        raise InputError(f"no such directory: {model}{_hint(model)}")
+    if at and not revision:
+        raise InputError(f"{model} names no revision: leave out the @, or put a branch, tag or commit behind it")
+    return _fetch(repository, revision or None, weights_only=weights_only, pickled=pickled)
 
 
-def _fetch(repository: str, revision: str | None, *, weights_only: bool) -> Location:
+def _expand(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # ~name, where nobody has that name
+        return Path(model)
+
+
+def _hint(model: str) -> str:
+    """What a name that is neither a directory nor a hub id may have been meant as; empty where nothing is near."""
+    address = ADDRESS.fullmatch(model)
+    meant = address["id"] if address else model.rstrip("/")
+    if is_hub_id(meant):
+        return f" (the hub's model is {meant})"
+    return _near_folder(model)
+
+
+def _near_folder(model: str) -> str:
+    path = _expand(model)
+    try:
+        folders = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.7)
+    return f" (is it {path.parent / near[0]}?)" if near else ""
+
+
+def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool) -> Location:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        unwanted = OTHER_FORMATS if _has_safetensors(repository, revision) else NOT_WEIGHTS
+        safe = _has_safetensors(repository, revision)
+        if not safe and not pickled:
+            raise InputError(
+                f"{repository} has no safetensors weights on the hub; --allow-pickle fetches and reads .bin weights, "
+                "which are pickles, with torch's weights_only loader"
+            )
         return snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(WEIGHT_FILES) if weights_only else None,
-            ignore_patterns=list(unwanted),
+            allow_patterns=list(WEIGHT_FILES if safe else PICKLED_WEIGHT_FILES) if weights_only else None,
+            ignore_patterns=list(OTHER_FORMATS if safe else NOT_WEIGHTS),
         )
 
     path = Path(explain_hub_errors(download, repository, revision))
@@ -113,14 +164,55 @@ def _has_safetensors(repository: str, revision: str | None) -> bool:
         files = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S).siblings or []
     except network_errors():
         return True
-    return any(file.rfilename.endswith(".safetensors") for file in files)
+    return any(file.rfilename.endswith(".safetensors") and "/" not in file.rfilename for file in files)
 
 
-def network_errors() -> tuple[type[BaseException], ...]:
-    """What a request to the hub may raise: its HTTP library's errors, whichever library it uses, and `OSError`."""
+def fetch_file(repository: str, file: str, revision: str | None, *, kind: str) -> Path:
+    """One file of a repository, from the cache where it is there already.
+
+    Args:
+        repository: The hub id.
+        file: The file's name in the repository.
+        revision: A branch, tag or commit; the main branch where it is None.
+        kind: model or dataset.
+
+    Raises:
+        InputError: No such repository, revision or file, or no access to it.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    def download() -> str:
+        try:
+            return hf_hub_download(repository, file, repo_type=kind, revision=revision)
+        except RemoteEntryNotFoundError as error:
+            raise InputError(f"{repository} has no {file} on the hub") from error
+
+    return Path(explain_hub_errors(download, repository, revision))
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """What a call that talks to the hub may raise.
+
+    The HTTP library's errors, whichever library it is, `OSError`, and `RuntimeError`, by which hf_xet says that the
+    transfer of a large file broke.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return HfHubHTTPError.__bases__
+    return (*HfHubHTTPError.__bases__, RuntimeError)
+
+
+def require_usable_token() -> None:
+    """Refuse a token that cannot be sent; the HTTP library's own error would show it.
+
+    Raises:
+        InputError: The token holds white space, a control character or a letter outside ASCII.
+    """
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[!-~]*", get_token() or ""):
+        raise InputError(f"the hub token holds a character that no token has; {TOKEN_ADVICE}")
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:
@@ -130,26 +222,55 @@ def explain_hub_errors(action: Callable[[], T], repository: str, revision: str |
         InputError: The repository or revision does not exist, is gated, or is not cached while offline.
         EnvironmentFailure: The hub cannot be reached.
     """
-    from huggingface_hub import constants, errors
-
-    wanted = repository if revision is None else f"{repository}@{revision}"
+    require_usable_token()
     try:
         return action()
-    except errors.GatedRepoError as error:
-        raise InputError(f"{wanted} is gated: accept its terms on the hub and set HF_TOKEN") from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{repository} has no revision {revision!r} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"{wanted} is neither a local directory nor a repository on the hub (a private one needs HF_TOKEN)"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            raise InputError(
-                f"{wanted} is neither a local directory nor in the hub cache, and HF_HUB_OFFLINE is set"
-            ) from error
-        raise EnvironmentFailure(
-            f"{wanted} is not a local directory, and the hub cannot be reached to fetch it"
-        ) from error
     except network_errors() as error:
-        raise EnvironmentFailure(f"fetching {wanted} from the hub failed: {first_line(error)}") from error
+        raise explain(error, repository, revision) from error
+
+
+def explain(error: BaseException, repository: str, revision: str | None) -> ExpoError:
+    """The one line that an error of a call to the hub becomes, and whose fault it is."""
+    from huggingface_hub import errors
+
+    wanted = repository if revision is None else f"{repository}@{revision}"
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(f"{wanted} is gated: accept its terms on the hub, and {TOKEN_ADVICE}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{repository} has no revision {revision!r} on the hub")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        here = f"neither a local directory{_near_folder(repository)} nor a repository on the hub"
+        return InputError(f"{wanted} is {here} (a private one needs HF_TOKEN)")
+    if http_status(error) == 401:
+        return InputError(f"the hub does not take the token that it was sent for {wanted}; {TOKEN_ADVICE}")
+    if http_status(error) == 403:
+        return InputError(f"the hub does not give access to {wanted}: {first_line(error)}")
+    if isinstance(error, errors.LocalEntryNotFoundError) or is_offline():
+        return _explain_not_cached(error, repository, revision)
+    return EnvironmentFailure(f"fetching {wanted} from the hub failed: {first_line(error)}")
+
+
+def _explain_not_cached(error: BaseException, repository: str, revision: str | None) -> ExpoError:
+    wanted = repository if revision is None else f"{repository}@{revision}"
+    cause = error.__cause__ or error
+    if is_offline():
+        here = "neither a local directory nor whole in the hub cache"
+        return InputError(f"{wanted} is {here}, and HF_HUB_OFFLINE is set")
+    if http_status(cause) is not None:
+        return explain(cause, repository, revision)
+    reason = first_line(cause)
+    return EnvironmentFailure(f"{wanted} is not a local directory, and the hub cannot be reached to fetch it: {reason}")
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE keeps the program from asking the hub."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of the answer an error was made from; None where there was no answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None

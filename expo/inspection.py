@@ -7,7 +7,6 @@ The plan tells from headers which tensors can be compared (`plan`); one pass ove
 
 from __future__ import annotations
 
-import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from expo.checkpoint import Checkpoint, read_checkpoint, source_fingerprint
+from expo.checkpoint import Checkpoint, source_fingerprint
 from expo.combine.decide import overlap
 from expo.combine.plan import Overlap, PairRules, Part
 from expo.config import InspectConfig
 from expo.errors import InputError
 from expo.findings import Figures, Inspection, Measured, mismatches
 from expo.hub import Location, locate, refuse_inside
+from expo.pickled import read_source
 from expo.places import places
 from expo.plots import change_map
 from expo.progress import Progress, bytes_bar
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 COMPARED_BYTES = 1 << 20
 """Of an integer tensor at a time."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,21 +89,14 @@ def plan(config: InspectConfig) -> Plan:
     Raises:
         InputError: An input is no whole checkpoint or quantized, or the picture may not be written where it is wanted.
     """
-    sft, dpo = locate(config.sft, weights_only=True), locate(config.dpo, weights_only=True)
+    sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     picture = None if config.output is None else Path(config.output)
     if picture is not None:
         refuse_inside(picture, sft, dpo)
         _refuse_picture(picture, _mark(sources), overwrite=config.overwrite)
-    checkpoints = (_read(sft), _read(dpo))
+    checkpoints = read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle)
     return Plan(config, sft, dpo, checkpoints, overlap(*checkpoints), sources, picture)
-
-
-def _read(location: Location) -> Checkpoint:
-    checkpoint = read_checkpoint(location.path)
-    if checkpoint.ignored:
-        log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
-    return checkpoint
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

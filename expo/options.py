@@ -69,6 +69,9 @@ DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Wh
 SftOption = Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")]
 DpoOption = Annotated[str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft.")]
 WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
+]
 PictureOption = Annotated[str | None, typer.Option(metavar="FILE", help="A picture to draw: .png, .svg or .pdf.")]
 TaskArgument = Annotated[
     str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, or a .jsonl/.json/.parquet/.csv file.")

@@ -166,7 +166,7 @@ def read_journal(path: Path) -> list[Row]:
     return rows
 
 
-def require_same(what: Path, old: Row, new: Row, *, advice: str = "--overwrite replaces it") -> None:
+def require_same(what: Path | str, old: Row, new: Row, *, advice: str = "--overwrite replaces it") -> None:
     """Refuse an output made with other settings.
 
     Raises:

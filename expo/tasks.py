@@ -8,12 +8,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from expo.errors import EnvironmentFailure, InputError, first_line
-from expo.hub import network_errors
+from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
+from expo.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
 from expo.store import Row, json_line, json_lines
 
 Message = dict[str, str]
@@ -214,8 +214,10 @@ def _source(task: Task, dataset: str | None) -> tuple[Source | Path, str]:
         return path, dataset
     if path.suffix in FILE_SUFFIXES or path.is_absolute() or path.is_dir():
         raise InputError(f"no such prompt file: {dataset}")
-    split = task.source.split if isinstance(task.source, Source) else "train"
-    return Source(dataset, split), dataset
+    if not isinstance(task.source, Source):
+        return Source(dataset, "train"), dataset
+    same = dataset.partition("@")[0] == task.source.repository  # another revision of the task's own
+    return replace(task.source, repository=dataset, file=task.source.file if same else None), dataset
 
 
 def _with_ids(prompts: list[Prompt]) -> list[Prompt]:
@@ -267,22 +269,28 @@ def _read_parquet(path: Path) -> list[Any]:
 
 
 def _load_from_hub(source: Source) -> list[Row]:
-    from datasets import exceptions, load_dataset
-
     repository, _, revision = source.repository.partition("@")
     try:
         if source.file is not None:
-            file = f"hf://datasets/{repository}@{revision or 'main'}/{source.file}"
-            return list(load_dataset("json", data_files={source.split: file}, split=source.split))
-        return list(load_dataset(repository, split=source.split, revision=revision or None))
-    except (FileNotFoundError, exceptions.DatasetsError, ValueError) as error:
-        raise InputError(
-            f"the data set {source.repository} cannot be loaded: {first_line(error)}; --dataset reads another"
-        ) from error
-    except network_errors() as error:
-        raise EnvironmentFailure(
-            f"the data set {source.repository} cannot be fetched ({first_line(error)}); --dataset FILE reads a copy"
-        ) from error
+            return read_rows(fetch_file(repository, source.file, revision or None, kind="dataset"))
+        return _load_dataset(repository, source.split, revision or None)
+    except ExpoError as error:
+        raise type(error)(f"the data set cannot be loaded: {error}; --dataset FILE reads a copy") from error
+
+
+def _load_dataset(repository: str, split: str, revision: str | None) -> list[Row]:
+    from datasets import exceptions, load_dataset
+
+    require_usable_token()
+    try:
+        return list(load_dataset(repository, split=split, revision=revision))
+    except (exceptions.DatasetsError, ValueError, *network_errors()) as error:
+        # A repository that needs its own loading script is refused with a RuntimeError.
+        if isinstance(error, (exceptions.DatasetsError, ValueError)) or "scripts" in str(error):
+            raise InputError(f"{repository}: {first_line(error)}") from error
+        if isinstance(error, FileNotFoundError) and not is_offline():
+            raise EnvironmentFailure(f"{repository} is not in the hub cache, and the hub cannot be reached") from error
+        raise explain(error, repository, revision) from error
 
 
 def read_conversations(path: Path) -> list[Conversation]:

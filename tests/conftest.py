@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import helpers
 import pytest
+from hub_server import WRITER, FakeHub
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -64,6 +66,30 @@ def checkpoint():
 def run_expo():
     """`helpers.run_expo`: the program in a process of its own → code, stdout, stderr."""
     return helpers.run_expo
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A hub of the test's own; at the end nothing may have been asked that it does not know."""
+    with FakeHub().serve() as hub:
+        yield hub
+    assert hub.unexpected == []
+
+
+@pytest.fixture
+def expo_on_hub(hub: FakeHub, tmp_path: Path) -> Callable[..., helpers.Result]:
+    """The program in a process of its own that talks to `hub` and keeps its cache in tmp_path/home."""
+
+    def run(*args: object, token: str | None = WRITER, **env: str) -> helpers.Result:
+        result = helpers.run_python(helpers.UNHURRIED, *args, env={**hub.environment(tmp_path / "home", token), **env})
+        assert "Traceback" not in result.stderr or "--debug" in args
+        secrets = [secret for secret in (token, env.get("HF_TOKEN")) if secret]
+        for secret in secrets:
+            assert secret not in result.stdout + result.stderr
+            assert [name for name, content in helpers.tree(tmp_path).items() if secret.encode() in content] == []
+        return result
+
+    return run
 
 
 @pytest.fixture

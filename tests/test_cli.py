@@ -150,7 +150,7 @@ def test_json_is_exactly_one_object(run: Callable[..., Result], pair: tuple[Path
         result = run(*args)
         assert result.code == 0
         assert len(result.stdout.splitlines()) == 1
-        expected = {"outputs": [{"alpha": 0.5, "path": f"{tmp_path}/out", "status": status}]}
+        expected = {"outputs": [{"alpha": 0.5, "path": f"{tmp_path}/out", "status": status, "pushed": None}]}
         assert json.loads(result.stdout) == expected
 
 

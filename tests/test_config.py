@@ -57,7 +57,9 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
     values = {
         "sft": "s", "dpo": "d", "alpha": (0.1, 2.0), "output": "o", "device": "cpu", "dtype": "float32", "workers": 3,
         "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
+        "push_to_hub": "me/x-{alpha}", "private": True,
         "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
+        "allow_pickle": True,
     }  # fmt: skip
     assert values.keys() | {"dry_run"} == config.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
@@ -173,6 +175,25 @@ OUT_OF_RANGE = [
     (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": (0.0, -0.0)}, "given more than once"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "device": "cuda:x"}, "--device"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "missing": "skip"}, "--missing is one of error, copy-dpo, not 'skip'"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "private": True}, "--private is for --push-to-hub, which is missing"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "push_to_hub": "x"}, "takes a hub id such as me/my-model, not 'x'"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "push_to_hub": "./a/b"}, "takes a hub id such as me/my-model, not './a/b'"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "push_to_hub": "me/x@v1"}, "takes a hub id such as me/my-model, not 'me/x@v1'"),
+    (
+        ExtrapolateConfig,
+        {**EXTRAPOLATE, "alpha": (-1.0,), "push_to_hub": "me/x-{alpha}"},
+        "takes a hub id such as me/my-model, not 'me/x--1.0'",
+    ),
+    (
+        ExtrapolateConfig,
+        {**EXTRAPOLATE, "alpha": (0.1, 0.2), "push_to_hub": "me/x"},
+        "--push-to-hub me/x takes one α; with several, put {alpha} in the name",
+    ),
+    (
+        ExtrapolateConfig,
+        {**EXTRAPOLATE, "dpo": "Me/X@main", "push_to_hub": "me/x"},
+        "--push-to-hub me/x is an input; choose another repository",
+    ),
     (GenerateConfig, {**GENERATE, "limit": 0}, "--limit must be positive, not 0"),
     (GenerateConfig, {**GENERATE, "temperature": -0.1}, "--temperature must be 0 or more"),
     (GenerateConfig, {**GENERATE, "temperature": float("nan")}, "--temperature must be 0 or more"),
@@ -221,6 +242,13 @@ def test_settings_cannot_be_changed(kind: type) -> None:
 
 def test_alphas_are_floats_however_they_come() -> None:
     assert list(map(repr, ExtrapolateConfig(sft="s", dpo="d", alpha=(1, 0.5)).alpha)) == ["1.0", "0.5"]
+
+
+def test_each_alpha_goes_to_a_repository_of_its_own() -> None:
+    both = ExtrapolateConfig(sft="s", dpo="d", alpha=(1, 0.5), push_to_hub="me/x-{alpha}")
+    assert both.repositories == ("me/x-1.0", "me/x-0.5")
+    assert ExtrapolateConfig(sft="s", dpo="d", alpha=(1,), push_to_hub="me/x").repositories == ("me/x",)
+    assert ExtrapolateConfig(sft="s", dpo="d", alpha=(1, 0.5)).repositories == ()
 
 
 def test_every_shipped_recipe_makes_a_config() -> None:

@@ -581,9 +581,10 @@ def test_several_alphas_resume_together(pair: Pair, tmp_path: Path, caplog: pyte
 def test_inputs_that_change_while_they_are_read_are_noticed(pair: Pair, tmp_path: Path) -> None:
     real = extrapolate._write_shards
 
-    def touching(*args: object) -> None:
-        real(*args)
+    def touching(*args: object) -> object:
+        times = real(*args)
         os.utime(pair[0] / "model.safetensors", ns=(1, 1))
+        return times
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extrapolate, "_write_shards", touching)

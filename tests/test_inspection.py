@@ -237,6 +237,16 @@ def test_common_rows_of_vocabularies_are_measured(tmp_path: Path, rows: tuple[in
     assert f"vocabularies of {rows[0]} and {rows[1]} rows" in found.text()
 
 
+def test_pickled_weights_are_read_where_allowed(tmp_path: Path) -> None:
+    sft, dpo = random_pair({"w": (70, 3), "v": (7,)})
+    expected = inspect(tmp_path, sft, dpo).describe()
+    (tmp_path / "sft" / "model.safetensors").unlink()
+    torch.save(sft, tmp_path / "sft" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="--allow-pickle"):
+        again(tmp_path)
+    assert again(tmp_path, allow_pickle=True).describe() == expected
+
+
 # --- faults -------------------------------------------------------------------------------------------------------
 
 

@@ -11,13 +11,13 @@ from expo.combine.plan import PairPlan, ShardPlan, TensorPlan
 
 
 def keep_layout(shards: Iterable[Shard], tensors: dict[str, TensorPlan]) -> tuple[ShardPlan, ...]:
-    """DPO's files; a header is DPO's, byte for byte, unless a dtype in it changes."""
+    """DPO's files; a header is DPO's, byte for byte, unless it has none or a dtype in it changes."""
     plans = []
     for shard in shards:
         planned = [tensors[info.name] for info in shard.tensors]
-        changed = [tensor.dtype for tensor in planned] != [info.dtype for info in shard.tensors]
+        changed = not shard.header or [tensor.dtype for tensor in planned] != [info.dtype for info in shard.tensors]
         header = make_header(planned, shard.metadata) if changed else shard.header
-        plans.append(_shard(shard.file.name, header, planned))
+        plans.append(_shard(shard.output_name or shard.file.name, header, planned))
     return tuple(plans)
 
 
