@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from expo.checkpoint import read_card
 from expo.hub import Location
 
 PAPER = "https://arxiv.org/abs/2404.16792"
@@ -65,12 +66,5 @@ Config, tokenizer and chat template are those of {dpo.label}. Made with:
 
 def licence(folder: Path) -> dict[str, Any]:
     """The licence entries of a model folder's card; empty where there is no card or it has none."""
-    from huggingface_hub import metadata_load
-
-    card = folder / "README.md"
-    try:
-        metadata = metadata_load(card) if card.is_file() else None
-    except ValueError:
-        metadata = None
-    entries = metadata if isinstance(metadata, dict) else {}
+    entries = read_card(folder)
     return {key: entries[key] for key in ("license", "license_name", "license_link") if key in entries}

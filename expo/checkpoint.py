@@ -1,19 +1,18 @@
 """Read a safetensors checkpoint's plan: which tensor lies where, from headers alone.
 
-Here: shard headers (parsed and checked by hand, since the byte offsets are what the streaming needs), the
-index, config.json, the side files that go along, and fingerprints. Not here: reading tensor data in bulk
-(`combine/stream.py`), pickled weights (`pickled.py`), and finding or fetching the folder (`hub.py`).
+Here: the folder with its index, config.json and model card, the side files that go along, and fingerprints. Not here:
+one file's header (`safetensors_header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
+(`combine/stream.py`), and finding or fetching the folder (`hub.py`).
 To add a format of weights, write a reader of its shards and a `WeightFormat`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import json
-import math
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,25 @@ from typing import Any
 import xxhash
 
 from expo.errors import InputError
+from expo.files import (
+    HEAD_BYTES,
+    LFS_POINTER,
+    MAX_TEXT_BYTES,
+    is_utf8,
+    kind_of,
+    name_problem,
+    open_file,
+    repeated,
+    shown,
+    unreadable,
+)
+from expo.files import read_json as read_json
 from expo.hub import Location
+from expo.safetensors_header import DTYPE_BITS as DTYPE_BITS
+from expo.safetensors_header import Shard as Shard
+from expo.safetensors_header import TensorInfo as TensorInfo
+from expo.safetensors_header import is_text_map
+from expo.safetensors_header import read_shard as read_shard
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,21 +48,6 @@ CONFIG_FILE = "config.json"
 PARTIAL_FOLDER = ".expo-partial"
 """Where an unfinished output keeps its files; a folder that has one is not a finished checkpoint."""
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
-
-BIN_TAIL_BYTES = 1 << 20
-"""What is hashed of a .bin file: its end, where a zip archive lists its records with their checksums."""
-
-DTYPE_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("F4",), 4),
-}
-
 FOREIGN_SUFFIXES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
@@ -53,46 +55,12 @@ FOREIGN_SUFFIXES = (
 )
 FOREIGN_FOLDERS = ("checkpoint-*", "original", "runs", "global_step*", "__pycache__", ".*")
 
+FINGERPRINTED = (".safetensors", ".bin", ".json", ".jinja")
+MAX_CARD_BYTES = 1_000_000
+BIN_TAIL_BYTES = 1 << 20
+"""What is hashed of a .bin file: its end, where a zip archive lists its records with their checksums."""
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint: what it is and where its bytes lie."""
-
-    name: str
-    dtype: str
-    """As the safetensors header spells it, such as BF16."""
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    """Offset of the first byte in `file`."""
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def rows(self, first: int, last: int) -> TensorInfo:
-        """The rows from `first` up to `last`, which are consecutive bytes too."""
-        row_bytes = self.nbytes // self.shape[0] if self.shape[0] else 0
-        shape, start = (last - first, *self.shape[1:]), self.start + first * row_bytes
-        return dataclasses.replace(self, shape=shape, start=start, nbytes=(last - first) * row_bytes)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of weights."""
-
-    file: Path
-    header: bytes
-    """The raw safetensors header: 8 bytes of length, then the JSON; empty where the file has none."""
-    metadata: dict[str, str]
-    tensors: tuple[TensorInfo, ...]
-    """In the order of their bytes."""
-    nbytes: int
-    """The whole file's size."""
-    output_name: str | None = None
-    """What an output calls it, where that is not the file's own name."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,106 +90,6 @@ class WeightFormat:
     read_shard: Callable[[Path], Shard]
 
 
-def read_shard(file: Path) -> Shard:
-    """Parse and check one safetensors header.
-
-    Raises:
-        InputError: The file is no whole, well-formed safetensors file; the message says what is wrong.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            length = int.from_bytes(prefix, "little")
-            _check_prefix(file, prefix, length, size)
-            raw = stream.read(length)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: damaged header: {error}") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{file}: damaged header: it is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not _is_text_map(metadata):
-        raise InputError(f"{file}: damaged header: __metadata__ does not map text to text")
-    data_start = 8 + length
-    tensors = [_tensor(file, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
-    _check_layout(file, tensors, data_start, size)
-    return Shard(file, prefix + raw, metadata, tuple(tensors), size)
-
-
-def refuse_placeholder(file: Path, prefix: bytes) -> None:
-    """Refuse what was saved in the place of weights, by its first 8 bytes.
-
-    Raises:
-        InputError: A git-lfs pointer or a web page.
-    """
-    if prefix.startswith(b"version "):
-        raise InputError(f"{file} is a git-lfs pointer, not weights: run `git lfs pull`, or download it again")
-    if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
-        raise InputError(f"{file} is a web page, not weights: download it again")
-
-
-def _check_prefix(file: Path, prefix: bytes, length: int, size: int) -> None:
-    refuse_placeholder(file, prefix)
-    if len(prefix) < 8:
-        raise InputError(f"{file} is truncated: {size} bytes are no safetensors file")
-    if length > MAX_HEADER_BYTES:
-        raise InputError(f"{file} is no safetensors file: its header claims {length} bytes")
-    if 8 + length > size:
-        raise InputError(f"{file} is truncated: its header claims {length} bytes, the file has {size}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} appears twice")
-    return result
-
-
-def _is_text_map(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    where = f"{file}: damaged header: tensor {name!r}"
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} is not an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InputError(f"{where} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not _is_sizes(shape):
-        raise InputError(f"{where} has no valid shape")
-    if not isinstance(offsets, list) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise InputError(f"{where} has no valid data_offsets")
-    begin, end = offsets
-    if math.prod(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
-        raise InputError(f"{where}: {dtype} {shape} does not fill its {end - begin} bytes")
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
-
-
-def _check_layout(file: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
-    expected = data_start
-    for tensor in tensors:
-        if tensor.start != expected:
-            kind = "overlaps another tensor" if tensor.start < expected else "leaves a hole before it"
-            raise InputError(f"{file}: damaged header: tensor {tensor.name!r} {kind}")
-        expected += tensor.nbytes
-    if expected > size:
-        raise InputError(f"{file} is truncated: {size} bytes of {expected}; download it again")
-    if expected < size:
-        raise InputError(f"{file} has {size - expected} bytes after its last tensor; download it again")
-
-
 SAFETENSORS = WeightFormat("safetensors", SINGLE_FILE, INDEX_FILE, "*.safetensors", read_shard)
 
 
@@ -235,37 +103,41 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
     Raises:
         InputError: No such weights, an unfinished or ambiguous folder, or damaged files.
     """
-    if (path / PARTIAL_FOLDER).exists():
+    entries, index_file = _names(path), path / weights.index
+    if PARTIAL_FOLDER in entries:
         raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
-    present = sorted(file.name for file in path.glob(weights.pattern))
-    index = path / weights.index
-    if index.is_file():
-        weight_map = _read_weight_map(index, weights)
-        names = sorted(set(weight_map.values()))
-    else:
-        weight_map = None
-        names = [weights.single] if weights.single in present else []
-    if not names:
+    present = fnmatch.filter(entries, weights.pattern)
+    index = read_json(index_file, unique=True) if weights.index in entries else None
+    weight_map = {} if index is None else _weight_map(index_file, index, weights)
+    names = sorted(set(weight_map.values())) or [weights.single]
+    if index is None and weights.single not in present:
         raise InputError(_no_weights(path, present, weights))
-    if weight_map is not None and weights.single in present and weights.single not in names:
+    if weights.single in present and weights.single not in names:
         raise InputError(
             f"{path} holds {weights.single} beside {weights.index}, which does not name it: "
             "remove the one that is stale"
         )
     shards = tuple(weights.read_shard(path / name) for name in names)
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    _check_against_index(index, shards, tensors, weight_map)
+    _check_tensors(path, shards, tensors)
+    if index is not None:
+        _check_against_index(index_file, tensors, weight_map)
+        _compare_total_size(index_file, index.get("metadata"), sum(tensor.nbytes for tensor in tensors.values()))
     ignored = tuple(name for name in present if name not in names)
-    return Checkpoint(path, shards, tensors, read_config(path), weight_map is not None, ignored)
+    return Checkpoint(path, shards, tensors, read_config(path), index is not None, ignored)
 
 
 def holds_only_bin(path: Path) -> bool:
     """Whether a folder's weights are pickles (.bin) and not safetensors."""
-    safe, pickled = (
-        any((path / name).is_file() for name in names)
-        for names in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE))
-    )
-    return pickled and not safe
+    entries = set(_names(path))
+    return bool(entries & {BIN_FILE, BIN_INDEX_FILE}) and not entries & {SINGLE_FILE, INDEX_FILE}
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def _no_weights(path: Path, present: list[str], weights: WeightFormat) -> str:
@@ -275,43 +147,62 @@ def _no_weights(path: Path, present: list[str], weights: WeightFormat) -> str:
             "torch's weights_only loader, or convert them to safetensors with `save_pretrained`"
         )
     if present:
-        return f"{path} holds {present[0]} but neither {weights.single} nor {weights.index}"
+        return f"{path} holds {shown(present[0])} but neither {weights.single} nor {weights.index}"
     return f"{path} holds no {weights.name} weights ({weights.single} or {weights.index})"
 
 
-def _read_weight_map(index: Path, weights: WeightFormat) -> dict[str, str]:
-    content = read_json(index)
+def _weight_map(index: Path, content: dict[str, Any], weights: WeightFormat) -> dict[str, str]:
     weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not _is_text_map(weight_map):
+    if not weight_map or not is_text_map(weight_map):
         raise InputError(f"{index} has no weight_map")
     for name in sorted(set(weight_map.values())):
-        if name != os.path.basename(name) or not name.endswith(Path(weights.single).suffix):
-            raise InputError(f"{index} names {name!r}, which is not a {weights.name} file in the same folder")
-        if not (index.parent / name).is_file():
+        if name_problem(name) or name != os.path.basename(name) or not name.endswith(Path(weights.single).suffix):
+            raise InputError(f"{index} names {shown(name)}, which is not a {weights.name} file in the same folder")
+        if not os.path.lexists(index.parent / name):
             raise InputError(f"{index} names {name}, which is missing; download it again")
     return weight_map
 
 
-def _check_against_index(
-    index: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorInfo], weight_map: dict[str, str] | None
-) -> None:
-    if sum(len(shard.tensors) for shard in shards) != len(tensors):
-        names = [tensor.name for shard in shards for tensor in shard.tensors]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{index.parent}: tensor {twice!r} is in more than one shard")
+def _check_tensors(path: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorInfo]) -> None:
+    if twice := repeated(tensor.name for shard in shards for tensor in shard.tensors):
+        raise InputError(f"{path}: tensor {shown(twice)} is in more than one shard")
     if not tensors:
-        raise InputError(f"{index.parent} holds no tensors")
-    for name, file in (weight_map or {}).items():
+        raise InputError(f"{path} holds no tensors")
+
+
+def _check_against_index(index: Path, tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
+    for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise InputError(f"{index} says tensor {name!r} is in {file}, where it is not")
-    unnamed = sorted(set(tensors) - set(weight_map or tensors))
+            raise InputError(f"{index} says tensor {shown(name)} is in {file}, where it is not")
+    unnamed = sorted(set(tensors) - set(weight_map))
     if unnamed:
-        raise InputError(f"{index} does not name tensor {unnamed[0]!r} of its own shards")
+        raise InputError(f"{index} does not name tensor {shown(unnamed[0])} of its own shards")
+
+
+def _compare_total_size(index: Path, metadata: object, nbytes: int) -> None:
+    # A warning only: every tensor is there in full, and tools disagree on what total_size counts (tied tensors).
+    said = metadata.get("total_size", nbytes) if isinstance(metadata, dict) else nbytes
+    if said != nbytes:
+        log.warning("%s says total_size %s; its tensors, all whole, have %d bytes", index, shown(said), nbytes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A model folder's config.json, empty where there is none."""
-    return read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+    return read_json(path / CONFIG_FILE) if os.path.lexists(path / CONFIG_FILE) else {}
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The metadata of a model folder's card (README.md); empty where there is none, or none that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    card = path / "README.md"
+    try:
+        readable = card.is_file() and card.stat().st_size <= MAX_CARD_BYTES
+        metadata = metadata_load(card) if readable else None
+    except (OSError, ValueError, RecursionError, YAMLError):
+        metadata = None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def config_with_dtype(folder: Path, dtype: str) -> str:
@@ -323,38 +214,48 @@ def config_with_dtype(folder: Path, dtype: str) -> str:
             table[key] = dtype
     if not {"dtype", "torch_dtype"} & set(config):
         config["torch_dtype"] = dtype
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        InputError: It cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} does not hold a JSON object")
-    return content
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return text if is_utf8(text) else json.dumps(config, indent=2) + "\n"
 
 
 def side_files(path: Path) -> list[Path]:
     """The files that go along with a checkpoint's weights, relative to its folder, sorted.
 
     Config, generation config, tokenizer, chat template, remote code, licence; no weights of any format, no
-    README, no optimizer states, no `checkpoint-*`, `original/` or hidden folders.
+    README, no optimizer states, no `checkpoint-*`, `original/` or hidden folders. What is no file, and links to
+    folders, which may lead anywhere, are left out with a warning.
+
+    Raises:
+        InputError: A file or folder cannot be read, has a name that cannot be written, or is a git-lfs pointer.
     """
-    found = []
-    for folder, subfolders, files in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not _matches(name, FOREIGN_FOLDERS)]
-        relative = Path(folder).relative_to(path)
-        found += [relative / name for name in files if not _matches(name, (*FOREIGN_SUFFIXES, ".*"))]
-    return sorted(found)
+    return sorted(file.relative_to(path) for file in _side_files(path))
+
+
+def _side_files(folder: Path) -> Iterator[Path]:
+    for name in _names(folder):
+        entry = folder / name
+        is_folder = os.path.isdir(entry)  # noqa: PTH112 - never raises
+        foreign = FOREIGN_FOLDERS if is_folder else (*FOREIGN_SUFFIXES, ".*")
+        kind = None if _matches(name, foreign) else kind_of(entry)
+        if kind == "a folder" and not entry.is_symlink():
+            yield from _side_files(entry)
+        elif kind is not None:
+            log.warning("%s is %s and is not copied", entry, "a link to a folder" if kind == "a folder" else kind)
+        elif not _matches(name, foreign):
+            _require_copyable(entry)
+            yield entry
+
+
+def _require_copyable(file: Path) -> None:
+    _require_utf8(file)
+    with open_file(file) as stream:
+        if stream.read(HEAD_BYTES).startswith(LFS_POINTER):
+            raise InputError(f"{file} is a git-lfs pointer: run `git lfs pull`, or remove it")
+
+
+def _require_utf8(file: Path) -> None:
+    if not is_utf8(str(file)):
+        raise InputError(f"the name of {shown(str(file))} is not UTF-8; rename it")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -371,8 +272,8 @@ def source_fingerprint(location: Location) -> dict[str, Any]:
 def fingerprint(path: Path) -> dict[str, Any]:
     """What tells a model folder's state without reading its weights.
 
-    Every weights file's size and modification time, and one hash over the config, the safetensors headers and the
-    ends of .bin files.
+    Every large file's size and modification time, and one hash over the safetensors headers, the ends of .bin files
+    and the small files.
 
     Returns:
         `files` (name → [bytes, mtime in ns]) and `headers_xxh3` (hexadecimal).
@@ -382,29 +283,33 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """
     hasher = xxhash.xxh3_128()
     files: dict[str, list[int]] = {}
-    for file in sorted((*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.json"), *path.glob("*.jinja"))):
-        try:
-            status, content = file.stat(), _EXTRACTS.get(file.suffix, Path.read_bytes)(file)
-        except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror}") from error
-        if file.suffix in _EXTRACTS:
-            files[file.name] = [status.st_size, status.st_mtime_ns]
-        hasher.update(file.name.encode())
-        hasher.update(content)
+    for name in _names(path):
+        file = path / name
+        if not name.endswith(FINGERPRINTED) or kind_of(file) is not None:
+            continue
+        _require_utf8(file)
+        status = file.stat()
+        if name.endswith((".safetensors", ".bin")) or status.st_size > MAX_TEXT_BYTES:
+            files[name] = [status.st_size, status.st_mtime_ns]
+        hasher.update(name.encode())
+        for block in _hashed_content(file):
+            hasher.update(block)
     return {"headers_xxh3": hasher.hexdigest(), "files": files}
 
 
-def _head(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        return prefix + stream.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))
-
-
-def _tail(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - BIN_TAIL_BYTES))
-        return stream.read()
-
-
-_EXTRACTS: dict[str, Callable[[Path], bytes]] = {".safetensors": _head, ".bin": _tail}
-"""What is hashed of a weights file, by its suffix."""
+def _hashed_content(file: Path) -> Iterator[bytes]:
+    """Of safetensors files the header, of .bin files the end, of other large files the first bytes, else everything."""
+    with open_file(file) as stream:
+        try:
+            size = os.fstat(stream.fileno()).st_size
+            if file.suffix == ".bin":
+                stream.seek(max(0, size - BIN_TAIL_BYTES))
+                yield stream.read(BIN_TAIL_BYTES)
+                return
+            head = stream.read(8)
+            length = int.from_bytes(head, "little") if file.suffix == ".safetensors" else size
+            yield head
+            if length <= min(MAX_TEXT_BYTES, size):
+                yield stream.read(length)
+        except OSError as error:
+            raise unreadable(file, error) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -42,7 +43,7 @@ from expo.options import (
     TrustRemoteCodeOption,
     WorkersOption,
 )
-from expo.printing import print_data, print_json, print_result
+from expo.printing import print_data, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,10 @@ Config = TypeVar("Config", bound=config.CommonConfig)
 
 PARTLY_FAILED = 3
 INTERRUPTED = 130
+
+ACCESS_TOKEN = r"hf_[A-Za-z0-9]{30,}"
+"""Of the hub; it may stand in a path, a URL or an exception, and is never printed."""
+CONTROL_CHARACTER = r"[\x00-\x08\x0b-\x1f\x7f]"
 
 log = logging.getLogger("expo")
 
@@ -342,12 +347,7 @@ def show_recipes(
 ) -> None:
     """List the models known by name, with their SFT checkpoint, α and source."""
     known = [recipes.load(name) for name in names or recipes.names()]
-    if as_json:
-        print_json({"recipes": [one.describe() for one in known]})
-        return
-    print(f"{'name':<38}{'α':>6}  {'θ_sft':<42}{'θ_dpo':<46}source")
-    for one in known:
-        print(f"{one.name:<38}{one.alpha!r:>6}  {one.sft:<42}{one.dpo:<46}{one.source}")
+    print_result({"recipes": [one.describe() for one in known]}, recipes.table(known), as_json=as_json)
 
 
 # --- wiring -----------------------------------------------------------------------------------------------------
@@ -372,13 +372,26 @@ def _on_terminate(signal_number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped(signal_number)
 
 
+def _clean(text: str) -> str:
+    """Text that came from anywhere, fit for a terminal and a log: no access token, no control character."""
+    text = re.sub(ACCESS_TOKEN, "hf_…", text)
+    secret = os.environ.get("HF_TOKEN", "")
+    text = text.replace(secret, "hf_…") if len(secret) > 7 else text
+    return re.sub(CONTROL_CHARACTER, lambda found: repr(found[0])[1:-1], text)
+
+
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _clean(super().format(record))
+
+
 def _say(message: object) -> None:
-    print(f"expo: {message}", file=sys.stderr)
+    print(_clean(f"expo: {message}").replace("\n", "\\n"), file=sys.stderr)
 
 
 def _fail(error: Exception, message: str, code: int) -> int:
     if log.isEnabledFor(logging.DEBUG):
-        traceback.print_exception(error)
+        print(_clean("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     _say(f"error: {message}")
     return code
 
@@ -425,7 +438,7 @@ def main() -> None:
     for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
         os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("expo: %(message)s"))
+    handler.setFormatter(_LineFormatter("expo: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

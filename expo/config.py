@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from expo.errors import InputError
+from expo.files import is_utf8, shown
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
@@ -35,6 +36,10 @@ def is_hub_id(text: str) -> bool:
     """Whether the text is spelled as the hub spells a repository: `name` or `owner/name`."""
     parts = text.split("/")
     return len(parts) <= 2 and all(map(HUB_NAME.fullmatch, parts)) and not re.search(r"--|\.\.|\.git$", text)
+
+
+MAX_ALPHA = 3.4028234663852886e38
+"""The largest float32, in which the arithmetic is done."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -146,9 +151,12 @@ class ExtrapolateConfig(CommonConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
+        for flag, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
+            _require(is_utf8(path), f"{flag} {shown(path)} is not UTF-8; rename the folder")
         _require(len(self.alpha) > 0, "--alpha is missing: give at least one, such as --alpha 0.3")
         for alpha in self.alpha:
             _require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
+            _require(abs(alpha) <= MAX_ALPHA, f"--alpha {alpha!r} is more than float32 holds")
         duplicates = sorted({a for a in self.alpha if self.alpha.count(a) > 1})
         _require(not duplicates, f"--alpha {duplicates[:1]} is given more than once")
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0

@@ -33,6 +33,7 @@ from expo.checkpoint import (
     source_fingerprint,
 )
 from expo.combine.decide import plan_pair
+from expo.combine.doubts import question_change, question_pair
 from expo.combine.layout import index_json
 from expo.combine.plan import PairPlan, PairRules, ShardPlan
 from expo.config import ExtrapolateConfig
@@ -43,6 +44,7 @@ from expo.pickled import read_source
 from expo.progress import Progress, bytes_bar
 from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
+from expo.tokens import require_same_tokens
 from expo.writer import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -185,6 +187,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
         allow_nonfinite=config.allow_nonfinite,
     )
     pair = plan_pair(read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle), rules)
+    question_pair(sft, dpo, pair.sft, pair.dpo)
+    require_same_tokens(sft.path, dpo.path)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     if pair.vocabulary:
@@ -226,6 +230,7 @@ def _execute(work: Plan) -> None:
         ]
         times = {"started": started, **_write_shards(work, staged)}
         _require_unchanged(work)
+        _question_change(work, staged)
         times["seconds"] = round(time.perf_counter() - clock, 3)
         for output, folder in zip(work.todo, staged, strict=True):
             _add_other_files(work, output, folder, times)
@@ -235,9 +240,14 @@ def _execute(work: Plan) -> None:
 def _require_space(work: Plan) -> None:
     folder = next(parent for parent in (work.todo[0].folder, *work.todo[0].folder.resolve().parents) if parent.exists())
     staged = sum(file.stat().st_size for output in work.todo for file in output.folder.glob(".expo-partial/*.partial"))
-    needed, free = work.pair.nbytes * len(work.todo) - staged, shutil.disk_usage(folder).free
+    copied = sum((work.dpo.path / name).stat().st_size for name in work.side_files)
+    needed, free = (work.pair.nbytes + copied) * len(work.todo) - staged, shutil.disk_usage(folder).free
     if needed > free:
-        raise EnvironmentFailure(f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed")
+        raise EnvironmentFailure(f"{folder} has {_amount(free)} free and {_amount(needed)} are needed")
+
+
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes} bytes"
 
 
 def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
@@ -300,6 +310,13 @@ def _require_unchanged(work: Plan) -> None:
     for side, location in (("sft", work.sft), ("dpo", work.dpo)):
         if source_fingerprint(location) != work.todo[0].fingerprint[side]:
             raise InputError(f"{location.path} changed while it was read; run the command again")
+
+
+def _question_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
+    changed = [folder for output, folder in zip(work.todo, staged, strict=True) if output.alpha]
+    if changed and work.pair.count("extrapolate"):
+        figures = _delta_figures(changed[0])
+        question_change(figures["norm"], figures["relative"])
 
 
 def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Row) -> None:

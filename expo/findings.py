@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from expo.combine.doubts import UNRELATED_CHANGE
 from expo.combine.plan import Overlap, Part
 from expo.places import Place
 from expo.stats import cosine_distance, relative_change
@@ -22,9 +23,6 @@ SFT_TO_DPO = 0.036
 """‖Δ‖/‖θ_sft‖ of zephyr's SFT → DPO, a pair that ExPO suits (Zheng et al. 2025)."""
 PRETRAINED_TO_SFT = 0.99
 """The same of its pretrained model → SFT, where ExPO gains nothing or breaks the model."""
-SUSPECT_ABOVE = 0.1
-"""‖Δ‖/‖θ_sft‖ above which a pair is suspect: three times zephyr's step and a tenth of the other."""
-
 MOST_NAMED = 3
 """Tensors named in a line of text; the JSON names all."""
 
@@ -217,7 +215,7 @@ class Inspection:
         relative = self.total.relative
         if self.mismatches or not self.tensors:
             return "mismatched"
-        if self.nonfinite or relative is None or relative > SUSPECT_ABOVE:
+        if self.nonfinite or relative is None or relative > UNRELATED_CHANGE:
             return "suspect"
         return "identical" if self.total.delta_squared == 0 else "likely"
 
@@ -274,8 +272,8 @@ class Inspection:
 
 def _likely(found: Inspection) -> str:
     return (
-        f"‖Δ‖ is {_number(found.total.relative)} of ‖θ_sft‖, a small step, as from SFT to DPO (zephyr's: "
-        f"{SFT_TO_DPO}); that θ_dpo was trained from this θ_sft no norm can prove"
+        f"‖Δ‖ is {_number(found.total.relative)} of ‖θ_sft‖ (zephyr's SFT → DPO: {SFT_TO_DPO}, its pretrained → SFT: "
+        f"{PRETRAINED_TO_SFT}), which fits a θ_dpo trained from this θ_sft; no norm can prove it"
     )
 
 

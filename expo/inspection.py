@@ -20,6 +20,7 @@ from expo.combine.decide import overlap
 from expo.combine.plan import Overlap, PairRules, Part
 from expo.config import InspectConfig
 from expo.errors import InputError
+from expo.files import open_file
 from expo.findings import Figures, Inspection, Measured, mismatches
 from expo.hub import Location, locate, refuse_inside
 from expo.pickled import read_source
@@ -165,9 +166,10 @@ def _mark(sources: Row) -> str:
 
 def _refuse_picture(picture: Path, mark: str, *, overwrite: bool) -> None:
     """Refuse to replace what is not a picture of the same weights."""
-    if picture.is_dir():
-        raise InputError(f"{picture} is a folder; give --output a file")
-    content = picture.read_bytes() if picture.exists() else mark.encode()
+    if not picture.exists():
+        return
+    with open_file(picture) as stream:
+        content = stream.read()
     if MARK.encode() not in content:
         raise InputError(f"{picture} exists and expo did not write it: move it away, or choose another --output")
     if mark.encode() not in content and not overwrite:

@@ -21,7 +21,6 @@ from typing import IO, TYPE_CHECKING, Any
 from expo.checkpoint import (
     BIN_FILE,
     BIN_INDEX_FILE,
-    MAX_HEADER_BYTES,
     SINGLE_FILE,
     Checkpoint,
     Shard,
@@ -29,10 +28,11 @@ from expo.checkpoint import (
     WeightFormat,
     holds_only_bin,
     read_checkpoint,
-    refuse_placeholder,
 )
 from expo.errors import EnvironmentFailure, InputError, first_line
+from expo.files import HEAD_BYTES, open_file, stand_in
 from expo.hub import Location
+from expo.safetensors_header import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,8 +210,8 @@ PICKLED = WeightFormat(".bin", BIN_FILE, BIN_INDEX_FILE, "pytorch_model*.bin", r
 
 def _read_outline(file: Path) -> _Outline:
     try:
-        with file.open("rb") as stream:
-            _check_signature(file, stream.read(8))
+        with open_file(file) as stream:
+            _check_signature(file, stream.read(HEAD_BYTES))
             with zipfile.ZipFile(stream) as archive:
                 return _outline(file, archive, stream)
     except OSError as error:
@@ -221,7 +221,8 @@ def _read_outline(file: Path) -> _Outline:
 
 
 def _check_signature(file: Path, prefix: bytes) -> None:
-    refuse_placeholder(file, prefix)
+    if found := stand_in(prefix):
+        raise InputError(f"{file} is not weights but {found}")
     if prefix.startswith(b"\x80"):
         raise InputError(f"{file} is a bare pickle, or in torch's format from before 1.6, which is not read; {CONVERT}")
     if not prefix.startswith(b"PK\3\4"):

@@ -20,10 +20,13 @@ from types import TracebackType
 from typing import IO, Any
 
 from expo.errors import EnvironmentFailure, InputError
+from expo.lock import RunLock
 
 Row = dict[str, Any]
 
 ROW_SYNC_SECONDS = 1.0
+LOCK_SUFFIX = ".lock"
+"""Of the link beside a journal that says which process writes it."""
 
 
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
@@ -106,11 +109,19 @@ class Journal:
         self._synced_at = -math.inf
         self._stream = path.open("a", encoding="utf-8")
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock = RunLock(path.with_name(path.name + LOCK_SUFFIX), alone_here=_alone_here(self._stream, path))
+        except BaseException:
             self._stream.close()
-            raise InputError(f"another run is writing {path.parent}; wait for it, or choose another output") from error
-        lines = read_journal(path)
+            raise
+        try:
+            self._start(header)
+        except BaseException:
+            self._stream.close()
+            self._lock.release()
+            raise
+
+    def _start(self, header: Row) -> None:
+        lines = read_journal(self._path)
         kept = lines if lines and lines[0].get("fingerprint") == header.get("fingerprint") else []
         self._stream.truncate(len(json_lines(kept).encode()))
         self.rows = kept[1:]
@@ -129,9 +140,13 @@ class Journal:
 
     def close(self) -> None:
         """Force the rows to the disk and let the next process have the journal."""
-        if not self._stream.closed:
+        if self._stream.closed:
+            return
+        try:
             sync(self._stream)
+        finally:
             self._stream.close()
+            self._lock.release()
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add finished rows; a killed process loses none, a failing machine those of `sync_every_s`.
@@ -143,11 +158,23 @@ class Journal:
         try:
             self._stream.write(json_lines(rows))
             self._stream.flush()
+            self._lock.beat()
             if time.monotonic() - self._synced_at >= self._sync_every_s:
                 sync(self._stream)
                 self._synced_at = time.monotonic()
         except OSError as error:
             raise EnvironmentFailure(f"writing {self._path} failed: {error.strerror}") from error
+
+
+def _alone_here(stream: IO[str], path: Path) -> bool:
+    """Whether the kernel says that no other process of this machine holds the file; False where it cannot say."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"another run is writing {path.parent}; wait for it, or choose another output") from error
+    except OSError:
+        return False
+    return True
 
 
 def read_journal(path: Path) -> list[Row]:

@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
@@ -51,6 +51,9 @@ class ShardRecord:
     sft_squared: float
 
 
+RECORD_KEYS = {field.name for field in fields(ShardRecord)}
+
+
 def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool) -> bool:
     """Whether the folder holds this output already; if not, whether it may be written there.
 
@@ -75,7 +78,7 @@ def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool) -> bool:
     foreign = sorted(set(_files(folder)) - _own_files(manifest, journal))
     if foreign:
         raise InputError(f"the output folder {folder} holds files expo did not write ({foreign[0]}); choose another")
-    made_with = journal[0]["fingerprint"] if journal else (manifest or {}).get("fingerprint")
+    made_with = journal[0].get("fingerprint") if journal else (manifest or {}).get("fingerprint")
     if made_with is not None and not overwrite:
         require_same(folder, made_with, fingerprint)
     return False
@@ -88,7 +91,17 @@ def _read_journal(folder: Path) -> list[Row]:
 def _read_manifest(folder: Path) -> Row | None:
     file = folder / MANIFEST_FILE
     content = read_json(file) if file.is_file() else {}
-    return content if "fingerprint" in content else None
+    return content if _is_manifest(content) else None
+
+
+def _is_manifest(content: Row) -> bool:
+    """Whether a JSON object is what expo writes as a manifest, as far as it is looked at here."""
+    files, shards = content.get("files"), content.get("shards")
+    return (
+        isinstance(content.get("fingerprint"), dict)
+        and (isinstance(files, list) and all(isinstance(name, str) for name in files))
+        and (isinstance(shards, dict) and all(isinstance(one, dict) and "bytes" in one for one in shards.values()))
+    )
 
 
 def _damaged_files(folder: Path, manifest: Row) -> list[str]:
@@ -127,7 +140,7 @@ def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
         EnvironmentFailure: Renaming failed.
     """
     journal = _read_journal(folder)
-    if not any("commit" in row for row in journal) or journal[0]["fingerprint"] != fingerprint:
+    if not any("commit" in row for row in journal) or journal[0].get("fingerprint") != fingerprint:
         return False
     with StagedOutput(folder, fingerprint) as staged:
         staged.finish_commit()
@@ -248,14 +261,18 @@ class StagedOutput:
         except OSError as error:
             raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}") from error
         self._staged: list[str] = []
-        self.records = {row["shard"]: ShardRecord(**row) for row in self._journal.rows if "shard" in row}
+        self.records = {row["shard"]: ShardRecord(**row) for row in self._journal.rows if row.keys() == RECORD_KEYS}
 
     def _open_journal(self, fingerprint: Row) -> Journal:
         own = _own_files(_read_manifest(self.folder), _read_journal(self.folder))
         replaces = sorted(own & set(_files(self.folder)))  # a manifest that names ../x must not reach it
         journal = Journal(self._staging / JOURNAL_FILE, {"fingerprint": fingerprint, "replaces": replaces})
-        if not journal.rows:
-            self._empty_staging()
+        try:
+            if not journal.rows:
+                self._empty_staging()
+        except OSError:
+            journal.close()
+            raise
         return journal
 
     def __enter__(self) -> StagedOutput:
@@ -285,7 +302,7 @@ class StagedOutput:
     def add_text(self, name: str, text: str) -> None:
         """Stage a small file."""
         with self._new_file(name) as stream:
-            stream.write(text.encode())
+            stream.write(text.encode(errors="backslashreplace"))  # half a surrogate pair becomes its JSON escape
 
     def add_copy(self, name: str, source: Path) -> None:
         """Stage a copy of a file, byte for byte."""
@@ -360,7 +377,7 @@ class StagedOutput:
 
     def _empty_staging(self) -> None:
         for name in _files(self._staging):
-            if name != JOURNAL_FILE:
+            if not name.startswith(JOURNAL_FILE):  # its lock has its name too
                 (self._staging / name).unlink()
 
     def _remove_staging(self) -> None:

@@ -12,6 +12,8 @@ import helpers
 import pytest
 from hub_server import WRITER, FakeHub
 
+from expo import cli
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -88,6 +90,18 @@ def expo_on_hub(hub: FakeHub, tmp_path: Path) -> Callable[..., helpers.Result]:
             assert secret not in result.stdout + result.stderr
             assert [name for name, content in helpers.tree(tmp_path).items() if secret.encode() in content] == []
         return result
+
+    return run
+
+
+@pytest.fixture
+def expo(capsys: pytest.CaptureFixture[str]) -> Callable[..., helpers.Result]:
+    """`expo extrapolate` in this process, on the inputs it is given."""
+
+    def run(pair: helpers.Pair, *args: object) -> helpers.Result:
+        code = cli.run(["extrapolate", "--sft", str(pair[0]), "--dpo", str(pair[1]), *map(str, args)])
+        out, err = capsys.readouterr()
+        return helpers.Result(code, out, err)
 
     return run
 

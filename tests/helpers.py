@@ -16,12 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from expo import extrapolate
 from expo.checkpoint import read_checkpoint
 from expo.combine.decide import plan_pair
 from expo.combine.plan import PairPlan, PairRules
 from expo.combine.stream import TORCH_DTYPES, Combiner, SourceFiles
+from expo.config import ExtrapolateConfig
 
 CPU = torch.device("cpu")
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIGNIFICANDS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
 """Bits of the significand (the hidden one counted) and the smallest normal exponent."""
@@ -34,6 +37,8 @@ CHAT_TEMPLATE = (
 
 UNHURRIED = "import time; time.sleep = lambda _: None; from expo.cli import main; main()"
 """The program; the libraries' waits between two tries take no time."""
+Pair = tuple[Path, Path]
+"""SFT and DPO."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,12 @@ def _run(command: list[str], env: dict[str, str] | None, cwd: Path | None, timeo
         command, env=environment(**(env or {})), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def write(pair: Pair, output: Path, *alphas: float, **settings: object) -> tuple[extrapolate.Written, ...]:
+    """`expo extrapolate`'s verb, run in this process."""
+    defaults = {"alpha": alphas or (0.5,), "output": str(output), "fsync": False}
+    return extrapolate.run(ExtrapolateConfig(sft=str(pair[0]), dpo=str(pair[1]), **{**defaults, **settings}))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

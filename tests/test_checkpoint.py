@@ -1,4 +1,4 @@
-"""Headers: what is accepted reads as the safetensors library reads it; what is damaged is refused by name."""
+"""Checkpoint folders: what is read is what the safetensors library reads; what lies is refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import entry, raw_safetensors, write_checkpoint
-from safetensors import SafetensorError, safe_open
 
 from expo import checkpoint
 from expo.errors import InputError
@@ -36,83 +35,6 @@ def test_offsets_are_where_safetensors_has_the_data(tmp_path: Path) -> None:
             stream.seek(info.start)
             assert stream.read(info.nbytes) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         assert (info.shape, info.numel) == (tuple(tensor.shape), tensor.numel())
-
-
-def test_white_space_around_the_header_is_fine(tmp_path: Path) -> None:
-    header = json.dumps({"__metadata__": {"format": "pt"}, "a": F32}).encode() + b"   \n "
-    file = raw_safetensors(tmp_path / "model.safetensors", header, EIGHT)
-    shard = checkpoint.read_shard(file)
-    assert shard.header == file.read_bytes()[:-8]
-    assert shard.metadata == {"format": "pt"}
-    assert [tensor.start for tensor in shard.tensors] == [8 + len(header)]
-
-
-def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
-    header = {"late": entry("F32", [1], 4, 8), "empty": entry("F32", [0], 4, 4), "early": entry("F32", [1], 0, 4)}
-    shard = checkpoint.read_shard(raw_safetensors(tmp_path / "x.safetensors", header, EIGHT))
-    assert [tensor.name for tensor in shard.tensors] == ["early", "empty", "late"]
-
-
-DAMAGED = {
-    "an empty file": (b"", "truncated"),
-    "seven bytes": (b"\0" * 7, "truncated"),
-    "a header longer than the file": ((100).to_bytes(8, "little") + b"{}", "truncated"),
-    "a header longer than the format allows": ((1 << 40).to_bytes(8, "little") + b"{}", "claims 1099511627776 bytes"),
-    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git-lfs pointer"),
-    "a web page": (b"<!DOCTYPE html><html><body>403</body></html>", "web page"),
-    "an indented web page": (b"\n <html><body>403</body></html>", "web page"),
-}
-
-
-@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED.keys())
-def test_files_that_are_no_safetensors(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        checkpoint.read_shard(file)
-    assert str(file) in str(caught.value)
-
-
-BAD_HEADERS = {
-    "no JSON": (b"{", EIGHT, "damaged header"),
-    "not UTF-8": (b'{"\xff": 1}', EIGHT, "damaged header"),
-    "no object": ([], EIGHT, "not a JSON object"),
-    "nested too deeply": (b"[" * 100_000, EIGHT, "damaged header"),
-    "a duplicate key": (b'{"a":%s,"a":%s}' % ((json.dumps(F32).encode(),) * 2), EIGHT, "'a' appears twice"),
-    "metadata that is no text": ({"__metadata__": {"a": 1}, "a": F32}, EIGHT, "__metadata__"),
-    "an entry that is no object": ({"a": 3}, EIGHT, "'a' is not an object"),
-    "an unknown dtype": ({"a": entry("F31", [2], 0, 8)}, EIGHT, "unknown dtype 'F31'"),
-    "a negative size": ({"a": entry("F32", [-2], 0, 8)}, EIGHT, "no valid shape"),
-    "a shape that is no list": ({"a": {**F32, "shape": 2}}, EIGHT, "no valid shape"),
-    "true for a size": ({"a": {**F32, "shape": [True, 2]}}, EIGHT, "no valid shape"),
-    "three offsets": ({"a": {**F32, "data_offsets": [0, 4, 8]}}, EIGHT, "no valid data_offsets"),
-    "a shape its bytes do not hold": ({"a": entry("F32", [3], 0, 8)}, EIGHT, "does not fill its 8 bytes"),
-    "an end before the begin": ({"a": entry("F32", [2], 8, 0)}, EIGHT, "does not fill its -8 bytes"),
-    "an overflowing shape": ({"a": entry("F32", [2**40, 2**40], 0, 8)}, EIGHT, "does not fill"),
-    "overlapping tensors": ({"a": F32, "b": entry("F32", [2], 4, 12)}, bytes(12), "'b' overlaps another tensor"),
-    "one range for two": ({"a": F32, "b": F32}, EIGHT, "overlaps another tensor"),
-    "a hole": ({"a": F32, "b": entry("F32", [1], 12, 16)}, bytes(16), "'b' leaves a hole before it"),
-    "a hole at the start": ({"a": entry("F32", [1], 4, 8)}, EIGHT, "leaves a hole"),
-    "missing bytes": ({"a": F32}, bytes(7), "truncated"),
-    "trailing bytes": ({"a": F32}, bytes(9), "1 bytes after its last tensor"),
-}
-
-
-@pytest.mark.parametrize(("header", "data", "message"), BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
-def test_damaged_headers(tmp_path: Path, header: object, data: bytes, message: str) -> None:
-    file = raw_safetensors(tmp_path / "model.safetensors", header, data)
-    with pytest.raises(InputError, match=message) as caught:
-        checkpoint.read_shard(file)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("case", [case for case in BAD_HEADERS if case != "a duplicate key"])
-def test_safetensors_refuses_them_too(tmp_path: Path, case: str) -> None:
-    """All but duplicate keys, of which it takes the last: the table above holds no fantasies."""
-    header, data, _ = BAD_HEADERS[case]
-    file = raw_safetensors(tmp_path / "model.safetensors", header, data)
-    with pytest.raises(SafetensorError), safe_open(file, "pt"):
-        pass
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -187,7 +109,7 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
     [
         ((), "holds no safetensors weights"),
         (("pytorch_model.bin",), r"\.bin weights only"),
-        (("adapter_model.safetensors",), "adapter_model.safetensors but neither model.safetensors nor"),
+        (("adapter_model.safetensors",), "adapter_model.safetensors' but neither model.safetensors nor"),
         (("model.safetensors", ".expo-partial"), "unfinished output"),
     ],
 )
@@ -252,3 +174,24 @@ def test_a_fingerprint_changes_with_size_time_header_and_config(tmp_path: Path) 
     weights.write_bytes(content)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert checkpoint.fingerprint(folder)["files"] == seen[0]["files"]
+
+
+def test_a_fingerprint_reads_no_more_than_it_must(tmp_path: Path) -> None:
+    """Pipes, folders and what others keep there; a large file counts by size and time."""
+    folder = write_checkpoint(tmp_path / "model", {"a": torch.zeros(4)})
+    plain = checkpoint.fingerprint(folder)
+    os.mkfifo(folder / "pipe.json")
+    (folder / "folder.safetensors").mkdir()
+    (folder / "notes.txt").symlink_to("gone")
+    assert checkpoint.fingerprint(folder) == plain
+    (folder / "huge.json").touch()
+    os.truncate(folder / "huge.json", 10**13)
+    (folder / "lie.safetensors").write_bytes((10**13).to_bytes(8, "little"))
+    assert checkpoint.fingerprint(folder)["files"].keys() == {"huge.json", "lie.safetensors", "model.safetensors"}
+
+
+def test_a_fingerprint_of_a_name_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", {"a": torch.zeros(4)})
+    Path(f"{folder}/caf\udce9.safetensors").touch()
+    with pytest.raises(InputError, match="not UTF-8; rename it"):
+        checkpoint.fingerprint(folder)

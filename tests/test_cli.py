@@ -209,3 +209,29 @@ def test_warnings_go_to_stderr(
         result = run("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 1, "--dry-run", "--json")
     assert json.loads(result.stdout)["bytes_per_output"] > 0
     assert caplog.messages == ["dpo: ignoring stray.safetensors, which is not part of it"]
+
+
+# --- what is never printed ----------------------------------------------------------------------------------------
+
+SECRETS = {"a token of the hub": "hf_" + "Aa0" * 12, "HF_TOKEN, whatever it looks like": "password123"}
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS.keys())
+@pytest.mark.parametrize("args", [(), ("--debug",)])
+def test_a_token_is_never_printed(
+    secret: str, args: tuple[str, ...], fail: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", secret)
+    result = fail(EnvironmentFailure(f"https://me:{secret}@hub/api did not answer"), *args)
+    assert secret not in result.stderr
+    assert result.stderr.endswith("expo: error: https://me:hf_…@hub/api did not answer\n")
+
+
+def test_a_token_is_not_logged_either() -> None:
+    record = logging.LogRecord("expo", logging.WARNING, "", 0, "%s", ("a hf_" + "Aa0" * 12 + "\x1b[2J",), None)
+    assert cli._LineFormatter("expo: %(message)s").format(record) == "expo: a hf_…\\x1b[2J"
+
+
+def test_a_message_is_one_line_and_moves_no_cursor(fail: Callable[..., Result]) -> None:
+    result = fail(InputError("the folder a\nb\x1b[2J\r is gone"))
+    assert result.stderr == "expo: error: the folder a\\nb\\x1b[2J\\r is gone\n"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from expo.checkpoint import TensorInfo
+from expo.combine.doubts import UNRELATED_CHANGE
 from expo.combine.plan import Overlap, Part, Vocabulary
-from expo.findings import PRETRAINED_TO_SFT, SFT_TO_DPO, SUSPECT_ABOVE, Figures, Inspection, Measured
+from expo.findings import PRETRAINED_TO_SFT, SFT_TO_DPO, Figures, Inspection, Measured
 from expo.places import places
 
 FIGURES = {"tensors", "identical", "relative", "cosine", "one_minus_cosine", "delta_norm", "sft_norm", "dpo_norm"}
@@ -76,12 +77,12 @@ def test_tensors_without_a_norm_spoil_no_sum() -> None:
 
 ONE = info("x", "I32"), info("x", "BF16")
 VERDICTS = [
-    ({"a": moved(SFT_TO_DPO)}, {}, "likely", "‖Δ‖ is 0.0360 of ‖θ_sft‖, a small step"),
-    ({"a": moved(SUSPECT_ABOVE)}, {}, "likely", "0.100"),
-    ({"a": moved(SUSPECT_ABOVE * 1.001)}, {}, "suspect", "3 times zephyr's step"),
+    ({"a": moved(SFT_TO_DPO)}, {}, "likely", "‖Δ‖ is 0.0360 of ‖θ_sft‖ (zephyr's"),
+    ({"a": moved(UNRELATED_CHANGE)}, {}, "likely", "0.300"),
+    ({"a": moved(UNRELATED_CHANGE * 1.001)}, {}, "suspect", "8 times zephyr's step"),
     ({"a": moved(PRETRAINED_TO_SFT)}, {}, "suspect", "0.990 of ‖θ_sft‖, 28 times zephyr's step"),
     ({"a": moved(0.0)}, {}, "identical", "θ_dpo equals θ_sft"),
-    ({"a": moved(0.0), "b": moved(0.01)}, {}, "likely", "small step"),
+    ({"a": moved(0.0), "b": moved(0.01)}, {}, "likely", "which fits"),
     ({"a": Figures(1, 0, 1.0, 0.0, 1.0)}, {}, "suspect", "θ_sft is all zeros"),
     ({"a": moved(0.01), "b": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "infinity or values too large"),
     ({"a": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "in a: look at these first"),
@@ -91,7 +92,7 @@ VERDICTS = [
     ({"a": moved(0.9)}, {"overlap": Overlap((), (), (), (), (), (), (ONE,), None)}, "mismatched", "1 tensor does not"),
     ({}, {"overlap": Overlap((), (), (), ("b",), ("c",), (), (), None)}, "mismatched", "2 tensors do not match"),
     ({}, {}, "mismatched", "nothing can be compared"),
-    ({"a": moved(0.03)}, {"overlap": Overlap((), (), (), (), (), (), (), Vocabulary(3, 5))}, "likely", "small step"),
+    ({"a": moved(0.03)}, {"overlap": Overlap((), (), (), (), (), (), (), Vocabulary(3, 5))}, "likely", "which fits"),
 ]  # fmt: skip
 
 

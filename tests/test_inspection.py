@@ -316,7 +316,7 @@ def test_what_expo_did_not_write_is_left_alone(tmp_path: Path, overwrite: bool) 
     pair = random_pair({"w": (4,)})
     with pytest.raises(InputError, match=r"holiday\.png exists and expo did not write it: move it away"):
         inspect(tmp_path, *pair, output=str(tmp_path / "holiday.png"), overwrite=overwrite)
-    with pytest.raises(InputError, match=r"folder\.png is a folder"):
+    with pytest.raises(InputError, match=r"folder\.png is a folder, not a file"):
         again(tmp_path, output=str(tmp_path / "folder.png"), overwrite=overwrite)
     assert (tmp_path / "holiday.png").read_bytes() == b"\x89PNG by the sea"
 

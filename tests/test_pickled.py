@@ -225,7 +225,6 @@ def test_planning_reads_no_weights(tmp_path: Path) -> None:
 def test_a_rerun_knows_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a file was exchanged for one of the same size and time: the checksums at the archive's end tell."""
     monkeypatch.setattr(checkpoint, "BIN_TAIL_BYTES", 2000)
-    monkeypatch.setattr(checkpoint, "MAX_HEADER_BYTES", 8)
     sft, dpo = random_pair({"v": (3,), "w": (50, 70)})
     pair = write_bin(tmp_path / "sft", sft), write_bin(tmp_path / "dpo", dpo)
     write(pair, tmp_path / "out")
@@ -519,8 +518,11 @@ W = torch.randn(3, 4)
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (bytes_of(b""), "is no archive of torch's: download it again"),
     "noise": (bytes_of(b"\x13\x37" * 50), "is no archive of torch's: download it again"),
-    "a git-lfs pointer": (bytes_of(b"version https://git-lfs.github.com/spec/v1\noid x\n"), "is a git-lfs pointer"),
-    "a web page": (bytes_of(b"<!DOCTYPE html><html><body>403</body></html>"), "is a web page, not weights"),
+    "a git-lfs pointer": (
+        bytes_of(b"version https://git-lfs.github.com/spec/v1\noid x\n"),
+        "is not weights but a git-lfs pointer",
+    ),
+    "a web page": (bytes_of(b"<!DOCTYPE html><html><body>403</body></html>"), "is not weights but a web page"),
     "a bare pickle": (bytes_of(pickle.dumps({"w": 1})), "is a bare pickle, or in torch's format from before 1.6"),
     "torch before 1.6": (of({"w": W}, _use_new_zipfile_serialization=False), "torch's format from before 1.6"),
     "cut at the end": (lambda file: os.truncate(file, file.stat().st_size - 1), "is truncated or damaged"),

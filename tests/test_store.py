@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -57,6 +59,32 @@ def test_only_one_process_holds_a_journal(tmp_path):
     with Journal(path, HEADER), pytest.raises(InputError, match="another run is writing"):
         Journal(path, HEADER)
     Journal(path, HEADER).close()
+
+
+@pytest.mark.parametrize("answer", [None, OSError(errno.ENOLCK, "No locks available")])
+def test_only_one_process_holds_a_journal_where_flock_does_nothing(tmp_path, monkeypatch, answer):
+    def flock(*_):
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "j"
+    with Journal(path, HEADER), pytest.raises(InputError, match=f"another run .*is writing {tmp_path}"):
+        Journal(path, HEADER)
+    Journal(path, HEADER).close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["j"]
+
+
+def test_a_journal_that_cannot_be_begun_keeps_nobody_out(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(EnvironmentFailure, match="No space left on device"):
+            Journal(tmp_path / "j", HEADER)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["j"]
+    Journal(tmp_path / "j", HEADER).close()
 
 
 def test_rows_written_before_a_kill_are_there(tmp_path):

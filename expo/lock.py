@@ -1,0 +1,196 @@
+"""One writer at a time, also where `flock` does nothing, as on some network file systems.
+
+A lock is a symbolic link whose target says who holds it. Making a link is atomic everywhere, NFS included, and it
+comes with its content, so that nobody ever sees a lock without a holder. A killed process leaves its lock behind; the
+next one on the same machine takes it over. The right to remove a dead holder's lock is a lock itself, named after the
+dead one, so that of several takers one wins and none removes a living one's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+from expo.errors import InputError
+from expo.files import shown
+
+NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+"""How a file system says that it has no symbolic links."""
+
+ENDED = frozenset("ZX")
+"""The states of a process that only waits for its parent to ask how it ended."""
+
+RETRY_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lock."""
+
+    host: str
+    machine: str
+    """/etc/machine-id; two machines may have one name."""
+    boot: str
+    """The running kernel's id, which a restart changes."""
+    pids: str
+    """The process namespace: in another one (a container) the same number is another process."""
+    pid: int
+    born: str
+    """When the process started, in the kernel's ticks; numbers are used again."""
+    nonce: str = ""
+    """Tells this lock from the same process's next one."""
+
+
+UNKNOWN = Holder("", "", "", "", 0, "")
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _born(pid: int) -> str:
+    """When a process started, empty where there is none; "alive" where the system does not say."""
+    if Path("/proc/self/stat").exists():
+        fields = _content(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name, in (), may hold anything
+        ended = len(fields) < 20 or fields[0] in ENDED
+        return "" if ended else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def this_process() -> Holder:
+    """This process, as the holder of a lock."""
+    try:
+        pids = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        pids = ""
+    boot, machine = _content("/proc/sys/kernel/random/boot_id"), _content("/etc/machine-id")
+    return Holder(socket.gethostname(), machine, boot, pids, os.getpid(), _born(os.getpid()))
+
+
+def is_dead(held: Holder, me: Holder, last_sign: float, *, alone_here: bool) -> bool:
+    """Whether the holder of a lock is known to have ended; of one on another machine nothing is known.
+
+    Args:
+        held: The holder.
+        me: This process.
+        last_sign: When the lock was last touched, in seconds since 1970.
+        alone_here: Whether the kernel has vouched (by `flock`) that no process of this machine holds the lock.
+    """
+    if held.boot != me.boot:
+        restarted = bool(me.machine) and (held.host, held.machine) == (me.host, me.machine)
+        return restarted and last_sign < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if held.pids != me.pids:
+        return alone_here
+    return bool(me.boot or held.host == me.host) and _born(held.pid) != held.born
+
+
+class RunLock:
+    """The lock of a run, taken when it is made.
+
+    Args:
+        path: The lock's name; what it guards is the folder it lies in.
+        alone_here: Whether the kernel has vouched that no other process of this machine holds it.
+
+    Raises:
+        InputError: Another run holds it, or may hold it; the message says which.
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(self, path: Path, *, alone_here: bool) -> None:
+        self._path = path
+        self._me = replace(this_process(), nonce=secrets.token_hex(8))
+        self._alone_here = alone_here
+        while not _create(path, self._me):
+            held, last_sign = _holder(path), _last_sign(path)
+            if held is None:
+                time.sleep(RETRY_SECONDS)  # released in this moment
+            elif is_dead(held, self._me, last_sign, alone_here=alone_here):
+                self._remove_dead(held)
+            else:
+                raise InputError(_refusal(path, held, self._me))
+
+    def _remove_dead(self, held: Holder) -> None:
+        right = RunLock(self._path.with_name(f"{self._path.name}.{held.nonce}"), alone_here=self._alone_here)
+        try:
+            if _holder(self._path) == held:  # a slow taker comes when it is somebody else's already
+                self._path.unlink()
+        finally:
+            right.release()
+
+    def beat(self) -> None:
+        """Give a sign of life, which others see as the lock's age."""
+        with contextlib.suppress(OSError, NotImplementedError):
+            os.utime(self._path, follow_symlinks=False)
+
+    def release(self) -> None:
+        """Let the next one have it; nothing happens where it is not held any more."""
+        with contextlib.suppress(OSError):
+            if _holder(self._path) == self._me:
+                self._path.unlink()
+
+
+def _create(path: Path, me: Holder) -> bool:
+    """Make the lock; whether this process holds it now."""
+    content = json.dumps(asdict(me), separators=(",", ":"))
+    try:
+        path.symlink_to(content)
+    except FileExistsError:
+        return _holder(path) == me  # NFS may repeat a request that had succeeded
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_file(path, content)
+    return True
+
+
+def _create_file(path: Path, content: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> Holder | None:
+    """Who holds a lock, None where nobody does."""
+    try:
+        text = str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
+        held = Holder(**json.loads(text))
+        return held if held.nonce.isalnum() else UNKNOWN
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return UNKNOWN
+
+
+def _last_sign(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _refusal(path: Path, held: Holder, me: Holder) -> str:
+    if held.boot == me.boot and held.host == me.host:
+        return f"another run (process {held.pid}) is writing {path.parent}; wait for it, or choose another output"
+    who = f"process {held.pid} on {shown(held.host)}" if held.host else "of unknown origin"
+    ago = timedelta(seconds=max(0, int(time.time() - _last_sign(path))))
+    return f"another run ({who}, last heard of {ago} ago) is writing {path.parent}; if it is dead, remove {path}"

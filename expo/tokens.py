@@ -1,0 +1,158 @@
+"""Which number a model folder's tokenizer gives each token, and where two models differ; no model code runs.
+
+A row of the embedding means the token of its number. Where SFT and DPO number a token differently, their rows are not
+of one token, and a difference between them means nothing. Here: `tokenizer.json`, `vocab.json`, `added_tokens.json`
+and `tokenizer_config.json`; a sentencepiece model alone is compared as bytes. Not here: chat templates and which token
+ends an answer, which are DPO's business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from expo.errors import InputError
+from expo.files import open_file, read_json, shown
+
+TOKENIZER_FILE = "tokenizer.json"
+VOCABULARY_FILE = "vocab.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+COMPARED_BYTES = 1 << 20
+
+Pairs = Iterator[tuple[Any, Any]]
+"""Token and number, as a file has them, right or wrong."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """How two tokenizers differ."""
+
+    moved: dict[str, tuple[int, int]]
+    """Tokens that both have under different numbers: token → (SFT's, DPO's)."""
+    only_sft: dict[str, int]
+    """Tokens that only SFT has; empty where one side has no whole list of its tokens."""
+    only_dpo: dict[str, int]
+    """Tokens that only DPO has."""
+    unknown: bool = False
+    """The sentencepiece models differ and no file lists their tokens."""
+
+
+def _entries(value: object) -> Pairs:
+    if isinstance(value, dict):
+        yield from value.items()
+
+
+def _vocabulary(content: dict[str, Any]) -> Pairs:
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram: [token, score], in the order of their numbers
+        yield from ((entry[0], number) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry)
+    yield from _entries(vocabulary)
+    added = content.get("added_tokens")
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict):
+            yield entry.get("content"), entry.get("id")
+
+
+def _added_tokens_decoder(content: dict[str, Any]) -> Pairs:
+    for number, entry in _entries(content.get("added_tokens_decoder")):
+        if isinstance(entry, dict) and number.isascii() and number.isdigit() and len(number) < 10:
+            yield entry.get("content"), int(number)
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Pairs]] = {
+    TOKENIZER_FILE: _vocabulary,
+    VOCABULARY_FILE: _entries,
+    "added_tokens.json": _entries,
+    "tokenizer_config.json": _added_tokens_decoder,
+}
+"""The files that number tokens; of two numbers for a token the first counts."""
+
+TOKEN_FILES = (*READERS, SENTENCEPIECE_FILE)
+"""Everything that is compared."""
+
+
+def token_numbers(folder: Path) -> dict[str, int]:
+    """Token → number, from all files of a model folder that say so; empty where there are none.
+
+    Raises:
+        InputError: One of them cannot be read.
+    """
+    present = {name: reader for name, reader in READERS.items() if (folder / name).exists()}
+    numbers: dict[str, int] = {}
+    for token, number in chain.from_iterable(reader(read_json(folder / name)) for name, reader in present.items()):
+        if isinstance(token, str) and type(number) is int:
+            numbers.setdefault(token, number)
+    return numbers
+
+
+def compare_tokens(sft: Path, dpo: Path) -> TokenDifference | None:
+    """How the tokenizers of two model folders differ; None where they do not, or where nothing can be compared.
+
+    A `tokenizer.json` of 30 MB is parsed only where both sides have one and they differ.
+
+    Raises:
+        InputError: A tokenizer's file cannot be read.
+    """
+    if _has_same(TOKENIZER_FILE, sft, dpo):
+        return None
+    ours, theirs = token_numbers(sft), token_numbers(dpo)
+    moved = {token: (ours[token], theirs[token]) for token in ours if theirs.get(token, ours[token]) != ours[token]}
+    whole = _lists_all(sft) and _lists_all(dpo)
+    difference = TokenDifference(
+        moved=moved,
+        only_sft={token: number for token, number in ours.items() if whole and token not in theirs},
+        only_dpo={token: number for token, number in theirs.items() if whole and token not in ours},
+        unknown=not whole and _has_same(SENTENCEPIECE_FILE, sft, dpo) is False,
+    )
+    return difference if difference != TokenDifference({}, {}, {}) else None
+
+
+def _lists_all(folder: Path) -> bool:
+    return (folder / TOKENIZER_FILE).exists() or (folder / VOCABULARY_FILE).exists()
+
+
+def _has_same(name: str, sft: Path, dpo: Path) -> bool | None:
+    """Whether both folders have a file with the same bytes; None where one does not have it."""
+    files = sft / name, dpo / name
+    if not all(file.exists() for file in files):
+        return None
+    with open_file(files[0]) as one, open_file(files[1]) as other:
+        while (block := one.read(COMPARED_BYTES)) == other.read(COMPARED_BYTES):
+            if not block:
+                return True
+    return False
+
+
+def require_same_tokens(sft: Path, dpo: Path) -> None:
+    """Refuse a pair that numbers a token differently; warn of tokens that only one side has.
+
+    Raises:
+        InputError: A token that both have has two numbers; the message names one and both numbers.
+    """
+    try:
+        difference = compare_tokens(sft, dpo)
+    except InputError as error:  # SFT's tokenizer is needed for nothing else
+        log.warning("%s; the token numbers of SFT and DPO were not compared", error)
+        return
+    if difference is None:
+        return
+    if difference.moved:
+        token, (ours, theirs) = min(difference.moved.items(), key=lambda item: item[1])
+        more = f" (and {len(difference.moved) - 1} more tokens differ)" if len(difference.moved) > 1 else ""
+        raise InputError(
+            f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so rows of the "
+            "embeddings do not belong together; give the SFT model that DPO was trained from"
+        )
+    if difference.unknown:
+        log.warning("%s differs between %s and %s; their token numbers were not compared", SENTENCEPIECE_FILE, sft, dpo)
+    for folder, only in ((sft, difference.only_sft), (dpo, difference.only_dpo)):
+        if only:
+            first = min(only, key=lambda token: only[token])
+            log.warning("%d tokens are in %s only (%s is %d)", len(only), folder, shown(first), only[first])
