@@ -11,16 +11,26 @@ from expo.hub import Location
 PAPER = "https://arxiv.org/abs/2404.16792"
 
 
-def model_card(*, title: str, alpha: float, sft: Location, dpo: Location, command: str, figures: dict[str, Any]) -> str:
+def model_card(
+    *,
+    title: str,
+    alpha: float,
+    sft: Location,
+    dpo: Location,
+    command: str,
+    figures: dict[str, Any],
+    is_adapter: bool = False,
+) -> str:
     """Write the card.
 
     Args:
         title: The model's name.
         alpha: α.
         sft: The SFT model.
-        dpo: The DPO model, whose licence is carried over.
+        dpo: The DPO model, whose licence is carried over; an adapter without one has SFT's.
         command: The command that makes this checkpoint.
         figures: Name → value, shown in a table.
+        is_adapter: Whether DPO is an adapter over SFT.
 
     Returns:
         Markdown with a YAML front matter: `base_model` [dpo, sft] where both are on the hub, tags, licence.
@@ -33,8 +43,12 @@ def model_card(*, title: str, alpha: float, sft: Location, dpo: Location, comman
         base_model_relation="merge" if hub_ids else None,
         library_name="transformers",
         tags=["expo", "model-extrapolation", "alignment"],
-        **licence(dpo.path),
+        **(licence(dpo.path) or (licence(sft.path) if is_adapter else {})),
     )
+    kind, origin = "", f"Config, tokenizer and chat template are those of {dpo.label}."
+    if is_adapter:
+        kind = ", a LoRA adapter merged into θ_sft"
+        origin = f"The config is that of {sft.label}; so are tokenizer and chat template where {dpo.label} has none."
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return f"""---
 {data.to_yaml()}
@@ -49,14 +63,14 @@ from it, without further training:
 
 | | model | revision |
 | --- | --- | --- |
-| θ_dpo | {dpo.label} | {dpo.revision or "local"} |
+| θ_dpo | {dpo.label}{kind} | {dpo.revision or "local"} |
 | θ_sft | {sft.label} | {sft.revision or "local"} |
 
 | figure | value |
 | --- | --- |
 {rows}
 
-Config, tokenizer and chat template are those of {dpo.label}. Made with:
+{origin} Made with:
 
 ```sh
 {command}

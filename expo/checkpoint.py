@@ -48,10 +48,14 @@ CONFIG_FILE = "config.json"
 PARTIAL_FOLDER = ".expo-partial"
 """Where an unfinished output keeps its files; a folder that has one is not a finished checkpoint."""
 
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""Can be extrapolated."""
+
 FOREIGN_SUFFIXES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
     *("*.tfevents.*", "optimizer*", "scheduler*", "trainer_state.json", "README.md", "expo.json"),
+    *("adapter_config.json", "adapter_model.*"),
 )
 FOREIGN_FOLDERS = ("checkpoint-*", "original", "runs", "global_step*", "__pycache__", ".*")
 

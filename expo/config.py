@@ -113,7 +113,7 @@ class ExtrapolateConfig(CommonConfig):
     sft: str
     """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
     dpo: str
-    """The DPO/RLHF checkpoint θ_dpo trained from it."""
+    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
     alpha: tuple[float, ...] = ()
     """The extrapolation strengths, one output folder each; 0 is DPO itself, −1 is SFT."""
     output: str | None = None
@@ -205,7 +205,7 @@ class InspectConfig(CommonConfig):
     sft: str
     """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
     dpo: str
-    """The DPO/RLHF checkpoint θ_dpo trained from it."""
+    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
     output: str | None = None
     """A picture (.png, .svg or .pdf) of ‖Δ‖/‖θ_sft‖ by layer and module; by default there is none."""
     device: str = "auto"

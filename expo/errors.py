@@ -7,6 +7,8 @@ To add one, derive it from the class whose exit code it shares.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ExpoError(Exception):
     """Base of all errors expo raises on purpose."""
@@ -43,3 +45,16 @@ class Stopped(BaseException):
 def first_line(error: BaseException) -> str:
     """What an exception says, cut to one line; its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def listed(title: str, items: Iterable[str]) -> list[str]:
+    """One part of a message that lists mismatches: the title, the first three items and the number of the others.
+
+    Returns:
+        That part, or nothing where there are no items.
+    """
+    items = list(items)
+    if not items:
+        return []
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return [f"{title}: {', '.join(items[:3])}{more}"]

@@ -24,15 +24,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from expo import __version__
+from expo.adapter.folders import is_adapter, output_side_files, require_base
 from expo.card import model_card
 from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     config_with_dtype,
-    side_files,
     source_fingerprint,
 )
 from expo.combine.decide import plan_pair
+from expo.combine.decide_adapter import plan_adapter
 from expo.combine.doubts import question_change, question_pair
 from expo.combine.layout import index_json
 from expo.combine.plan import PairPlan, PairRules, ShardPlan
@@ -91,7 +92,8 @@ class Plan:
     dpo: Location
     pair: PairPlan
     outputs: tuple[Output, ...]
-    side_files: tuple[Path, ...]
+    side_files: dict[str, Path]
+    """Name in the outputs → the file that is copied."""
 
     @property
     def todo(self) -> tuple[Output, ...]:
@@ -119,7 +121,7 @@ class Plan:
             **_vocabulary(pair),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in pair.shards],
             "bytes_per_output": pair.nbytes,
-            "side_files": ", ".join(map(str, self.side_files)),
+            "side_files": ", ".join(self.side_files),
         }
 
 
@@ -168,6 +170,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
     destinations = find_destinations(config.repositories, private=config.private)
     sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
     dpo = locate(config.dpo, pickled=config.allow_pickle)
+    if is_adapter(dpo.path):  # then SFT's config and other side files are the output's
+        sft = locate(config.sft, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         refuse_inside(folder, sft, dpo)
@@ -186,8 +190,9 @@ def plan(config: ExtrapolateConfig) -> Plan:
         max_shard_bytes=config.max_shard_bytes,
         allow_nonfinite=config.allow_nonfinite,
     )
-    pair = plan_pair(read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle), rules)
-    question_pair(sft, dpo, pair.sft, pair.dpo)
+    pair = _plan_pair(sft, dpo, config, rules)
+    if pair.adapter is None:
+        question_pair(sft, dpo, pair.sft, pair.dpo)
     require_same_tokens(sft.path, dpo.path)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
@@ -197,7 +202,14 @@ def plan(config: ExtrapolateConfig) -> Plan:
             "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
             *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
         )
-    return Plan(config, sft, dpo, pair, outputs, tuple(side_files(dpo.path)))
+    return Plan(config, sft, dpo, pair, outputs, output_side_files(sft.path, dpo.path))
+
+
+def _plan_pair(sft: Location, dpo: Location, config: ExtrapolateConfig, rules: PairRules) -> PairPlan:
+    require_base(sft, dpo)
+    if is_adapter(dpo.path):
+        return plan_adapter(read_source(sft, config.allow_pickle), dpo.path, rules)
+    return plan_pair(read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle), rules)
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
@@ -240,7 +252,7 @@ def _execute(work: Plan) -> None:
 def _require_space(work: Plan) -> None:
     folder = next(parent for parent in (work.todo[0].folder, *work.todo[0].folder.resolve().parents) if parent.exists())
     staged = sum(file.stat().st_size for output in work.todo for file in output.folder.glob(".expo-partial/*.partial"))
-    copied = sum((work.dpo.path / name).stat().st_size for name in work.side_files)
+    copied = sum(file.stat().st_size for file in work.side_files.values())
     needed, free = (work.pair.nbytes + copied) * len(work.todo) - staged, shutil.disk_usage(folder).free
     if needed > free:
         raise EnvironmentFailure(f"{folder} has {_amount(free)} free and {_amount(needed)} are needed")
@@ -259,7 +271,7 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
         first_read, started = time.time(), time.perf_counter()
-        sources = stack.enter_context(stream.SourceFiles(work.pair.sft, work.pair.dpo))
+        sources = stack.enter_context(stream.SourceFiles(*work.pair.sources))
         disk = stack.enter_context(Background())
         if work.pair.equal:
             stream.Combiner(sources, replace(rules, alphas=()), device, workers).run(
@@ -314,22 +326,21 @@ def _require_unchanged(work: Plan) -> None:
 
 def _question_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
     changed = [folder for output, folder in zip(work.todo, staged, strict=True) if output.alpha]
-    if changed and work.pair.count("extrapolate"):
+    if changed and work.pair.count("extrapolate", "merge"):
         figures = _delta_figures(changed[0])
         question_change(figures["norm"], figures["relative"])
 
 
 def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Row) -> None:
-    names = [str(name) for name in work.side_files]
-    for name in names:
-        folder.add_copy(name, work.dpo.path / name)
-    if work.config.dtype != "auto" and CONFIG_FILE in names:
-        folder.add_text(CONFIG_FILE, config_with_dtype(work.dpo.path, work.config.dtype))
+    for name, file in work.side_files.items():
+        folder.add_copy(name, file)
+    if work.config.dtype != "auto" and CONFIG_FILE in work.side_files:
+        folder.add_text(CONFIG_FILE, config_with_dtype(work.pair.dpo.path, work.config.dtype))
     if not work.pair.is_single_file:
         folder.add_text(INDEX_FILE, index_json(work.pair))
     figures = _delta_figures(folder)
     folder.add_text(CARD_FILE, _card(work, output, figures))
-    files = sorted({*names, *folder.records, CARD_FILE, *([] if work.pair.is_single_file else [INDEX_FILE])})
+    files = sorted({*work.side_files, *folder.records, CARD_FILE, *([] if work.pair.is_single_file else [INDEX_FILE])})
     manifest = _manifest(work, output, folder, files, figures, times)
     folder.add_text(MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
@@ -344,6 +355,7 @@ def _delta_figures(folder: StagedOutput) -> Row:
 
 def _tensor_counts(pair: PairPlan) -> dict[str, int]:
     return {
+        **({} if pair.adapter is None else {"merged": pair.count("merge")}),
         "extrapolated": pair.count("extrapolate"),
         "copied": pair.count("copy", "convert"),
         "equal": pair.count("match"),
@@ -391,6 +403,7 @@ def _manifest(
         },
         "tensors": _tensor_counts(work.pair),
         **_vocabulary(work.pair),
+        **({} if work.pair.adapter is None else {"lora": work.pair.adapter.describe()}),
         "delta": figures,
         "bytes": work.pair.nbytes,
         "shards": {
@@ -409,9 +422,10 @@ def _card(work: Plan, output: Output, figures: Row) -> str:
         sft=work.sft,
         dpo=work.dpo,
         command=_command(work, output.alpha),
+        is_adapter=work.pair.adapter is not None,
         figures={
-            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖": "not finite" if relative is None else f"{relative:.5f}",
-            "tensors extrapolated": counts["extrapolated"],
+            "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
+            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
         },
     )

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from expo.combine.doubts import UNRELATED_CHANGE
 from expo.combine.plan import Overlap, Part
+from expo.errors import listed
 from expo.places import Place
 from expo.stats import cosine_distance, relative_change
 
@@ -23,8 +24,6 @@ SFT_TO_DPO = 0.036
 """‖Δ‖/‖θ_sft‖ of zephyr's SFT → DPO, a pair that ExPO suits (Zheng et al. 2025)."""
 PRETRAINED_TO_SFT = 0.99
 """The same of its pretrained model → SFT, where ExPO gains nothing or breaks the model."""
-MOST_NAMED = 3
-"""Tensors named in a line of text; the JSON names all."""
 
 
 @dataclass(frozen=True)
@@ -256,9 +255,8 @@ class Inspection:
     def text(self) -> str:
         """A table with a row per module, what does not match, and the verdict."""
         rows = [HEADINGS, *(_row(module) for module in (*self.modules, Module("total", self.total, self.layers)))]
-        notes = [f"{kind} ({len(names)}): {_named(names)}" for kind, names in self.mismatches.items()]
-        if self.nonfinite:
-            notes.append(f"NaN, infinity or too large to be squared ({len(self.nonfinite)}): {_named(self.nonfinite)}")
+        kinds = {**self.mismatches, "NaN, infinity or too large to be squared": self.nonfinite}
+        notes = [note for kind, names in kinds.items() for note in listed(f"{kind} ({len(names)})", names)]
         if (sizes := self.overlap.vocabulary) is not None:
             notes.append(
                 f"vocabularies of {sizes.sft} and {sizes.dpo} rows: compared are the {sizes.common} that both have "
@@ -280,7 +278,7 @@ def _likely(found: Inspection) -> str:
 def _suspect(found: Inspection) -> str:
     relative = found.total.relative
     if found.nonfinite:
-        return f"NaN, infinity or values too large to be squared in {_named(found.nonfinite)}: look at these first"
+        return f"{listed('NaN, infinity or values too large to be squared', found.nonfinite)[0]}; look at these first"
     if relative is None:
         return "θ_sft is all zeros"
     return (
@@ -327,11 +325,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
         for row in rows
     ]
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 Key = TypeVar("Key")

@@ -32,8 +32,9 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
 )
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES)
-"""What is needed of a checkpoint whose weights are read, and whose token ids are compared with another's."""
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES)
+"""What is needed of a checkpoint whose weights are read, and whose token ids are compared with another's; by
+adapter_config.json it is known for an adapter."""
 
 PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", *TOKENIZER_FILES)
 """The same where there are .bin weights only."""

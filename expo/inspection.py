@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from expo.checkpoint import Checkpoint, source_fingerprint
+from expo.adapter.folders import is_adapter, require_base
+from expo.checkpoint import source_fingerprint
 from expo.combine.decide import overlap
+from expo.combine.decide_adapter import overlap_adapter
 from expo.combine.plan import Overlap, PairRules, Part
 from expo.config import InspectConfig
 from expo.errors import InputError
@@ -43,11 +45,9 @@ class Plan:
     config: InspectConfig
     sft: Location
     dpo: Location
-    checkpoints: tuple[Checkpoint, Checkpoint]
-    """SFT's and DPO's."""
     overlap: Overlap
-    sources: Row
-    """The fingerprints of both."""
+    fingerprints: Row
+    """What tells the state of both."""
     picture: Path | None
 
     @property
@@ -80,7 +80,7 @@ def run(config: InspectConfig) -> Inspection:
         return _measure(work)
     work.picture.parent.mkdir(parents=True, exist_ok=True)
     found = _measure(work)
-    write_atomic(work.picture, _draw(found, work.picture.suffix.lower(), _mark(work.sources)))
+    write_atomic(work.picture, _draw(found, work.picture.suffix.lower(), _mark(work.fingerprints)))
     return replace(found, picture=work.picture)
 
 
@@ -88,16 +88,22 @@ def plan(config: InspectConfig) -> Plan:
     """Tell from headers what can be compared; nothing is written.
 
     Raises:
-        InputError: An input is no whole checkpoint or quantized, or the picture may not be written where it is wanted.
+        InputError: An input is no whole checkpoint, quantized, or an adapter to something else, or the picture may
+            not be written where it is wanted.
     """
     sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
-    sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+    fingerprints = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     picture = None if config.output is None else Path(config.output)
     if picture is not None:
         refuse_inside(picture, sft, dpo)
-        _refuse_picture(picture, _mark(sources), overwrite=config.overwrite)
-    checkpoints = read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle)
-    return Plan(config, sft, dpo, checkpoints, overlap(*checkpoints), sources, picture)
+        _refuse_picture(picture, _mark(fingerprints), overwrite=config.overwrite)
+    return Plan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
+
+
+def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
+    require_base(sft, dpo)
+    base = read_source(sft, allow_pickle)
+    return overlap_adapter(base, dpo.path) if is_adapter(dpo.path) else overlap(base, read_source(dpo, allow_pickle))
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ def _measure(work: Plan) -> Inspection:
     from expo.combine.stream import SourceFiles
 
     both = work.overlap
-    with SourceFiles(*work.checkpoints) as sources, closing(bytes_bar(work.nbytes, "inspect")) as progress:
+    with SourceFiles(*both.sources) as sources, closing(bytes_bar(work.nbytes, "inspect")) as progress:
         figures = _figures(work, sources, progress)
         unequal = tuple(part.dpo.name for part in both.exact if not _is_equal(part, sources))
         untied = tuple(part.dpo.name for part in both.heads if not _is_equal(part, sources))
@@ -150,7 +156,7 @@ def _is_equal(part: Part, sources: SourceFiles) -> bool:
 
 def _require_unchanged(work: Plan) -> None:
     for side, location in (("sft", work.sft), ("dpo", work.dpo)):
-        if source_fingerprint(location) != work.sources[side]:
+        if source_fingerprint(location) != work.fingerprints[side]:
             raise InputError(f"{location.path} changed while it was read; run the command again")
 
 
@@ -160,8 +166,8 @@ MARK = "expo inspect "
 """Begins what a picture says, in its metadata, about the weights it was drawn from."""
 
 
-def _mark(sources: Row) -> str:
-    return MARK + xxhash.xxh3_128_hexdigest(json_line(sources).encode())
+def _mark(fingerprints: Row) -> str:
+    return MARK + xxhash.xxh3_128_hexdigest(json_line(fingerprints).encode())
 
 
 def _refuse_picture(picture: Path, mark: str, *, overwrite: bool) -> None:

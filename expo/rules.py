@@ -46,6 +46,7 @@ class Scratch:
         self._delta = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._rows = torch.empty(nbytes // NORM_ROW * 8 + 8, dtype=torch.uint8, device=device)
         self._wide: dict[torch.dtype, Tensor] = {}
+        self._tile = torch.empty(0, dtype=torch.uint8, device=device)
 
     def delta(self, like: Tensor) -> Tensor:
         """Room for a tensor like this one."""
@@ -61,6 +62,13 @@ class Scratch:
             self._wide[dtype] = torch.empty(3, WIDE_BLOCK, dtype=dtype, device=self._delta.device)
         first, second, third = self._wide[dtype]
         return first[:elements], second[:elements], third[:elements]
+
+    def tile(self, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        """Room for a matrix."""
+        nbytes = rows * columns * dtype.itemsize
+        if len(self._tile) < nbytes:
+            self._tile = torch.empty(nbytes, dtype=torch.uint8, device=self._tile.device)
+        return self._tile[:nbytes].view(dtype).view(rows, columns)
 
 
 def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -84,7 +92,7 @@ def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor, scratch: Sc
         return out.copy_(dpo)
     if sft.dtype == dpo.dtype == out.dtype:
         return torch.lerp(dpo, sft, -alpha, out=out)
-    wide = _wider(sft, dpo)
+    wide = wider(sft, dpo)
     if scratch is None:
         return out.copy_(torch.lerp(dpo.to(wide), sft.to(wide), -alpha))
     for s, d, o in zip(*(torch.split(side, WIDE_BLOCK) for side in (sft, dpo, out)), strict=True):
@@ -121,7 +129,7 @@ def _squared_norm(values: Tensor, scratch: Scratch) -> float:
 
 
 def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> Norms:
-    wide, total = _wider(sft, dpo), Norms()
+    wide, total = wider(sft, dpo), Norms()
     for s, d in zip(torch.split(sft, WIDE_BLOCK), torch.split(dpo, WIDE_BLOCK), strict=True):
         size, other, delta = scratch.wide(wide, len(s))
         torch.sub(other.copy_(d), size.copy_(s), out=delta)
@@ -130,7 +138,8 @@ def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> 
     return total
 
 
-def _wider(sft: Tensor, dpo: Tensor) -> torch.dtype:
+def wider(sft: Tensor, dpo: Tensor) -> torch.dtype:
+    """The type that two sides of different types are combined in: float32, or float64 where one of them is."""
     return torch.promote_types(torch.promote_types(sft.dtype, dpo.dtype), torch.float32)
 
 
@@ -145,6 +154,74 @@ def stays_finite(norms: Norms, alpha: float, dtype: torch.dtype) -> bool:
     """
     bound = math.sqrt(norms.sft) + abs(1 + alpha) * math.sqrt(norms.delta)
     return bound < torch.finfo(dtype).max / 2
+
+
+def low_rank_delta(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
+    """ΔW = scale · L · R, or consecutive rows of it.
+
+    An element's last bit depends on the shape of the product that it is computed in.
+
+    Args:
+        left: L [rows, rank], float32 or float64.
+        right: R [rank, columns], same dtype.
+        scale: A LoRA's scaling, alpha/rank or alpha/√rank.
+        out: Where ΔW [rows, columns] goes; same dtype.
+
+    Returns:
+        `out`.
+    """
+    return torch.mm(left * scale, right, out=out)
+
+
+def add_difference(delta: Tensor, sft: Tensor, dpo: Tensor, scratch: Scratch) -> None:
+    """Δ += d − s, for a tensor that was replaced and has a ΔW as well.
+
+    Args:
+        delta: Δ, one axis, float32 or float64.
+        sft: s, any floating-point dtype, same shape.
+        dpo: d, likewise.
+        scratch: Work space on the same device.
+    """
+    for change, s, d in zip(*(torch.split(side, WIDE_BLOCK) for side in (delta, sft, dpo)), strict=True):
+        wide_s, wide_d, _ = scratch.wide(delta.dtype, len(change))
+        change.add_(wide_d.copy_(d).sub_(wide_s.copy_(s)))
+
+
+def add_delta(sft: Tensor, delta: Tensor, alpha: float, out: Tensor, scratch: Scratch) -> Tensor:
+    """θ = s + (1 + α)Δ, in Δ's dtype, one rounding to the output's: the rule for a Δ that is known by itself.
+
+    Args:
+        sft: s, one axis, any floating-point dtype.
+        delta: Δ = θ_dpo − θ_sft, same shape, float32 (float64 where s is).
+        alpha: α. At 0 the result is θ_dpo, computed; at −1 s is copied, not computed.
+        out: Where θ goes; same shape, any floating-point dtype.
+        scratch: Work space on the same device.
+
+    Returns:
+        `out`.
+    """
+    if alpha == -1:
+        return out.copy_(sft)
+    if sft.dtype == delta.dtype == out.dtype:
+        return torch.add(sft, delta, alpha=1 + alpha, out=out)
+    return out.copy_(scratch.delta(delta).copy_(sft).add_(delta, alpha=1 + alpha))
+
+
+def delta_norms(sft: Tensor, delta: Tensor, scratch: Scratch, *, of_dpo: bool = False) -> Norms:
+    """‖Δ‖², ‖s‖² and, if asked, ‖s + Δ‖².
+
+    Args:
+        sft: s, one axis, any floating-point dtype.
+        delta: Δ, same shape, float32 or float64.
+        scratch: Work space on the same device.
+        of_dpo: Whether ‖s + Δ‖² is wanted.
+    """
+    dpo_squared = 0.0
+    if of_dpo:
+        dpo_squared = _squared_norm(scratch.delta(delta).copy_(sft).add_(delta), scratch)
+    if sft.dtype not in OWN_NORMS or len(sft) < FEW_ELEMENTS:
+        sft = scratch.delta(delta).copy_(sft)
+    return Norms(_squared_norm(delta, scratch), _squared_norm(sft, scratch), dpo_squared)
 
 
 def is_finite(values: Tensor) -> bool:

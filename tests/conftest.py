@@ -118,6 +118,14 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory):
+    """`adapters.Maker`: a base and a LoRA adapter of a case, each made once."""
+    from adapters import Maker
+
+    return Maker(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
 def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random tiny bfloat16 Llama pair with tokenizer and chat template; the DPO side in several shards."""
     import torch

@@ -85,7 +85,7 @@ VERDICTS = [
     ({"a": moved(0.0), "b": moved(0.01)}, {}, "likely", "which fits"),
     ({"a": Figures(1, 0, 1.0, 0.0, 1.0)}, {}, "suspect", "θ_sft is all zeros"),
     ({"a": moved(0.01), "b": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "infinity or values too large"),
-    ({"a": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "in a: look at these first"),
+    ({"a": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "squared: a; look at these first"),
     ({"a": moved(0.03)}, {"unequal": ("ids",)}, "mismatched", "1 tensor does not match, and `expo extrapolate`"),
     ({"a": moved(0.0)}, {"untied": ("lm_head",)}, "mismatched", "‖Δ‖ of the others is 0 of ‖θ_sft‖"),
     ({"a": moved(0.9)}, {"overlap": Overlap((), (), (), ("b",), ("c", "d"), (ONE,), (), None)}, "mismatched", "4 tens"),

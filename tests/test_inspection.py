@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, entry, environment, random_pair, raw_safetensors, run_expo, tree, write_checkpoint
+from helpers import (
+    DTYPES,
+    entry,
+    environment,
+    random_pair,
+    raw_safetensors,
+    run_expo,
+    tree,
+    write_checkpoint,
+)
 from PIL import Image
 from torch import Tensor
 

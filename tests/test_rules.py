@@ -165,6 +165,64 @@ def test_what_the_norms_call_finite_is_finite(
         assert told, "ordinary weights need no second look"
 
 
+@pytest.mark.parametrize("shape", [(40, 3, 25), (1, 2, 1000), (1000, 4, 1), (13, 1, 77)], ids=str)
+def test_a_low_rank_delta_is_the_product(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows, rank, columns = shape
+    left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
+    delta = rules.low_rank_delta(left, right, 1.7, torch.empty(rows, columns))
+    bound = 2.0**-22 * 1.7 * (left.double().abs() @ right.double().abs())
+    assert ((delta - 1.7 * (left.double() @ right.double())).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, *ALPHAS])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sft_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_delta_added_is_the_rounded_float64_result(
+    sft_dtype: torch.dtype, out_dtype: torch.dtype, alpha: float
+) -> None:
+    generator = torch.Generator().manual_seed(8)
+    sft = torch.randn(rules.WIDE_BLOCK + 9, generator=generator).to(sft_dtype)
+    delta = 0.03 * torch.randn(len(sft), generator=generator)
+    out = rules.add_delta(sft, delta, alpha, torch.empty_like(sft, dtype=out_dtype), SCRATCH).double().numpy()
+    right = sft.double().numpy() + (1 + alpha) * delta.double().numpy()
+    bound = 2.0**-22 * (np.abs(sft.double().numpy()) + (1 + abs(alpha)) * np.abs(delta.double().numpy()))
+    assert (round_to(right - bound, out_dtype) <= out).all()
+    assert (out <= round_to(right + bound, out_dtype)).all()
+
+
+def test_at_minus_one_a_delta_leaves_every_bit() -> None:
+    sft = torch.tensor([0.0, -0.0, 1.5, float("nan")], dtype=torch.bfloat16)
+    delta = torch.tensor([1.0, 1.0, float("inf"), 1.0])
+    assert as_bytes(rules.add_delta(sft, delta, -1.0, torch.empty_like(sft), SCRATCH)) == as_bytes(sft)
+
+
+def test_adding_a_delta_changes_neither_of_its_inputs() -> None:
+    sft, delta = torch.ones(5), torch.full((5,), 2.0)
+    assert rules.add_delta(sft, delta, 1.0, torch.empty(5), SCRATCH).tolist() == [5.0] * 5
+    assert (sft.tolist(), delta.tolist()) == ([1.0] * 5, [2.0] * 5)
+
+
+def test_a_replaced_tensor_adds_its_difference() -> None:
+    sft, dpo = torch.ones(rules.WIDE_BLOCK + 9, dtype=torch.bfloat16), torch.full((rules.WIDE_BLOCK + 9,), 1.5)
+    delta = torch.full_like(dpo, 0.25)
+    rules.add_difference(delta, sft, dpo, SCRATCH)
+    assert torch.equal(delta, torch.full_like(dpo, 0.75))
+
+
+@pytest.mark.parametrize("count", [1, 10_000, 300_000])
+@pytest.mark.parametrize("dtype", SIDES, ids=str)
+def test_norms_of_a_delta_against_numpy(dtype: torch.dtype, count: int) -> None:
+    generator = torch.Generator().manual_seed(9)
+    sft, delta = torch.randn(count, generator=generator).to(dtype), torch.randn(count, generator=generator)
+    delta = delta.to(rules.wider(sft, sft))
+    d, s = delta.double().numpy(), sft.double().numpy()
+    expected = (d**2).sum(), (s**2).sum(), ((s + d) ** 2).sum()
+    bound = 5e-4 if dtype == torch.bfloat16 and count >= rules.FEW_ELEMENTS else 1e-5
+    assert rules.delta_norms(sft, delta, SCRATCH, of_dpo=True) == pytest.approx(expected, rel=bound)
+    assert rules.delta_norms(sft, delta, SCRATCH).dpo == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_nonfinite_value_is_found_anywhere(dtype: torch.dtype, value: float) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expo import rules
 
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PAGE = 4096
 LINE = 64
 
@@ -57,6 +58,11 @@ class Lane:
     def load(self, host: Tensor, slot: int) -> Tensor:
         """A side's values on the device."""
         return host if self._stream is None else self._like(host, slot).copy_(host, non_blocking=True)
+
+    def uses(self, tensor: Tensor) -> None:
+        """Keep memory that lanes share from other use until this one's work with it is done."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
 
     def target(self, host: Tensor) -> Tensor:
         """Where on the device a result for `host` is computed."""

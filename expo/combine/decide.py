@@ -1,21 +1,19 @@
 """Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only looks at the pair.
 
-Tensors match by name. To teach it another model's tied head, add a line to `TIED_HEADS`.
+Tensors match by name. A DPO model that is an adapter over SFT has `decide_adapter.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from expo.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
-from expo.combine.layout import keep_layout, reshard
+from expo.checkpoint import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, TensorInfo
+from expo.combine.layout import lay_out
 from expo.combine.plan import (
     DTYPE_NAMES,
     EXACT_DTYPES,
-    FLOAT_DTYPES,
     Action,
     Match,
     Overlap,
@@ -25,21 +23,8 @@ from expo.combine.plan import (
     TensorPlan,
     Vocabulary,
 )
-from expo.errors import InputError
-
-TIED_HEADS = (
-    ("lm_head.weight", "model.embed_tokens.weight"),
-    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
-    ("lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
-    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
-    ("lm_head.weight", "transformer.wte.weight"),
-    ("lm_head.weight", "transformer.word_embeddings.weight"),
-    ("lm_head.weight", "backbone.embeddings.weight"),
-    ("embed_out.weight", "gpt_neox.embed_in.weight"),
-    ("output.weight", "model.tok_embeddings.weight"),
-)
-"""Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
+from expo.errors import InputError, listed
+from expo.tied import TIED_HEADS, config_tables, ties_head
 
 
 @dataclass(frozen=True)
@@ -66,8 +51,8 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
     Raises:
         InputError: The checkpoints do not fit together; the message lists every kind of mismatch.
     """
-    _refuse_quantized(sft, dpo)
-    matches = _matches(dpo, pair_rules)
+    refuse_quantized(sft, dpo)
+    matches = match_patterns(dpo, pair_rules)
     excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
     tied = _tied_heads(sft, dpo)
     vocabulary = _vocabulary(sft, dpo)
@@ -81,10 +66,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
     tensors = {name: _plan_tensor(pair, own.get(name), pair_rules) for name, pair in pairs.items()}
-    if pair_rules.max_shard_bytes is None:
-        shards = keep_layout(dpo.shards, tensors)
-    else:
-        shards = reshard(dpo.shards, tensors, pair_rules.max_shard_bytes)
+    shards = lay_out(dpo, tensors, pair_rules)
     equal = tuple(_equal(side, head) for head, side in tied.items())
     cut = vocabulary if any(pair.rows is not None for pair in pairs.values()) else None
     return PairPlan(sft, dpo, pair_rules, shards, equal, tuple(sorted(dropped)), matches, cut)
@@ -96,7 +78,7 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
     Raises:
         InputError: A checkpoint is quantized.
     """
-    _refuse_quantized(sft, dpo)
+    refuse_quantized(sft, dpo)
     rules = PairRules(alphas=(), common_vocabulary=True)
     tied, vocabulary = _tied_heads(sft, dpo), _vocabulary(sft, dpo)
     kinds: dict[str, list[_Pair]] = {"missing": [], "shape": [], "dtype": [], "alike": []}
@@ -113,6 +95,7 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
         shapes=tuple((pair.sft, pair.dpo) for pair in kinds["shape"] if pair.sft),
         dtypes=tuple((pair.sft, pair.dpo) for pair in kinds["dtype"] if pair.sft),
         vocabulary=vocabulary if any(pair.rows is not None for pair in kinds["alike"]) else None,
+        sources=(sft, dpo),
     )
 
 
@@ -124,7 +107,12 @@ def _likeness(pair: _Pair) -> str:
     return "alike" if _fit(pair.sft, pair.dpo) else "dtype"
 
 
-def _refuse_quantized(*checkpoints: Checkpoint) -> None:
+def refuse_quantized(*checkpoints: Checkpoint) -> None:
+    """Refuse checkpoints whose weights are no plain numbers.
+
+    Raises:
+        InputError: One of them is quantized; the message names it and the method.
+    """
     for checkpoint in checkpoints:
         quantization = checkpoint.config.get("quantization_config")
         if quantization:
@@ -138,8 +126,12 @@ def _refuse_quantized(*checkpoints: Checkpoint) -> None:
 # --- patterns -----------------------------------------------------------------------------------------------------
 
 
-def _matches(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
-    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it."""
+def match_patterns(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
+    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it.
+
+    Raises:
+        InputError: A pattern takes no tensor.
+    """
     patterns = [("--exclude", pattern, 0.0) for pattern in pair_rules.exclude]
     patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in pair_rules.alpha_for]
     free = dict.fromkeys(dpo.tensors)
@@ -166,20 +158,9 @@ def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
     for head, embedding in TIED_HEADS:
         for stores, lacks in ((sft, dpo), (dpo, sft)):
             both = embedding in stores.tensors and embedding in lacks.tensors
-            if both and head in stores.tensors and head not in lacks.tensors and _ties(lacks.config):
+            if both and head in stores.tensors and head not in lacks.tensors and ties_head(lacks.config) is not False:
                 found[head] = stores
     return found
-
-
-def _ties(config: dict[str, Any]) -> bool:
-    """Whether a model without a stored head takes its embedding; where the config is silent the library's default."""
-    flags = [table["tie_word_embeddings"] for table in _tables(config) if "tie_word_embeddings" in table]
-    return bool(flags[0]) if flags else True
-
-
-def _tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield config
-    yield from (value for value in config.values() if isinstance(value, dict))
 
 
 def _embedding_of(head: str, checkpoint: Checkpoint) -> TensorInfo:
@@ -194,10 +175,8 @@ def _equal(side: Checkpoint, head: str) -> Part:
 
 def _vocabulary(sft: Checkpoint, dpo: Checkpoint) -> Vocabulary | None:
     """The vocabulary sizes where they differ."""
-    sizes = [
-        next((table["vocab_size"] for table in _tables(side.config) if isinstance(table.get("vocab_size"), int)), None)
-        for side in (sft, dpo)
-    ]
+    found = ([table.get("vocab_size") for table in config_tables(side.config)] for side in (sft, dpo))
+    sizes = [next((size for size in given if isinstance(size, int)), None) for given in found]
     return Vocabulary(*sizes) if None not in sizes and sizes[0] != sizes[1] else None  # type: ignore[arg-type]
 
 
@@ -237,12 +216,12 @@ def _mismatches(
     problems = []
     if not pair_rules.copy_missing:
         hint = "pass --missing copy-dpo to copy them from DPO"
-        problems += _listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
-        problems += _listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
+        problems += listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
+        problems += listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
     hint = "the vocabularies differ in size: pass --vocab common to extrapolate the rows both have"
-    problems += _listed(hint, map(_shapes, by_vocabulary))
-    problems += _listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
-    problems += _listed(
+    problems += listed(hint, map(_shapes, by_vocabulary))
+    problems += listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
+    problems += listed(
         "dtypes that cannot be combined", [f"{d.name} {s.dtype}, {d.dtype}" for s, d, _ in shared if not _fit(s, d)]
     )
     return problems
@@ -258,20 +237,17 @@ def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
     return both_float or (sft.dtype == dpo.dtype and dpo.dtype in EXACT_DTYPES)
 
 
-def _listed(title: str, names: Iterable[str]) -> list[str]:
-    names = list(names)
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{title}: {', '.join(names[:3])}{more}"]
-
-
 # --- parts --------------------------------------------------------------------------------------------------------
+
+
+def output_dtype(info: TensorInfo, pair_rules: PairRules) -> str:
+    """The type a tensor of DPO is written in, as safetensors spells it."""
+    return DTYPE_NAMES[pair_rules.dtype] if pair_rules.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
 
 
 def _plan_tensor(pair: _Pair, own_alpha: float | None, pair_rules: PairRules) -> TensorPlan:
     info = pair.dpo
-    dtype = DTYPE_NAMES[pair_rules.dtype] if pair_rules.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+    dtype = output_dtype(info, pair_rules)
     alphas = pair_rules.alphas if own_alpha is None else (own_alpha,) * len(pair_rules.alphas)
     rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
     if pair.rows is not None:
@@ -281,12 +257,13 @@ def _plan_tensor(pair: _Pair, own_alpha: float | None, pair_rules: PairRules) ->
     for dpo, sft in rows:
         nbytes = dpo.numel * DTYPE_BITS[dtype] // 8
         if nbytes or not parts:
-            parts.append(Part(_action(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
+            parts.append(Part(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
         offset += nbytes
     return TensorPlan(info.name, dtype, info.shape, offset, tuple(parts))
 
 
-def _action(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
+def action_for(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
+    """What happens to a tensor with this partner, none where SFT is not read, that is written in this type."""
     if sft is None:
         return "copy" if dtype == dpo.dtype else "convert"
     return "match" if dpo.dtype in EXACT_DTYPES else "extrapolate"

@@ -6,8 +6,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from expo.checkpoint import SINGLE_FILE, Shard
-from expo.combine.plan import PairPlan, ShardPlan, TensorPlan
+from expo.checkpoint import SINGLE_FILE, Checkpoint, Shard
+from expo.combine.plan import PairPlan, PairRules, ShardPlan, TensorPlan
+
+
+def lay_out(dpo: Checkpoint, tensors: dict[str, TensorPlan], pair_rules: PairRules) -> tuple[ShardPlan, ...]:
+    """The output's files, in DPO's order of tensors."""
+    if pair_rules.max_shard_bytes is None:
+        return keep_layout(dpo.shards, tensors)
+    return reshard(dpo.shards, tensors, pair_rules.max_shard_bytes)
 
 
 def keep_layout(shards: Iterable[Shard], tensors: dict[str, TensorPlan]) -> tuple[ShardPlan, ...]:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from expo.adapter.tensors import Adapter, LowRank
 from expo.checkpoint import SINGLE_FILE, Checkpoint, TensorInfo
 
-Action = Literal["extrapolate", "copy", "convert", "match"]
-"""Compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's bytes, which must be SFT's too."""
+Action = Literal["extrapolate", "merge", "copy", "convert", "match"]
+"""Compute θ(α); add an adapter's ΔW and compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's
+bytes, which must be SFT's too."""
 
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""Can be extrapolated."""
 EXACT_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 """Buffers and the like: both sides must hold the same values."""
 
@@ -59,6 +59,8 @@ class Part:
     """First output byte, counted from the tensor's own first."""
     nbytes: int
     """Output bytes."""
+    low_rank: LowRank | None = None
+    """What is added to `dpo` to make θ_dpo of it, where it is merged."""
 
     @property
     def is_raw(self) -> bool:
@@ -135,6 +137,7 @@ class PairPlan:
 
     sft: Checkpoint
     dpo: Checkpoint
+    """As which the outputs are made; θ_sft itself where θ_dpo is an adapter over it."""
     rules: PairRules
     shards: tuple[ShardPlan, ...]
     equal: tuple[Part, ...] = ()
@@ -143,6 +146,12 @@ class PairPlan:
     """Tensors that only SFT has; the output, made as DPO is, has no place for them."""
     matches: tuple[Match, ...] = ()
     vocabulary: Vocabulary | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def sources(self) -> tuple[Checkpoint | Adapter, ...]:
+        """Whatever files are read from."""
+        return (self.sft, self.dpo) if self.adapter is None else (self.sft, self.adapter)
 
     @property
     def nbytes(self) -> int:
@@ -183,3 +192,5 @@ class Overlap:
     """Tensors of SFT and of DPO, of one shape, whose types cannot be combined."""
     vocabulary: Vocabulary | None
     """Where the vocabularies differ in size; then the parts hold the rows that both have."""
+    sources: tuple[Checkpoint | Adapter, ...] = ()
+    """Whatever files the parts are read from."""

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,8 +25,10 @@ import torch
 from torch import Tensor
 
 from expo import rules
+from expo.adapter.tensors import Adapter, LowRank
 from expo.checkpoint import Checkpoint, TensorInfo
-from expo.combine.buffers import PAGE, HostBuffer, Lane, Outputs
+from expo.combine.buffers import PAGE, TORCH_DTYPES, HostBuffer, Lane, Outputs
+from expo.combine.merge import CPU_TILE, CUDA_TILE, Deltas, tile_rows
 from expo.combine.plan import PairRules, Part
 from expo.errors import EnvironmentFailure, InputError
 from expo.rules import Norms
@@ -36,8 +39,6 @@ MOST_OUTPUT_BYTES = 64 << 20
 """Of all output buffers together; with very many α the pieces become smaller."""
 PROGRESS_S = 0.1
 MAX_DEFAULT_WORKERS = 4
-
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,20 +84,36 @@ def unit_dtype(part: Part, dtype: str) -> torch.dtype:
     return torch.uint8 if part.is_raw else TORCH_DTYPES[dtype]
 
 
-def pieces(parts: Iterable[tuple[Part, int]], piece_bytes: int) -> Iterator[Piece]:
-    """Cut parts, given with the offset of their first output byte, into pieces of at most `piece_bytes` a side."""
+def pieces(parts: Iterable[tuple[Part, int]], piece_bytes: int, tile: int = CPU_TILE) -> Iterator[Piece]:
+    """Cut parts, given with the offset of their first output byte, into pieces.
+
+    Args:
+        parts: What is cut.
+        piece_bytes: The most bytes that a piece has on one side.
+        tile: Elements of an adapter's ΔW that are multiplied at once; a piece lies in one tile.
+    """
     for part, start in parts:
         sides = [part.dtype, part.dpo.dtype, *([part.sft.dtype] if part.sft else [])]
+        sides += ["F32"] if part.low_rank else []  # ΔW
         step = piece_bytes // max(unit_dtype(part, dtype).itemsize for dtype in sides)
         out_bytes = unit_dtype(part, part.dtype).itemsize
-        for first in range(0, part.units, step):
-            yield Piece(part, first, min(step, part.units - first), start + first * out_bytes)
+        for begin, end in _spans(part, tile):
+            for first in range(begin, end, step):
+                yield Piece(part, first, min(step, end - first), start + first * out_bytes)
+
+
+def _spans(part: Part, tile: int) -> Iterator[tuple[int, int]]:
+    if part.low_rank is None:
+        yield 0, part.units
+        return
+    size = tile_rows(part.low_rank, tile) * part.low_rank.shape[1]
+    yield from ((first, min(first + size, part.units)) for first in range(0, part.units, size))
 
 
 class SourceFiles:
     """Open weight files, read at offsets; a context manager."""
 
-    def __init__(self, *checkpoints: Checkpoint) -> None:
+    def __init__(self, *checkpoints: Checkpoint | Adapter) -> None:
         self._stack = ExitStack()
         with ExitStack() as opening:
             self._descriptors: dict[Path, int] = {}
@@ -172,7 +189,7 @@ class Combiner:
     """Turns parts of a plan into θ(α).
 
     Args:
-        sources: The open files of both checkpoints.
+        sources: The open files of the plan's sources.
         pair_rules: The rules the plan was made with; one α per output.
         device: Where the arithmetic runs.
         workers: Threads; each has pieces of its own.
@@ -195,6 +212,8 @@ class Combiner:
         outputs, sets = len(pair_rules.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
         self._piece_bytes = min(wanted, max(MOST_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
+        self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
+        self._deltas = Deltas(sources.read, device, self._tile)
         self._lanes = [Lane(self._piece_bytes, device) for _ in range(workers)]
         pinned = device.type == "cuda"
         self._outputs = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
@@ -218,7 +237,7 @@ class Combiner:
             EnvironmentFailure: Reading failed, or a sink.
         """
         free: SimpleQueue[Outputs | None] = SimpleQueue()
-        job = _Job(pieces(parts, self._piece_bytes), sinks, free)
+        job = _Job(pieces(parts, self._piece_bytes, self._tile), sinks, free)
         for outputs in self._outputs:
             free.put(outputs)
         threads, told = torch.get_num_threads(), 0
@@ -253,7 +272,9 @@ class Combiner:
     def _combine(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
         part, norms = piece.part, Norms()
         dpo = lane.load(self._read(piece, part.dpo, lane.dpo), 0)
-        if part.sft is None:
+        if part.low_rank is not None:
+            norms = self._merge(piece, part.low_rank, dpo, outputs, lane)
+        elif part.sft is None:
             self._copy(part, dpo, outputs, lane)
         else:
             sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
@@ -262,9 +283,23 @@ class Combiner:
                 self._copy(part, dpo, outputs, lane)
             else:
                 norms = rules.pair_norms(sft, dpo, lane.scratch, of_dpo=self._norms_of_dpo)
-                self._extrapolate(part, sft, dpo, norms, outputs, lane)
+                rule = partial(rules.extrapolate, sft, dpo, scratch=lane.scratch)
+                self._extrapolate(part, rule, norms, outputs, lane)
         lane.finish()
         return norms
+
+    def _merge(self, piece: Piece, pair: LowRank, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> Norms:
+        """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter stores another one for it."""
+        part, sft = piece.part, dpo
+        if part.sft not in (None, part.dpo):
+            sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
+        delta = self._deltas.delta(pair, piece.first, piece.length, rules.wider(sft, dpo), lane)
+        if sft is not dpo:
+            rules.add_difference(delta, sft, dpo, lane.scratch)
+        norms = rules.delta_norms(sft, delta, lane.scratch, of_dpo=self._norms_of_dpo)
+        rule = partial(rules.add_delta, sft, delta, scratch=lane.scratch)
+        self._extrapolate(part, rule, norms, outputs, lane)
+        return norms if part.sft is not None else Norms()
 
     def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
         dtype = unit_dtype(piece.part, info.dtype)
@@ -274,10 +309,10 @@ class Combiner:
         return tensor.view(dtype)
 
     def _extrapolate(
-        self, part: Part, sft: Tensor, dpo: Tensor, norms: Norms, outputs: Sequence[Tensor], lane: Lane
+        self, part: Part, rule: Callable[[float, Tensor], Tensor], norms: Norms, outputs: Sequence[Tensor], lane: Lane
     ) -> None:
         for alpha, out in zip(part.alphas, outputs, strict=True):
-            values = rules.extrapolate(sft, dpo, alpha, lane.target(out), lane.scratch)
+            values = rule(alpha, lane.target(out))
             if not (self._rules.allow_nonfinite or rules.stays_finite(norms, alpha, out.dtype)):
                 _require_finite(part, values)
             lane.store(values, out)

@@ -1,0 +1,35 @@
+"""Heads that are tied to their embeddings: which they are, and what a config says of them.
+
+To teach it another model's tied head, add a line to `TIED_HEADS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+TIED_HEADS = (
+    ("lm_head.weight", "model.embed_tokens.weight"),
+    ("lm_head.weight", "model.language_model.embed_tokens.weight"),
+    ("lm_head.weight", "language_model.model.embed_tokens.weight"),
+    ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
+    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
+    ("lm_head.weight", "transformer.wte.weight"),
+    ("lm_head.weight", "transformer.word_embeddings.weight"),
+    ("lm_head.weight", "backbone.embeddings.weight"),
+    ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    ("output.weight", "model.tok_embeddings.weight"),
+)
+"""Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
+
+
+def config_tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A model's config and the tables in it, such as a multimodal model's `text_config`."""
+    yield config
+    yield from (value for value in config.values() if isinstance(value, dict))
+
+
+def ties_head(config: dict[str, Any]) -> bool | None:
+    """Whether a model takes its embedding for its head; None where the config is silent."""
+    flags = [table["tie_word_embeddings"] for table in config_tables(config) if "tie_word_embeddings" in table]
+    return bool(flags[0]) if flags else None
