@@ -1,4 +1,4 @@
-"""The command line: options, wiring, printing, exit codes. It declares; the verbs decide.
+"""The command line: options, wiring, exit codes. It declares; the verbs decide.
 
 Options are read from the context (`_settings`), by the names of the config fields they fill.
 stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr.
@@ -8,7 +8,6 @@ To add a command, write its module and config class, name it in `config.COMMANDS
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -21,24 +20,30 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from expo import __version__, config, recipes
-from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import ExpoError, Stopped
 from expo.options import (
+    AllowPickleOption,
     BatchTokensOption,
     ChatTemplateOption,
     ConfigOption,
     DebugOption,
     DeviceOption,
+    DpoOption,
     DryRunOption,
     JsonOption,
     LimitOption,
     ModelDtypeOption,
     OutputDirOption,
     OverwriteOption,
+    PictureOption,
     RecipeOption,
+    SftOption,
     TaskArgument,
     TrustRemoteCodeOption,
+    WorkersOption,
 )
+from expo.printing import print_data, print_result
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,10 +110,8 @@ def _root(
 def extrapolate(
     ctx: typer.Context,
     *,
-    sft: Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")],
-    dpo: Annotated[
-        str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft, or its LoRA adapter.")
-    ],
+    sft: SftOption,
+    dpo: DpoOption,
     alpha: Annotated[
         list[float] | None, typer.Option(metavar="A", help="Extrapolation strength α; repeat for several.  [required]")
     ] = None,
@@ -123,9 +126,7 @@ def extrapolate(
     dtype: Annotated[
         config.Dtype, typer.Option(help="Data type of the written weights; auto keeps each DPO tensor's own.")
     ] = ExtrapolateConfig.dtype,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")
-    ] = ExtrapolateConfig.workers,
+    workers: WorkersOption = ExtrapolateConfig.workers,
     max_shard_size: Annotated[
         str,
         typer.Option(metavar="keep|SIZE", help="Most bytes of one file, such as 500MB or 5GB; keep has DPO's files."),
@@ -143,9 +144,7 @@ def extrapolate(
     vocab: Annotated[
         config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
     ] = ExtrapolateConfig.vocab,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
-    ] = ExtrapolateConfig.allow_pickle,
+    allow_pickle: AllowPickleOption = ExtrapolateConfig.allow_pickle,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
     ] = ExtrapolateConfig.allow_nonfinite,
@@ -171,17 +170,15 @@ def extrapolate(
     from expo import extrapolate as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     written = verb.run(settings)
     for output_written in written:
         log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
         if output_written.pushed:
             log.info("α = %r: pushed: %s", output_written.alpha, output_written.pushed.url)
-    if as_json:
-        _print_json({"outputs": [dataclasses.asdict(one) for one in written]})
-    else:
-        print(*[one.path for one in written], sep="\n")
+    data = {"outputs": [dataclasses.asdict(one) for one in written]}
+    print_result(data, "\n".join(str(one.path) for one in written), as_json=as_json)
 
 
 @app.command(
@@ -246,14 +243,11 @@ def generate(
     from expo import generate as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     result = verb.run(settings)
     log.info("%s: %d rows", result.status, result.rows)
-    if as_json:
-        _print_json(dataclasses.asdict(result))
-    else:
-        print(result.output)
+    print_result(dataclasses.asdict(result), result.output, as_json=as_json)
     _exit_after(result.failed)
 
 
@@ -296,7 +290,7 @@ def score(
     from expo import score as verb
 
     if settings.dry_run:
-        _print_data(verb.plan(settings).describe(), as_json=as_json)
+        print_data(verb.plan(settings).describe(), as_json=as_json)
         return
     result = verb.run(settings)
     if result.mean is not None:
@@ -307,11 +301,42 @@ def score(
             result.standard_error or 0.0,
             result.n,
         )
-    if as_json:
-        _print_json(dataclasses.asdict(result))
-    else:
-        print(result.rewards)
+    print_result(dataclasses.asdict(result), result.rewards, as_json=as_json)
     _exit_after(result.failed)
+
+
+@app.command(
+    "inspect",
+    epilog="\b\nExamples:\n"
+    "  expo inspect --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta\n"
+    "  expo inspect --recipe Starling-LM-7B-beta --output starling.png --json",
+)
+def inspect_pair(
+    ctx: typer.Context,
+    *,
+    sft: SftOption,
+    dpo: DpoOption,
+    output: PictureOption = InspectConfig.output,
+    device: DeviceOption = InspectConfig.device,
+    workers: WorkersOption = InspectConfig.workers,
+    allow_pickle: AllowPickleOption = InspectConfig.allow_pickle,
+    overwrite: OverwriteOption = InspectConfig.overwrite,
+    dry_run: DryRunOption = InspectConfig.dry_run,
+    as_json: JsonOption = False,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits."""
+    settings = _settings(ctx, InspectConfig)
+    from expo import inspection as verb
+
+    if settings.dry_run:
+        print_data(verb.plan(settings).describe(), as_json=as_json)
+        return
+    found = verb.run(settings)
+    print_result(found.describe(), found.text(), as_json=as_json)
+    log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
 
 
 @app.command("recipes", epilog="\b\nExamples:\n  expo recipes\n  expo recipes Starling-LM-7B-beta --json")
@@ -322,12 +347,7 @@ def show_recipes(
 ) -> None:
     """List the models known by name, with their SFT checkpoint, α and source."""
     known = [recipes.load(name) for name in names or recipes.names()]
-    if as_json:
-        _print_json({"recipes": [one.describe() for one in known]})
-        return
-    print(f"{'name':<38}{'α':>6}  {'θ_sft':<42}{'θ_dpo':<46}source")
-    for one in known:
-        print(f"{one.name:<38}{one.alpha!r:>6}  {one.sft:<42}{one.dpo:<46}{one.source}")
+    print_result({"recipes": [one.describe() for one in known]}, recipes.table(known), as_json=as_json)
 
 
 # --- wiring -----------------------------------------------------------------------------------------------------
@@ -340,26 +360,6 @@ def _settings(ctx: typer.Context, kind: type[Config]) -> Config:
     for name in {field.name for field in dataclasses.fields(kind)} & given.keys():
         values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
     return kind(**values)
-
-
-def _print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes
-    print(json.dumps(data, ensure_ascii=False, default=str))
-
-
-def _print_data(data: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(data)
-        return
-    for key, value in data.items():
-        for line in value if isinstance(value, list) else [value]:
-            text = ", ".join(f"{k} {_short(v)}" for k, v in line.items()) if isinstance(line, dict) else line
-            print(f"{key.replace('_', ' '):<18}{text}")
-
-
-def _short(value: object) -> object:
-    if not isinstance(value, list):
-        return value
-    return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
 
 
 def _exit_after(failed: int) -> None:

@@ -25,6 +25,8 @@ Vocab: TypeAlias = Literal["error", "common"]
 GenerateEngine: TypeAlias = Literal["auto", "vllm", "transformers"]
 ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
 
 HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 """A user's, an organisation's or a repository's name on the hub."""
@@ -197,6 +199,35 @@ def _require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig(CommonConfig):
+    """`expo inspect`: how far θ_dpo is from θ_sft, and whether the pair looks like one ExPO suits."""
+
+    sft: str
+    """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
+    dpo: str
+    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
+    output: str | None = None
+    """A picture (.png, .svg or .pdf) of ‖Δ‖/‖θ_sft‖ by layer and module; by default there is none."""
+    device: str = "auto"
+    """Where the norms are computed: auto, cpu, cuda or cuda:N (auto: the CPU, which keeps up with the disk)."""
+    workers: int | None = None
+    """Threads that read and measure pieces. Default: the CPU count, at most 4."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is out of its range; the message names the flag.
+        """
+        known = self.output is None or Path(self.output).suffix.lower() in PICTURE_SUFFIXES
+        _require(known, f"--output is a picture ({', '.join(PICTURE_SUFFIXES)}), not {self.output!r}")
+        _require_device(self.device)
+        _require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowsConfig(CommonConfig):
     """What the commands that work row by row share."""
 
@@ -337,9 +368,10 @@ def _require_name(name: str | None) -> None:
     _require(plain, f"--name {name!r} is not a plain file name")
 
 
-COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[ScoreConfig]] = {
+COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[InspectConfig] | type[ScoreConfig]] = {
     "extrapolate": ExtrapolateConfig,
     "generate": GenerateConfig,
+    "inspect": InspectConfig,
     "score": ScoreConfig,
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,10 +22,7 @@ from expo.adapter.folders import is_adapter, output_side_files, require_base
 from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
-    Checkpoint,
     config_with_dtype,
-    holds_only_bin,
-    read_checkpoint,
     source_fingerprint,
 )
 from expo.combine.decide import plan_pair
@@ -37,9 +33,9 @@ from expo.combine.plan import PairPlan, PairRules, ShardPlan
 from expo.config import ExtrapolateConfig
 from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
-from expo.hub import Location, locate
+from expo.hub import Location, locate, refuse_inside
 from expo.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
-from expo.pickled import read_pickled_checkpoint
+from expo.pickled import read_source
 from expo.progress import Progress, bytes_bar
 from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
@@ -59,8 +55,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the same settings would give other bytes."""
-
-MAX_DEFAULT_WORKERS = 4
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +164,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
         sft = locate(config.sft, pickled=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
-        _refuse_inside_input(folder, sft, dpo)
+        refuse_inside(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
     outputs = tuple(
         _plan_output(config, alpha, folder, sources, destination)
@@ -202,18 +196,10 @@ def plan(config: ExtrapolateConfig) -> Plan:
 def _plan_pair(sft: Location, dpo: Location, config: ExtrapolateConfig, rules: PairRules) -> PairPlan:
     require_base(sft, dpo)
     if is_adapter(dpo.path):
-        return plan_adapter(_read(sft, config), dpo.path, rules)
-    pair = plan_pair(_read(sft, config), _read(dpo, config), rules)
+        return plan_adapter(read_source(sft, config.allow_pickle), dpo.path, rules)
+    pair = plan_pair(read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle), rules)
     question_pair(sft, dpo, pair.sft, pair.dpo)
     return pair
-
-
-def _read(location: Location, config: ExtrapolateConfig) -> Checkpoint:
-    pickled = config.allow_pickle and holds_only_bin(location.path)
-    checkpoint = read_pickled_checkpoint(location.path) if pickled else read_checkpoint(location.path)
-    if checkpoint.ignored:
-        log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
-    return checkpoint
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
@@ -224,16 +210,6 @@ def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
     if len(config.alpha) == 1:
         return [Path(config.output)]
     return [Path(config.output) / f"alpha-{alpha!r}" for alpha in config.alpha]
-
-
-def _refuse_inside_input(folder: Path, *inputs: Location) -> None:
-    resolved = folder.resolve()
-    for location in inputs:
-        source = location.path.resolve()
-        if source == resolved or source in resolved.parents:
-            raise InputError(
-                f"the output {folder} is or lies inside the input {location.path}; choose another --output"
-            )
 
 
 def _plan_output(
@@ -280,8 +256,8 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
     """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
     for output in staged:
         output.verify()
-    stream, workers = _arithmetic(), work.config.workers or default_workers()
-    device, rules = stream.pick_device(work.config.device), work.pair.rules
+    stream, rules = _arithmetic(), work.pair.rules
+    device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
         first_read, started = time.time(), time.perf_counter()
@@ -330,11 +306,6 @@ def _arithmetic() -> ModuleType:
         if collecting:
             gc.enable()
     return stream
-
-
-def default_workers() -> int:
-    """Threads used where `--workers` is not given: the processors this process may use, at most four."""
-    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def _require_unchanged(work: Plan) -> None:

@@ -68,6 +68,21 @@ class Location:
         return self.hub_id or self.name
 
 
+def refuse_inside(output: Path, *inputs: Location) -> None:
+    """Refuse an output that is an input or lies inside one, also through links.
+
+    Raises:
+        InputError: It does.
+    """
+    resolved = output.resolve()
+    for location in inputs:
+        source = location.path.resolve()
+        if source == resolved or source in resolved.parents:
+            raise InputError(
+                f"the output {output} is or lies inside the input {location.path}; choose another --output"
+            )
+
+
 def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
     """Find a model, fetching it from the hub where it is not a local directory.
 

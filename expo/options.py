@@ -66,6 +66,15 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output made with other settings, once the new one is whole.")
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where tensors are computed.")]
+SftOption = Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")]
+DpoOption = Annotated[
+    str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft, or its LoRA adapter.")
+]
+WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
+]
+PictureOption = Annotated[str | None, typer.Option(metavar="FILE", help="A picture to draw: .png, .svg or .pdf.")]
 TaskArgument = Annotated[
     str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, or a .jsonl/.json/.parquet/.csv file.")
 ]

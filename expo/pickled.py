@@ -26,10 +26,12 @@ from expo.checkpoint import (
     Shard,
     TensorInfo,
     WeightFormat,
+    holds_only_bin,
     read_checkpoint,
 )
 from expo.errors import EnvironmentFailure, InputError, first_line
 from expo.files import HEAD_BYTES, open_file, stand_in
+from expo.hub import Location
 from expo.safetensors_header import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -104,6 +106,20 @@ class _Outline:
     """The same records, those of storages with no bytes."""
     records: dict[int, _Record]
     """Where a storage is in `archive` → where it is in the .bin file."""
+
+
+def read_source(location: Location, allow_pickle: bool) -> Checkpoint:
+    """Read the plan of a model's safetensors weights, or, where it has none and that is allowed, of its .bin weights.
+
+    Raises:
+        InputError: No such weights, or damaged ones.
+        EnvironmentFailure: The installed torch is too old to read .bin weights safely.
+    """
+    pickled = allow_pickle and holds_only_bin(location.path)
+    checkpoint = read_pickled_checkpoint(location.path) if pickled else read_checkpoint(location.path)
+    if checkpoint.ignored:
+        log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
+    return checkpoint
 
 
 def read_pickled_checkpoint(path: Path) -> Checkpoint:

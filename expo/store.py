@@ -29,16 +29,16 @@ LOCK_SUFFIX = ".lock"
 """Of the link beside a journal that says which process writes it."""
 
 
-def write_atomic(path: Path, text: str, *, fsync: bool = True) -> None:
-    """Write a text file so that `path` holds the old content or the new one, never a part.
+def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
+    """Write a file (text as UTF-8) so that `path` holds the old content or the new one, never a part.
 
     Raises:
         EnvironmentFailure: Writing failed; `path` is as it was.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             if fsync:
                 sync(stream)
         os.replace(temporary, path)

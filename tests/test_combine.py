@@ -212,7 +212,9 @@ def test_norms_add_up_over_pieces(tmp_path: Path, dtype: torch.dtype) -> None:
     pair = plan(tmp_path, sft, dpo, alphas=())
     with SourceFiles(pair.sft, pair.dpo) as sources:
         combiner = Combiner(sources, pair.rules, CPU, 2, norms_of_dpo=True)
-        found = combiner.run(pair.shards[0].parts(), [])
+        told: list[int] = []
+        found = combiner.run(pair.shards[0].parts(), [], told.append)
+        assert sum(told) == sum(tensor.nbytes for tensor in pair.shards[0].tensors), "progress without sinks too"
     for name in ("big", "small"):
         s, d = (side[name].double() for side in (sft, dpo))
         expected = [float((side**2).sum()) for side in (d - s, s, d)]

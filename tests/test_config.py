@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from expo import cli, config, recipes
-from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import InputError
 
 RECIPE = """
@@ -166,6 +166,8 @@ def test_a_files_values_are_checked_as_flags_are(
 GENERATE = {"task": "alpaca", "model": "m"}
 SCORE = {"task": "alpaca", "name": "n"}
 EXTRAPOLATE = {"sft": "s", "dpo": "d", "alpha": (0.5,)}
+INSPECT = {"sft": "s", "dpo": "d"}
+VALID = {ExtrapolateConfig: EXTRAPOLATE, GenerateConfig: GENERATE, InspectConfig: INSPECT, ScoreConfig: SCORE}
 
 OUT_OF_RANGE = [
     (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": ()}, "--alpha is missing"),
@@ -205,6 +207,10 @@ OUT_OF_RANGE = [
     (GenerateConfig, {**GENERATE, "n": 2}, "--n above 1 is not for alpaca"),
     (GenerateConfig, {**GENERATE, "name": "../x"}, "--name '../x' is not a plain file name"),
     (GenerateConfig, {**GENERATE, "engine": "magic"}, "--engine is one of"),
+    (InspectConfig, {**INSPECT, "output": "x.jpg"}, "--output is a picture (.png, .svg, .pdf), not 'x.jpg'"),
+    (InspectConfig, {**INSPECT, "output": "folder"}, "--output is a picture"),
+    (InspectConfig, {**INSPECT, "device": "gpu"}, "--device is auto, cpu, cuda or cuda:N, not 'gpu'"),
+    (InspectConfig, {**INSPECT, "workers": 0}, "--workers must be positive, not 0"),
     (ScoreConfig, {**SCORE, "name": "a/b"}, "--name 'a/b' is not a plain file name"),
     (ScoreConfig, {**SCORE, "name": ".hidden"}, "--name '.hidden' is not a plain file name"),
     (ScoreConfig, {**SCORE, "max_length": 0}, "--max-length must be positive"),
@@ -229,7 +235,7 @@ def test_the_papers_decoding() -> None:
 
 @pytest.mark.parametrize("kind", config.COMMANDS.values(), ids=config.COMMANDS.keys())
 def test_settings_cannot_be_changed(kind: type) -> None:
-    made = kind(**{ExtrapolateConfig: EXTRAPOLATE, GenerateConfig: GENERATE, ScoreConfig: SCORE}[kind])
+    made = kind(**VALID[kind])
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.overwrite = True
 
@@ -255,6 +261,7 @@ def test_every_shipped_recipe_makes_a_config() -> None:
             }
         )
         assert (recipe.name, made.alpha) == (name, (recipe.alpha,))
+        assert InspectConfig(**recipe.tables["inspect"]) == InspectConfig(sft=made.sft, dpo=made.dpo)
         assert recipe.source
 
 

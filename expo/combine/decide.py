@@ -1,4 +1,4 @@
-"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`.
+"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only looks at the pair.
 
 Tensors match by name. A DPO model that is an adapter over SFT has `decide_adapter.py`.
 """
@@ -16,6 +16,7 @@ from expo.combine.plan import (
     EXACT_DTYPES,
     Action,
     Match,
+    Overlap,
     PairPlan,
     PairRules,
     Part,
@@ -69,6 +70,41 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
     equal = tuple(_equal(side, head) for head, side in tied.items())
     cut = vocabulary if any(pair.rows is not None for pair in pairs.values()) else None
     return PairPlan(sft, dpo, pair_rules, shards, equal, tuple(sorted(dropped)), matches, cut)
+
+
+def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
+    """Tell what of a pair can be compared, and what cannot; tied heads and vocabularies as in `plan_pair`.
+
+    Raises:
+        InputError: A checkpoint is quantized.
+    """
+    refuse_quantized(sft, dpo)
+    rules = PairRules(alphas=(), common_vocabulary=True)
+    tied, vocabulary = _tied_heads(sft, dpo), _vocabulary(sft, dpo)
+    kinds: dict[str, list[_Pair]] = {"missing": [], "shape": [], "dtype": [], "alike": []}
+    for info in dpo.tensors.values():
+        pair = _partner(info, sft, tied, vocabulary, rules)
+        kinds[_likeness(pair)].append(pair)
+    parts = [_plan_tensor(pair, None, rules).parts[0] for pair in kinds["alike"]]
+    return Overlap(
+        parts=tuple(part for part in parts if not part.is_raw),
+        exact=tuple(part for part in parts if part.is_raw),
+        heads=tuple(_equal(side, head) for head, side in tied.items()),
+        only_sft=tuple(name for name in sft.tensors if name not in dpo.tensors and name not in tied),
+        only_dpo=tuple(pair.dpo.name for pair in kinds["missing"]),
+        shapes=tuple((pair.sft, pair.dpo) for pair in kinds["shape"] if pair.sft),
+        dtypes=tuple((pair.sft, pair.dpo) for pair in kinds["dtype"] if pair.sft),
+        vocabulary=vocabulary if any(pair.rows is not None for pair in kinds["alike"]) else None,
+        sources=(sft, dpo),
+    )
+
+
+def _likeness(pair: _Pair) -> str:
+    if pair.sft is None:
+        return "missing"
+    if pair.rows is None and pair.sft.shape != pair.dpo.shape:
+        return "shape"
+    return "alike" if _fit(pair.sft, pair.dpo) else "dtype"
 
 
 def refuse_quantized(*checkpoints: Checkpoint) -> None:

@@ -10,10 +10,10 @@ import logging
 from pathlib import Path
 
 from expo.adapter.tensors import Adapter, read_adapter
-from expo.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from expo.checkpoint import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, TensorInfo
 from expo.combine.decide import action_for, match_patterns, output_dtype, refuse_quantized
 from expo.combine.layout import lay_out
-from expo.combine.plan import Match, PairPlan, PairRules, Part, TensorPlan
+from expo.combine.plan import Action, Match, Overlap, PairPlan, PairRules, Part, TensorPlan
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,35 @@ def plan_adapter(base: Checkpoint, folder: Path, pair_rules: PairRules) -> PairP
     own = {name: match for match in matches for name in match.names}
     tensors = {name: _plan_tensor(info, adapter, own.get(name), pair_rules) for name, info in base.tensors.items()}
     return PairPlan(base, base, pair_rules, lay_out(base, tensors, pair_rules), matches=matches, adapter=adapter)
+
+
+def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
+    """A base and its adapter as a pair to look at: every tensor, also those that the adapter leaves alone.
+
+    Raises:
+        InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
+    """
+    plan = plan_adapter(base, folder, PairRules(alphas=()))
+    parts = [_with_partner(part) for shard in plan.shards for part, _ in shard.parts()]
+    return Overlap(
+        parts=tuple(part for part in parts if not part.is_raw),
+        exact=tuple(part for part in parts if part.is_raw),
+        heads=(),
+        only_sft=(),
+        only_dpo=(),
+        shapes=(),
+        dtypes=(),
+        vocabulary=None,
+        sources=plan.sources,
+    )
+
+
+def _with_partner(part: Part) -> Part:
+    """A tensor that is left alone is its own partner."""
+    if part.sft is not None:
+        return part
+    action: Action = "extrapolate" if part.dpo.dtype in FLOAT_DTYPES else "match"
+    return dataclasses.replace(part, action=action, sft=part.dpo)
 
 
 def _warn_of_idle(matches: tuple[Match, ...], adapter: Adapter) -> None:

@@ -184,3 +184,25 @@ class PairPlan:
         merged = {} if self.adapter is None else {"merged": self.count("merge")}
         made = {"extrapolated": self.count("extrapolate"), "copied": self.count("copy", "convert")}
         return {**merged, **made, "equal": self.count("match")}
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two checkpoints have in common, tensor by tensor, and what they do not."""
+
+    parts: tuple[Part, ...]
+    """Floating-point tensors of both, in DPO's order."""
+    exact: tuple[Part, ...]
+    """Integer and boolean tensors of both."""
+    heads: tuple[Part, ...]
+    """A head that one side leaves out, with its embedding on the side that stores it; they should be equal."""
+    only_sft: tuple[str, ...]
+    only_dpo: tuple[str, ...]
+    shapes: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Tensors of SFT and of DPO that differ in shape."""
+    dtypes: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Tensors of SFT and of DPO, of one shape, whose types cannot be combined."""
+    vocabulary: Vocabulary | None
+    """Where the vocabularies differ in size; then the parts hold the rows that both have."""
+    sources: tuple[Checkpoint | Adapter, ...] = ()
+    """Whatever files the parts are read from."""

@@ -38,6 +38,7 @@ CUDA_PIECE_BYTES = 16 << 20
 MOST_OUTPUT_BYTES = 64 << 20
 """Of all output buffers together; with very many α the pieces become smaller."""
 PROGRESS_S = 0.1
+MAX_DEFAULT_WORKERS = 4
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,6 +51,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return device
+
+
+def default_workers() -> int:
+    """Threads used where `--workers` is not given: the processors this process may use, at most four."""
+    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
 
 
 class Sink(Protocol):
@@ -220,7 +226,8 @@ class Combiner:
         Args:
             parts: Each with the offset of its first output byte; the offsets rise.
             sinks: One per α.
-            on_bytes: Called now and then, from this thread, with the output bytes that are new.
+            on_bytes: Called now and then, from this thread, with the output bytes that are new (without sinks those
+                that one would have got).
 
         Returns:
             The norms of each extrapolated piece, in order.
@@ -258,7 +265,7 @@ class Combiner:
                 nbytes = piece.length * dtype.itemsize
                 places = [buffer.to_write_from(piece.offset, nbytes) for buffer in outputs.buffers]
                 norms = self._combine(piece, lane, [tensor.view(dtype) for tensor, _ in places])
-                job.note(number, piece, norms, nbytes * len(places))
+                job.note(number, piece, norms, nbytes * max(len(places), 1))
                 for sink, (_, data) in zip(job.sinks, places, strict=True):
                     sink.put(number, piece.offset, data, outputs.done)
 

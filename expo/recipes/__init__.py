@@ -6,6 +6,7 @@ here, named as the model is; nothing else lists them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def load(name: str) -> Recipe:
     tables = load_tables(FOLDER / f"{match[0]}.toml", extra_tables=frozenset({"recipe"}))
     about = tables.pop("recipe")
     pair = tables["extrapolate"]
+    tables.setdefault("inspect", {"sft": pair["sft"], "dpo": pair["dpo"]})
     return Recipe(
         name=match[0],
         sft=pair["sft"],
@@ -63,3 +65,9 @@ def load(name: str) -> Recipe:
         note=about.get("note", ""),
         tables=tables,
     )
+
+
+def table(known: Iterable[Recipe]) -> str:
+    """One line per recipe, under headings."""
+    rows = [f"{one.name:<38}{one.alpha!r:>6}  {one.sft:<42}{one.dpo:<46}{one.source}" for one in known]
+    return "\n".join([f"{'name':<38}{'α':>6}  {'θ_sft':<42}{'θ_dpo':<46}source", *rows])

@@ -1,0 +1,194 @@
+"""`expo inspect`: how far θ_dpo is from θ_sft, per layer and module, and whether the pair looks like one ExPO suits.
+
+The plan tells from headers which tensors can be compared (`plan`); one pass over both checkpoints measures them
+(`_measure`). A pair that does not fit is not refused: what does not match is named. What the figures say is in
+`findings.py`, how they are drawn in `plots.py`.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from expo.adapter.folders import is_adapter, require_base
+from expo.checkpoint import source_fingerprint
+from expo.combine.decide import overlap
+from expo.combine.decide_adapter import overlap_adapter
+from expo.combine.plan import Overlap, PairRules, Part
+from expo.config import InspectConfig
+from expo.errors import InputError
+from expo.files import open_file
+from expo.findings import Figures, Inspection, Measured, mismatches
+from expo.hub import Location, locate, refuse_inside
+from expo.pickled import read_source
+from expo.places import places
+from expo.plots import change_map
+from expo.progress import Progress, bytes_bar
+from expo.store import Row, json_line, write_atomic
+
+if TYPE_CHECKING:
+    from expo.combine.stream import SourceFiles  # imports torch, which planning does without
+
+COMPARED_BYTES = 1 << 20
+"""Of an integer tensor at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `expo inspect` will do."""
+
+    config: InspectConfig
+    sft: Location
+    dpo: Location
+    overlap: Overlap
+    fingerprints: Row
+    """What tells the state of both."""
+    picture: Path | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of DPO that are measured."""
+        return sum(part.nbytes for part in self.overlap.parts)
+
+    def describe(self) -> Row:
+        """The plan as plain data."""
+        both = self.overlap
+        return {
+            "sft": str(self.sft.path),
+            "dpo": str(self.dpo.path),
+            "tensors": {"measured": len(both.parts), "compared": len(both.exact) + len(both.heads)},
+            "mismatches": {kind: list(names) for kind, names in mismatches(both).items()},
+            "bytes": self.nbytes,
+            "picture": None if self.picture is None else str(self.picture),
+        }
+
+
+def run(config: InspectConfig) -> Inspection:
+    """Measure a pair, and draw it if a picture is wanted.
+
+    Raises:
+        InputError: The settings or inputs are at fault, or the picture would replace something else.
+        EnvironmentFailure: I/O failed; nothing is left behind.
+    """
+    work = plan(config)
+    if work.picture is None:
+        return _measure(work)
+    work.picture.parent.mkdir(parents=True, exist_ok=True)
+    found = _measure(work)
+    write_atomic(work.picture, _draw(found, work.picture.suffix.lower(), _mark(work.fingerprints)))
+    return replace(found, picture=work.picture)
+
+
+def plan(config: InspectConfig) -> Plan:
+    """Tell from headers what can be compared; nothing is written.
+
+    Raises:
+        InputError: An input is no whole checkpoint, quantized, or an adapter to something else, or the picture may
+            not be written where it is wanted.
+    """
+    sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
+    fingerprints = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+    picture = None if config.output is None else Path(config.output)
+    if picture is not None:
+        refuse_inside(picture, sft, dpo)
+        _refuse_picture(picture, _mark(fingerprints), overwrite=config.overwrite)
+    return Plan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
+
+
+def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
+    require_base(sft, dpo)
+    base = read_source(sft, allow_pickle)
+    return overlap_adapter(base, dpo.path) if is_adapter(dpo.path) else overlap(base, read_source(dpo, allow_pickle))
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def _measure(work: Plan) -> Inspection:
+    from expo.combine.stream import SourceFiles
+
+    both = work.overlap
+    with SourceFiles(*both.sources) as sources, closing(bytes_bar(work.nbytes, "inspect")) as progress:
+        figures = _figures(work, sources, progress)
+        unequal = tuple(part.dpo.name for part in both.exact if not _is_equal(part, sources))
+        untied = tuple(part.dpo.name for part in both.heads if not _is_equal(part, sources))
+    _require_unchanged(work)
+    where = places(part.dpo.name for part in both.parts)
+    measured = tuple(Measured(part, where[part.dpo.name], figures[part.dpo.name]) for part in both.parts)
+    return Inspection(work.sft.label, work.dpo.label, both, measured, unequal, untied)
+
+
+def _figures(work: Plan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
+    """The figures of every floating-point tensor; one run per file of DPO, so that only its pieces are remembered."""
+    from expo.combine import stream
+
+    device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
+    combiner = stream.Combiner(sources, PairRules(alphas=()), device, workers, norms_of_dpo=True)
+    empty = Figures(tensors=1, identical=1, delta_squared=0.0, sft_squared=0.0, dpo_squared=0.0)
+    figures = {part.dpo.name: empty for part in work.overlap.parts}
+    for _, parts in groupby(work.overlap.parts, key=lambda part: part.dpo.file):
+        pieces = combiner.run([(part, 0) for part in parts], [], progress.update)
+        for name, of_tensor in groupby(pieces, key=lambda piece: piece[0].dpo.name):
+            norms = stream.total_norms(norms for _, norms in of_tensor)
+            figures[name] = Figures(1, int(norms.delta == 0), *norms)
+    return figures
+
+
+def _is_equal(part: Part, sources: SourceFiles) -> bool:
+    """Whether both sides of a part have the same bytes."""
+    if part.sft is None or part.sft.nbytes != part.dpo.nbytes:
+        return False
+    sides = [(info, bytearray(COMPARED_BYTES)) for info in (part.sft, part.dpo)]
+    for first in range(0, part.nbytes, COMPARED_BYTES):
+        length = min(COMPARED_BYTES, part.nbytes - first)
+        for info, buffer in sides:
+            sources.read(info.file, info.start + first, memoryview(buffer)[:length])
+        left, right = (buffer[:length] for _, buffer in sides)
+        if left != right:
+            return False
+    return True
+
+
+def _require_unchanged(work: Plan) -> None:
+    for side, location in (("sft", work.sft), ("dpo", work.dpo)):
+        if source_fingerprint(location) != work.fingerprints[side]:
+            raise InputError(f"{location.path} changed while it was read; run the command again")
+
+
+# --- the picture --------------------------------------------------------------------------------------------------
+
+MARK = "expo inspect "
+"""Begins what a picture says, in its metadata, about the weights it was drawn from."""
+
+
+def _mark(fingerprints: Row) -> str:
+    return MARK + xxhash.xxh3_128_hexdigest(json_line(fingerprints).encode())
+
+
+def _refuse_picture(picture: Path, mark: str, *, overwrite: bool) -> None:
+    """Refuse to replace what is not a picture of the same weights."""
+    if not picture.exists():
+        return
+    with open_file(picture) as stream:
+        content = stream.read()
+    if MARK.encode() not in content:
+        raise InputError(f"{picture} exists and expo did not write it: move it away, or choose another --output")
+    if mark.encode() not in content and not overwrite:
+        raise InputError(f"{picture} was drawn from other weights; --overwrite replaces it")
+
+
+def _draw(found: Inspection, suffix: str, mark: str) -> bytes:
+    modules, relative = found.modules, found.total.relative
+    size = "no tensor in common" if relative is None else f"{relative:.3g} in total"
+    return change_map(
+        {one.name: {layer: f.relative for layer, f in one.layers.items()} for one in modules if one.layers},
+        {one.name: one.figures.relative for one in modules if not one.layers},
+        title=f"{found.sft} → {found.dpo}\n‖Δ‖ / ‖θ_sft‖: {size}, Δ = θ_dpo − θ_sft",
+        suffix=suffix,
+        mark=mark,
+    )

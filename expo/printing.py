@@ -1,0 +1,36 @@
+"""What commands print on stdout: data, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes
+    """Print one JSON object on one line."""
+    print(json.dumps(data, ensure_ascii=False, default=str))
+
+
+def print_result(data: dict[str, Any], text: object, *, as_json: bool) -> None:
+    """Print a result, as JSON or as text."""
+    if as_json:
+        print_json(data)
+    else:
+        print(text)
+
+
+def print_data(data: dict[str, Any], *, as_json: bool) -> None:
+    """Print a plan, as JSON or as a line per key, and per entry where there is a list of them."""
+    if as_json:
+        print_json(data)
+        return
+    for key, value in data.items():
+        for line in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{k} {_short(v)}" for k, v in line.items()) if isinstance(line, dict) else line
+            print(f"{key.replace('_', ' '):<18}{text}")
+
+
+def _short(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
