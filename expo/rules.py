@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 NORM_ROW = 1 << 9
-"""Elements whose norm is taken at once; the rows' squares are added up in float64.
+"""Elements whose norm is taken at once; the rows' squares are added up in float32.
 
 Few enough that rows differ by many steps of bfloat16, or all their roundings would go the same way.
 """
@@ -20,6 +20,8 @@ FEW_ELEMENTS = 1 << 18
 """Up to here norms are taken in float32 throughout, where row norms rounded to the tensors' type would show."""
 WIDE_BLOCK = 1 << 16
 """Elements converted to a wider type at a time, which stay in the processor's cache."""
+MOST_VIEWS = 16
+"""Tensors whose rows are remembered."""
 OWN_NORMS = frozenset({torch.bfloat16, torch.float32, torch.float64})
 """Types whose differences and row norms neither overflow nor underflow before the values themselves do."""
 
@@ -35,26 +37,48 @@ class Norms(NamedTuple):
     """‖θ_dpo‖², where it is asked for."""
 
 
+class _Rows(NamedTuple):
+    """A tensor seen as rows, with room for their norms."""
+
+    values: Tensor
+    whole: Tensor  # [rows, NORM_ROW]
+    rest: Tensor
+    norms: Tensor  # [rows], of the tensor's type
+    wide_norms: Tensor
+
+
 class Scratch:
     """Work space for pieces of at most `nbytes` a side, reused from piece to piece.
 
     Memory that is given back and taken anew for every piece costs more than all the arithmetic: the system clears
-    it each time.
+    it each time. Views are kept too, since pieces are mostly alike and each view costs microseconds.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._delta = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._rows = torch.empty(nbytes // NORM_ROW * 8 + 8, dtype=torch.uint8, device=device)
+        self._last_delta = self._delta
+        self._rows: dict[int, _Rows] = {}
         self._wide: dict[torch.dtype, Tensor] = {}
         self._tile = torch.empty(0, dtype=torch.uint8, device=device)
 
     def delta(self, like: Tensor) -> Tensor:
         """Room for a tensor like this one."""
-        return self._delta[: like.nbytes].view(like.dtype)
+        if (self._last_delta.nbytes, self._last_delta.dtype) != (like.nbytes, like.dtype):
+            self._last_delta = self._delta[: like.nbytes].view(like.dtype)
+        return self._last_delta
 
-    def row_norms(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """Room for one number per row."""
-        return self._rows[: rows * dtype.itemsize].view(dtype)
+    def rows(self, values: Tensor) -> _Rows:
+        """A tensor of one axis as rows of NORM_ROW elements, and the elements that are left."""
+        known = self._rows.get(id(values))
+        if known is None or known.values is not values:
+            if len(self._rows) >= MOST_VIEWS:
+                self._rows.clear()
+            count, rest = divmod(len(values), NORM_ROW)
+            norms = values.new_empty(count)
+            whole = values[: len(values) - rest].view(count, NORM_ROW)
+            wide = norms.to(torch.promote_types(values.dtype, torch.float32))
+            known = self._rows[id(values)] = _Rows(values, whole, values[len(values) - rest :], norms, wide)
+        return known
 
     def wide(self, dtype: torch.dtype, elements: int) -> tuple[Tensor, Tensor, Tensor]:
         """Three tensors of a wider type, of at most WIDE_BLOCK elements each."""
@@ -121,11 +145,10 @@ def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = Fal
 
 
 def _squared_norm(values: Tensor, scratch: Scratch) -> float:
-    count = len(values) // NORM_ROW
-    whole, rest = values[: count * NORM_ROW].view(count, NORM_ROW), values[count * NORM_ROW :]
-    rows = torch.linalg.vector_norm(whole, dim=1, out=scratch.row_norms(count, values.dtype))
-    total = float(rows.double().square_().sum())
-    return total + float(torch.linalg.vector_norm(rest)) ** 2 if len(rest) else total
+    rows = scratch.rows(values)
+    wide = rows.wide_norms.copy_(torch.linalg.vector_norm(rows.whole, dim=1, out=rows.norms))
+    total = float(wide.dot(wide))
+    return total + float(torch.linalg.vector_norm(rows.rest)) ** 2 if len(rows.rest) else total
 
 
 def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> Norms:

@@ -28,17 +28,22 @@ class HostBuffer:
         memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8, pin_memory=pinned)
         self._memory = memory[-memory.data_ptr() % PAGE :]
         self._view = self._memory.numpy().data
+        self._last: tuple[tuple[int, int, torch.dtype], tuple[Tensor, memoryview]] | None = None
 
-    def to_read_into(self, position: int, nbytes: int) -> tuple[Tensor, memoryview]:
+    def to_read_into(self, position: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
         """The place for bytes that lie at `position` of their file."""
-        return self._at(position % PAGE // LINE * LINE, nbytes)
+        return self._at(position % PAGE // LINE * LINE, nbytes, dtype)
 
-    def to_write_from(self, position: int, nbytes: int) -> tuple[Tensor, memoryview]:
+    def to_write_from(self, position: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
         """The place for bytes that go to `position` of their file."""
-        return self._at(-(-(position % PAGE) // LINE) * LINE, nbytes)
+        return self._at(-(-(position % PAGE) // LINE) * LINE, nbytes, dtype)
 
-    def _at(self, place: int, nbytes: int) -> tuple[Tensor, memoryview]:
-        return self._memory[place : place + nbytes], self._view[place : place + nbytes]
+    def _at(self, place: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        # Pieces of one tensor lie at one place: the views of the last one mostly serve again.
+        key = place, nbytes, dtype
+        if self._last is None or self._last[0] != key:
+            self._last = key, (self._memory[place : place + nbytes].view(dtype), self._view[place : place + nbytes])
+        return self._last[1]
 
 
 class Lane:

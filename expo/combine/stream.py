@@ -263,8 +263,8 @@ class Combiner:
                 number, piece, outputs = task
                 dtype = unit_dtype(piece.part, piece.part.dtype)
                 nbytes = piece.length * dtype.itemsize
-                places = [buffer.to_write_from(piece.offset, nbytes) for buffer in outputs.buffers]
-                norms = self._combine(piece, lane, [tensor.view(dtype) for tensor, _ in places])
+                places = [buffer.to_write_from(piece.offset, nbytes, dtype) for buffer in outputs.buffers]
+                norms = self._combine(piece, lane, [tensor for tensor, _ in places])
                 job.note(number, piece, norms, nbytes * max(len(places), 1))
                 for sink, (_, data) in zip(job.sinks, places, strict=True):
                     sink.put(number, piece.offset, data, outputs.done)
@@ -304,9 +304,9 @@ class Combiner:
     def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
         dtype = unit_dtype(piece.part, info.dtype)
         position = info.start + piece.first * dtype.itemsize
-        tensor, view = buffer.to_read_into(position, piece.length * dtype.itemsize)
+        tensor, view = buffer.to_read_into(position, piece.length * dtype.itemsize, dtype)
         self._sources.read(info.file, position, view)
-        return tensor.view(dtype)
+        return tensor
 
     def _extrapolate(
         self, part: Part, rule: Callable[[float, Tensor], Tensor], norms: Norms, outputs: Sequence[Tensor], lane: Lane
