@@ -113,6 +113,23 @@ def test_a_head_that_is_not_its_embedding_is_refused(tmp_path: Path, stores: str
         check_equal(pair)
 
 
+@pytest.mark.parametrize("stores", ["sft", "dpo"])
+def test_a_head_of_another_size_than_its_embedding_is_refused(tmp_path: Path, stores: str) -> None:
+    sft, dpo = random_pair({EMBEDDING: (300, 70)})
+    side = {"sft": sft, "dpo": dpo}[stores]
+    side[HEAD] = side[EMBEDDING][:299].clone()
+    with pytest.raises(InputError, match=f"of another size than the embedding they are tied to: {HEAD}"):
+        plan(tmp_path, sft, dpo)
+
+
+def test_an_excluded_head_is_dpos_whatever_it_holds(tmp_path: Path) -> None:
+    sft, dpo = random_pair({EMBEDDING: (300, 70)})
+    dpo[HEAD] = dpo[EMBEDDING] + 1
+    pair = plan(tmp_path, sft, dpo, exclude=("lm_head",))
+    assert pair.equal == ()
+    assert as_bytes(result(pair)[HEAD]) == as_bytes(dpo[HEAD])
+
+
 def test_a_model_that_does_not_tie_must_have_its_head(tmp_path: Path) -> None:
     sft, dpo = random_pair({EMBEDDING: (30, 7)})
     dpo[HEAD] = dpo[EMBEDDING].clone()

@@ -54,7 +54,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
     refuse_quantized(sft, dpo)
     matches = match_patterns(dpo, pair_rules)
     excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
-    tied = _tied_heads(sft, dpo)
+    tied = {head: side for head, side in _tied_heads(sft, dpo).items() if head not in excluded}
     vocabulary = _vocabulary(sft, dpo)
     pairs = {
         name: _Pair(info, None, None) if name in excluded else _partner(info, sft, tied, vocabulary, pair_rules)
@@ -62,6 +62,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPl
     }
     dropped = [name for name in sft.tensors if name not in dpo.tensors and name not in tied]
     problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, pair_rules)
+    problems += listed("heads on one side only, of another size than the embedding they are tied to", _unlike(tied))
     if problems:
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
@@ -165,6 +166,11 @@ def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
 
 def _embedding_of(head: str, checkpoint: Checkpoint) -> TensorInfo:
     return next(checkpoint.tensors[name] for other, name in TIED_HEADS if other == head and name in checkpoint.tensors)
+
+
+def _unlike(tied: dict[str, Checkpoint]) -> list[str]:
+    heads = {head: (side.tensors[head], _embedding_of(head, side)) for head, side in tied.items()}
+    return [head for head, (a, b) in heads.items() if (a.shape, a.dtype) != (b.shape, b.dtype)]
 
 
 def _equal(side: Checkpoint, head: str) -> Part:
