@@ -331,11 +331,14 @@ def main() -> None:
     parser.add_argument("--fsync", action="store_true", help="measure it with fsync too")
     parser.add_argument("--several", action="store_true", help="measure four α in one pass too")
     parser.add_argument("--paper", type=int, default=0, metavar="N", help="measure the paper's method N times")
+    parser.add_argument("--skip-check", action="store_true", help="do not compare the weights with float64")
     parser.add_argument("--mergekit", metavar="PROGRAM", help="measure this mergekit-yaml too")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     sft, dpo = make_pair(options.work, options.pair)
     found = ways(options, sft, dpo)
+    if options.skip_check:
+        found = {name: replace(way, exact=False) for name, way in found.items()}
     runs, exact = run_all(found, sft, dpo)
     print("| way | runs | wall (range) | × its floor | combining, × its floor | CPU | peak | read | off | violations |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -343,9 +346,10 @@ def main() -> None:
         print(row(way, runs[name], runs[way.beside], exact.get(name)))
     torch_s = statistics.median(measure([sys.executable, "-c", "import torch"]).wall_s for _ in range(5))
     start_s = statistics.median(run.start_s for run in runs["expo"])
-    print(f"\n{exact['expo'].weights:,} weights checked against float64; α = {ALPHA}.")
+    if exact:
+        print(f"\n{exact['expo'].weights:,} weights checked against float64; α = {ALPHA}.")
     print(f"From expo's start to its first read: {start_s:.2f} s; `python -c 'import torch'`: {torch_s:.2f} s.")
-    if exact["expo"].violations:
+    if exact and exact["expo"].violations:
         raise SystemExit("expo's output breaks the bound")
 
 
