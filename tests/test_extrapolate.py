@@ -26,6 +26,7 @@ from helpers import (
     as_bytes,
     environment,
     expo_command,
+    mounted,
     random_pair,
     read_checkpoint_tensors,
     share_off,
@@ -585,13 +586,8 @@ def test_inputs_that_change_while_they_are_read_are_noticed(pair: Pair, tmp_path
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "size=6m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("noticed", ["before", "in the middle"])

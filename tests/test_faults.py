@@ -20,6 +20,7 @@ from helpers import (
     Pair,
     Result,
     environment,
+    mounted,
     random_pair,
     tree,
     without_clock,
@@ -270,13 +271,8 @@ def test_a_folder_that_may_not_be_read(
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that cannot be written."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a read-only file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "ro,size=1m") as folder:
+        yield folder
 
 
 def test_an_unwritable_folder(pair: Pair, read_only: Path, expo: Callable[..., Result]) -> None:
