@@ -20,8 +20,8 @@ class HostBuffer:
     """Memory for a piece, at the same place within a page as in its file.
 
     The kernel copies between a file's pages and a buffer four times slower where the target lies a few bytes above
-    the source within a page, as buffers from the allocator do (`benchmarks/page_offset.py`). So a place to read into is rounded down to a cache
-    line, and one to write from is rounded up.
+    the source within a page, as buffers from the allocator do (`benchmarks/page_offset.py`). So a place to read into
+    is rounded down to a cache line, and one to write from is rounded up.
     """
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
