@@ -2,7 +2,7 @@
 
 Every default exists here and only here: the command line takes its defaults from these classes. A value is
 validated in `__post_init__`, so that Python users are checked as flags are.
-To add a setting, add a field with its docstring here and one option in `cli.py`.
+To add a setting, add a field with its docstring here and one option in `commands/`.
 """
 
 from __future__ import annotations

@@ -1,17 +1,22 @@
-"""Options that several commands share, declared once; `cli.py` has those of one command alone.
+"""Options that several commands share, declared once; `commands/` has those of one command alone.
+
+Options are read from the context (`settings_from`), by the names of the config fields they fill.
 
 A config file's and a recipe's values become typer's defaults, so that they are checked as flags are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from expo import config, recipes
+
+Config = TypeVar("Config", bound=config.CommonConfig)
 
 log = logging.getLogger("expo")
 
@@ -88,3 +93,12 @@ TrustRemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help
 BatchTokensOption = Annotated[
     int, typer.Option(metavar="N", help="Token budget of one batch of the transformers engine.")
 ]
+
+
+def settings_from(ctx: typer.Context, kind: type[Config]) -> Config:
+    """The command's config object, from the option values typer has parsed and checked."""
+    given = {name: value for name, value in ctx.params.items() if value is not None}
+    values: dict[str, Any] = {}
+    for name in {field.name for field in dataclasses.fields(kind)} & given.keys():
+        values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
+    return kind(**values)

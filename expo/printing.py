@@ -1,9 +1,16 @@
-"""What commands print on stdout: data, and nothing else."""
+"""What commands print on stdout: data, and nothing else; and the exit code where rows failed."""
 
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
+
+import typer
+
+PARTLY_FAILED = 3
+
+log = logging.getLogger(__name__)
 
 
 def print_json(data: Any) -> None:  # noqa: ANN401 - anything JSON takes
@@ -34,3 +41,10 @@ def _short(value: object) -> object:
     if not isinstance(value, list):
         return value
     return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
+
+
+def exit_after(failed: int) -> None:
+    """End with exit code 3 where rows failed."""
+    if failed:
+        log.warning("%d rows failed and are marked; the same command tries them again", failed)
+        raise typer.Exit(PARTLY_FAILED)

@@ -177,7 +177,7 @@ def test_choices_at_the_edges_are_possible_tokens(noise):
 
 def test_noise_depends_on_seed_row_and_sample_only():
     def noise(seed: int, row: str, sample: int, tokens: int = 20) -> list[float]:
-        return sampling_noise(seed, Request(row, sample, (1, 2), tokens)).tolist()
+        return sampling_noise(seed, Request(row, sample, (1, 2), tokens, 1.0)).tolist()
 
     assert noise(42, "a", 0) == noise(42, "a", 0)
     assert noise(42, "a", 0, 5) == noise(42, "a", 0)[:5]

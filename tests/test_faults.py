@@ -98,7 +98,15 @@ def paused(pair: Pair, output: Path, program: str) -> subprocess.Popen[str]:
         assert process.poll() is None
         time.sleep(0.0005)
     process.send_signal(signal.SIGSTOP)
+    while not all(map(is_stopped, Path(f"/proc/{process.pid}/task").iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
     return process
+
+
+def is_stopped(thread: Path) -> bool:
+    """A thread stops when it comes out of the kernel: a write that has begun is ended first."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from expo.tasks import Message
+
 if TYPE_CHECKING:
     from expo.config import GenerateConfig, ScoreConfig
 
@@ -28,6 +30,10 @@ class Request:
     """Token ids of the prompt, as the chat template gives them."""
     max_tokens: int
     """Most new tokens; prompt and answer fit the model's context."""
+    temperature: float
+    """Softmax temperature; 0 decodes greedily."""
+    messages: tuple[Message, ...] = ()
+    """The conversation, for an engine that has the chat template itself."""
 
     @property
     def key(self) -> tuple[str, int]:

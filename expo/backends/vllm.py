@@ -142,7 +142,7 @@ class VllmGenerator:
 
         config = self._setup.config
         return SamplingParams(
-            temperature=config.temperature,
+            temperature=request.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             presence_penalty=config.presence_penalty,

@@ -1,0 +1,103 @@
+"""`expo generate` on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Annotated
+
+import typer
+
+from expo import config
+from expo.config import GenerateConfig
+from expo.options import (
+    BatchTokensOption,
+    ChatTemplateOption,
+    ConfigOption,
+    DebugOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    LimitOption,
+    ModelDtypeOption,
+    OutputDirOption,
+    OverwriteOption,
+    RecipeOption,
+    TaskArgument,
+    TrustRemoteCodeOption,
+    settings_from,
+)
+from expo.printing import exit_after, print_data, print_result
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "\b\nExamples:\n"
+    "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta\n"
+    "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100"
+)
+
+
+def command(
+    ctx: typer.Context,
+    *,
+    task: TaskArgument,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="A directory, hub id, or id@revision.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the output. [default: the model's name]")
+    ] = GenerateConfig.name,
+    engine: Annotated[
+        config.GenerateEngine, typer.Option(help="auto: vLLM where it is installed and can run.")
+    ] = GenerateConfig.engine,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Given to the engine as it is; repeatable.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="PATH|ID", help="The task's prompts from a local file or another data set.")
+    ] = GenerateConfig.dataset,
+    limit: LimitOption = GenerateConfig.limit,
+    output_dir: OutputDirOption = GenerateConfig.output_dir,
+    device: DeviceOption = GenerateConfig.device,
+    dtype: ModelDtypeOption = GenerateConfig.dtype,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs per engine (vllm). [default: all]")
+    ] = GenerateConfig.tensor_parallel,
+    batch_tokens: BatchTokensOption = GenerateConfig.batch_tokens,
+    chat_template: ChatTemplateOption = GenerateConfig.chat_template,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message put before every prompt.")
+    ] = GenerateConfig.system,
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Samples per prompt.")] = GenerateConfig.n,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = GenerateConfig.temperature,
+    top_k: Annotated[int, typer.Option(help="-1 for all tokens.")] = GenerateConfig.top_k,
+    top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = GenerateConfig.top_p,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Off the logit of each token generated before.")
+    ] = GenerateConfig.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Off a token's logit per time it was generated.")
+    ] = GenerateConfig.frequency_penalty,
+    seed: Annotated[int, typer.Option(help="Seed of every request.")] = GenerateConfig.seed,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = GenerateConfig.max_tokens,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Further token id that ends an answer; repeatable.")
+    ] = None,
+    trust_remote_code: TrustRemoteCodeOption = GenerateConfig.trust_remote_code,
+    overwrite: OverwriteOption = GenerateConfig.overwrite,
+    dry_run: DryRunOption = GenerateConfig.dry_run,
+    as_json: JsonOption = False,
+    config_file: ConfigOption = None,
+    recipe: RecipeOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Answer a task's prompts; TASK is ultrafeedback, alpaca, or a file of prompts."""
+    settings = settings_from(ctx, GenerateConfig)
+    from expo import generate as verb
+
+    if settings.dry_run:
+        print_data(verb.plan(settings).describe(), as_json=as_json)
+        return
+    result = verb.run(settings)
+    log.info("%s: %d rows", result.status, result.rows)
+    print_result(dataclasses.asdict(result), result.output, as_json=as_json)
+    exit_after(result.failed)
