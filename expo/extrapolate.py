@@ -285,9 +285,9 @@ def _write_shard(
             files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
             stack.callback(files[-1].close)
         pieces = combiner.run(shard.parts(), files, progress.update)
-        delta, sft, _ = _arithmetic().total_norms(norms for _, norms in pieces)
+        norms = _arithmetic().total_norms(norms for _, norms in pieces)
         for output, file in zip(staged, files, strict=True):
-            disk.submit(_finish_shard, output, file, shard, delta, sft)
+            disk.submit(_finish_shard, output, file, shard, norms.delta, norms.sft)
         stack.pop_all()  # the files are the background's now
 
 
