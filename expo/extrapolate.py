@@ -31,7 +31,7 @@ from expo.combine.doubts import question_change, question_pair
 from expo.combine.layout import index_json
 from expo.combine.plan import PairPlan, PairRules, ShardPlan
 from expo.config import ExtrapolateConfig
-from expo.disk import Background
+from expo.disk import Background, reading_ahead
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, locate, refuse_inside
 from expo.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
@@ -253,14 +253,16 @@ def _amount(nbytes: int) -> str:
 
 
 def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
-    """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
+    """Combine what is not there yet; when the first read was, and the seconds that combining took."""
     for output in staged:
         output.verify()
-    stream, rules = _arithmetic(), work.pair.rules
+    first_read, rules = time.time(), work.pair.rules
+    with reading_ahead(_in_turn(work.pair)):
+        stream = _arithmetic()
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
-        first_read, started = time.time(), time.perf_counter()
+        started = time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(*work.pair.sources))
         disk = stack.enter_context(Background())
         if work.pair.equal:
@@ -274,6 +276,12 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
             else:
                 progress.update(shard.nbytes * len(staged))
         return {"first_read": first_read, "combine_seconds": round(time.perf_counter() - started, 3)}
+
+
+def _in_turn(pair: PairPlan) -> list[Path]:
+    """The weight files in about the order they are read: a file of each side in turn."""
+    sides = zip_longest(*([shard.file for shard in source.shards] for source in pair.sources))
+    return [file for files in sides for file in files if file is not None]
 
 
 def _write_shard(
