@@ -28,6 +28,12 @@ ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
+DEFAULT_TEMPERATURE = 0.7
+"""The paper's, where neither the user nor the task says another."""
+
+ONE_ANSWER_TASKS = ("alpaca", "mtbench")
+"""The tasks whose files have room for one answer per prompt."""
+
 HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 """A user's, an organisation's or a repository's name on the hub."""
 
@@ -232,7 +238,7 @@ class RowsConfig(CommonConfig):
     """What the commands that work row by row share."""
 
     task: str
-    """`ultrafeedback`, `alpaca`, or a prompt file (.jsonl, .json, .parquet, .csv)."""
+    """`ultrafeedback`, `alpaca`, `mtbench`, or a prompt file (.jsonl, .json, .parquet, .csv)."""
     output_dir: str = "."
     """The folder that holds `outputs_<task>/` and `rewards_<task>/`."""
     limit: int | None = None
@@ -279,8 +285,8 @@ class GenerateConfig(RowsConfig):
     """GPUs one vLLM engine is spread over. Default: all."""
     batch_tokens: int = 16384
     """Token budget (prompt and answer, padding counted) of one batch of the transformers engine."""
-    temperature: float = 0.7
-    """Softmax temperature; 0 decodes greedily."""
+    temperature: float | None = None
+    """Softmax temperature; 0 decodes greedily. Default: the row's category's where the task has some, else 0.7."""
     top_k: int = 50
     """Sample among the k likeliest tokens; −1 or 0 for all."""
     top_p: float = 0.9
@@ -305,7 +311,7 @@ class GenerateConfig(RowsConfig):
         super().__post_init__()
         _require_choice("--engine", self.engine, GenerateEngine)
         _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
+            self.temperature is None or (math.isfinite(self.temperature) and self.temperature >= 0),
             f"--temperature must be 0 or more, not {self.temperature}",
         )
         _require(self.top_k >= -1, f"--top-k must be -1 or more, not {self.top_k}")
@@ -318,7 +324,8 @@ class GenerateConfig(RowsConfig):
         _require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         _require(self.max_tokens > 0, f"--max-tokens must be positive, not {self.max_tokens}")
         _require(self.n > 0, f"--n must be positive, not {self.n}")
-        _require(self.n == 1 or self.task != "alpaca", "--n above 1 is not for alpaca: one answer per row")
+        one_answer = self.n > 1 and self.task in ONE_ANSWER_TASKS
+        _require(not one_answer, f"--n above 1 is not for {self.task}: one answer per row")
         _require(self.batch_tokens > 0, f"--batch-tokens must be positive, not {self.batch_tokens}")
         tensor_parallel = self.tensor_parallel
         _require(
@@ -338,6 +345,8 @@ class ScoreConfig(RowsConfig):
     """Name of the output to score, as given to (or made by) `expo generate`."""
     outputs: str | None = None
     """The file to score, where it is not `outputs_<task>/<name>`."""
+    dataset: str | None = None
+    """The questions from elsewhere, for mtbench, whose answers come without them: a local file or a hub dataset id."""
     reward_model: str = "weqweasdas/RM-Mistral-7B"
     """The reward model: a directory, a hub id, or `id@revision`; one label."""
     engine: ScoreEngine = "auto"

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from expo.config import GenerateConfig, ScoreConfig
 
 
+Key = tuple[str, int, int]
+"""Tells a row from every other: the prompt's id, the sample, the turn."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer to generate."""
@@ -31,14 +35,16 @@ class Request:
     max_tokens: int
     """Most new tokens; prompt and answer fit the model's context."""
     temperature: float
-    """Softmax temperature; 0 decodes greedily."""
+    """Softmax temperature; 0 decodes greedily. Rows of one run may have different ones."""
     messages: tuple[Message, ...] = ()
     """The conversation, for an engine that has the chat template itself."""
+    turn: int = 0
+    """Which of the prompt's turns."""
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """Tells a row from every other."""
-        return self.id, self.sample
+        return self.id, self.sample, self.turn
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,11 @@ class Generator(Protocol):
     step_seconds: float
     """Time spent inside the engine's own steps so far."""
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
-        """Yield answers as they finish.
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
+        """Yield answers as they finish. Called once per turn.
 
         Args:
-            requests: All rows of the run, in order.
+            requests: All rows of the run's turn, in order.
             done: Keys of rows an earlier run finished; they are not yielded again.
         """
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from expo.backends import Completion, GeneratorSetup, Request
+from expo.backends import Completion, GeneratorSetup, Key, Request
 from expo.checkpoint import read_config
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 
@@ -110,7 +110,7 @@ class VllmGenerator:
         self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         self.step_seconds = 0.0
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
         from vllm.inputs import TokensPrompt
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from expo import config
-from expo.config import GenerateConfig
+from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.options import (
     BatchTokensOption,
     ChatTemplateOption,
@@ -68,7 +68,10 @@ def command(
         str | None, typer.Option(metavar="TEXT", help="System message put before every prompt.")
     ] = GenerateConfig.system,
     n: Annotated[int, typer.Option("--n", metavar="N", help="Samples per prompt.")] = GenerateConfig.n,
-    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = GenerateConfig.temperature,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help=f"0 decodes greedily. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]"),
+    ] = GenerateConfig.temperature,
     top_k: Annotated[int, typer.Option(help="-1 for all tokens.")] = GenerateConfig.top_k,
     top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = GenerateConfig.top_p,
     presence_penalty: Annotated[
@@ -90,7 +93,7 @@ def command(
     recipe: RecipeOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Answer a task's prompts; TASK is ultrafeedback, alpaca, or a file of prompts."""
+    """Answer a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts."""
     settings = settings_from(ctx, GenerateConfig)
     from expo import generate as verb
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from expo.backends import GeneratorSetup, Request
+from expo.backends import GeneratorSetup, Key, Request
 from expo.backends.chat import ChatTokenizer, context_length
 from expo.backends.vllm import why_not
 from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
-from expo.config import GenerateConfig
+from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.errors import InputError
+from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
 from expo.hub import Location, locate
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
@@ -37,25 +39,42 @@ class Plan:
     location: Location
     task: Task
     prompts: tuple[Prompt, ...]
-    requests: tuple[Request, ...]
-    """Prompt-major, one per sample; rows without one do not fit the context."""
-    too_long: dict[tuple[str, int], str]
-    """Row key → why it has no request."""
-    tokenizer: ChatTokenizer
+    asking: Asking
+    first: Turn
+    """What is asked first; later turns are made of its answers."""
     setup: GeneratorSetup
     files: RowFiles
     name: str
     fingerprint: Row
 
     @property
-    def keys(self) -> list[tuple[str, int]]:
+    def requests(self) -> tuple[Request, ...]:
+        """The first turn's requests."""
+        return self.first.requests
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """The model's tokenizer."""
+        return self.asking.tokenizer
+
+    @property
+    def turns(self) -> int:
+        """The most turns a prompt has."""
+        return max(prompt.turns for prompt in self.prompts)
+
+    @property
+    def keys(self) -> list[Key]:
         """All rows, in output order."""
-        return [(prompt.id, sample) for prompt in self.prompts for sample in range(self.config.n)]
+        return [(prompt.id, sample, turn) for prompt, sample, turn in self._rows()]
 
     @property
     def items(self) -> list[object]:
         """What the rows are made from, in output order."""
-        return [prompt.item for prompt in self.prompts for _ in range(self.config.n)]
+        return [prompt.asked(turn) for prompt, _, turn in self._rows()]
+
+    def _rows(self) -> Iterator[tuple[Prompt, int, int]]:
+        for prompt in self.prompts:
+            yield from ((prompt, sample, turn) for sample in range(self.config.n) for turn in range(prompt.turns))
 
     def describe(self) -> Row:
         """The plan as plain data."""
@@ -64,12 +83,17 @@ class Plan:
             "engine": self.engine,
             "task": self.task.name,
             "rows": len(self.keys),
-            "rows_too_long": len(self.too_long),
+            "rows_too_long": len(self.first.too_long),
+            "temperatures": {str(value): number for value, number in sorted(self._temperatures().items())},
             "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests),
             "context_length": self.setup.context_length,
             "stop_token_ids": list(self.setup.stop_ids),
             "output": str(self.files.final),
         }
+
+    def _temperatures(self) -> Counter[float]:
+        """Temperature → how many rows have it."""
+        return Counter(self.asking.temperature(prompt) for prompt, _, _ in self._rows())
 
 
 def plan(config: GenerateConfig) -> Plan:
@@ -81,19 +105,23 @@ def plan(config: GenerateConfig) -> Plan:
     """
     engine = choose_engine(config)
     task = find_task(config.task)
+    if config.temperature is None and not task.temperatures:
+        config = replace(config, temperature=DEFAULT_TEMPERATURE)
     location = locate(config.model)
     require_generator(location.path)
     prompts = load_prompts(task, config.dataset)
-    dataset_sha256 = texts_sha256(prompt.item for prompt in prompts)
+    require_one_system_message(prompts, config)
+    dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
     prompts = prompts[: config.limit]
     tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    ids = tokenizer.encode([_messages(prompt, config) for prompt in prompts], generation_prompt=True)
-    limit = context_length(location.path)
-    requests, too_long = _requests(config, prompts, ids, limit)
+    asking = Asking(config, task, tokenizer, context_length(location.path))
+    ids = tokenizer.encode([asking.opening(prompt) for prompt in prompts], generation_prompt=True)
+    asking = replace(asking, rooms=rooms_of(asking, prompts, ids))
+    first = first_turn(asking, prompts, ids)
     stop_ids = tuple(sorted({*tokenizer.stop_ids(), *config.stop_token_id}))
-    needed = max((len(request.prompt_ids) + request.max_tokens for request in requests), default=1)
+    needed = max((asking.rooms[request.id] for request in first.requests), default=1)
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else (*stop_ids, 0)[0]
-    setup = GeneratorSetup(config, location.path, stop_ids, pad_id, min(limit, needed))
+    setup = GeneratorSetup(config, location.path, stop_ids, pad_id, needed)
     name = config.name or location.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     made_from = {
@@ -104,6 +132,7 @@ def plan(config: GenerateConfig) -> Plan:
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
         **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
+        **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
     return Plan(
         config=config,
@@ -111,9 +140,8 @@ def plan(config: GenerateConfig) -> Plan:
         location=location,
         task=task,
         prompts=tuple(prompts),
-        requests=requests,
-        too_long=too_long,
-        tokenizer=tokenizer,
+        asking=asking,
+        first=first,
         setup=setup,
         files=files,
         name=name,
@@ -152,24 +180,3 @@ def require_generator(path: Path) -> None:
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _messages(prompt: Prompt, config: GenerateConfig) -> Sequence[dict[str, str]]:
-    system = [{"role": "system", "content": config.system}] if config.system is not None else []
-    return [*system, *prompt.messages]
-
-
-def _requests(
-    config: GenerateConfig, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], limit: int
-) -> tuple[tuple[Request, ...], dict[tuple[str, int], str]]:
-    requests, too_long = [], {}
-    for prompt, prompt_ids in zip(prompts, ids, strict=True):
-        room = limit - len(prompt_ids)
-        for sample in range(config.n):
-            if room < 1:
-                too_long[prompt.id, sample] = f"the prompt has {len(prompt_ids)} tokens, the model takes {limit}"
-            else:
-                max_tokens = min(config.max_tokens, room)
-                messages = tuple(_messages(prompt, config))
-                requests.append(Request(prompt.id, sample, tuple(prompt_ids), max_tokens, config.temperature, messages))
-    return tuple(requests), too_long

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo.backends import Generator, load_generator
+from expo.backends import Generator, Key, load_generator
 from expo.checkpoint import read_json
 from expo.config import GenerateConfig
 from expo.generate.decide import Plan, plan
-from expo.generate.rows import RunFigures, failed_row, final_text, journal_rows, meta_of, old_rows
+from expo.generate.rows import RunFigures, failed_row, final_text, journal_rows, meta_of, old_rows, row_key
+from expo.generate.turns import Turn, turn_of
 from expo.progress import rows_bar
 from expo.store import Journal, Row
 
@@ -46,46 +47,63 @@ def run(config: GenerateConfig) -> Generated:
         meta = read_json(work.files.meta)
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
-        done = {(row["id"], row["sample"]): row for row in journal.rows if row["finish_reason"] != "error"}
+        done = {row_key(row): row for row in journal.rows if row["finish_reason"] != "error"}
         extends = bool(done) and work.files.final.exists()
-        run_figures = _generate(work, journal, done)
-        done |= {key: failed_row(key, reason) for key, reason in work.too_long.items()}
+        run_figures, too_long = _generate(work, journal, done)
+        done |= {key: failed_row(key, reason) for key, reason in too_long.items()}
         rows = [done[key] for key in work.keys]
         meta = meta_of(work, rows, run_figures, extends=extends)
         work.files.finish(journal, final_text(work, rows), meta, {})
     return Generated(work.files.final, work.files.meta, "written", len(rows), meta["failed"])
 
 
-def _generate(work: Plan, journal: Journal, done: dict[tuple[str, int], Row]) -> RunFigures:
-    """Run the engine over the rows that are not in `done`, adding them to it and to the journal."""
-    missing = [request for request in work.requests if request.key not in done]
-    if not missing:
-        return RunFigures()
-    log.info("%s: %d of %d rows to generate with %s", work.name, len(missing), len(work.keys), work.engine)
-    clock = time.perf_counter()
-    engine = load_generator(work.engine)(work.setup)
-    started = time.perf_counter()
-    tokens_out = 0
-    for rows in _finished_rows(work, engine, done):
-        journal.append(rows)
-        done |= {(row["id"], row["sample"]): row for row in rows}
-        tokens_out += sum(row["length"] for row in rows)
-    return RunFigures(
-        rows=len(missing),
-        tokens_out=tokens_out,
+def _generate(work: Plan, journal: Journal, done: dict[Key, Row]) -> tuple[RunFigures, dict[Key, str]]:
+    """Run the engine over the rows that are not in `done`, turn by turn, adding them to it and to the journal.
+
+    Returns:
+        What it took, and which rows cannot be answered, and why.
+    """
+    before = set(done)
+    too_long: dict[Key, str] = {}
+    engine, clock, started = None, 0.0, 0.0
+    for number in range(work.turns):
+        turn = turn_of(work, number, done)
+        too_long |= turn.too_long
+        if all(request.key in done for request in turn.requests):
+            continue
+        if engine is None:
+            _log_start(work, done)
+            clock = time.perf_counter()
+            engine = load_generator(work.engine)(work.setup)
+            started = time.perf_counter()
+        for rows in _finished_rows(turn, engine, work, done):
+            journal.append(rows)
+            done |= {row_key(row): row for row in rows}
+    if engine is None:
+        return RunFigures(), too_long
+    new = [row for key, row in done.items() if key not in before]
+    figures = RunFigures(
+        rows=len(new),
+        tokens_out=sum(row["length"] for row in new),
         engine_start_seconds=started - clock,
         generate_seconds=time.perf_counter() - started,
         engine_step_seconds=engine.step_seconds,
         repeatable=engine.repeatable,
         versions=engine.versions(),
     )
+    return figures, too_long
 
 
-def _finished_rows(work: Plan, engine: Generator, done: dict[tuple[str, int], Row]) -> Iterator[list[Row]]:
-    finished_before = len(done)
-    progress = rows_bar(len(work.requests), "generate", initial=finished_before)
+def _log_start(work: Plan, done: dict[Key, Row]) -> None:
+    missing = [key for key in work.keys if key not in done and key not in work.first.too_long]
+    log.info("%s: %d of %d rows to generate with %s", work.name, len(missing), len(work.keys), work.engine)
+
+
+def _finished_rows(turn: Turn, engine: Generator, work: Plan, done: dict[Key, Row]) -> Iterator[list[Row]]:
+    finished = set(done)
+    progress = rows_bar(len(turn.requests), "generate", initial=sum(one.key in finished for one in turn.requests))
     try:
-        for completions in engine.generate(work.requests, set(done)):
+        for completions in engine.generate(turn.requests, finished):
             yield journal_rows(work, completions)
             progress.update(len(completions))
     finally:

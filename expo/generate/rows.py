@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expo import __version__
-from expo.backends import Completion
+from expo.backends import Completion, Key
 from expo.generate.decide import Plan
 from expo.store import Row, texts_sha256
-from expo.tasks import Answer, read_rows
+from expo.tasks import Answer, read_outputs
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,23 @@ class RunFigures:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+def row_key(row: Row) -> Key:
+    """Which row a journal's row is."""
+    return row["id"], row["sample"], row.get("turn", 0)
+
+
+def _named(key: Key, work: Plan) -> Row:
+    """A key's columns; the turn is one where the task has several."""
+    prompt, sample, turn = key
+    return {"id": prompt, "sample": sample, **({"turn": turn} if work.turns > 1 else {})}
+
+
 def journal_rows(work: Plan, completions: Sequence[Completion]) -> list[Row]:
     """Answers as the journal keeps them, in the order they came."""
     texts = work.tokenizer.decode([_without_stop(one, work.setup.stop_ids) for one in completions])
     return [
         {
-            "id": one.request.id,
-            "sample": one.request.sample,
+            **_named(one.request.key, work),
             "output": text,
             "length": len(one.token_ids),
             "finish_reason": one.finish_reason,
@@ -48,11 +58,12 @@ def _without_stop(completion: Completion, stop_ids: Sequence[int]) -> Sequence[i
     return ids[:-1] if ids and ids[-1] in stop_ids else ids
 
 
-def failed_row(key: tuple[str, int], reason: str) -> Row:
+def failed_row(key: Key, reason: str) -> Row:
     """The row of a prompt that could not be answered."""
     return {
         "id": key[0],
         "sample": key[1],
+        "turn": key[2],
         "output": "",
         "length": 0,
         "finish_reason": "error",
@@ -70,11 +81,8 @@ def final_text(work: Plan, rows: Sequence[Row]) -> str:
 
 def old_rows(work: Plan, meta: Row) -> list[Row]:
     """The journal rows of a finished output, from its final file and the per-row figures in its meta."""
-    outputs = [row["output"] for row in read_rows(work.files.final)]
-    figures = meta["per_row"]
-    columns = (figures["id"], figures["sample"], figures["length"], figures["finish_reason"], figures["prompt_tokens"])
-    names = ("id", "sample", "length", "finish_reason", "prompt_tokens", "output")
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, outputs, strict=True)]
+    columns = {**meta["per_row"], "output": read_outputs(work.files.final, work.task)}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return [row for row in rows if row["finish_reason"] != "error"]
 
 
@@ -93,9 +101,9 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
     config = dataclasses.asdict(work.config)
     for transient in ("overwrite", "dry_run", "output_dir"):
         del config[transient]
-    per_row = ("id", "sample", "length", "finish_reason", "prompt_tokens")
+    names = [_named(row_key(row), work) for row in rows]
     errors = [
-        {"row": number, "id": row["id"], "sample": row["sample"], "reason": row["reason"]}
+        {"row": number, **names[number], "reason": row["reason"]}
         for number, row in enumerate(rows)
         if row["finish_reason"] == "error"
     ]
@@ -121,5 +129,8 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "prompts_sha256": texts_sha256(work.items),
         "repeatable": _is_repeatable(work, figures, extends=extends),
         "fingerprint": work.fingerprint,
-        "per_row": {key: [row[key] for row in rows] for key in per_row},
+        "per_row": {
+            **{column: [name[column] for name in names] for column in names[0]},
+            **{column: [row[column] for row in rows] for column in ("length", "finish_reason", "prompt_tokens")},
+        },
     }

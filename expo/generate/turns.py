@@ -1,0 +1,160 @@
+"""Which answers a turn asks for: the first turn's from the prompts alone, later ones from the answers before them.
+
+A later turn's prompt is `apply_chat_template` of the conversation so far. What it asks for depends on its own earlier
+answers only, so that a run may be stopped between any two rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from expo.backends import Key, Request
+from expo.backends.chat import ChatTokenizer
+from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
+from expo.errors import InputError
+from expo.store import Row
+from expo.tasks import Message, Prompt, Task, assistant
+
+if TYPE_CHECKING:
+    from expo.generate.decide import Plan
+
+ANSWER = assistant(".")
+"""Stands for an answer that is not there yet, where the length of a conversation is estimated."""
+
+NO_ANSWER_BEFORE = "the turn before it has no answer"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of all rows."""
+
+    requests: tuple[Request, ...] = ()
+    """Prompt-major, one per sample; rows without one do not fit the context."""
+    too_long: dict[Key, str] = field(default_factory=dict)
+    """Row key → why it has no request."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What requests are made with."""
+
+    config: GenerateConfig
+    task: Task
+    tokenizer: ChatTokenizer
+    limit: int
+    """Longest prompt + answer the model takes, in tokens."""
+    rooms: Mapping[str, int] = field(default_factory=dict)
+    """Prompt id → the tokens its whole conversation may take; a function of that prompt alone."""
+
+    def opening(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The conversation to answer first."""
+        if self.config.system is None:
+            return prompt.messages
+        return ({"role": "system", "content": self.config.system}, *prompt.messages)
+
+    def temperature(self, prompt: Prompt) -> float:
+        """The user's temperature, else that of the row's category, else the paper's."""
+        if self.config.temperature is not None:
+            return self.config.temperature
+        return self.task.temperatures.get(str(prompt.columns.get("category")), DEFAULT_TEMPERATURE)
+
+
+def require_one_system_message(prompts: Sequence[Prompt], config: GenerateConfig) -> None:
+    """Refuse `--system` for conversations that begin with a system message: templates differ in what they do of two.
+
+    Raises:
+        InputError: A row has a system message of its own.
+    """
+    if config.system is None:
+        return
+    for number, prompt in enumerate(prompts):
+        if any(message["role"] == "system" for message in prompt.messages):
+            raise InputError(f"row {number} has a system message of its own: leave --system out, or take it from there")
+
+
+def rooms_of(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The tokens each prompt's conversation may take, at most the model's own limit.
+
+    An answer in a later prompt is text that is tokenized again, which may take more tokens than it was generated
+    with: it is given twice the room.
+
+    Args:
+        asking: What requests are made with.
+        prompts: The prompts.
+        ids: Their first turns' token ids.
+
+    Raises:
+        InputError: The chat template refuses a conversation of several turns.
+    """
+    several = [prompt for prompt in prompts if prompt.followups]
+    whole = [(*asking.opening(prompt), *(m for f in prompt.followups for m in (ANSWER, f))) for prompt in several]
+    asked = {prompt.id: len(row) for prompt, row in zip(prompts, ids, strict=True)}
+    if whole:
+        lengths = map(len, asking.tokenizer.encode(whole, generation_prompt=True))
+        asked |= dict(zip((prompt.id for prompt in several), lengths, strict=True))
+    most = asking.config.max_tokens
+    return {
+        prompt.id: min(asking.limit, asked[prompt.id] + (2 * len(prompt.followups) + 1) * most) for prompt in prompts
+    }
+
+
+def first_turn(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Turn:
+    """The first turn, from the prompts and their token ids."""
+    asked = [
+        ((prompt.id, sample, 0), prompt, asking.opening(prompt), row)
+        for prompt, row in zip(prompts, ids, strict=True)
+        for sample in range(asking.config.n)
+    ]
+    return _turn(asking, asked)
+
+
+def turn_of(work: Plan, turn: int, done: Mapping[Key, Row]) -> Turn:
+    """One turn of a plan.
+
+    Args:
+        work: The plan.
+        turn: Which; 0 is the first.
+        done: The answers there are, those of the turns before among them.
+    """
+    if turn == 0:
+        return work.first
+    waiting = [(prompt, sample) for prompt in work.prompts if prompt.turns > turn for sample in range(work.config.n)]
+    hopeless = {
+        (prompt.id, sample, turn): NO_ANSWER_BEFORE
+        for prompt, sample in waiting
+        if (prompt.id, sample, turn - 1) not in done
+    }
+    asked = [one for one in waiting if (one[0].id, one[1], turn) not in hopeless]
+    conversations = [_so_far(work.asking, prompt, sample, turn, done) for prompt, sample in asked]
+    ids = work.tokenizer.encode(conversations, generation_prompt=True) if conversations else []
+    rows = [
+        ((prompt.id, sample, turn), prompt, conversation, row)
+        for (prompt, sample), conversation, row in zip(asked, conversations, ids, strict=True)
+    ]
+    this = _turn(work.asking, rows)
+    return Turn(this.requests, {**hopeless, **this.too_long})
+
+
+def _so_far(asking: Asking, prompt: Prompt, sample: int, turn: int, done: Mapping[Key, Row]) -> tuple[Message, ...]:
+    def later() -> Iterator[Message]:
+        for before, followup in enumerate(prompt.followups[:turn]):
+            yield assistant(done[prompt.id, sample, before]["output"])
+            yield followup
+
+    return (*asking.opening(prompt), *later())
+
+
+def _turn(asking: Asking, asked: Sequence[tuple[Key, Prompt, tuple[Message, ...], Sequence[int]]]) -> Turn:
+    requests, too_long = [], {}
+    for key, prompt, messages, ids in asked:
+        room = asking.rooms[prompt.id]
+        if len(ids) >= room:
+            takes = "the model takes" if room == asking.limit else "its conversation has room for"
+            too_long[key] = f"the prompt has {len(ids)} tokens, {takes} {room}"
+            continue
+        most = min(asking.config.max_tokens, room - len(ids))
+        temperature = asking.temperature(prompt)
+        requests.append(Request(key[0], key[1], tuple(ids), most, temperature, messages, turn=key[2]))
+    return Turn(tuple(requests), too_long)
