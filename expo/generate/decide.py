@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig
 from expo.errors import InputError
 from expo.hub import Location, locate
+from expo.parts import Part, folder_name, read_part
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
@@ -46,6 +47,10 @@ class Plan:
     files: RowFiles
     name: str
     fingerprint: Row
+    part: Part | None = None
+    """Which part of a run this is; None is the whole."""
+    whole: Plan | None = None
+    """Of a part: the run it is a part of."""
 
     @property
     def keys(self) -> list[tuple[str, int]]:
@@ -63,6 +68,7 @@ class Plan:
             "model": str(self.location.path),
             "engine": self.engine,
             "task": self.task.name,
+            **({"part": str(self.part)} if self.part else {}),
             "rows": len(self.keys),
             "rows_too_long": len(self.too_long),
             "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests),
@@ -105,7 +111,7 @@ def plan(config: GenerateConfig) -> Plan:
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
         **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
     }
-    return Plan(
+    whole = Plan(
         config=config,
         engine=engine,
         location=location,
@@ -118,6 +124,23 @@ def plan(config: GenerateConfig) -> Plan:
         files=files,
         name=name,
         fingerprint=made_from,
+    )
+    return whole if config.part is None else share(whole, read_part(config.part, {}))
+
+
+def share(whole: Plan, part: Part) -> Plan:
+    """What one part of a run will do; all samples of a prompt are in one part."""
+    prompts = tuple(part.of(whole.prompts))
+    ids = {prompt.id for prompt in prompts}
+    folder = whole.files.final.parent / folder_name(whole.name)
+    return replace(
+        whole,
+        prompts=prompts,
+        requests=tuple(request for request in whole.requests if request.id in ids),
+        too_long={key: reason for key, reason in whole.too_long.items() if key[0] in ids},
+        files=RowFiles(folder / f"{part.file_stem}.jsonl", part.file_stem, whole.files.items_key),
+        part=part,
+        whole=whole,
     )
 
 
