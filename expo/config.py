@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from expo.errors import InputError
 from expo.files import is_utf8, shown
+from expo.parts import read_part, require_one_way
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
@@ -283,6 +285,12 @@ class GenerateConfig(RowsConfig):
     """Samples per prompt; sample j has seed + j."""
     tensor_parallel: int | None = None
     """GPUs one vLLM engine is spread over. Default: all."""
+    data_parallel: int = 1
+    """Processes, each with an engine and GPUs of its own, that share the rows."""
+    part: str | None = None
+    """`i/N`: do the i-th of N parts of the rows; `slurm` takes both from the array job's environment."""
+    join: int | None = None
+    """Join the finished output of this many parts."""
     batch_tokens: int = 16384
     """Token budget (prompt and answer, padding counted) of one batch of the transformers engine."""
     temperature: float | None = None
@@ -332,6 +340,9 @@ class GenerateConfig(RowsConfig):
             tensor_parallel is None or tensor_parallel > 0,
             f"--tensor-parallel must be positive, not {tensor_parallel}",
         )
+        require_one_way(self.part, self.join, self.data_parallel)
+        if self.part is not None:
+            object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
         bad = [pair for pair in self.engine_arg if not re.match(r"[A-Za-z_]\w*=", pair)]
         _require(not bad, f"--engine-arg takes KEY=VALUE, not {bad[:1]}")
         _require_name(self.name)

@@ -252,7 +252,10 @@ class RowFiles:
             raise InputError(f"{self.final} exists and expo did not write it: move it away, or choose another --name")
         if not self.final.exists() or not self.meta.exists():
             return None
-        content = json.loads(self.meta.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(self.meta.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away") from error
         return content if isinstance(content, dict) else {}
 
     def open(

@@ -67,6 +67,9 @@ def _prepare_environment() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.DEBUG if debug else logging.ERROR)
     if not _has_gpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # With tensor parallelism vLLM would bind each worker to a memory node of its own, and refuses where there are
+        # fewer nodes than workers.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _has_gpu() -> bool:

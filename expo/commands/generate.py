@@ -34,7 +34,11 @@ log = logging.getLogger(__name__)
 EXAMPLES = (
     "\b\nExamples:\n"
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta\n"
-    "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100"
+    "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100\n"
+    "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --data-parallel 8\n"
+    "\n\b\nAs a Slurm array of eight tasks, then joined:\n"
+    "  sbatch --array=0-7 --gpus=1 --wrap 'expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --part slurm'\n"
+    "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --join 8"
 )
 
 
@@ -62,6 +66,15 @@ def command(
     tensor_parallel: Annotated[
         int | None, typer.Option(metavar="N", help="GPUs per engine (vllm). [default: all]")
     ] = GenerateConfig.tensor_parallel,
+    data_parallel: Annotated[
+        int, typer.Option(metavar="N", help="Processes that share the rows, each with GPUs of its own.")
+    ] = GenerateConfig.data_parallel,
+    part: Annotated[
+        str | None, typer.Option(metavar="i/N|slurm", help="Do the i-th of N parts of the rows, from 0.")
+    ] = GenerateConfig.part,
+    join: Annotated[
+        int | None, typer.Option(metavar="N", help="Check that all N parts are there and join them.")
+    ] = GenerateConfig.join,
     batch_tokens: BatchTokensOption = GenerateConfig.batch_tokens,
     chat_template: ChatTemplateOption = GenerateConfig.chat_template,
     system: Annotated[

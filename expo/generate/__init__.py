@@ -5,6 +5,7 @@ finish, each durable before the next is waited for; the final file is written wh
 """
 
 from expo.generate.decide import Plan, plan
-from expo.generate.loop import Generated, run
+from expo.generate.dispatch import run
+from expo.generate.loop import Generated
 
 __all__ = ["Generated", "Plan", "plan", "run"]

@@ -17,6 +17,7 @@ from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.errors import InputError
 from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
 from expo.hub import Location, locate
+from expo.parts import Part, folder_name, read_part
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
@@ -46,6 +47,10 @@ class Plan:
     files: RowFiles
     name: str
     fingerprint: Row
+    part: Part | None = None
+    """Which part of a run this is; None is the whole."""
+    whole: Plan | None = None
+    """Of a part: the run it is a part of."""
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -60,7 +65,7 @@ class Plan:
     @property
     def turns(self) -> int:
         """The most turns a prompt has."""
-        return max(prompt.turns for prompt in self.prompts)
+        return max((prompt.turns for prompt in self.prompts), default=1)
 
     @property
     def keys(self) -> list[Key]:
@@ -82,6 +87,7 @@ class Plan:
             "model": str(self.location.path),
             "engine": self.engine,
             "task": self.task.name,
+            **({"part": str(self.part)} if self.part else {}),
             "rows": len(self.keys),
             "rows_too_long": len(self.first.too_long),
             "temperatures": {str(value): number for value, number in sorted(self._temperatures().items())},
@@ -134,7 +140,7 @@ def plan(config: GenerateConfig) -> Plan:
         **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
-    return Plan(
+    whole = Plan(
         config=config,
         engine=engine,
         location=location,
@@ -146,6 +152,22 @@ def plan(config: GenerateConfig) -> Plan:
         files=files,
         name=name,
         fingerprint=made_from,
+    )
+    return whole if config.part is None else share(whole, read_part(config.part, {}))
+
+
+def share(whole: Plan, part: Part) -> Plan:
+    """What one part of a run will do; all samples of a prompt are in one part."""
+    prompts = tuple(part.of(whole.prompts))
+    ids = {prompt.id for prompt in prompts}
+    folder = whole.files.final.parent / folder_name(whole.name)
+    return replace(
+        whole,
+        prompts=prompts,
+        first=whole.first.of(ids),
+        files=RowFiles(folder / f"{part.file_stem}.jsonl", part.file_stem, whole.files.items_key),
+        part=part,
+        whole=whole,
     )
 
 

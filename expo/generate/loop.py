@@ -12,7 +12,18 @@ from expo.backends import Generator, Key, load_generator
 from expo.checkpoint import read_json
 from expo.config import GenerateConfig
 from expo.generate.decide import Plan, plan
-from expo.generate.rows import RunFigures, failed_row, final_text, journal_rows, meta_of, old_rows, row_key
+from expo.generate.gather import Rows, is_covered, require_same_cut, whole_rows
+from expo.generate.rows import (
+    RunFigures,
+    failed_row,
+    final_text,
+    journal_rows,
+    meta_of,
+    old_rows,
+    part_meta,
+    part_text,
+    row_key,
+)
 from expo.generate.turns import Turn, turn_of
 from expo.progress import rows_bar
 from expo.store import Journal, Row
@@ -39,22 +50,42 @@ def run(config: GenerateConfig) -> Generated:
         InputError: The settings or inputs are at fault.
         EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
     """
-    work = plan(config)
+    return run_plan(plan(config))
+
+
+def run_plan(work: Plan) -> Generated:
+    """Generate every row of a plan, or of one part of it, that is not there yet."""
+    kept = _kept_of_the_whole(work)
+    if work.whole is not None and work.whole.files.finished() and is_covered(work, kept):
+        whole = work.whole.files
+        return Generated(whole.final, whole.meta, "already complete", len(work.keys), len(work.keys) - len(kept))
     journal = work.files.open(
-        work.fingerprint, work.items, overwrite=config.overwrite, old_rows=lambda meta: old_rows(work, meta)
+        work.fingerprint, work.items, overwrite=work.config.overwrite, old_rows=lambda meta: old_rows(work, meta)
     )
     if journal is None:
         meta = read_json(work.files.meta)
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
         done = {row_key(row): row for row in journal.rows if row["finish_reason"] != "error"}
-        extends = bool(done) and work.files.final.exists()
+        extends = bool(kept) or (bool(done) and work.files.final.exists())
+        done |= kept
         run_figures, too_long = _generate(work, journal, done)
         done |= {key: failed_row(key, reason) for key, reason in too_long.items()}
         rows = [done[key] for key in work.keys]
         meta = meta_of(work, rows, run_figures, extends=extends)
-        work.files.finish(journal, final_text(work, rows), meta, {})
+        text = final_text(work, rows) if work.part is None else part_text(rows)
+        work.files.finish(journal, text, meta if work.part is None else part_meta(work, meta, text), {})
     return Generated(work.files.final, work.files.meta, "written", len(rows), meta["failed"])
+
+
+def _kept_of_the_whole(work: Plan) -> Rows:
+    """The answers to a part's prompts that the whole output has already; refuses a run that is cut otherwise."""
+    if work.whole is None or work.part is None:
+        require_same_cut(work, None)
+        return {}
+    rows = whole_rows(work.whole)
+    require_same_cut(work.whole, work.part.count)
+    return {key: rows[key] for key in work.keys if key in rows}
 
 
 def _generate(work: Plan, journal: Journal, done: dict[Key, Row]) -> tuple[RunFigures, dict[Key, str]]:

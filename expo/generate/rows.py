@@ -6,12 +6,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from expo import __version__
 from expo.backends import Completion, Key
 from expo.generate.decide import Plan
-from expo.store import Row, texts_sha256
-from expo.tasks import Answer, read_outputs
+from expo.store import Row, json_lines, texts_sha256
+from expo.tasks import Answer, read_outputs, read_rows
+
+TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
+"""The settings that say how a run is done, not what."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,20 @@ def final_text(work: Plan, rows: Sequence[Row]) -> str:
     return work.task.write(answers, work.name)
 
 
+def part_text(rows: Sequence[Row]) -> str:
+    """The text of a part's file: the rows as the journal has them, in prompt order."""
+    return json_lines(rows)
+
+
+def part_meta(work: Plan, meta: Row, text: str) -> Row:
+    """What a part's meta file says more than that of a whole output: which part it is, and its file's checksum."""
+    return {**meta, "part": str(work.part), "rows_sha256": sha256(text.encode()).hexdigest()}
+
+
 def old_rows(work: Plan, meta: Row) -> list[Row]:
     """The journal rows of a finished output, from its final file and the per-row figures in its meta."""
+    if work.part is not None:
+        return [row for row in read_rows(work.files.final) if row["finish_reason"] != "error"]
     columns = {**meta["per_row"], "output": read_outputs(work.files.final, work.task)}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return [row for row in rows if row["finish_reason"] != "error"]
@@ -99,7 +115,7 @@ def _is_repeatable(work: Plan, figures: RunFigures, *, extends: bool) -> bool:
 def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bool) -> Row:
     """What the meta file holds."""
     config = dataclasses.asdict(work.config)
-    for transient in ("overwrite", "dry_run", "output_dir"):
+    for transient in TRANSIENT:
         del config[transient]
     names = [_named(row_key(row), work) for row in rows]
     errors = [
@@ -130,7 +146,7 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "repeatable": _is_repeatable(work, figures, extends=extends),
         "fingerprint": work.fingerprint,
         "per_row": {
-            **{column: [name[column] for name in names] for column in names[0]},
+            **{column: [name[column] for name in names] for column in _named(("", 0, 0), work)},
             **{column: [row[column] for row in rows] for column in ("length", "finish_reason", "prompt_tokens")},
         },
     }

@@ -6,7 +6,7 @@ answers only, so that a run may be stopped between any two rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,13 @@ class Turn:
     """Prompt-major, one per sample; rows without one do not fit the context."""
     too_long: dict[Key, str] = field(default_factory=dict)
     """Row key → why it has no request."""
+
+    def of(self, ids: Container[str]) -> Turn:
+        """The same turn of some prompts only."""
+        return Turn(
+            tuple(request for request in self.requests if request.id in ids),
+            {key: reason for key, reason in self.too_long.items() if key[0] in ids},
+        )
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,16 @@ def turn_of(work: Plan, turn: int, done: Mapping[Key, Row]) -> Turn:
     ]
     this = _turn(work.asking, rows)
     return Turn(this.requests, {**hopeless, **this.too_long})
+
+
+def turns_of(work: Plan, done: Mapping[Key, Row]) -> Iterator[Turn]:
+    """Every turn of a plan, one after the other, from the answers that are there when it is come to."""
+    return (turn_of(work, turn, done) for turn in range(work.turns))
+
+
+def unanswerable(work: Plan, done: Mapping[Key, Row]) -> dict[Key, str]:
+    """Row key → why it can have no answer, once all that can are there."""
+    return {key: reason for turn in turns_of(work, done) for key, reason in turn.too_long.items()}
 
 
 def _so_far(asking: Asking, prompt: Prompt, sample: int, turn: int, done: Mapping[Key, Row]) -> tuple[Message, ...]:
