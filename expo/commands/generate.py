@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 EXAMPLES = (
     "\b\nExamples:\n"
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta\n"
-    "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100"
+    "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100\n"
+    "  expo generate alpaca --engine openai --base-url http://localhost:8000/v1 --model NAME"
 )
 
 
@@ -42,13 +43,21 @@ def command(
     ctx: typer.Context,
     *,
     task: TaskArgument,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A directory, hub id, or id@revision.")],
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A directory, hub id, or id@revision; for openai the server's name.")
+    ],
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the output. [default: the model's name]")
     ] = GenerateConfig.name,
     engine: Annotated[
         config.GenerateEngine, typer.Option(help="auto: vLLM where it is installed and can run.")
     ] = GenerateConfig.engine,
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The openai engine's server; its key is in OPENAI_API_KEY.")
+    ] = GenerateConfig.base_url,
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", help="Requests under way at once (openai).")
+    ] = GenerateConfig.concurrency,
     engine_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Given to the engine as it is; repeatable.")
     ] = None,
@@ -69,7 +78,7 @@ def command(
     ] = GenerateConfig.system,
     n: Annotated[int, typer.Option("--n", metavar="N", help="Samples per prompt.")] = GenerateConfig.n,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = GenerateConfig.temperature,
-    top_k: Annotated[int, typer.Option(help="-1 for all tokens.")] = GenerateConfig.top_k,
+    top_k: Annotated[int, typer.Option(help="0 or -1 for all; -1 sends openai servers none.")] = GenerateConfig.top_k,
     top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = GenerateConfig.top_p,
     presence_penalty: Annotated[
         float, typer.Option(help="Off the logit of each token generated before.")

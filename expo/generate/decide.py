@@ -5,16 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from expo.backends import GeneratorSetup, Request
-from expo.backends.chat import ChatTokenizer, context_length
 from expo.backends.vllm import why_not
-from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig
-from expo.errors import InputError
-from expo.hub import Location, locate
+from expo.generate.models import Model, find_model, require_fitting
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
@@ -34,14 +30,13 @@ class Plan:
     config: GenerateConfig
     engine: str
     """The engine, chosen."""
-    location: Location
+    model: Model
     task: Task
     prompts: tuple[Prompt, ...]
     requests: tuple[Request, ...]
     """Prompt-major, one per sample; rows without one do not fit the context."""
     too_long: dict[tuple[str, int], str]
     """Row key → why it has no request."""
-    tokenizer: ChatTokenizer
     setup: GeneratorSetup
     files: RowFiles
     name: str
@@ -59,14 +54,15 @@ class Plan:
 
     def describe(self) -> Row:
         """The plan as plain data."""
+        known = self.model.tokenizer is not None
         return {
-            "model": str(self.location.path),
+            "model": str(self.model.path) if known else self.config.model,
             "engine": self.engine,
             "task": self.task.name,
             "rows": len(self.keys),
             "rows_too_long": len(self.too_long),
-            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests),
-            "context_length": self.setup.context_length,
+            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests) if known else None,
+            "context_length": self.setup.context_length if known else None,
             "stop_token_ids": list(self.setup.stop_ids),
             "output": str(self.files.final),
         }
@@ -81,39 +77,34 @@ def plan(config: GenerateConfig) -> Plan:
     """
     engine = choose_engine(config)
     task = find_task(config.task)
-    location = locate(config.model)
-    require_generator(location.path)
+    model = find_model(config, engine)
     prompts = load_prompts(task, config.dataset)
     dataset_sha256 = texts_sha256(prompt.item for prompt in prompts)
     prompts = prompts[: config.limit]
-    tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    ids = tokenizer.encode([_messages(prompt, config) for prompt in prompts], generation_prompt=True)
-    limit = context_length(location.path)
+    ids = model.encode([_messages(prompt, config) for prompt in prompts])
+    limit = model.context_length
     requests, too_long = _requests(config, prompts, ids, limit)
-    stop_ids = tuple(sorted({*tokenizer.stop_ids(), *config.stop_token_id}))
+    stop_ids = model.stop_ids(config.stop_token_id)
     needed = max((len(request.prompt_ids) + request.max_tokens for request in requests), default=1)
-    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else (*stop_ids, 0)[0]
-    setup = GeneratorSetup(config, location.path, stop_ids, pad_id, min(limit, needed))
-    name = config.name or location.name
+    setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), min(limit, needed))
+    name = config.name or model.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     made_from = {
         "task": task.name,
         "dataset_sha256": dataset_sha256,
-        "model": source_fingerprint(location),
         "engine": engine,
-        "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
+        **model.fingerprint,
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
         **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
     }
     return Plan(
         config=config,
         engine=engine,
-        location=location,
+        model=model,
         task=task,
         prompts=tuple(prompts),
         requests=requests,
         too_long=too_long,
-        tokenizer=tokenizer,
         setup=setup,
         files=files,
         name=name,
@@ -132,22 +123,8 @@ def choose_engine(config: GenerateConfig) -> str:
         reason = why_not()
         engine = "vllm" if reason is None else "transformers"
         log.info("engine: %s (%s)", engine, reason or "vLLM is installed and can run")
-    if engine != "vllm" and config.engine_arg:
-        raise InputError(f"--engine-arg is for the vllm engine, and this run uses {engine}")
+    require_fitting(config, engine)
     return engine
-
-
-def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    for architecture in read_config(path).get("architectures") or []:
-        if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
-    if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
 
 
 def _plain(value: object) -> object:
