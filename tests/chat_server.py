@@ -138,10 +138,10 @@ def _handler(state: ChatServer) -> type[Handler]:
     class Chat(Handler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 - the name http.server looks for
             (error(404, "no list here") if self.path == "/v1/models" else error(500, self.path))(self)
 
-        def do_POST(self) -> None:
+        def do_POST(self) -> None:  # noqa: N802
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             unknown = sorted(body.keys() - FIELDS)
             if self.path != "/v1/chat/completions" or unknown:

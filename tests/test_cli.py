@@ -17,7 +17,7 @@ from helpers import Result, environment, expo_command, run_expo
 from expo import __version__, cli
 from expo.errors import EnvironmentFailure, InputError, Stopped
 
-HEAVY = ("torch", "transformers", "vllm", "datasets", "scipy", "matplotlib")
+HEAVY = ("torch", "transformers", "vllm", "openai", "datasets", "scipy", "matplotlib")
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
