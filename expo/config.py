@@ -16,15 +16,17 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
+from urllib.parse import urlsplit
 
 from expo.errors import InputError
 from expo.files import is_utf8, shown
 from expo.parts import read_part, require_one_way
+from expo.secrets import without_secrets
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
 Vocab: TypeAlias = Literal["error", "common"]
-GenerateEngine: TypeAlias = Literal["auto", "vllm", "transformers"]
+GenerateEngine: TypeAlias = Literal["auto", "vllm", "transformers", "openai"]
 ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -63,6 +65,18 @@ def _require_choice(flag: str, value: str, choices: object) -> None:
 def _require_device(value: str) -> None:
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
     _require(known, f"--device is auto, cpu, cuda or cuda:N, not {value!r}")
+
+
+def _require_base_url(url: str | None) -> None:
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    known = known and not parts.query and not parts.fragment and url.isascii() and url.isprintable() and " " not in url
+    _require(known, f"--base-url is a URL such as http://localhost:8000/v1, not {without_secrets(url)!r}")
 
 
 def _require_regexes(flag: str, patterns: tuple[str, ...]) -> None:
@@ -270,11 +284,15 @@ class GenerateConfig(RowsConfig):
     """`expo generate`: answer a task's prompts. The decoding defaults are the paper's."""
 
     model: str
-    """The model that answers: a directory, a hub id, or `id@revision`."""
+    """The model that answers: a directory, a hub id, or `id@revision`; for openai the name the server knows."""
     name: str | None = None
     """Name of the output files and of the generator in them. Default: the model's name."""
     engine: GenerateEngine = "auto"
     """auto takes vLLM where it is installed and can run, else transformers."""
+    base_url: str | None = None
+    """The openai engine's server, as `http://localhost:8000/v1`; the key is read from OPENAI_API_KEY alone."""
+    concurrency: int = 32
+    """Most requests the openai engine has under way at once."""
     engine_arg: tuple[str, ...] = ()
     """`KEY=VALUE` pairs handed to the engine as they are (VALUE read as JSON where it is JSON)."""
     dataset: str | None = None
@@ -296,7 +314,7 @@ class GenerateConfig(RowsConfig):
     temperature: float | None = None
     """Softmax temperature; 0 decodes greedily. Default: the row's category's where the task has some, else 0.7."""
     top_k: int = 50
-    """Sample among the k likeliest tokens; −1 or 0 for all."""
+    """Sample among the k likeliest tokens; −1 or 0 for all. −1 sends the openai engine's server no field of vLLM's."""
     top_p: float = 0.9
     """Sample within this probability mass."""
     presence_penalty: float = 0.1
@@ -318,6 +336,8 @@ class GenerateConfig(RowsConfig):
         """
         super().__post_init__()
         _require_choice("--engine", self.engine, GenerateEngine)
+        _require_base_url(self.base_url)
+        _require(self.concurrency > 0, f"--concurrency must be positive, not {self.concurrency}")
         _require(
             self.temperature is None or (math.isfinite(self.temperature) and self.temperature >= 0),
             f"--temperature must be 0 or more, not {self.temperature}",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from expo.tasks import Message
 
@@ -59,12 +59,36 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class TextCompletion:
+    """One answer from an engine that keeps its tokens to itself."""
+
+    request: Request
+    text: str
+    length: int
+    """New tokens, the stop token included."""
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row that the engine could not answer, while the others can be; a rerun tries it again."""
+
+    request: Request
+    reason: str
+
+
+Outcome: TypeAlias = Completion | TextCompletion | Failure
+"""What becomes of a request."""
+
+
+@dataclass(frozen=True)
 class GeneratorSetup:
     """What a generator is started with."""
 
     config: GenerateConfig
     model: Path
-    """The model's folder."""
+    """The model's folder. Where a server has the model there is none, and `config.model` is its name."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     pad_id: int
@@ -80,8 +104,8 @@ class Generator(Protocol):
     step_seconds: float
     """Time spent inside the engine's own steps so far."""
 
-    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
-        """Yield answers as they finish. Called once per turn.
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[Sequence[Outcome]]:
+        """Yield answers as they finish; closing the iterator gives up what is under way. Called once per turn.
 
         Args:
             requests: All rows of the run's turn, in order.
@@ -120,6 +144,7 @@ class Scorer(Protocol):
 GENERATORS = {
     "vllm": "expo.backends.vllm:VllmGenerator",
     "transformers": "expo.backends.transformers:TransformersGenerator",
+    "openai": "expo.backends.openai:OpenaiGenerator",
 }
 SCORERS = {"transformers": "expo.backends.transformers_reward:TransformersScorer"}
 

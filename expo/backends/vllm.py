@@ -138,7 +138,11 @@ class VllmGenerator:
                 _completion(by_id[output.request_id.split("-")[0]], output) for output in outputs if output.finished
             ]
             if finished:
-                yield finished
+                try:
+                    yield finished
+                except GeneratorExit:
+                    engine.abort_request(list(by_id))
+                    raise
 
     def _params(self, request: Request) -> object:
         from vllm import SamplingParams

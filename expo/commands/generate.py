@@ -36,6 +36,7 @@ EXAMPLES = (
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta\n"
     "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100\n"
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --data-parallel 8\n"
+    "  expo generate alpaca --engine openai --base-url http://localhost:8000/v1 --model NAME\n"
     "\n\b\nAs a Slurm array of eight tasks, then joined:\n"
     "  sbatch --array=0-7 --gpus=1 --wrap 'expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --part slurm'\n"
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --join 8"
@@ -46,13 +47,21 @@ def command(
     ctx: typer.Context,
     *,
     task: TaskArgument,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A directory, hub id, or id@revision.")],
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A directory, hub id, or id@revision; for openai the server's name.")
+    ],
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the output. [default: the model's name]")
     ] = GenerateConfig.name,
     engine: Annotated[
         config.GenerateEngine, typer.Option(help="auto: vLLM where it is installed and can run.")
     ] = GenerateConfig.engine,
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The openai engine's server; its key is in OPENAI_API_KEY.")
+    ] = GenerateConfig.base_url,
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", help="Requests under way at once (openai).")
+    ] = GenerateConfig.concurrency,
     engine_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Given to the engine as it is; repeatable.")
     ] = None,
@@ -85,7 +94,7 @@ def command(
         float | None,
         typer.Option(help=f"0 decodes greedily. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]"),
     ] = GenerateConfig.temperature,
-    top_k: Annotated[int, typer.Option(help="-1 for all tokens.")] = GenerateConfig.top_k,
+    top_k: Annotated[int, typer.Option(help="0 or -1 for all; -1 sends openai servers none.")] = GenerateConfig.top_k,
     top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = GenerateConfig.top_p,
     presence_penalty: Annotated[
         float, typer.Option(help="Off the logit of each token generated before.")

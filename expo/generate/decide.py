@@ -6,17 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 from expo.backends import GeneratorSetup, Key, Request
-from expo.backends.chat import ChatTokenizer, context_length
 from expo.backends.vllm import why_not
-from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
-from expo.errors import InputError
+from expo.generate.models import Model, find_model, require_fitting
 from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
-from expo.hub import Location, locate
 from expo.parts import Part, folder_name, read_part
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
@@ -37,7 +33,7 @@ class Plan:
     config: GenerateConfig
     engine: str
     """The engine, chosen."""
-    location: Location
+    model: Model
     task: Task
     prompts: tuple[Prompt, ...]
     asking: Asking
@@ -56,11 +52,6 @@ class Plan:
     def requests(self) -> tuple[Request, ...]:
         """The first turn's requests."""
         return self.first.requests
-
-    @property
-    def tokenizer(self) -> ChatTokenizer:
-        """The model's tokenizer."""
-        return self.asking.tokenizer
 
     @property
     def turns(self) -> int:
@@ -83,16 +74,17 @@ class Plan:
 
     def describe(self) -> Row:
         """The plan as plain data."""
+        known = self.model.tokenizer is not None
         return {
-            "model": str(self.location.path),
+            "model": str(self.model.path) if known else self.config.model,
             "engine": self.engine,
             "task": self.task.name,
             **({"part": str(self.part)} if self.part else {}),
             "rows": len(self.keys),
             "rows_too_long": len(self.first.too_long),
             "temperatures": {str(value): number for value, number in sorted(self._temperatures().items())},
-            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests),
-            "context_length": self.setup.context_length,
+            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests) if known else None,
+            "context_length": self.setup.context_length if known else None,
             "stop_token_ids": list(self.setup.stop_ids),
             "output": str(self.files.final),
         }
@@ -113,29 +105,25 @@ def plan(config: GenerateConfig) -> Plan:
     task = find_task(config.task)
     if config.temperature is None and not task.temperatures:
         config = replace(config, temperature=DEFAULT_TEMPERATURE)
-    location = locate(config.model)
-    require_generator(location.path)
+    model = find_model(config, engine)
     prompts = load_prompts(task, config.dataset)
     require_one_system_message(prompts, config)
     dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
     prompts = prompts[: config.limit]
-    tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    asking = Asking(config, task, tokenizer, context_length(location.path))
-    ids = tokenizer.encode([asking.opening(prompt) for prompt in prompts], generation_prompt=True)
+    asking = Asking(config, task, model)
+    ids = model.encode([asking.opening(prompt) for prompt in prompts])
     asking = replace(asking, rooms=rooms_of(asking, prompts, ids))
     first = first_turn(asking, prompts, ids)
-    stop_ids = tuple(sorted({*tokenizer.stop_ids(), *config.stop_token_id}))
+    stop_ids = model.stop_ids(config.stop_token_id)
     needed = max((asking.rooms[request.id] for request in first.requests), default=1)
-    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else (*stop_ids, 0)[0]
-    setup = GeneratorSetup(config, location.path, stop_ids, pad_id, needed)
-    name = config.name or location.name
+    setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed)
+    name = config.name or model.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     made_from = {
         "task": task.name,
         "dataset_sha256": dataset_sha256,
-        "model": source_fingerprint(location),
         "engine": engine,
-        "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
+        **model.fingerprint,
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
         **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
@@ -143,7 +131,7 @@ def plan(config: GenerateConfig) -> Plan:
     whole = Plan(
         config=config,
         engine=engine,
-        location=location,
+        model=model,
         task=task,
         prompts=tuple(prompts),
         asking=asking,
@@ -182,22 +170,8 @@ def choose_engine(config: GenerateConfig) -> str:
         reason = why_not()
         engine = "vllm" if reason is None else "transformers"
         log.info("engine: %s (%s)", engine, reason or "vLLM is installed and can run")
-    if engine != "vllm" and config.engine_arg:
-        raise InputError(f"--engine-arg is for the vllm engine, and this run uses {engine}")
+    require_fitting(config, engine)
     return engine
-
-
-def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    for architecture in read_config(path).get("architectures") or []:
-        if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
-    if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
 
 
 def _plain(value: object) -> object:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from expo import __version__
-from expo.backends import Completion, Key
+from expo.backends import Completion, Failure, Key, Outcome, TextCompletion
 from expo.generate.decide import Plan
+from expo.secrets import without_secrets
 from expo.store import Row, json_lines, texts_sha256
 from expo.tasks import Answer, read_outputs, read_rows
 
@@ -42,24 +43,33 @@ def _named(key: Key, work: Plan) -> Row:
     return {"id": prompt, "sample": sample, **({"turn": turn} if work.turns > 1 else {})}
 
 
-def journal_rows(work: Plan, completions: Sequence[Completion]) -> list[Row]:
+def journal_rows(work: Plan, outcomes: Sequence[Outcome]) -> list[Row]:
     """Answers as the journal keeps them, in the order they came."""
-    texts = work.tokenizer.decode([_without_stop(one, work.setup.stop_ids) for one in completions])
-    return [
-        {
-            **_named(one.request.key, work),
-            "output": text,
-            "length": len(one.token_ids),
-            "finish_reason": one.finish_reason,
-            "prompt_tokens": len(one.request.prompt_ids),
-        }
-        for one, text in zip(completions, texts, strict=True)
-    ]
+    return [_journal_row(work, one) for one in outcomes]
 
 
-def _without_stop(completion: Completion, stop_ids: Sequence[int]) -> Sequence[int]:
-    ids = completion.token_ids
-    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+def _journal_row(work: Plan, one: Outcome) -> Row:
+    if isinstance(one, Failure):
+        return failed_row(one.request.key, one.reason)
+    text, length, prompt_tokens = _decoded(work, one) if isinstance(one, Completion) else _as_given(one)
+    return {
+        **_named(one.request.key, work),
+        "output": text,
+        "length": length,
+        "finish_reason": one.finish_reason,
+        "prompt_tokens": prompt_tokens,
+    }
+
+
+def _decoded(work: Plan, one: Completion) -> tuple[str, int, int]:
+    """Text without the stop token, tokens, and tokens of the prompt."""
+    ids = one.token_ids
+    stopped = bool(ids) and ids[-1] in work.setup.stop_ids
+    return work.model.decode(ids[:-1] if stopped else ids), len(ids), len(one.request.prompt_ids)
+
+
+def _as_given(one: TextCompletion) -> tuple[str, int, int]:
+    return one.text, one.length, one.prompt_tokens
 
 
 def failed_row(key: Key, reason: str) -> Row:
@@ -117,6 +127,8 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
     config = dataclasses.asdict(work.config)
     for transient in TRANSIENT:
         del config[transient]
+    if work.config.base_url is not None:
+        config["base_url"] = without_secrets(work.config.base_url)
     names = [_named(row_key(row), work) for row in rows]
     errors = [
         {"row": number, **names[number], "reason": row["reason"]}
@@ -130,7 +142,7 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "config": config,
         "engine": work.engine,
         "versions": {"expo": __version__, **figures.versions},
-        "model": {"name": work.location.label, "revision": work.location.revision},
+        "model": work.model.source,
         "rows": len(rows),
         "failed": len(errors),
         "errors": errors,

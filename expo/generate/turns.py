@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from expo.backends import Key, Request
-from expo.backends.chat import ChatTokenizer
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.errors import InputError
+from expo.generate.models import Model
 from expo.store import Row
 from expo.tasks import Message, Prompt, Task, assistant
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ANSWER = assistant(".")
 """Stands for an answer that is not there yet, where the length of a conversation is estimated."""
 
+FAILED = {"finish_reason": "error"}
 NO_ANSWER_BEFORE = "the turn before it has no answer"
 
 
@@ -49,9 +50,7 @@ class Asking:
 
     config: GenerateConfig
     task: Task
-    tokenizer: ChatTokenizer
-    limit: int
-    """Longest prompt + answer the model takes, in tokens."""
+    model: Model
     rooms: Mapping[str, int] = field(default_factory=dict)
     """Prompt id → the tokens its whole conversation may take; a function of that prompt alone."""
 
@@ -99,11 +98,12 @@ def rooms_of(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[i
     whole = [(*asking.opening(prompt), *(m for f in prompt.followups for m in (ANSWER, f))) for prompt in several]
     asked = {prompt.id: len(row) for prompt, row in zip(prompts, ids, strict=True)}
     if whole:
-        lengths = map(len, asking.tokenizer.encode(whole, generation_prompt=True))
+        lengths = map(len, asking.model.encode(whole))
         asked |= dict(zip((prompt.id for prompt in several), lengths, strict=True))
     most = asking.config.max_tokens
     return {
-        prompt.id: min(asking.limit, asked[prompt.id] + (2 * len(prompt.followups) + 1) * most) for prompt in prompts
+        prompt.id: min(asking.model.context_length, asked[prompt.id] + (2 * len(prompt.followups) + 1) * most)
+        for prompt in prompts
     }
 
 
@@ -131,11 +131,11 @@ def turn_of(work: Plan, turn: int, done: Mapping[Key, Row]) -> Turn:
     hopeless = {
         (prompt.id, sample, turn): NO_ANSWER_BEFORE
         for prompt, sample in waiting
-        if (prompt.id, sample, turn - 1) not in done
+        if done.get((prompt.id, sample, turn - 1), FAILED)["finish_reason"] == "error"
     }
     asked = [one for one in waiting if (one[0].id, one[1], turn) not in hopeless]
     conversations = [_so_far(work.asking, prompt, sample, turn, done) for prompt, sample in asked]
-    ids = work.tokenizer.encode(conversations, generation_prompt=True) if conversations else []
+    ids = work.model.encode(conversations) if conversations else []
     rows = [
         ((prompt.id, sample, turn), prompt, conversation, row)
         for (prompt, sample), conversation, row in zip(asked, conversations, ids, strict=True)
@@ -168,7 +168,7 @@ def _turn(asking: Asking, asked: Sequence[tuple[Key, Prompt, tuple[Message, ...]
     for key, prompt, messages, ids in asked:
         room = asking.rooms[prompt.id]
         if len(ids) >= room:
-            takes = "the model takes" if room == asking.limit else "its conversation has room for"
+            takes = "the model takes" if room == asking.model.context_length else "its conversation has room for"
             too_long[key] = f"the prompt has {len(ids)} tokens, {takes} {room}"
             continue
         most = min(asking.config.max_tokens, room - len(ids))
