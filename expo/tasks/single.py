@@ -30,6 +30,8 @@ def read_alpaca(row: Row) -> Prompt:
 def read_file_row(row: Row) -> Prompt:
     """A row of a prompt file: `prompt` or `instruction`, else `messages` that end with the user's turn."""
     name = _id(row, "id")
+    if row.get("instruction") and row.get("input") and not row.get("prompt"):
+        raise InputError("has an input beside its instruction: join both in a prompt column")
     for column in ("prompt", "instruction"):
         if isinstance(row.get(column), str):
             return Prompt(name, (user(row[column]),))
