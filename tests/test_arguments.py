@@ -12,12 +12,12 @@ from expo.arguments import arguments_of, shown
 from expo.config import GenerateConfig
 
 OTHERWISE = {
-    "task": "my prompts.jsonl", "model": "a/b@main", "overwrite": True, "dry_run": True, "output_dir": "-out", "limit": 3,
-    "device": "cuda:1", "dtype": "float16", "chat_template": "t.jinja", "trust_remote_code": True, "name": "x y",
-    "engine": "transformers", "engine_arg": ("a=1", "b={\"c\": 2}"), "dataset": "d", "system": "-You're 'brief'\n", "n": 2,
-    "tensor_parallel": 2, "data_parallel": 3, "part": "1/3", "join": 3, "batch_tokens": 7, "temperature": 0.30000000000000004,
-    "top_k": -1, "top_p": 0.1, "presence_penalty": -1.5, "frequency_penalty": 0.0, "seed": 0, "max_tokens": 1,
-    "stop_token_id": (1, 2),
+    "task": "my prompts.jsonl", "model": "a/b@main", "overwrite": True, "dry_run": True, "output_dir": "-out",
+    "limit": 3, "device": "cuda:1", "dtype": "float16", "chat_template": "t.jinja", "trust_remote_code": True,
+    "name": "x y", "engine": "transformers", "engine_arg": ("a=1", "b={\"c\": 2}"), "dataset": "d",
+    "system": "-You're 'brief'\n", "n": 2, "tensor_parallel": 2, "data_parallel": 3, "part": "1/3", "join": 3,
+    "batch_tokens": 7, "temperature": 0.30000000000000004, "top_k": -1, "top_p": 0.1, "presence_penalty": -1.5,
+    "frequency_penalty": 0.0, "seed": 0, "max_tokens": 1, "stop_token_id": (1, 2),
 }  # fmt: skip
 """A value other than the default for every setting."""
 

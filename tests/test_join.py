@@ -220,7 +220,7 @@ def test_parts_of_other_prompts_are_refused(run, out, prompt_file):  # noqa: F81
     run("0/2")
     write_rows(prompt_file, [{"prompt": "w1"}, {"prompt": "w2"}])
     run("1/2")
-    with pytest.raises(InputError, match="0-of-2.jsonl was made with another dataset-sha256"):
+    with pytest.raises(InputError, match=r"0-of-2\.jsonl was made with another dataset-sha256"):
         run(join=2)
 
 
@@ -277,7 +277,7 @@ def test_a_larger_limit_extends_parts_before_and_after_they_are_joined(run, out,
     for index in range(2):
         run(f"{index}/2", limit=4)
         run(f"{index}/2", limit=7)
-    with pytest.raises(InputError, match="0-of-2.jsonl has 4 rows, made with a larger --limit"):
+    with pytest.raises(InputError, match=r"0-of-2\.jsonl has 4 rows, made with a larger --limit"):
         run(join=2, limit=4)
     assert run(join=2, limit=7).rows == 7
     with pytest.raises(InputError, match="0/3 "):
