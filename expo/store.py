@@ -323,6 +323,7 @@ class RowFiles:
             meta: Content of the meta file.
             others: Further files and their contents.
         """
+        journal.is_empty = False  # from here on it says that the files under final names may not belong together
         for path, text in {**others, self.final: final_text}.items():
             write_atomic(path, text)
         write_atomic(self.meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")

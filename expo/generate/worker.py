@@ -67,15 +67,19 @@ class Worker:
         self._rows_at_start = self.rows()
         self._log.seek(0)
         self._log.truncate()
-        config = replace(self.work.config, data_parallel=1, part=str(self.work.part))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "expo", "generate", *arguments_of(config), f"--engine={self.work.engine}"],
+            self.command(),
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
             env=environment_for_child({**os.environ, **self._environment}),
             start_new_session=True,
         )
+
+    def command(self) -> list[str]:
+        """The command line: every setting as it was resolved, so that no file or recipe is read again."""
+        config = replace(self.work.config, data_parallel=1, part=str(self.work.part))
+        return [sys.executable, "-m", "expo", "generate", *arguments_of(config), f"--engine={self.work.engine}"]
 
     def rows(self) -> int:
         """The rows that are there, as far as this process knows."""
