@@ -1,4 +1,4 @@
-"""The settings of every command, one frozen dataclass each, and the TOML files they may come from.
+"""The settings of every command, one frozen dataclass each; `config_files.py` reads them from files.
 
 Every default exists here and only here: the command line takes its defaults from these classes. A value is
 validated in `__post_init__`, so that Python users are checked as flags are.
@@ -7,14 +7,11 @@ To add a setting, add a field with its docstring here and one option in `command
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import re
-import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from expo.errors import InputError
 from expo.files import is_utf8, shown
@@ -107,7 +104,68 @@ class CommonConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtrapolateConfig(CommonConfig):
+class RulesConfig:
+    """How θ_sft and θ_dpo are combined, beside α."""
+
+    alpha_for: tuple[str, ...] = ()
+    """`REGEX=A`: tensors (the pattern is searched in their names) with an α of their own; the first match wins."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of tensors that are copied from DPO, whatever `alpha_for` says."""
+    missing: Missing = "error"
+    """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
+    vocab: Vocab = "error"
+    """Where vocabularies differ in size: refuse, or extrapolate the common rows and copy DPO's further rows."""
+    allow_pickle: bool = False
+    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
+    allow_nonfinite: bool = False
+    """Take NaN and infinity in the result instead of refusing them."""
+
+    def _require_rules(self) -> None:
+        _require_choice("--missing", self.missing, Missing)
+        _require_choice("--vocab", self.vocab, Vocab)
+        _ = self.alphas_for  # read once, so that they are checked
+        _require_regexes("--exclude", self.exclude)
+
+    @property
+    def alphas_for(self) -> tuple[tuple[str, float], ...]:
+        """`alpha_for` as patterns and numbers."""
+        return tuple(map(_read_alpha_for, self.alpha_for))
+
+
+RULES = tuple(field.name for field in fields(RulesConfig))
+
+
+def _require_alpha(alpha: float) -> None:
+    _require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
+    _require(abs(alpha) <= MAX_ALPHA, f"--alpha {alpha!r} is more than float32 holds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThetaConfig(RulesConfig):
+    """One θ(α) that an engine makes while it loads, without a checkpoint of it on the disk."""
+
+    sft: str
+    """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
+    dpo: str
+    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
+    alpha: float
+    """The extrapolation strength; 0 is DPO itself, −1 is SFT."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is out of its range; the message names the flag.
+        """
+        for flag, path in (("--sft", self.sft), ("--dpo", self.dpo)):
+            _require(is_utf8(path), f"{flag} {shown(path)} is not UTF-8; rename the folder")
+        _require_alpha(self.alpha)
+        object.__setattr__(self, "alpha", float(self.alpha) + 0.0)  # −0.0 becomes 0.0
+        self._require_rules()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtrapolateConfig(CommonConfig, RulesConfig):
     """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft)."""
 
     sft: str
@@ -126,18 +184,6 @@ class ExtrapolateConfig(CommonConfig):
     """Threads that read, combine and write pieces. Default: the CPU count, at most 4."""
     max_shard_size: str = "keep"
     """Most bytes of one output file, such as 500MB or 5GB; keep has DPO's files."""
-    alpha_for: tuple[str, ...] = ()
-    """`REGEX=A`: tensors (the pattern is searched in their names) with an α of their own; the first match wins."""
-    exclude: tuple[str, ...] = ()
-    """Regular expressions of tensors that are copied from DPO, whatever `alpha_for` says."""
-    missing: Missing = "error"
-    """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
-    vocab: Vocab = "error"
-    """Where vocabularies differ in size: refuse, or extrapolate the common rows and copy DPO's further rows."""
-    allow_pickle: bool = False
-    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
-    allow_nonfinite: bool = False
-    """Write NaN and infinity instead of refusing them."""
     fsync: bool = True
     """Force every file to the disk before it gets its final name."""
     push_to_hub: str | None = None
@@ -155,17 +201,14 @@ class ExtrapolateConfig(CommonConfig):
             _require(is_utf8(path), f"{flag} {shown(path)} is not UTF-8; rename the folder")
         _require(len(self.alpha) > 0, "--alpha is missing: give at least one, such as --alpha 0.3")
         for alpha in self.alpha:
-            _require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
-            _require(abs(alpha) <= MAX_ALPHA, f"--alpha {alpha!r} is more than float32 holds")
+            _require_alpha(alpha)
         duplicates = sorted({a for a in self.alpha if self.alpha.count(a) > 1})
         _require(not duplicates, f"--alpha {duplicates[:1]} is given more than once")
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         _require_choice("--dtype", self.dtype, Dtype)
-        _require_choice("--missing", self.missing, Missing)
-        _require_choice("--vocab", self.vocab, Vocab)
-        _ = self.max_shard_bytes, self.alphas_for  # read them once, so that they are checked
+        self._require_rules()
+        _ = self.max_shard_bytes  # read once, so that it is checked
         _require_device(self.device)
-        _require_regexes("--exclude", self.exclude)
         _require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
         _require(self.push_to_hub is not None or not self.private, "--private is for --push-to-hub, which is missing")
         _require_repositories(self.repositories, inputs=(self.sft, self.dpo))
@@ -181,11 +224,6 @@ class ExtrapolateConfig(CommonConfig):
     def max_shard_bytes(self) -> int | None:
         """`max_shard_size` in bytes; None keeps DPO's files."""
         return None if self.max_shard_size == "keep" else _read_bytes("--max-shard-size", self.max_shard_size)
-
-    @property
-    def alphas_for(self) -> tuple[tuple[str, float], ...]:
-        """`alpha_for` as patterns and numbers."""
-        return tuple(map(_read_alpha_for, self.alpha_for))
 
 
 def _require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:
@@ -258,13 +296,22 @@ class RowsConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RowsConfig):
-    """`expo generate`: answer a task's prompts. The decoding defaults are the paper's."""
+class GenerateConfig(RowsConfig, RulesConfig):
+    """`expo generate`: answer a task's prompts. The decoding defaults are the paper's.
 
-    model: str
+    What answers is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads.
+    """
+
+    model: str | None = None
     """The model that answers: a directory, a hub id, or `id@revision`."""
+    sft: str | None = None
+    """The SFT checkpoint θ_sft of the θ(α) that answers."""
+    dpo: str | None = None
+    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
+    alpha: float | None = None
+    """The extrapolation strength."""
     name: str | None = None
-    """Name of the output files and of the generator in them. Default: the model's name."""
+    """Name of the output files and of the generator in them. Default: the model's, or `<DPO name>-ExPO-a<alpha>`."""
     engine: GenerateEngine = "auto"
     """auto takes vLLM where it is installed and can run, else transformers."""
     engine_arg: tuple[str, ...] = ()
@@ -303,6 +350,7 @@ class GenerateConfig(RowsConfig):
             InputError: A value is out of its range; the message names the flag.
         """
         super().__post_init__()
+        self._require_source()
         _require_choice("--engine", self.engine, GenerateEngine)
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
@@ -328,6 +376,29 @@ class GenerateConfig(RowsConfig):
         bad = [pair for pair in self.engine_arg if not re.match(r"[A-Za-z_]\w*=", pair)]
         _require(not bad, f"--engine-arg takes KEY=VALUE, not {bad[:1]}")
         _require_name(self.name)
+
+    def _require_source(self) -> None:
+        pair = {"--sft": self.sft, "--dpo": self.dpo, "--alpha": self.alpha}
+        given = [flag for flag, value in pair.items() if value is not None]
+        if self.model is None:
+            lacking = ", ".join(flag for flag in pair if flag not in given)
+            _require(bool(given), "what answers is missing: give --model, or --sft, --dpo and --alpha")
+            _require(not lacking, f"θ(α) is made from --sft, --dpo and --alpha: {lacking} is missing")
+        else:
+            rules = [
+                f"--{name}".replace("_", "-") for name in RULES if getattr(self, name) != getattr(RulesConfig, name)
+            ]
+            _require(not given, f"--model answers as it is, and {', '.join(given)} make another model: give either")
+            _require(not rules, f"{', '.join(rules)} is for --sft, --dpo and --alpha, not for --model")
+        _ = self.theta  # made once, so that it is checked
+
+    @property
+    def theta(self) -> ThetaConfig | None:
+        """The θ(α) that answers; None where a model does."""
+        if self.sft is None or self.dpo is None or self.alpha is None:
+            return None
+        rules = {name: getattr(self, name) for name in RULES}
+        return ThetaConfig(sft=self.sft, dpo=self.dpo, alpha=self.alpha, **rules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,67 +445,3 @@ COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[Inspec
     "inspect": InspectConfig,
     "score": ScoreConfig,
 }
-
-Tables: TypeAlias = dict[str, dict[str, Any]]
-
-
-def field_names(command: str) -> set[str]:
-    """The names of a command's settings, as Python spells them."""
-    return {field.name for field in dataclasses.fields(COMMANDS[command])}
-
-
-def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Tables:
-    """Read a TOML file with one table per command and `[common]`.
-
-    Args:
-        path: The file.
-        extra_tables: Further table names that are allowed and returned unchecked.
-
-    Returns:
-        Table name → key → value, keys spelled with underscores.
-
-    Raises:
-        InputError: No such file, no TOML, or an unknown table or key (the nearest one is named).
-    """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the config file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from error
-    known_tables = {"common", *COMMANDS, *extra_tables}
-    tables: Tables = {}
-    for table, content in document.items():
-        if table not in known_tables or not isinstance(content, dict):
-            raise InputError(f"{path}: unknown table [{table}]{_nearest(table, known_tables)}")
-        tables[table] = content if table in extra_tables else _checked_keys(path, table, content)
-    return tables
-
-
-def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, Any]:
-    known = set().union(*map(field_names, COMMANDS)) if table == "common" else field_names(table)
-    values = {key.replace("-", "_"): value for key, value in content.items()}
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(f"{path}: unknown key {key!r} in [{table}]{_nearest(key, known)}")
-        repeatable = key in _repeatable_names()
-        if isinstance(value, (list, dict)) and not repeatable:
-            raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
-        values[key] = [value] if repeatable and not isinstance(value, list) else value
-    return values
-
-
-def _repeatable_names() -> set[str]:
-    fields = (field for kind in COMMANDS.values() for field in dataclasses.fields(kind))
-    return {field.name for field in fields if isinstance(field.default, tuple)}
-
-
-def _nearest(word: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-def values_for(command: str, tables: Tables) -> dict[str, Any]:
-    """The values a file holds for one command: its own table over `[common]`."""
-    shared = {key: value for key, value in tables.get("common", {}).items() if key in field_names(command)}
-    return {**shared, **tables.get(command, {})}

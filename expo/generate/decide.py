@@ -11,10 +11,9 @@ from pathlib import Path
 from expo.backends import GeneratorSetup, Request
 from expo.backends.chat import ChatTokenizer, context_length
 from expo.backends.vllm import why_not
-from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig
 from expo.errors import InputError
-from expo.hub import Location, locate
+from expo.generate.source import Source, find_source, plain
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
@@ -34,7 +33,8 @@ class Plan:
     config: GenerateConfig
     engine: str
     """The engine, chosen."""
-    location: Location
+    source: Source
+    """What answers."""
     task: Task
     prompts: tuple[Prompt, ...]
     requests: tuple[Request, ...]
@@ -60,7 +60,7 @@ class Plan:
     def describe(self) -> Row:
         """The plan as plain data."""
         return {
-            "model": str(self.location.path),
+            **self.source.describe(),
             "engine": self.engine,
             "task": self.task.name,
             "rows": len(self.keys),
@@ -81,34 +81,33 @@ def plan(config: GenerateConfig) -> Plan:
     """
     engine = choose_engine(config)
     task = find_task(config.task)
-    location = locate(config.model)
-    require_generator(location.path)
+    source = find_source(config)
     prompts = load_prompts(task, config.dataset)
     dataset_sha256 = texts_sha256(prompt.item for prompt in prompts)
     prompts = prompts[: config.limit]
-    tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    tokenizer = ChatTokenizer(source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code)
     ids = tokenizer.encode([_messages(prompt, config) for prompt in prompts], generation_prompt=True)
-    limit = context_length(location.path)
+    limit = context_length(source.folder)
     requests, too_long = _requests(config, prompts, ids, limit)
     stop_ids = tuple(sorted({*tokenizer.stop_ids(), *config.stop_token_id}))
     needed = max((len(request.prompt_ids) + request.max_tokens for request in requests), default=1)
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else (*stop_ids, 0)[0]
-    setup = GeneratorSetup(config, location.path, stop_ids, pad_id, min(limit, needed))
-    name = config.name or location.name
+    setup = GeneratorSetup(config, source.folder, stop_ids, pad_id, min(limit, needed), source.theta)
+    name = config.name or source.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     made_from = {
         "task": task.name,
         "dataset_sha256": dataset_sha256,
-        "model": source_fingerprint(location),
+        **source.fingerprint,
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
-        **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
+        **{key: plain(getattr(config, key)) for key in RESULT_SETTINGS},
     }
     return Plan(
         config=config,
         engine=engine,
-        location=location,
+        source=source,
         task=task,
         prompts=tuple(prompts),
         requests=requests,
@@ -135,23 +134,6 @@ def choose_engine(config: GenerateConfig) -> str:
     if engine != "vllm" and config.engine_arg:
         raise InputError(f"--engine-arg is for the vllm engine, and this run uses {engine}")
     return engine
-
-
-def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    for architecture in read_config(path).get("architectures") or []:
-        if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
-    if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _messages(prompt: Prompt, config: GenerateConfig) -> Sequence[dict[str, str]]:

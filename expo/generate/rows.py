@@ -106,7 +106,7 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "config": config,
         "engine": work.engine,
         "versions": {"expo": __version__, **figures.versions},
-        "model": {"name": work.location.label, "revision": work.location.revision},
+        **work.source.record,
         "rows": len(rows),
         "failed": len(errors),
         "errors": errors,
