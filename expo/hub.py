@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from expo.config import is_hub_id
+from expo.checks import is_hub_id
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 
 if TYPE_CHECKING:

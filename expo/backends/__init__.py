@@ -16,6 +16,7 @@ from expo.tasks import Message
 
 if TYPE_CHECKING:
     from expo.config import GenerateConfig, ScoreConfig
+    from expo.pair import ThetaPlan
 
 
 Key = tuple[str, int, int]
@@ -94,6 +95,13 @@ class GeneratorSetup:
     pad_id: int
     context_length: int
     """Longest prompt + answer of this run, in tokens; at most the model's own."""
+    theta: ThetaPlan | None = None
+    """The θ(α) whose weights answer; None where the model's folder has them."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.model.name if self.theta is None else self.theta.name
 
 
 class Generator(Protocol):

@@ -28,6 +28,7 @@ from transformers import (
 
 from expo.backends import Completion, GeneratorSetup, Key, Request, token_batches
 from expo.backends.torch_tools import loading, model_device, out_of_memory_hint
+from expo.backends.transformers_theta import load_theta
 from expo.config import GenerateConfig
 
 
@@ -152,13 +153,8 @@ class TransformersGenerator:
     def __init__(self, setup: GeneratorSetup) -> None:
         self._setup = setup
         self._device = model_device(setup.config.device)
-        with loading(setup.model.name):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                setup.model,
-                dtype=setup.config.dtype,
-                trust_remote_code=setup.config.trust_remote_code,
-                device_map=self._device,
-            )
+        with loading(setup.name):
+            model = _load(setup, self._device)
         self._model = model.eval()
         # The model's own sampling defaults must not leak in: everything is set by the processors below.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -206,6 +202,16 @@ class TransformersGenerator:
     def versions(self) -> dict[str, str]:
         """The versions of transformers and torch."""
         return {name: version(name) for name in ("transformers", "torch")}
+
+
+def _load(setup: GeneratorSetup, device: str) -> Any:  # noqa: ANN401 - a transformers model
+    if setup.theta is not None:
+        return load_theta(setup, setup.theta, device)
+    trust = setup.config.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=device
+    )
+    return model
 
 
 def _processors(config: GenerateConfig, batch: list[Request], width: int) -> LogitsProcessorList:

@@ -6,6 +6,7 @@ work and do not depend on their batch; `--engine-arg` overrides anything here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -82,12 +83,31 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
     from vllm import LLM
 
     arguments = engine_arguments(setup)
+    if setup.theta is not None:
+        _make_loader_known(arguments)
     try:
         return LLM(**arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"vLLM refuses {setup.model.name}: {_reason(error)}") from error
+        raise InputError(f"vLLM refuses {setup.name}: {_reason(error)}") from error
     except (RuntimeError, OSError) as error:
         raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} (--debug shows its log)") from error
+
+
+def _make_loader_known(arguments: dict[str, Any]) -> None:
+    """Register the loader of θ(α) here; vLLM's other processes find it by its entry point.
+
+    Raises:
+        EnvironmentFailure: There are others, and the entry point is not installed.
+    """
+    from expo.backends import vllm_loader
+
+    vllm_loader.register()
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and vllm_loader.NAME not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{allowed},{vllm_loader.NAME}"
+    alone = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and arguments.get("tensor_parallel_size") == 1
+    if not alone and not entry_points(group="vllm.general_plugins", name=vllm_loader.NAME):
+        raise EnvironmentFailure("vLLM's processes cannot find expo's loader: install expo again (pip install)")
 
 
 class VllmGenerator:
@@ -195,6 +215,9 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         arguments |= CPU_SETTINGS
         arguments["max_num_batched_tokens"] = max(setup.context_length, MIN_BATCHED_TOKENS)
         arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(setup)
+    if setup.theta is not None:
+        arguments["load_format"] = "expo"
+        arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
     return arguments | dict(_key_value(pair) for pair in config.engine_arg)
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own by a warning
 
 from expo import rules
 from expo.adapter.tensors import Adapter, LowRank
@@ -242,7 +243,7 @@ class Combiner:
         for outputs in self._outputs:
             free.put(outputs)
         threads, told = torch.get_num_threads(), 0
-        pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(self._workers, initializer=set_num_threads, initargs=(1,))
         try:
             running = {pool.submit(self._work, job, lane) for lane in self._lanes}
             while running:
@@ -255,7 +256,7 @@ class Combiner:
         finally:
             job.stop(self._workers)
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # a worker's setting reaches the whole process in part
+            set_num_threads(threads)  # a worker's setting reaches the whole process in part
         return [(part, norms) for _, part, norms in sorted(job.norms, key=lambda entry: entry[0])]
 
     def _work(self, job: _Job, lane: Lane) -> None:

@@ -12,6 +12,7 @@ from expo.backends import GeneratorSetup, Key, Request
 from expo.backends.vllm import why_not
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.generate.models import Model, find_model, require_fitting
+from expo.generate.source import plain
 from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
 from expo.parts import Part, folder_name, read_part
 from expo.store import Row, RowFiles, texts_sha256
@@ -76,7 +77,7 @@ class Plan:
         """The plan as plain data."""
         known = self.model.tokenizer is not None
         return {
-            "model": str(self.model.path) if known else self.config.model,
+            **self.model.describe(),
             "engine": self.engine,
             "task": self.task.name,
             **({"part": str(self.part)} if self.part else {}),
@@ -116,7 +117,7 @@ def plan(config: GenerateConfig) -> Plan:
     first = first_turn(asking, prompts, ids)
     stop_ids = model.stop_ids(config.stop_token_id)
     needed = max((asking.rooms[request.id] for request in first.requests), default=1)
-    setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed)
+    setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta)
     name = config.name or model.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     made_from = {
@@ -125,7 +126,7 @@ def plan(config: GenerateConfig) -> Plan:
         "engine": engine,
         **model.fingerprint,
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
-        **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
+        **{key: plain(getattr(config, key)) for key in RESULT_SETTINGS},
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
     whole = Plan(
@@ -172,7 +173,3 @@ def choose_engine(config: GenerateConfig) -> str:
         log.info("engine: %s (%s)", engine, reason or "vLLM is installed and can run")
     require_fitting(config, engine)
     return engine
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

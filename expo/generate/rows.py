@@ -142,7 +142,7 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "config": config,
         "engine": work.engine,
         "versions": {"expo": __version__, **figures.versions},
-        "model": work.model.source,
+        **work.model.record,
         "rows": len(rows),
         "failed": len(errors),
         "errors": errors,
