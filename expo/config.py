@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from expo.checks import read_alpha_for, (
+from expo.checks import (
+    read_alpha_for,
     read_bytes,
     require,
     require_alpha,
