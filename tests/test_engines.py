@@ -23,7 +23,7 @@ from observe import observe
 from expo.backends import GENERATORS
 
 HERE = Path(__file__).parent
-ROWS = 12
+ROWS = 16
 SERVER = [
     *("--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
     *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"),  # else seeded rows end it on a CPU
@@ -96,7 +96,9 @@ def observed(server, trained, alpaca_data, tmp_path_factory) -> dict[str, dict[s
         "task": str(alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"),
         "output_dir": str(folder),
         "limit": ROWS,
-        "max_tokens": 48,
+        "max_tokens": 64,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
     }
     local = json.dumps({**settings, "model": str(trained / "tiny-dpo"), "dtype": "float32", "batch_tokens": 400})
     names = sorted(GENERATORS.keys() - {"openai"})
@@ -181,6 +183,8 @@ def test_greedy_rows_are_the_same_on_all_engines(observed, way):
     engines = {name: rows_of(seen[way]) for name, seen in observed.items()}
     assert engines["openai"] == engines["vllm"]
     assert engines["transformers"] == engines["vllm"]
+    if way == "greedy":
+        assert sum(row["length"] for row in engines["vllm"].values()) > 500
 
 
 def test_sampled_rows_of_the_server_are_vllms(observed):
