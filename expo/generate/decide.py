@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 from expo.backends import GeneratorSetup, Request
 from expo.backends.chat import ChatTokenizer, context_length
+from expo.backends.torch_tools import run_dtype
 from expo.backends.vllm import why_not
 from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig
@@ -40,7 +41,7 @@ class Plan:
     requests: tuple[Request, ...]
     """Prompt-major, one per sample; rows without one do not fit the context."""
     too_long: dict[tuple[str, int], str]
-    """Row key → why it has no request."""
+    """Row key → why it has no request: its prompt is too long, or the chat template refuses it."""
     tokenizer: ChatTokenizer
     setup: GeneratorSetup
     files: RowFiles
@@ -83,11 +84,13 @@ def plan(config: GenerateConfig) -> Plan:
     task = find_task(config.task)
     location = locate(config.model)
     require_generator(location.path)
+    if engine == "transformers":
+        config = with_run_dtype(config, location.path)
     prompts = load_prompts(task, config.dataset)
     dataset_sha256 = texts_sha256(prompt.item for prompt in prompts)
     prompts = prompts[: config.limit]
     tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    ids = tokenizer.encode([_messages(prompt, config) for prompt in prompts], generation_prompt=True)
+    ids = tokenizer.encode_each([_messages(prompt, config) for prompt in prompts])
     limit = context_length(location.path)
     requests, too_long = _requests(config, prompts, ids, limit)
     stop_ids = tuple(sorted({*tokenizer.stop_ids(), *config.stop_token_id}))
@@ -137,6 +140,15 @@ def choose_engine(config: GenerateConfig) -> str:
     return engine
 
 
+def with_run_dtype(config: GenerateConfig, model: Path) -> GenerateConfig:
+    """The settings with the data type the transformers engine runs in, so that it is recorded and compared."""
+    weights_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    dtype = run_dtype(config.dtype, config.device, weights_bytes)
+    if dtype != config.dtype:
+        log.info("dtype: %s (this CPU has no bfloat16 arithmetic; --dtype bfloat16 takes half the memory)", dtype)
+    return replace(config, dtype=dtype)
+
+
 def require_generator(path: Path) -> None:
     """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
 
@@ -160,13 +172,15 @@ def _messages(prompt: Prompt, config: GenerateConfig) -> Sequence[dict[str, str]
 
 
 def _requests(
-    config: GenerateConfig, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], limit: int
+    config: GenerateConfig, prompts: Sequence[Prompt], ids: Sequence[Sequence[int] | str], limit: int
 ) -> tuple[tuple[Request, ...], dict[tuple[str, int], str]]:
     requests, too_long = [], {}
     for prompt, prompt_ids in zip(prompts, ids, strict=True):
         room = limit - len(prompt_ids)
         for sample in range(config.n):
-            if room < 1:
+            if isinstance(prompt_ids, str):
+                too_long[prompt.id, sample] = prompt_ids
+            elif room < 1:
                 too_long[prompt.id, sample] = f"the prompt has {len(prompt_ids)} tokens, the model takes {limit}"
             else:
                 max_tokens = min(config.max_tokens, room)

@@ -13,7 +13,7 @@ from expo.checkpoint import read_json
 from expo.config import GenerateConfig
 from expo.generate.decide import Plan, plan
 from expo.generate.rows import RunFigures, failed_row, final_text, journal_rows, meta_of, old_rows
-from expo.progress import rows_bar
+from expo.progress import answers_progress
 from expo.store import Journal, Row
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,11 @@ def run(config: GenerateConfig) -> Generated:
     """
     work = plan(config)
     journal = work.files.open(
-        work.fingerprint, work.items, overwrite=config.overwrite, old_rows=lambda meta: old_rows(work, meta)
+        work.fingerprint,
+        work.items,
+        overwrite=config.overwrite,
+        old_rows=lambda meta: old_rows(work, meta),
+        hopeless=len(work.too_long),
     )
     if journal is None:
         meta = read_json(work.files.meta)
@@ -82,11 +86,10 @@ def _generate(work: Plan, journal: Journal, done: dict[tuple[str, int], Row]) ->
 
 
 def _finished_rows(work: Plan, engine: Generator, done: dict[tuple[str, int], Row]) -> Iterator[list[Row]]:
-    finished_before = len(done)
-    progress = rows_bar(len(work.requests), "generate", initial=finished_before)
+    progress = answers_progress(len(work.requests), initial=len(done))
     try:
         for completions in engine.generate(work.requests, set(done)):
             yield journal_rows(work, completions)
-            progress.update(len(completions))
+            progress.update(len(completions), sum(len(one.token_ids) for one in completions))
     finally:
         progress.close()
