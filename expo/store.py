@@ -259,7 +259,13 @@ class RowFiles:
         return content if isinstance(content, dict) else {}
 
     def open(
-        self, fingerprint: Row, items: Sequence[object], *, overwrite: bool, old_rows: Callable[[Row], list[Row]]
+        self,
+        fingerprint: Row,
+        items: Sequence[object],
+        *,
+        overwrite: bool,
+        old_rows: Callable[[Row], list[Row]],
+        hopeless: int = 0,
     ) -> Journal | None:
         """Start or continue the run; None where the output is complete.
 
@@ -269,6 +275,7 @@ class RowFiles:
                 the other way round.
             overwrite: Whether an output with other settings may be replaced.
             old_rows: Gives the journal rows of a finished output (from its meta) that a longer run keeps.
+            hopeless: How many of the items fail whenever they are tried; an output that lacks only these is complete.
 
         Raises:
             InputError: There is an output with other settings or from other items, or another run is writing it.
@@ -277,7 +284,8 @@ class RowFiles:
         rows: list[Row] = []
         if meta is not None:
             problem = self._difference(meta, fingerprint, items)
-            if problem is None and (meta["rows"] > len(items) or (meta["rows"] == len(items) and not meta["failed"])):
+            more = meta["rows"] - len(items)
+            if problem is None and (more > 0 or (more == 0 and meta["failed"] <= hopeless)):
                 return None
             if problem is None:
                 rows = old_rows(meta)

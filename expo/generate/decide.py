@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expo.backends import GeneratorSetup, Key, Request
+from expo.backends.torch_tools import run_dtype
 from expo.backends.vllm import why_not
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.generate.models import Model, find_model, require_fitting
@@ -107,12 +108,14 @@ def plan(config: GenerateConfig) -> Plan:
     if config.temperature is None and not task.temperatures:
         config = replace(config, temperature=DEFAULT_TEMPERATURE)
     model = find_model(config, engine)
+    if engine == "transformers":
+        config = with_run_dtype(config, model.path)
     prompts = load_prompts(task, config.dataset)
     require_one_system_message(prompts, config)
     dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
     prompts = prompts[: config.limit]
     asking = Asking(config, task, model)
-    ids = model.encode([asking.opening(prompt) for prompt in prompts])
+    ids = model.encode_each([asking.opening(prompt) for prompt in prompts])
     asking = replace(asking, rooms=rooms_of(asking, prompts, ids))
     first = first_turn(asking, prompts, ids)
     stop_ids = model.stop_ids(config.stop_token_id)
@@ -173,3 +176,12 @@ def choose_engine(config: GenerateConfig) -> str:
         log.info("engine: %s (%s)", engine, reason or "vLLM is installed and can run")
     require_fitting(config, engine)
     return engine
+
+
+def with_run_dtype(config: GenerateConfig, model: Path) -> GenerateConfig:
+    """The settings with the data type the transformers engine runs in, so that it is recorded and compared."""
+    weights_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    dtype = run_dtype(config.dtype, config.device, weights_bytes)
+    if dtype != config.dtype:
+        log.info("dtype: %s (this CPU has no bfloat16 arithmetic; --dtype bfloat16 takes half the memory)", dtype)
+    return replace(config, dtype=dtype)

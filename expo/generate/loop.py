@@ -25,7 +25,7 @@ from expo.generate.rows import (
     row_key,
 )
 from expo.generate.turns import Turn, turn_of
-from expo.progress import rows_bar
+from expo.progress import answers_progress
 from expo.store import Journal, Row
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,11 @@ def run_plan(work: Plan) -> Generated:
         whole = work.whole.files
         return Generated(whole.final, whole.meta, "already complete", len(work.keys), len(work.keys) - len(kept))
     journal = work.files.open(
-        work.fingerprint, work.items, overwrite=work.config.overwrite, old_rows=lambda meta: old_rows(work, meta)
+        work.fingerprint,
+        work.items,
+        overwrite=work.config.overwrite,
+        old_rows=lambda meta: old_rows(work, meta),
+        hopeless=len(work.first.too_long),
     )
     if journal is None:
         meta = read_json(work.files.meta)
@@ -132,10 +136,11 @@ def _log_start(work: Plan, done: dict[Key, Row]) -> None:
 
 def _finished_rows(turn: Turn, engine: Generator, work: Plan, done: dict[Key, Row]) -> Iterator[list[Row]]:
     finished = set(done)
-    progress = rows_bar(len(turn.requests), "generate", initial=sum(one.key in finished for one in turn.requests))
+    progress = answers_progress(len(turn.requests), initial=sum(one.key in finished for one in turn.requests))
     try:
         for completions in engine.generate(turn.requests, finished):
-            yield journal_rows(work, completions)
-            progress.update(len(completions))
+            rows = journal_rows(work, completions)
+            yield rows
+            progress.update(len(rows), sum(row["length"] for row in rows))
     finally:
         progress.close()

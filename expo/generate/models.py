@@ -58,6 +58,10 @@ class Model:
             return [()] * len(conversations)
         return self.tokenizer.encode(conversations, generation_prompt=True)
 
+    def encode_each(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int] | str]:
+        """The prompts' token ids, or why the chat template gives one none."""
+        return self.encode(conversations) if self.tokenizer is None else self.tokenizer.encode_each(conversations)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's token ids; an engine that gives ids has a tokenizer beside it."""
         return self.tokenizer.decode([ids])[0] if self.tokenizer is not None else ""

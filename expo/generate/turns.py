@@ -34,7 +34,7 @@ class Turn:
     requests: tuple[Request, ...] = ()
     """Prompt-major, one per sample; rows without one do not fit the context."""
     too_long: dict[Key, str] = field(default_factory=dict)
-    """Row key → why it has no request."""
+    """Row key → why it has no request: its prompt is too long, or the chat template refuses it."""
 
     def of(self, ids: Container[str]) -> Turn:
         """The same turn of some prompts only."""
@@ -80,7 +80,7 @@ def require_one_system_message(prompts: Sequence[Prompt], config: GenerateConfig
             raise InputError(f"row {number} has a system message of its own: leave --system out, or take it from there")
 
 
-def rooms_of(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> dict[str, int]:
+def rooms_of(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[int] | str]) -> dict[str, int]:
     """The tokens each prompt's conversation may take, at most the model's own limit.
 
     An answer in a later prompt is text that is tokenized again, which may take more tokens than it was generated
@@ -89,7 +89,7 @@ def rooms_of(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[i
     Args:
         asking: What requests are made with.
         prompts: The prompts.
-        ids: Their first turns' token ids.
+        ids: Their first turns' token ids, or why there are none.
 
     Raises:
         InputError: The chat template refuses a conversation of several turns.
@@ -107,7 +107,7 @@ def rooms_of(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[i
     }
 
 
-def first_turn(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> Turn:
+def first_turn(asking: Asking, prompts: Sequence[Prompt], ids: Sequence[Sequence[int] | str]) -> Turn:
     """The first turn, from the prompts and their token ids."""
     asked = [
         ((prompt.id, sample, 0), prompt, asking.opening(prompt), row)
@@ -135,7 +135,7 @@ def turn_of(work: Plan, turn: int, done: Mapping[Key, Row]) -> Turn:
     }
     asked = [one for one in waiting if (one[0].id, one[1], turn) not in hopeless]
     conversations = [_so_far(work.asking, prompt, sample, turn, done) for prompt, sample in asked]
-    ids = work.model.encode(conversations) if conversations else []
+    ids = work.model.encode_each(conversations) if conversations else []
     rows = [
         ((prompt.id, sample, turn), prompt, conversation, row)
         for (prompt, sample), conversation, row in zip(asked, conversations, ids, strict=True)
@@ -163,10 +163,13 @@ def _so_far(asking: Asking, prompt: Prompt, sample: int, turn: int, done: Mappin
     return (*asking.opening(prompt), *later())
 
 
-def _turn(asking: Asking, asked: Sequence[tuple[Key, Prompt, tuple[Message, ...], Sequence[int]]]) -> Turn:
+def _turn(asking: Asking, asked: Sequence[tuple[Key, Prompt, tuple[Message, ...], Sequence[int] | str]]) -> Turn:
     requests, too_long = [], {}
     for key, prompt, messages, ids in asked:
         room = asking.rooms[prompt.id]
+        if isinstance(ids, str):
+            too_long[key] = ids
+            continue
         if len(ids) >= room:
             takes = "the model takes" if room == asking.model.context_length else "its conversation has room for"
             too_long[key] = f"the prompt has {len(ids)} tokens, {takes} {room}"
