@@ -7,13 +7,14 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import helpers
 import pytest
 from test_generate import PROMPTS, prompt_file, rows_of, settings, write_rows  # noqa: F401 - a fixture
 
 from expo import generate as verb
-from expo.backends import transformers as backend
+from expo.backends import Completion
 from expo.errors import EnvironmentFailure, InputError
 from expo.generate import Generated, join, loop
 from expo.store import Journal
@@ -26,9 +27,48 @@ SAME_IN_BOTH = (
 TIMES = {"engine_start_seconds", "generate_seconds", "engine_step_seconds", "tokens_per_second"}
 
 
+class Engine:
+    """A generator whose rows depend on the seed, the prompt and the sample only; it comes by two rows a time."""
+
+    repeatable = True
+    step_seconds = 0.0
+    generated: ClassVar[list[str]] = []
+    """The ids of the prompts it has worked on."""
+    dies_after: int | None = None
+    """After how many steps it fails, once."""
+
+    def __init__(self, setup) -> None:
+        self._seed = setup.config.seed
+
+    def generate(self, requests, done):
+        todo = [request for request in requests if request.key not in done]
+        for number, start in enumerate(range(0, len(todo), 2)):
+            if number == Engine.dies_after:
+                Engine.dies_after = None
+                raise EnvironmentFailure("the engine died")
+            batch = todo[start : start + 2]
+            Engine.generated += [request.id for request in batch]
+            yield [self._answer(request) for request in batch]
+
+    def _answer(self, request) -> Completion:
+        chance = random.Random(f"{self._seed} {request.prompt_ids} {request.sample}")
+        return Completion(request, tuple(chance.choices(range(6, 64), k=chance.randint(1, 9))), "length")
+
+    def versions(self) -> dict[str, str]:
+        return {"engine": "1.0"}
+
+
 @pytest.fixture
-def run(llama_pair, prompt_file, tmp_path):  # noqa: F811 - the fixture
-    """`expo generate` on the tiny model, in this process, into tmp_path/out."""
+def engine(monkeypatch) -> type[Engine]:
+    monkeypatch.setattr(Engine, "generated", [])
+    monkeypatch.setattr(Engine, "dies_after", None)
+    monkeypatch.setattr(loop, "load_generator", lambda name: Engine)
+    return Engine
+
+
+@pytest.fixture
+def run_really(llama_pair, prompt_file, tmp_path):  # noqa: F811 - the fixture
+    """`expo generate` in this process, into tmp_path/out, with transformers."""
 
     def call(part: str | None = None, *, folder: str = "out", task: Path | str = prompt_file, **others) -> Generated:
         return verb.run(settings(llama_pair[1], task, tmp_path / folder, name="m", part=part, **others))
@@ -37,22 +77,14 @@ def run(llama_pair, prompt_file, tmp_path):  # noqa: F811 - the fixture
 
 
 @pytest.fixture
-def out(tmp_path) -> Path:
-    return tmp_path / "out" / "outputs_questions"
+def run(run_really, engine):
+    """The same with an engine that costs nothing."""
+    return run_really
 
 
 @pytest.fixture
-def generated(monkeypatch) -> list[str]:
-    """The ids of the prompts that the engine really works on."""
-    seen: list[str] = []
-    original = backend.TransformersGenerator._generate_batch
-
-    def recording(self, batch):
-        seen.extend(request.id for request in batch)
-        return original(self, batch)
-
-    monkeypatch.setattr(backend.TransformersGenerator, "_generate_batch", recording)
-    return seen
+def out(tmp_path) -> Path:
+    return tmp_path / "out" / "outputs_questions"
 
 
 def names(folder: Path) -> list[str]:
@@ -90,23 +122,27 @@ def test_a_task_with_a_format_of_its_own_is_joined_in_it(run, tmp_path):
     assert joined.output.read_bytes() == whole.output.read_bytes()
 
 
-def test_a_run_in_bfloat16_batches_its_parts_otherwise_and_says_so(run):
+@pytest.mark.parametrize(("dtype", "repeatable"), [("float32", True), ("bfloat16", False)])
+def test_transformers_batches_the_rows_of_a_part_otherwise_and_says_where_that_matters(run_really, dtype, repeatable):
     for index in range(2):
-        run(f"{index}/2", dtype="bfloat16")
-    assert json.loads(run(join=2, dtype="bfloat16").meta.read_text())["repeatable"] is False
+        run_really(f"{index}/2", dtype=dtype)
+    joined = run_really(join=2, dtype=dtype)
+    assert json.loads(joined.meta.read_text())["repeatable"] is repeatable
+    if repeatable:
+        assert joined.output.read_bytes() == run_really(folder="whole", dtype=dtype).output.read_bytes()
 
 
-def test_what_is_finished_is_left_alone(run, out, generated):
+def test_what_is_finished_is_left_alone(run, out, engine):
     for index in range(2):
         run(f"{index}/2")
     before = helpers.tree(out)
     assert run("1/2").status == "already complete"
     run(join=2)
     after = helpers.tree(out)
-    del generated[:]
+    del engine.generated[:]
     for again in (run("0/2"), run(join=2), run(join=5), run("3/7"), run()):
         assert again.status == "already complete"
-    assert generated == []
+    assert engine.generated == []
     assert helpers.tree(out) == after
     assert before.keys() != after.keys()
 
@@ -250,64 +286,44 @@ def test_an_output_of_other_settings_is_refused_by_each_part_unless_overwritten(
 # --- going on ------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_that_was_stopped_is_continued(run, out, monkeypatch):
+def test_a_part_that_was_stopped_is_continued(run, engine):
     whole = run(folder="whole").output.read_bytes()
-    original, calls = backend.TransformersGenerator._generate_batch, []
-
-    def failing(self, batch):
-        calls.append(batch)
-        if len(calls) == 2:
-            raise EnvironmentFailure("the engine died")
-        return original(self, batch)
-
-    monkeypatch.setattr(backend.TransformersGenerator, "_generate_batch", failing)
+    engine.dies_after = 1
     with pytest.raises(EnvironmentFailure):
         run("0/2")
-    with pytest.raises(InputError, match=r"0/2 \(unfinished, \d rows\), 1/2 \(not begun\)"):
+    with pytest.raises(InputError, match=r"0/2 \(unfinished, 2 rows\), 1/2 \(not begun\)"):
         run(join=2)
-    finished = len(calls[0])
-    assert json.loads(run("0/2").meta.read_text())["rows_this_run"] == 6 - finished
+    assert json.loads(run("0/2").meta.read_text())["rows_this_run"] == 4
     run("1/2")
     assert run(join=2).output.read_bytes() == whole
 
 
-def test_a_larger_limit_extends_parts_before_and_after_they_are_joined(run, out, generated):
+def test_a_larger_limit_extends_parts_before_and_after_they_are_joined(run, engine):
     whole = run(folder="whole").output.read_bytes()
-    del generated[:]
+    del engine.generated[:]
     for index in range(2):
         run(f"{index}/2", limit=4)
         run(f"{index}/2", limit=7)
     with pytest.raises(InputError, match=r"0-of-2\.jsonl has 4 rows, made with a larger --limit"):
         run(join=2, limit=4)
     assert run(join=2, limit=7).rows == 7
-    with pytest.raises(InputError, match="0/3 "):
+    with pytest.raises(InputError, match="3 of 3 parts cannot be joined yet"):
         run(join=3)
     for index in range(3):  # another number of parts goes on from the joined output
         run(f"{index}/3")
     assert run(join=3).output.read_bytes() == whole
-    assert set(generated) == set(map(str, range(12)))
+    assert sorted(engine.generated) == sorted(map(str, range(12)))
 
 
-def test_a_run_begun_in_one_piece_goes_on_in_parts(run, out, monkeypatch, generated):
+def test_a_run_begun_in_one_piece_goes_on_in_parts(run, out, engine):
     whole = run(folder="whole").output.read_bytes()
-    recording, calls = backend.TransformersGenerator._generate_batch, []
-
-    def failing(self, batch):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise EnvironmentFailure("the engine died")
-        return recording(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(backend.TransformersGenerator, "_generate_batch", failing)
-        with pytest.raises(EnvironmentFailure):
-            run()
-    kept = [request.id for batch in calls[:2] for request in batch]
+    engine.dies_after = 2
+    with pytest.raises(EnvironmentFailure):
+        run()
+    del engine.generated[:]
     for index in range(2):
-        del generated[:]
         run(f"{index}/2")
-        meta = json.loads((out / "m.parts" / f"{index}-of-2.meta.json").read_text())
-        assert meta["rows_this_run"] == len([row for row in range(index, 12, 2) if str(row) not in kept])
+    assert sorted(map(int, engine.generated)) == list(range(4, 12))
     assert run(join=2).output.read_bytes() == whole
     assert names(out) == ["m.jsonl", "m.meta.json"]
 
