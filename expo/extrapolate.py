@@ -27,9 +27,9 @@ from expo.checkpoint import (
 )
 from expo.combine.doubts import question_change
 from expo.combine.layout import index_json
-from expo.combine.plan import ShardPlan
+from expo.combine.plan import PairPlan, ShardPlan
 from expo.config import ExtrapolateConfig
-from expo.disk import Background
+from expo.disk import Background, reading_ahead
 from expo.errors import EnvironmentFailure, InputError
 from expo.hub import Location, refuse_inside
 from expo.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
@@ -221,14 +221,16 @@ def _amount(nbytes: int) -> str:
 
 
 def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
-    """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
+    """Combine what is not there yet; when the first read was, and the seconds that combining took."""
     for output in staged:
         output.verify()
-    stream, rules = _arithmetic(), work.pair.rules
+    first_read, rules = time.time(), work.pair.rules
+    with reading_ahead(_in_turn(work.pair)):
+        stream = _arithmetic()
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
-        first_read, started = time.time(), time.perf_counter()
+        started = time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(*work.pair.sources))
         disk = stack.enter_context(Background())
         if work.pair.equal:
@@ -244,6 +246,12 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
         return {"first_read": first_read, "combine_seconds": round(time.perf_counter() - started, 3)}
 
 
+def _in_turn(pair: PairPlan) -> list[Path]:
+    """The weight files in about the order they are read: a file of each side in turn."""
+    sides = zip_longest(*([shard.file for shard in source.shards] for source in pair.sources))
+    return [file for files in sides for file in files if file is not None]
+
+
 def _write_shard(
     shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], disk: Background, progress: Progress
 ) -> None:
@@ -253,9 +261,9 @@ def _write_shard(
             files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
             stack.callback(files[-1].close)
         pieces = combiner.run(shard.parts(), files, progress.update)
-        delta, sft, _ = _arithmetic().total_norms(norms for _, norms in pieces)
+        norms = _arithmetic().total_norms(norms for _, norms in pieces)
         for output, file in zip(staged, files, strict=True):
-            disk.submit(_finish_shard, output, file, shard, delta, sft)
+            disk.submit(_finish_shard, output, file, shard, norms.delta, norms.sft)
         stack.pop_all()  # the files are the background's now
 
 

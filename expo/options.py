@@ -96,7 +96,7 @@ AllowPickleOption = Annotated[
 ]
 PictureOption = Annotated[str | None, typer.Option(metavar="FILE", help="A picture to draw: .png, .svg or .pdf.")]
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, or a .jsonl/.json/.parquet/.csv file.")
+    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.")
 ]
 OutputDirOption = Annotated[str, typer.Option(metavar="DIR", help="Holds outputs_<task>/ and rewards_<task>/.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Only the first N prompts; extends later.")]

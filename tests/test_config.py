@@ -227,7 +227,8 @@ def test_python_users_are_checked_as_flags_are(kind: type, values: dict[str, obj
 
 def test_the_papers_decoding() -> None:
     made = GenerateConfig(**GENERATE)
-    assert (made.temperature, made.top_k, made.top_p) == (0.7, 50, 0.9)
+    assert (made.temperature, made.top_k, made.top_p) == (None, 50, 0.9)
+    assert config.DEFAULT_TEMPERATURE == 0.7
     assert (made.presence_penalty, made.frequency_penalty) == (0.1, 0.1)
     assert (made.seed, made.max_tokens) == (42, 2048)
     assert ScoreConfig(**SCORE).reward_model == "weqweasdas/RM-Mistral-7B"

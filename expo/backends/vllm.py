@@ -7,6 +7,7 @@ work and do not depend on their batch; `--engine-arg` overrides anything here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -14,13 +15,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
 import psutil
 
-from expo.backends import Completion, GeneratorSetup, Request
+from expo.backends import Completion, GeneratorSetup, Key, Request
+from expo.backends.torch_tools import is_out_of_memory
 from expo.checkpoint import read_config
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 
@@ -32,6 +35,8 @@ CPU_SETTINGS = {
 MIN_BATCHED_TOKENS = 2048
 LOAD_FORMAT = "expo"
 """Of `vllm_loader.py`, and the name of its entry point."""
+
+MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, lowers the need for memory"
 
 MIN_CPU_KV_BYTES = 256 << 20
 CPU_SEQUENCES = 128
@@ -70,6 +75,9 @@ def _prepare_environment() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.DEBUG if debug else logging.ERROR)
     if not _has_gpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # With tensor parallelism vLLM would bind each worker to a memory node of its own, and refuses where there are
+        # fewer nodes than workers.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _has_gpu() -> bool:
@@ -79,8 +87,11 @@ def _has_gpu() -> bool:
 
 
 def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
-    from vllm import LLM
-
+    try:
+        from vllm import LLM
+    except (ImportError, RuntimeError) as error:
+        advice = "install it again (pip install 'llm-expo[vllm]'), or use --engine transformers"
+        raise EnvironmentFailure(f"vLLM cannot be imported: {_reason(error)}; {advice}") from error
     arguments = engine_arguments(setup)
     if setup.theta is not None:
         _make_loader_known(arguments)
@@ -88,8 +99,21 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
         return LLM(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"vLLM refuses {setup.name}: {_reason(error)}") from error
-    except (RuntimeError, OSError) as error:
-        raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} (--debug shows its log)") from error
+    except (RuntimeError, OSError, MemoryError) as error:
+        advice = MEMORY_ADVICE if is_out_of_memory(error) else "--debug shows its log"
+        raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} ({advice})") from error
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Turn whatever ends the engine's work into one line: it has died, and a new one is needed."""
+    try:
+        yield
+    except Exception as error:
+        advice = f"{MEMORY_ADVICE}; " if is_out_of_memory(error) else ""
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        advice += "the same command goes on with the rest"
+        raise EnvironmentFailure(f"the vLLM engine died: {reason}; {advice}") from error
 
 
 def _make_loader_known(arguments: dict[str, Any]) -> None:
@@ -132,45 +156,47 @@ class VllmGenerator:
         self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         self.step_seconds = 0.0
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
         from vllm.inputs import TokensPrompt
 
         todo = [request for request in requests if request.key not in done]
-        engine_ids = self._llm.enqueue(
-            [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo],
-            [self._params(request) for request in todo],
-            use_tqdm=False,
-        )
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo]
+        params_of = functools.cache(self._params)  # rows share them: vLLM copies them for each request
+        params = [params_of(request.temperature, request.sample, request.max_tokens) for request in todo]
+        try:
+            engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
             started = time.perf_counter()
-            try:
+            with _running():
                 outputs = engine.step()
-            except Exception as error:
-                raise EnvironmentFailure(
-                    f"the vLLM engine died: {_reason(error)}; the same command goes on with the rest"
-                ) from error
             self.step_seconds += time.perf_counter() - started
             finished = [
                 _completion(by_id[output.request_id.split("-")[0]], output) for output in outputs if output.finished
             ]
             if finished:
-                yield finished
+                try:
+                    yield finished
+                except GeneratorExit:
+                    engine.abort_request(list(by_id))
+                    raise
 
-    def _params(self, request: Request) -> object:
+    def _params(self, temperature: float, sample: int, max_tokens: int) -> object:
         from vllm import SamplingParams
 
         config = self._setup.config
         return SamplingParams(
-            temperature=request.temperature,
+            temperature=temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             presence_penalty=config.presence_penalty,
             frequency_penalty=config.frequency_penalty,
-            seed=config.seed + request.sample,
-            max_tokens=request.max_tokens,
+            seed=config.seed + sample,
+            max_tokens=max_tokens,
             stop_token_ids=list(self._setup.stop_ids),
             detokenize=False,
         )

@@ -141,7 +141,8 @@ class Theta:
         """
         changes = self._plan.has_change and any(self._plan.rules.alphas)
         if changes and len(self._norms) == len(self._tensors):
-            delta, sft, _ = total_norms(self._norms.values())
+            total = total_norms(self._norms.values())
+            delta, sft = total.delta, total.sft
             known = math.isfinite(delta) and math.isfinite(sft)
             question_change(math.sqrt(delta) if known else None, math.sqrt(delta / sft) if known and sft else None)
 

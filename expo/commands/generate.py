@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from expo import config
-from expo.config import RULES, GenerateConfig
+from expo.config import DEFAULT_TEMPERATURE, RULES, GenerateConfig
 from expo.options import (
     AllowNonfiniteOption,
     AllowPickleOption,
@@ -43,7 +43,12 @@ EXAMPLES = (
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta\n"
     "  expo generate prompts.jsonl --model checkpoints/zephyr-7b-beta-ExPO-a0.1 --engine vllm --limit 100\n"
     "  expo generate alpaca --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1\n"
-    "  expo generate alpaca --recipe zephyr-7b-beta --alpha 0.2"
+    "  expo generate alpaca --recipe zephyr-7b-beta --alpha 0.2\n"
+    "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --data-parallel 8\n"
+    "  expo generate alpaca --engine openai --base-url http://localhost:8000/v1 --model NAME\n"
+    "\n\b\nAs a Slurm array of eight tasks, then joined:\n"
+    "  sbatch --array=0-7 --gpus=1 --wrap 'expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --part slurm'\n"
+    "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --join 8"
 )
 
 PAIR = frozenset({"sft", "dpo", "alpha"})
@@ -54,7 +59,10 @@ def command(
     *,
     task: TaskArgument,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What answers: a directory, hub id, or id@revision.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="What answers: a directory, hub id, or id@revision; for openai the server's name."
+        ),
     ] = GenerateConfig.model,
     sft: Annotated[
         str | None, typer.Option(metavar="SFT", help="Without a checkpoint of θ(α): θ_sft, …")
@@ -78,6 +86,12 @@ def command(
     engine: Annotated[
         config.GenerateEngine, typer.Option(help="auto: vLLM where it is installed and can run.")
     ] = GenerateConfig.engine,
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The openai engine's server; its key is in OPENAI_API_KEY.")
+    ] = GenerateConfig.base_url,
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", help="Requests under way at once (openai).")
+    ] = GenerateConfig.concurrency,
     engine_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Given to the engine as it is; repeatable.")
     ] = None,
@@ -91,14 +105,26 @@ def command(
     tensor_parallel: Annotated[
         int | None, typer.Option(metavar="N", help="GPUs per engine (vllm). [default: all]")
     ] = GenerateConfig.tensor_parallel,
+    data_parallel: Annotated[
+        int, typer.Option(metavar="N", help="Processes that share the rows, each with GPUs of its own.")
+    ] = GenerateConfig.data_parallel,
+    part: Annotated[
+        str | None, typer.Option(metavar="i/N|slurm", help="Do the i-th of N parts of the rows, from 0.")
+    ] = GenerateConfig.part,
+    join: Annotated[
+        int | None, typer.Option(metavar="N", help="Check that all N parts are there and join them.")
+    ] = GenerateConfig.join,
     batch_tokens: BatchTokensOption = GenerateConfig.batch_tokens,
     chat_template: ChatTemplateOption = GenerateConfig.chat_template,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message put before every prompt.")
     ] = GenerateConfig.system,
     n: Annotated[int, typer.Option("--n", metavar="N", help="Samples per prompt.")] = GenerateConfig.n,
-    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = GenerateConfig.temperature,
-    top_k: Annotated[int, typer.Option(help="-1 for all tokens.")] = GenerateConfig.top_k,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help=f"0 decodes greedily. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]"),
+    ] = GenerateConfig.temperature,
+    top_k: Annotated[int, typer.Option(help="0 or -1 for all; -1 sends openai servers none.")] = GenerateConfig.top_k,
     top_p: Annotated[float, typer.Option(help="Probability mass to sample from.")] = GenerateConfig.top_p,
     presence_penalty: Annotated[
         float, typer.Option(help="Off the logit of each token generated before.")
@@ -119,7 +145,7 @@ def command(
     recipe: RecipeOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Answer a task's prompts; TASK is ultrafeedback, alpaca, or a file of prompts."""
+    """Answer a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts."""
     settings = settings_from(ctx, GenerateConfig, _not_meant(ctx))
     from expo import generate as verb
 

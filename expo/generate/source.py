@@ -33,17 +33,15 @@ class Source:
     """What the meta file says of it."""
     theta: ThetaPlan | None = None
 
-    def describe(self) -> Row:
-        """The source as plain data."""
-        if self.theta is None:
-            return {"model": str(self.folder)}
-        theta = self.theta
-        return {
-            "sft": str(theta.sft.path),
-            "dpo": str(theta.dpo.path),
-            "alpha": theta.config.alpha,
-            "tensors": theta.pair.tensor_counts(),
-        }
+
+def describe_theta(theta: ThetaPlan) -> Row:
+    """A θ(α) as plain data."""
+    return {
+        "sft": str(theta.sft.path),
+        "dpo": str(theta.dpo.path),
+        "alpha": theta.config.alpha,
+        "tensors": theta.pair.tensor_counts(),
+    }
 
 
 def find_source(config: GenerateConfig) -> Source:
