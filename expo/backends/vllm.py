@@ -33,6 +33,8 @@ CPU_SETTINGS = {
     "enable_chunked_prefill": False,  # a seeded request that is prefilled in chunks ends the engine on a CPU
 }
 MIN_BATCHED_TOKENS = 2048
+LOAD_FORMAT = "expo"
+"""Of `vllm_loader.py`, and the name of its entry point."""
 
 MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, lowers the need for memory"
 
@@ -120,15 +122,15 @@ def _make_loader_known(arguments: dict[str, Any]) -> None:
     Raises:
         EnvironmentFailure: There are others, and the entry point is not installed.
     """
-    from expo.backends import vllm_loader
-
-    vllm_loader.register()
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and vllm_loader.NAME not in allowed.split(","):
-        os.environ["VLLM_PLUGINS"] = f"{allowed},{vllm_loader.NAME}"
     alone = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and arguments.get("tensor_parallel_size") == 1
-    if not alone and not entry_points(group="vllm.general_plugins", name=vllm_loader.NAME):
-        raise EnvironmentFailure("vLLM's processes cannot find expo's loader: install expo again (pip install)")
+    if not alone and not entry_points(group="vllm.general_plugins", name=LOAD_FORMAT):
+        raise EnvironmentFailure("vLLM's other processes cannot find expo's loader: install expo again, with pip")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and LOAD_FORMAT not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{allowed},{LOAD_FORMAT}"
+    from expo.backends.vllm_loader import register
+
+    register()
 
 
 class VllmGenerator:
@@ -235,7 +237,7 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         arguments["max_num_batched_tokens"] = max(setup.context_length, MIN_BATCHED_TOKENS)
         arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(setup)
     if setup.theta is not None:
-        arguments["load_format"] = "expo"
+        arguments["load_format"] = LOAD_FORMAT
         arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
     return arguments | dict(_key_value(pair) for pair in config.engine_arg)
 

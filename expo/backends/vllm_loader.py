@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from expo.backends.vllm import LOAD_FORMAT
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from expo.pair import ThetaPlan
-
-NAME = "expo"
-"""Of the load format, and of the entry point."""
 
 
 class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
@@ -74,4 +73,4 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
 @functools.cache  # vLLM warns of a loader that is registered twice
 def register() -> None:
     """Make the load format known to vLLM in this process."""
-    register_model_loader(NAME)(ThetaLoader)
+    register_model_loader(LOAD_FORMAT)(ThetaLoader)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,11 +49,11 @@ class _Memory:
     """A sink that puts pieces where they belong in a tensor."""
 
     def __init__(self, values: Tensor) -> None:
-        self._bytes = values.view(-1).view(torch.uint8).numpy().data
+        self._bytes = values.view(-1).view(torch.uint8).numpy()
 
     def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:  # noqa: ARG002
         """Take a piece; pieces do not overlap, so several threads may bring theirs at once."""
-        self._bytes[offset : offset + len(data)] = data
+        self._bytes[offset : offset + len(data)] = np.frombuffer(data, np.uint8)  # numpy lets other threads run
         done()
 
 
