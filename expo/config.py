@@ -29,7 +29,6 @@ ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
-
 HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 """A user's, an organisation's or a repository's name on the hub."""
 
