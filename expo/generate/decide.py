@@ -82,6 +82,8 @@ class Plan:
             "engine": self.engine,
             "task": self.task.name,
             **({"part": str(self.part)} if self.part else {}),
+            **({"workers": self.config.data_parallel} if self.config.data_parallel > 1 else {}),
+            **({"parts_to_join": self.config.join} if self.config.join else {}),
             "rows": len(self.keys),
             "rows_too_long": len(self.first.too_long),
             "temperatures": {str(value): number for value, number in sorted(self._temperatures().items())},
