@@ -21,6 +21,7 @@ from expo import __version__
 from expo.commands import extrapolate, generate, inspect, recipes, score
 from expo.errors import ExpoError, Stopped
 from expo.options import DebugOption
+from expo.orphans import end_with_parent
 from expo.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def main() -> None:
     log.propagate = False
     signal.signal(signal.SIGTERM, _on_terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; the same command goes on from here")

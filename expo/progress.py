@@ -1,8 +1,16 @@
-"""Progress bars on stderr: shown on a terminal, silent in a log file."""
+"""Progress on stderr: bars on a terminal, and in a log file nothing, or a line a minute where rows take long."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+LOG_EVERY_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -29,3 +37,57 @@ def rows_bar(total: int, label: str, initial: int = 0) -> Progress:
 
     bar: Progress = tqdm(total=total, desc=label, unit="row", initial=initial, dynamic_ncols=True, disable=None)
     return bar
+
+
+class AnswersProgress:
+    """Rows done of all, new tokens per second, the time left, and when the first row came.
+
+    Args:
+        bar: Shows it on a terminal; disabled elsewhere, where a line a minute says the same.
+        total: All rows.
+        initial: Those that are there already.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        bar: Any,  # noqa: ANN401 - tqdm
+        total: int,
+        initial: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bar = bar
+        self._total = total
+        self._initial = initial
+        self._rows = initial
+        self._tokens = 0
+        self._first_row_s: float | None = None
+        self._clock = clock
+        self._started = clock()
+        self._logged_s = 0.0
+
+    def update(self, rows: int, tokens: int) -> None:
+        """More rows are done, with so many new tokens."""
+        elapsed_s = self._clock() - self._started
+        self._first_row_s = elapsed_s if self._first_row_s is None else self._first_row_s
+        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
+        speed = f"{self._tokens / max(elapsed_s, 1e-9):.0f} tokens/s, first row after {self._first_row_s:.1f} s"
+        self._bar.set_postfix_str(speed, refresh=False)
+        self._bar.update(rows)
+        if self._bar.disable and elapsed_s - self._logged_s >= LOG_EVERY_S:
+            self._logged_s = elapsed_s
+            left_s = elapsed_s * (self._total - self._rows) / max(1, self._rows - self._initial)
+            log.info("%d of %d rows, %s, %s left", self._rows, self._total, speed, timedelta(seconds=round(left_s)))
+
+    def close(self) -> None:
+        """The work has ended."""
+        self._bar.close()
+
+
+def answers_progress(total: int, initial: int = 0) -> AnswersProgress:
+    """The progress of `total` answers, of which `initial` are there already."""
+    from tqdm import tqdm
+
+    layout = "{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
+    bar = tqdm(total=total, desc="generate", initial=initial, bar_format=layout, dynamic_ncols=True, disable=None)
+    return AnswersProgress(bar, total, initial)

@@ -252,11 +252,20 @@ class RowFiles:
             raise InputError(f"{self.final} exists and expo did not write it: move it away, or choose another --name")
         if not self.final.exists() or not self.meta.exists():
             return None
-        content = json.loads(self.meta.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(self.meta.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away") from error
         return content if isinstance(content, dict) else {}
 
     def open(
-        self, fingerprint: Row, items: Sequence[object], *, overwrite: bool, old_rows: Callable[[Row], list[Row]]
+        self,
+        fingerprint: Row,
+        items: Sequence[object],
+        *,
+        overwrite: bool,
+        old_rows: Callable[[Row], list[Row]],
+        hopeless: int = 0,
     ) -> Journal | None:
         """Start or continue the run; None where the output is complete.
 
@@ -266,6 +275,7 @@ class RowFiles:
                 the other way round.
             overwrite: Whether an output with other settings may be replaced.
             old_rows: Gives the journal rows of a finished output (from its meta) that a longer run keeps.
+            hopeless: How many of the items fail whenever they are tried; an output that lacks only these is complete.
 
         Raises:
             InputError: There is an output with other settings or from other items, or another run is writing it.
@@ -274,7 +284,8 @@ class RowFiles:
         rows: list[Row] = []
         if meta is not None:
             problem = self._difference(meta, fingerprint, items)
-            if problem is None and (meta["rows"] > len(items) or (meta["rows"] == len(items) and not meta["failed"])):
+            more = meta["rows"] - len(items)
+            if problem is None and (more > 0 or (more == 0 and meta["failed"] <= hopeless)):
                 return None
             if problem is None:
                 rows = old_rows(meta)
@@ -320,6 +331,7 @@ class RowFiles:
             meta: Content of the meta file.
             others: Further files and their contents.
         """
+        journal.is_empty = False  # from here on it says that the files under final names may not belong together
         for path, text in {**others, self.final: final_text}.items():
             write_atomic(path, text)
         write_atomic(self.meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")

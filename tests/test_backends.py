@@ -156,13 +156,14 @@ def test_choices_at_the_edges_are_possible_tokens(noise):
     assert chosen.argmax().item() in (3, 500, 998)
 
 
-def test_noise_depends_on_seed_row_and_sample_only():
+def test_noise_depends_on_seed_row_sample_and_turn_only():
     def noise(seed: int, row: str, sample: int, tokens: int = 20) -> list[float]:
         return sampling_noise(seed, Request(row, sample, (1, 2), tokens, 1.0)).tolist()
 
     assert noise(42, "a", 0) == noise(42, "a", 0)
     assert noise(42, "a", 0, 5) == noise(42, "a", 0)[:5]
-    others = [noise(43, "a", 0), noise(42, "b", 0), noise(42, "a", 1), noise(41, "a", 1)]
+    second = sampling_noise(42, Request("a", 0, (1, 2), 20, 1.0, turn=1)).tolist()
+    others = [noise(43, "a", 0), noise(42, "b", 0), noise(42, "a", 1), noise(41, "a", 1), second]
     assert all(other != noise(42, "a", 0) for other in others)
 
 

@@ -16,6 +16,11 @@ from expo.tasks import Message
 
 if TYPE_CHECKING:
     from expo.config import GenerateConfig, ScoreConfig
+    from expo.pair import ThetaPlan
+
+
+Key = tuple[str, int, int]
+"""Tells a row from every other: the prompt's id, the sample, the turn."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,16 @@ class Request:
     max_tokens: int
     """Most new tokens; prompt and answer fit the model's context."""
     temperature: float
-    """Softmax temperature; 0 decodes greedily."""
+    """Softmax temperature; 0 decodes greedily. Rows of one run may have different ones."""
     messages: tuple[Message, ...] = ()
     """The conversation, for an engine that has the chat template itself."""
+    turn: int = 0
+    """Which of the prompt's turns."""
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """Tells a row from every other."""
-        return self.id, self.sample
+        return self.id, self.sample, self.turn
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,13 @@ class GeneratorSetup:
     pad_id: int
     context_length: int
     """Longest prompt + answer of this run, in tokens; at most the model's own."""
+    theta: ThetaPlan | None = None
+    """The θ(α) whose weights answer; None where the model's folder has them."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.model.name if self.theta is None else self.theta.name
 
 
 class Generator(Protocol):
@@ -98,11 +112,11 @@ class Generator(Protocol):
     step_seconds: float
     """Time spent inside the engine's own steps so far."""
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[Sequence[Outcome]]:
-        """Yield answers as they finish; closing the iterator gives up what is under way.
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[Sequence[Outcome]]:
+        """Yield answers as they finish; closing the iterator gives up what is under way. Called once per turn.
 
         Args:
-            requests: All rows of the run, in order.
+            requests: All rows of the run's turn, in order.
             done: Keys of rows an earlier run finished; they are not yielded again.
         """
 

@@ -80,6 +80,26 @@ class ChatTokenizer:
             raise InputError(f"the chat template of {self._model} refuses the prompts: {first_line(error)}") from error
         return rows
 
+    def encode_each(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | str]:
+        """Token ids of each conversation, with a generation prompt, or why it has none.
+
+        Raises:
+            InputError: The template refuses all of them.
+        """
+        try:
+            rows: list[list[int] | str] = [*self.encode(conversations, generation_prompt=True)]
+        except InputError:
+            rows = [self._encode_one(messages) for messages in conversations]
+            if all(isinstance(row, str) for row in rows):
+                raise
+        return [row or "the chat template makes no tokens of it" for row in rows]
+
+    def _encode_one(self, messages: Sequence[Message]) -> list[int] | str:
+        try:
+            return self.encode([messages], generation_prompt=True)[0]
+        except InputError as error:
+            return str(error).replace("refuses the prompts", "refuses it")
+
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of token ids, without special tokens."""
         return [

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from expo.backends import Failure, GeneratorSetup, Outcome, Request, TextCompletion
+from expo.backends import Failure, GeneratorSetup, Key, Outcome, Request, TextCompletion
 from expo.backends.event_loop import results
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra, first_line
 from expo.secrets import without_secrets
@@ -103,7 +103,7 @@ class OpenaiGenerator:
     def _name(self) -> str:
         return without_secrets(self._url)
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Outcome]]:
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Outcome]]:
         """Yield rows as the server answers them."""
         todo = [request for request in requests if request.key not in done]
         with closing(results(partial(self._ask_all, todo))) as answered:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from expo.config import Dtype
 from expo.errors import EnvironmentFailure, InputError, first_line
+
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def model_device(name: str) -> str:
@@ -22,6 +26,15 @@ def model_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return name
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; none is touched."""
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(number) for number in range(count)]
 
 
 @contextmanager
@@ -50,9 +63,38 @@ def out_of_memory_hint(flag: str) -> Iterator[None]:
     Args:
         flag: The option that lowers the need.
     """
-    import torch
-
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise EnvironmentFailure(f"out of memory; {flag} lowers the need, and the same command goes on") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was lacking; torch has no class of its own for the CPU's."""
+    import torch
+
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in MEMORY_WORDS)
+
+
+def run_dtype(dtype: Dtype, device: str, weights_bytes: int) -> Dtype:
+    """The data type the transformers engine runs in; what auto means is decided here, once for a run.
+
+    A CPU without bfloat16 arithmetic multiplies float32 several times faster, and widening the weights changes none.
+
+    Args:
+        dtype: As `--dtype` has it.
+        device: As `--device` has it.
+        weights_bytes: Size of the checkpoint's weights; twice as much must be within half of the machine's memory.
+    """
+    import psutil
+    import torch
+
+    if dtype != "auto" or model_device(device) != "cpu":
+        return dtype
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # how torch itself decides
+    is_fast = asked is None or asked()
+    fits = 2 * weights_bytes <= psutil.virtual_memory().total // 2
+    return "float32" if fits and not is_fast else "auto"

@@ -6,6 +6,8 @@ work and do not depend on their batch; `--engine-arg` overrides anything here.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -13,13 +15,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
 import psutil
 
-from expo.backends import Completion, GeneratorSetup, Request
+from expo.backends import Completion, GeneratorSetup, Key, Request
+from expo.backends.torch_tools import is_out_of_memory
 from expo.checkpoint import read_config
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 
@@ -29,6 +33,10 @@ CPU_SETTINGS = {
     "enable_chunked_prefill": False,  # a seeded request that is prefilled in chunks ends the engine on a CPU
 }
 MIN_BATCHED_TOKENS = 2048
+LOAD_FORMAT = "expo"
+"""Of `vllm_loader.py`, and the name of its entry point."""
+
+MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, lowers the need for memory"
 
 MIN_CPU_KV_BYTES = 256 << 20
 CPU_SEQUENCES = 128
@@ -67,6 +75,9 @@ def _prepare_environment() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.DEBUG if debug else logging.ERROR)
     if not _has_gpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # With tensor parallelism vLLM would bind each worker to a memory node of its own, and refuses where there are
+        # fewer nodes than workers.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _has_gpu() -> bool:
@@ -76,15 +87,50 @@ def _has_gpu() -> bool:
 
 
 def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
-    from vllm import LLM
-
+    try:
+        from vllm import LLM
+    except (ImportError, RuntimeError) as error:
+        advice = "install it again (pip install 'llm-expo[vllm]'), or use --engine transformers"
+        raise EnvironmentFailure(f"vLLM cannot be imported: {_reason(error)}; {advice}") from error
     arguments = engine_arguments(setup)
+    if setup.theta is not None:
+        _make_loader_known(arguments)
     try:
         return LLM(**arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"vLLM refuses {setup.model.name}: {_reason(error)}") from error
-    except (RuntimeError, OSError) as error:
-        raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} (--debug shows its log)") from error
+        raise InputError(f"vLLM refuses {setup.name}: {_reason(error)}") from error
+    except (RuntimeError, OSError, MemoryError) as error:
+        advice = MEMORY_ADVICE if is_out_of_memory(error) else "--debug shows its log"
+        raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} ({advice})") from error
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Turn whatever ends the engine's work into one line: it has died, and a new one is needed."""
+    try:
+        yield
+    except Exception as error:
+        advice = f"{MEMORY_ADVICE}; " if is_out_of_memory(error) else ""
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        advice += "the same command goes on with the rest"
+        raise EnvironmentFailure(f"the vLLM engine died: {reason}; {advice}") from error
+
+
+def _make_loader_known(arguments: dict[str, Any]) -> None:
+    """Register the loader of θ(α) here; vLLM's other processes find it by its entry point.
+
+    Raises:
+        EnvironmentFailure: There are others, and the entry point is not installed.
+    """
+    alone = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and arguments.get("tensor_parallel_size") == 1
+    if not alone and not entry_points(group="vllm.general_plugins", name=LOAD_FORMAT):
+        raise EnvironmentFailure("vLLM's other processes cannot find expo's loader: install expo again, with pip")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and LOAD_FORMAT not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{allowed},{LOAD_FORMAT}"
+    from expo.backends.vllm_loader import register
+
+    register()
 
 
 class VllmGenerator:
@@ -110,26 +156,24 @@ class VllmGenerator:
         self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         self.step_seconds = 0.0
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
         from vllm.inputs import TokensPrompt
 
         todo = [request for request in requests if request.key not in done]
-        engine_ids = self._llm.enqueue(
-            [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo],
-            [self._params(request) for request in todo],
-            use_tqdm=False,
-        )
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo]
+        params_of = functools.cache(self._params)  # rows share them: vLLM copies them for each request
+        params = [params_of(request.temperature, request.sample, request.max_tokens) for request in todo]
+        try:
+            engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
             started = time.perf_counter()
-            try:
+            with _running():
                 outputs = engine.step()
-            except Exception as error:
-                raise EnvironmentFailure(
-                    f"the vLLM engine died: {_reason(error)}; the same command goes on with the rest"
-                ) from error
             self.step_seconds += time.perf_counter() - started
             finished = [
                 _completion(by_id[output.request_id.split("-")[0]], output) for output in outputs if output.finished
@@ -141,18 +185,18 @@ class VllmGenerator:
                     engine.abort_request(list(by_id))
                     raise
 
-    def _params(self, request: Request) -> object:
+    def _params(self, temperature: float, sample: int, max_tokens: int) -> object:
         from vllm import SamplingParams
 
         config = self._setup.config
         return SamplingParams(
-            temperature=request.temperature,
+            temperature=temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             presence_penalty=config.presence_penalty,
             frequency_penalty=config.frequency_penalty,
-            seed=config.seed + request.sample,
-            max_tokens=request.max_tokens,
+            seed=config.seed + sample,
+            max_tokens=max_tokens,
             stop_token_ids=list(self._setup.stop_ids),
             detokenize=False,
         )
@@ -192,6 +236,9 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         arguments |= CPU_SETTINGS
         arguments["max_num_batched_tokens"] = max(setup.context_length, MIN_BATCHED_TOKENS)
         arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(setup)
+    if setup.theta is not None:
+        arguments["load_format"] = LOAD_FORMAT
+        arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
     return arguments | dict(_key_value(pair) for pair in config.engine_arg)
 
 

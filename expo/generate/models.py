@@ -12,17 +12,18 @@ from hashlib import sha256
 from pathlib import Path
 
 from expo.backends.chat import UNLIMITED, ChatTokenizer, context_length
-from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig
 from expo.errors import InputError
-from expo.hub import locate
+from expo.generate.source import describe_theta, find_source
+from expo.pair import ThetaPlan
 from expo.store import Row
 from expo.tasks import Message
 
 LOCAL_ENGINES = ("vllm", "transformers")
+_LOCAL = ("chat_template", "device", "dtype", "tensor_parallel", "trust_remote_code", "sft", "dpo", "alpha")
 GOES_WITH = {
     "engine_arg": ("vllm",),
-    **dict.fromkeys(("chat_template", "device", "dtype", "tensor_parallel", "trust_remote_code"), LOCAL_ENGINES),
+    **dict.fromkeys(_LOCAL, LOCAL_ENGINES),
     **dict.fromkeys(("base_url", "concurrency"), ("openai",)),
 }
 """Settings that not every engine has, and the engines that have them."""
@@ -36,7 +37,7 @@ class Model:
     """Its folder; where a server has it, the name it has there."""
     name: str
     """Its short name, which the output has by default."""
-    source: Row
+    record: Row
     """What the meta file says of it."""
     fingerprint: Row
     """What tells its rows from another model's."""
@@ -44,12 +45,22 @@ class Model:
     """None where the server has it."""
     context_length: int = UNLIMITED
     """The longest sequence it takes, in tokens, as far as is known here."""
+    theta: ThetaPlan | None = None
+    """The θ(α) that is made of a pair while the engine loads, where that answers."""
+
+    def describe(self) -> Row:
+        """The model as plain data."""
+        return describe_theta(self.theta) if self.theta is not None else {"model": str(self.path)}
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int]]:
         """The prompts' token ids; empty ones where the server has the tokenizer."""
         if self.tokenizer is None:
             return [()] * len(conversations)
         return self.tokenizer.encode(conversations, generation_prompt=True)
+
+    def encode_each(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int] | str]:
+        """The prompts' token ids, or why the chat template gives one none."""
+        return self.encode(conversations) if self.tokenizer is None else self.tokenizer.encode_each(conversations)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's token ids; an engine that gives ids has a tokenizer beside it."""
@@ -77,42 +88,27 @@ def find_model(config: GenerateConfig, engine: str) -> Model:
 
 
 def _local(config: GenerateConfig) -> Model:
-    location = locate(config.model)
-    require_generator(location.path)
-    tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    source = find_source(config)
+    tokenizer = ChatTokenizer(source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code)
     return Model(
-        path=location.path,
-        name=location.name,
-        source={"name": location.label, "revision": location.revision},
-        fingerprint={
-            "model": source_fingerprint(location),
-            "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
-        },
+        path=source.folder,
+        name=source.name,
+        record=source.record,
+        fingerprint={**source.fingerprint, "chat_template": sha256(tokenizer.template.encode()).hexdigest()},
         tokenizer=tokenizer,
-        context_length=context_length(location.path),
+        context_length=context_length(source.folder),
+        theta=source.theta,
     )
 
 
 def _served(config: GenerateConfig) -> Model:
     """The server's word is taken for what its model is: under one name it is one model, at any URL."""
-    name = config.model.rstrip("/").split("/")[-1]
+    model = config.model or ""
+    name = model.rstrip("/").split("/")[-1]
     if not name.strip(".") and config.name is None:
-        raise InputError(f"--model {config.model!r} gives the output no name; pass --name")
-    source: Row = {"name": config.model, "revision": None}
-    return Model(path=Path(config.model), name=name, source=source, fingerprint={"model": config.model})
-
-
-def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    for architecture in read_config(path).get("architectures") or []:
-        if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
-    if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
+        raise InputError(f"--model {model!r} gives the output no name; pass --name")
+    record: Row = {"model": {"name": model, "revision": None}}
+    return Model(path=Path(model), name=name, record=record, fingerprint={"model": model})
 
 
 def require_fitting(config: GenerateConfig, engine: str) -> None:

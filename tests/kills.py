@@ -1,0 +1,134 @@
+"""A program that stops `expo generate` again and again, and looks at what is left: `python tests/kills.py ENGINE …`.
+
+Runs are forked from a process that has loaded everything (of vLLM a started engine too), so that one costs a second.
+Signals come at random moments of the generation phase. Prints one JSON object per stop; what `trouble` says is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crashes import ended, forked
+
+from expo import cli
+from expo.backends import load_generator
+from expo.config import GenerateConfig
+from expo.generate import loop, plan
+
+NAME = "mine"
+WAIT_S = 120
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command, and where its files lie."""
+
+    settings: dict[str, Any]
+    folder: Path
+
+    @property
+    def final(self) -> Path:
+        return self.folder / f"outputs_{Path(self.settings['task']).stem}" / f"{NAME}.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.final.with_name(f".{NAME}.journal.jsonl")
+
+    def meta(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.final.with_name(f"{NAME}.meta.json").read_text())
+        return content
+
+    def command(self) -> list[str]:
+        options = {"name": NAME, "output_dir": str(self.folder), **self.settings}
+        task = options.pop("task")
+        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        return ["expo", "generate", task, *words]
+
+    def run(self) -> int:
+        """The program, in this process."""
+        sys.argv = self.command()
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        raise AssertionError("the program did not exit")
+
+
+def keep_engine(case: Case) -> None:
+    """Start the engine here, so that every child has it."""
+    work = plan(GenerateConfig(name=NAME, **case.settings))
+    engine = load_generator(work.engine)(work.setup)
+    loop.load_generator = lambda _name: lambda _setup: engine  # type: ignore[assignment, return-value]
+
+
+def whole_rows(journal: Path) -> list[bytes]:
+    """A journal's rows that ended before the kill; its first line is the header."""
+    content = journal.read_bytes() if journal.exists() else b""
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")][1:]
+
+
+def stop(case: Case, number: int, delay: float) -> tuple[int, list[bytes]]:
+    """Start a run and stop it `delay` seconds after its journal appeared; its exit code and the rows seen before."""
+    child = forked(case.run)
+    deadline = time.monotonic() + WAIT_S
+    while not case.journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
+    seen = whole_rows(case.journal)
+    os.kill(child, number)
+    return ended(child), seen
+
+
+def trouble(case: Case, seen: list[bytes], left: list[bytes], whole: bytes, total: int) -> str:
+    """Go on after a stop, to the end; what is wrong with it, empty where nothing is."""
+    if left[: len(seen)] != seen:
+        return f"of {len(seen)} rows in the journal {len(left)} are left"
+    if case.final.exists():
+        return "a final name before the end"
+    if ended(forked(case.run)) != 0:
+        return "the rerun failed"
+    if case.final.read_bytes() != whole:
+        return "the rerun ended otherwise"
+    again = case.meta()["rows_this_run"] - (total - len(left))
+    return f"{again} rows generated again" if again else ""
+
+
+def stops(case: Case, seed: int, count: int) -> Iterator[dict[str, object]]:
+    """SIGKILL `count` times, then SIGTERM and SIGINT once each."""
+    chance = random.Random(seed)
+    assert ended(forked(case.run)) == 0
+    whole, meta = case.final.read_bytes(), case.meta()
+    shutil.rmtree(case.folder)
+    signals = [signal.SIGKILL] * count + [signal.SIGTERM, signal.SIGINT]
+    while signals:
+        code, seen = stop(case, signals[0], chance.random() * meta["generate_seconds"])
+        left = whole_rows(case.journal)
+        stopped = code == CODES[signals[0]]
+        wrong = trouble(case, seen, left, whole, meta["rows"]) if stopped or code else ""
+        wrong = wrong or ("" if stopped or code == 0 else f"exit code {code}")
+        yield {"signal": signals[0].name, "code": code, "seen": len(seen), "left": len(left), "trouble": wrong}
+        shutil.rmtree(case.folder)
+        if stopped or wrong:
+            signals.pop(0)
+
+
+def main(settings: str, folder: str, seed: str, count: str) -> None:
+    case = Case(json.loads(settings), Path(folder) / "out")
+    keep_engine(case)
+    for result in stops(case, int(seed), int(count)):
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
