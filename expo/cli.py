@@ -21,14 +21,14 @@ from expo import __version__
 from expo.commands import extrapolate, generate, inspect, recipes, score
 from expo.errors import ExpoError, Stopped
 from expo.options import DebugOption
+from expo.orphans import end_with_parent
+from expo.secrets import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED = 130
 
-ACCESS_TOKEN = r"hf_[A-Za-z0-9]{30,}"
-"""Of the hub; it may stand in a path, a URL or an exception, and is never printed."""
 CONTROL_CHARACTER = r"[\x00-\x08\x0b-\x1f\x7f]"
 
 log = logging.getLogger("expo")
@@ -92,11 +92,8 @@ def _on_terminate(signal_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _clean(text: str) -> str:
-    """Text that came from anywhere, fit for a terminal and a log: no access token, no control character."""
-    text = re.sub(ACCESS_TOKEN, "hf_…", text)
-    secret = os.environ.get("HF_TOKEN", "")
-    text = text.replace(secret, "hf_…") if len(secret) > 7 else text
-    return re.sub(CONTROL_CHARACTER, lambda found: repr(found[0])[1:-1], text)
+    """Text that came from anywhere, fit for a terminal and a log: no secret, no control character."""
+    return re.sub(CONTROL_CHARACTER, lambda found: repr(found[0])[1:-1], without_secrets(text))
 
 
 class _LineFormatter(logging.Formatter):
@@ -163,6 +160,7 @@ def main() -> None:
     log.propagate = False
     signal.signal(signal.SIGTERM, _on_terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; the same command goes on from here")

@@ -1,4 +1,4 @@
-"""What a disk is asked for beside plain reads and writes: room in advance, and work in the background."""
+"""What a disk is asked for beside plain reads and writes: room and bytes in advance, and work in the background."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import ctypes
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event, Lock, Thread
 from types import TracebackType
 
 MOST_PENDING = 8
 """Tasks that may wait; each may hold a file open."""
+
+MOST_AHEAD_BYTES = 4 << 30
+"""Of one `reading_ahead`; what a disk gives in the seconds that torch takes to load."""
+AHEAD_STEP_BYTES = 32 << 20
 
 NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -31,6 +37,31 @@ def preallocate(descriptor: int, nbytes: int) -> None:
         return
     if call(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0 and ctypes.get_errno() not in NO_SUCH_CALL:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@contextmanager
+def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
+    """Let the system read files into its cache, in order, while the body does something else."""
+    ended = Event()
+    reader = Thread(target=_read_ahead, args=(files, ended), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        reader.join()
+
+
+def _read_ahead(files: Iterable[Path], ended: Event) -> None:
+    left = MOST_AHEAD_BYTES
+    for file in files:
+        with suppress(OSError), file.open("rb") as stream:  # whoever reads them in earnest says what is wrong
+            size = os.fstat(stream.fileno()).st_size
+            for offset in range(0, min(size, left), AHEAD_STEP_BYTES):
+                if ended.is_set():
+                    return
+                os.posix_fadvise(stream.fileno(), offset, AHEAD_STEP_BYTES, os.POSIX_FADV_WILLNEED)
+            left -= min(size, left)
 
 
 class Background:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+PARTLY_FAILED = 3
+"""The exit code of a run that finished, but for rows that failed and are marked."""
+
 
 class ExpoError(Exception):
     """Base of all errors expo raises on purpose."""

@@ -18,28 +18,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from expo.adapter.folders import is_adapter, output_side_files, require_base
+from expo.adapter.folders import output_side_files
 from expo.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     config_with_dtype,
     source_fingerprint,
 )
-from expo.combine.decide import plan_pair
-from expo.combine.decide_adapter import plan_adapter
-from expo.combine.doubts import question_change, question_pair
+from expo.combine.doubts import question_change
 from expo.combine.layout import index_json
-from expo.combine.plan import PairPlan, PairRules, ShardPlan
+from expo.combine.plan import PairPlan, ShardPlan
 from expo.config import ExtrapolateConfig
-from expo.disk import Background
+from expo.disk import Background, reading_ahead
 from expo.errors import EnvironmentFailure, InputError
-from expo.hub import Location, locate, refuse_inside
+from expo.hub import Location, refuse_inside
 from expo.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
-from expo.pickled import read_source
+from expo.pair import find_pair, pair_rules, plan_located
 from expo.progress import Progress, bytes_bar
 from expo.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.store import Row
-from expo.tokens import require_same_tokens
 from expo.writer import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -158,10 +155,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
     destinations = find_destinations(config.repositories, private=config.private)
-    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
-    dpo = locate(config.dpo, pickled=config.allow_pickle)
-    if is_adapter(dpo.path):  # then SFT's config and other side files are the output's
-        sft = locate(config.sft, pickled=config.allow_pickle)
+    sft, dpo = find_pair(config.sft, config.dpo, allow_pickle=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         refuse_inside(folder, sft, dpo)
@@ -170,36 +164,10 @@ def plan(config: ExtrapolateConfig) -> Plan:
         _plan_output(config, alpha, folder, sources, destination)
         for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
-    rules = PairRules(
-        alphas=tuple(output.alpha for output in outputs if not output.complete),
-        alpha_for=config.alphas_for,
-        exclude=config.exclude,
-        copy_missing=config.missing == "copy-dpo",
-        common_vocabulary=config.vocab == "common",
-        dtype=config.dtype,
-        max_shard_bytes=config.max_shard_bytes,
-        allow_nonfinite=config.allow_nonfinite,
-    )
-    pair = _plan_pair(sft, dpo, config, rules)
-    require_same_tokens(sft.path, dpo.path)
-    if pair.dropped:
-        log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
-    if pair.vocabulary:
-        rows = pair.vocabulary
-        log.warning(
-            "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
-            *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
-        )
+    todo = (output.alpha for output in outputs if not output.complete)
+    rules = pair_rules(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
+    pair = plan_located(sft, dpo, rules, allow_pickle=config.allow_pickle)
     return Plan(config, sft, dpo, pair, outputs, output_side_files(sft.path, dpo.path))
-
-
-def _plan_pair(sft: Location, dpo: Location, config: ExtrapolateConfig, rules: PairRules) -> PairPlan:
-    require_base(sft, dpo)
-    if is_adapter(dpo.path):
-        return plan_adapter(read_source(sft, config.allow_pickle), dpo.path, rules)
-    pair = plan_pair(read_source(sft, config.allow_pickle), read_source(dpo, config.allow_pickle), rules)
-    question_pair(sft, dpo, pair.sft, pair.dpo)
-    return pair
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
@@ -253,14 +221,16 @@ def _amount(nbytes: int) -> str:
 
 
 def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
-    """Combine what is not there yet; when the first read was, and the seconds from it to the last write."""
+    """Combine what is not there yet; when the first read was, and the seconds that combining took."""
     for output in staged:
         output.verify()
-    stream, rules = _arithmetic(), work.pair.rules
+    first_read, rules = time.time(), work.pair.rules
+    with reading_ahead(_in_turn(work.pair)):
+        stream = _arithmetic()
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
-        first_read, started = time.time(), time.perf_counter()
+        started = time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(*work.pair.sources))
         disk = stack.enter_context(Background())
         if work.pair.equal:
@@ -276,6 +246,12 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
         return {"first_read": first_read, "combine_seconds": round(time.perf_counter() - started, 3)}
 
 
+def _in_turn(pair: PairPlan) -> list[Path]:
+    """The weight files in about the order they are read: a file of each side in turn."""
+    sides = zip_longest(*([shard.file for shard in source.shards] for source in pair.sources))
+    return [file for files in sides for file in files if file is not None]
+
+
 def _write_shard(
     shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], disk: Background, progress: Progress
 ) -> None:
@@ -285,9 +261,9 @@ def _write_shard(
             files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
             stack.callback(files[-1].close)
         pieces = combiner.run(shard.parts(), files, progress.update)
-        delta, sft, _ = _arithmetic().total_norms(norms for _, norms in pieces)
+        norms = _arithmetic().total_norms(norms for _, norms in pieces)
         for output, file in zip(staged, files, strict=True):
-            disk.submit(_finish_shard, output, file, shard, delta, sft)
+            disk.submit(_finish_shard, output, file, shard, norms.delta, norms.sft)
         stack.pop_all()  # the files are the background's now
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from expo.config import is_hub_id
+from expo.checks import is_hub_id
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def fetch_file(repository: str, file: str, revision: str | None, *, kind: str) -
         repository: The hub id.
         file: The file's name in the repository.
         revision: A branch, tag or commit; the main branch where it is None.
-        kind: model or dataset.
+        kind: model, dataset or space.
 
     Raises:
         InputError: No such repository, revision or file, or no access to it.

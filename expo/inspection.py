@@ -128,14 +128,14 @@ def _figures(work: Plan, sources: SourceFiles, progress: Progress) -> dict[str, 
     from expo.combine import stream
 
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
-    combiner = stream.Combiner(sources, PairRules(alphas=()), device, workers, norms_of_dpo=True)
+    combiner = stream.Combiner(sources, PairRules(alphas=()), device, workers, exact_norms=True)
     empty = Figures(tensors=1, identical=1, delta_squared=0.0, sft_squared=0.0, dpo_squared=0.0)
     figures = {part.dpo.name: empty for part in work.overlap.parts}
     for _, parts in groupby(work.overlap.parts, key=lambda part: part.dpo.file):
         pieces = combiner.run([(part, 0) for part in parts], [], progress.update)
         for name, of_tensor in groupby(pieces, key=lambda piece: piece[0].dpo.name):
             norms = stream.total_norms(norms for _, norms in of_tensor)
-            figures[name] = Figures(1, int(norms.delta == 0), *norms)
+            figures[name] = Figures(1, int(norms.delta == 0), norms.delta, norms.sft, norms.dpo)
     return figures
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from expo import config, recipes
+from expo import config, config_files, recipes
 
 Config = TypeVar("Config", bound=config.CommonConfig)
 
@@ -23,7 +24,7 @@ log = logging.getLogger("expo")
 
 def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
-        _add_defaults(ctx, "config", config.load_tables(path))
+        _add_defaults(ctx, "config", config_files.load_tables(path))
     return path
 
 
@@ -36,9 +37,11 @@ def _use_recipe(ctx: typer.Context, name: str | None) -> str | None:
     return name
 
 
-def _add_defaults(ctx: typer.Context, source: str, tables: config.Tables) -> None:
+def _add_defaults(ctx: typer.Context, source: str, tables: config_files.Tables) -> None:
     """Flag > config file > recipe > default: typer checks these values as it checks flags."""
-    ctx.meta[f"expo.{source}"] = config.values_for(str(ctx.info_name), tables)
+    command = str(ctx.info_name)
+    ctx.meta[f"expo.{source}"] = config_files.values_for(command, tables)
+    ctx.meta[f"expo.{source}.own"] = tables.get(command, {}).keys()
     ctx.default_map = {**ctx.meta.get("expo.recipe", {}), **ctx.meta.get("expo.config", {})}
 
 
@@ -76,12 +79,24 @@ DpoOption = Annotated[
     str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft, or its LoRA adapter.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")]
+AlphaForOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX=A", help="Tensors with an α of their own; repeatable, first match wins."),
+]
+ExcludeOption = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Tensors copied from DPO; repeatable.")]
+MissingOption = Annotated[config.Missing, typer.Option(help="Tensors that SFT lacks: refuse, or copy from DPO.")]
+VocabOption = Annotated[
+    config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
+]
+AllowNonfiniteOption = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Take NaN and infinity in θ(α) instead of refusing them.")
+]
 AllowPickleOption = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
 ]
 PictureOption = Annotated[str | None, typer.Option(metavar="FILE", help="A picture to draw: .png, .svg or .pdf.")]
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, or a .jsonl/.json/.parquet/.csv file.")
+    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.")
 ]
 OutputDirOption = Annotated[str, typer.Option(metavar="DIR", help="Holds outputs_<task>/ and rewards_<task>/.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Only the first N prompts; extends later.")]
@@ -95,9 +110,22 @@ BatchTokensOption = Annotated[
 ]
 
 
-def settings_from(ctx: typer.Context, kind: type[Config]) -> Config:
-    """The command's config object, from the option values typer has parsed and checked."""
-    given = {name: value for name, value in ctx.params.items() if value is not None}
+def given_names(ctx: typer.Context) -> tuple[set[str], set[str], set[str], set[str]]:
+    """The settings that flags, the command's own table, `[common]` and the recipe give, what counts most first."""
+    flags = {name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith(".COMMANDLINE")}
+    file, own = set(ctx.meta.get("expo.config", ())), set(ctx.meta.get("expo.config.own", ()))
+    return flags, own, file - own, set(ctx.meta.get("expo.recipe", ()))
+
+
+def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[str] = ()) -> Config:
+    """The command's config object, from the option values typer has parsed and checked.
+
+    Args:
+        ctx: The command's context.
+        kind: The config class.
+        leave_out: Settings that keep their default whatever was given.
+    """
+    given = {name: value for name, value in ctx.params.items() if value is not None and name not in leave_out}
     values: dict[str, Any] = {}
     for name in {field.name for field in dataclasses.fields(kind)} & given.keys():
         values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-PARTLY_FAILED = 3
+from expo.errors import PARTLY_FAILED
 
 log = logging.getLogger(__name__)
 

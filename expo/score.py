@@ -25,7 +25,7 @@ from expo.hub import Location, locate
 from expo.progress import rows_bar
 from expo.stats import mean_and_standard_error
 from expo.store import Journal, Row, RowFiles, json_lines, texts_sha256
-from expo.tasks import Conversation, find_task, prompt_item, read_conversations, read_rows
+from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class ScoreRow:
     number: int
     id: str
     sample: int
+    turn: int | None
+    """Which of the prompt's turns, where the task has several."""
     token_ids: tuple[int, ...]
     truncated: bool
     failed: bool
@@ -130,7 +132,9 @@ def plan(config: ScoreConfig) -> Plan:
     outputs = Path(config.outputs or folder / f"outputs_{task.name}" / f"{config.name}{task.suffix}")
     if not outputs.is_file():
         raise InputError(f"no outputs to score: {outputs} does not exist; run `expo generate` first, or pass --outputs")
-    conversations = read_conversations(outputs)[: config.limit]
+    if config.dataset is not None and not task.by_id:
+        raise InputError(f"--dataset is for mtbench: the outputs of {task.name} hold their prompts")
+    conversations = read_conversations(outputs, task, dataset=config.dataset, limit=config.limit)
     if not conversations:
         raise InputError(f"{outputs} holds no rows")
     location = locate(config.reward_model)
@@ -192,11 +196,12 @@ def _score_rows(
     failed = {error["row"] for error in generated.get("errors", [])}
     keys = list(zip(*(generated.get("per_row", {}).get(key, []) for key in ("id", "sample")), strict=True))
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
-        name, sample = keys[number] if number < len(keys) else (str(number), 0)
+        name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         yield ScoreRow(
             number=number,
             id=name,
             sample=sample,
+            turn=conversation.turn,
             token_ids=tuple(row_ids[:longest]),
             truncated=len(row_ids) > longest,
             failed=conversation.failed or number in failed,
@@ -246,6 +251,7 @@ def _unscored(row: ScoreRow) -> Row:
         "row": row.number,
         "id": row.id,
         "sample": row.sample,
+        **({} if row.turn is None else {"turn": row.turn}),
         "reward": None,
         "tokens": len(row.token_ids),
         "truncated": row.truncated,
@@ -283,7 +289,7 @@ def _meta(work: Plan, rows: Sequence[Row], seconds: float, tokens: int, versions
         "failed": len(rows) - len(rewards),
         "score_seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        "prompts_sha256": texts_sha256(prompt_item(one.messages[:-1]) for one in work.conversations),
+        "prompts_sha256": texts_sha256(one.asked for one in work.conversations),
         "outputs_sha256": texts_sha256(work.items),
         "fingerprint": work.fingerprint,
     }

@@ -252,7 +252,10 @@ class RowFiles:
             raise InputError(f"{self.final} exists and expo did not write it: move it away, or choose another --name")
         if not self.final.exists() or not self.meta.exists():
             return None
-        content = json.loads(self.meta.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(self.meta.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away") from error
         return content if isinstance(content, dict) else {}
 
     def open(
@@ -328,6 +331,7 @@ class RowFiles:
             meta: Content of the meta file.
             others: Further files and their contents.
         """
+        journal.is_empty = False  # from here on it says that the files under final names may not belong together
         for path, text in {**others, self.final: final_text}.items():
             write_atomic(path, text)
         write_atomic(self.meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")

@@ -134,7 +134,7 @@ class FakeHub:
 
     def fetched(self) -> set[str]:
         """The files that were downloaded, as `id/file`."""
-        found = (re.fullmatch(r"/(?:datasets/)?(.+)/resolve/[^/]+/(.+)", r.path) for r in self.requests)
+        found = (re.fullmatch(r"/(?:datasets/|spaces/)?(.+)/resolve/[^/]+/(.+)", r.path) for r in self.requests)
         return {f"{match[1]}/{match[2]}" for match in found if match}
 
     def forget_requests(self) -> None:
@@ -441,6 +441,7 @@ ROUTES = [
     (rf"POST /api/(?P<kind>model|dataset)s/{ID}/paths-info/{REVISION}", _Handler.paths_info),
     (rf"(?:GET|HEAD) /{ID}/resolve/{REVISION}/(?P<name>.+)", lambda self, **at: self.resolve("model", **at)),
     (rf"(?:GET|HEAD) /datasets/{ID}/resolve/{REVISION}/(?P<name>.+)", lambda self, **at: self.resolve("dataset", **at)),
+    (rf"(?:GET|HEAD) /spaces/{ID}/resolve/{REVISION}/(?P<name>.+)", lambda self, **at: self.resolve("space", **at)),
     (r"(?:GET|HEAD) /store/(?P<digest>\w+)", _Handler.stored),
     (r"GET /api/whoami-v2", _Handler.whoami),
     (r"POST /api/repos/create", _Handler.create),

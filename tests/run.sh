@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 make_environment
 
-if ! python -c 'import pytest, hypothesis, ruff, mypy, importlinter, peft' 2>/dev/null; then
+if ! python -c 'import pytest, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval' 2>/dev/null; then
     say "installing the tools that check the code"
     pip_install -e '.[test]'
 fi

@@ -211,7 +211,7 @@ def test_norms_add_up_over_pieces(tmp_path: Path, dtype: torch.dtype) -> None:
     sft["ids"] = dpo["ids"] = torch.arange(5)
     pair = plan(tmp_path, sft, dpo, alphas=())
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        combiner = Combiner(sources, pair.rules, CPU, 2, norms_of_dpo=True)
+        combiner = Combiner(sources, pair.rules, CPU, 2, exact_norms=True)
         told: list[int] = []
         found = combiner.run(pair.shards[0].parts(), [], told.append)
         assert sum(told) == sum(tensor.nbytes for tensor in pair.shards[0].tensors), "progress without sinks too"
@@ -219,7 +219,7 @@ def test_norms_add_up_over_pieces(tmp_path: Path, dtype: torch.dtype) -> None:
         s, d = (side[name].double() for side in (sft, dpo))
         expected = [float((side**2).sum()) for side in (d - s, s, d)]
         mine = streaming.total_norms(norms for part, norms in found if part.dpo.name == name)
-        assert list(mine) == pytest.approx(expected, rel=2e-4 if dtype == torch.bfloat16 else 1e-5)
+        assert list(mine[:3]) == pytest.approx(expected, rel=2e-4 if dtype == torch.bfloat16 else 1e-5)
 
 
 class Failing(Memory):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from expo import cli, config, recipes
+from expo import cli, config, config_files, recipes
 from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import InputError
 
@@ -61,7 +61,7 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
         "allow_pickle": True,
     }  # fmt: skip
-    assert values.keys() | {"dry_run"} == config.field_names("extrapolate"), "a new setting belongs here too"
+    assert values.keys() | {"dry_run"} == config_files.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
     assert resolve(toml="[extrapolate]\n" + "\n".join(lines)) == ExtrapolateConfig(**values)
 
@@ -117,7 +117,7 @@ def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., Extrapo
 def test_files_that_are_refused(tmp_path: Path, toml: str, message: str) -> None:
     (tmp_path / "expo.toml").write_text(toml)
     with pytest.raises(InputError) as caught:
-        config.load_tables(tmp_path / "expo.toml")
+        config_files.load_tables(tmp_path / "expo.toml")
     assert message in str(caught.value)
     assert str(tmp_path / "expo.toml") in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -128,7 +128,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> Non
     if content is not None:
         (tmp_path / "expo.toml").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
-        config.load_tables(tmp_path / "expo.toml")
+        config_files.load_tables(tmp_path / "expo.toml")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,8 @@ def test_python_users_are_checked_as_flags_are(kind: type, values: dict[str, obj
 
 def test_the_papers_decoding() -> None:
     made = GenerateConfig(**GENERATE)
-    assert (made.temperature, made.top_k, made.top_p) == (0.7, 50, 0.9)
+    assert (made.temperature, made.top_k, made.top_p) == (None, 50, 0.9)
+    assert config.DEFAULT_TEMPERATURE == 0.7
     assert (made.presence_penalty, made.frequency_penalty) == (0.1, 0.1)
     assert (made.seed, made.max_tokens) == (42, 2048)
     assert ScoreConfig(**SCORE).reward_model == "weqweasdas/RM-Mistral-7B"

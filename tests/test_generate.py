@@ -52,7 +52,9 @@ def test_rows_are_in_prompt_order_in_the_papers_format(llama_pair, prompt_file, 
     assert meta["failed"] == 0
     assert meta["tokens_out"] == sum(row["length"] for row in rows)
     assert meta["repeatable"] is True
-    assert meta["config"]["max_tokens"] == 9
+    assert (meta["config"]["max_tokens"], meta["config"]["temperature"]) == (9, 0.7)
+    given = verb.run(settings(llama_pair[1], prompt_file, tmp_path, name="mine", temperature=0.7))
+    assert given.status == "already complete"
     assert sorted(path.name for path in result.output.parent.iterdir()) == ["mine.jsonl", "mine.meta.json"]
 
 

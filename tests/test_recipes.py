@@ -11,7 +11,7 @@ import helpers
 import pytest
 
 from expo import recipes
-from expo.config import values_for
+from expo.config_files import values_for
 from expo.errors import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

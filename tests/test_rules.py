@@ -126,10 +126,35 @@ def test_norms_against_numpy(types: tuple[torch.dtype, torch.dtype], count: int)
     sft = sft.to(types[0])
     s, d = sft.double().numpy(), dpo.double().numpy()
     expected = ((d - s) ** 2).sum(), (s**2).sum(), (d**2).sum()
-    assert rules.pair_norms(sft, dpo, SCRATCH, of_dpo=True) == pytest.approx(expected, rel=5e-4)
+    assert rules.pair_norms(sft, dpo, SCRATCH, of_dpo=True)[:3] == pytest.approx(expected, rel=5e-4)
     if torch.bfloat16 not in types or count < rules.FEW_ELEMENTS:
-        assert rules.pair_norms(sft, dpo, SCRATCH, of_dpo=True) == pytest.approx(expected, rel=2e-5)
+        assert rules.pair_norms(sft, dpo, SCRATCH, of_dpo=True)[:3] == pytest.approx(expected, rel=2e-5)
     assert rules.pair_norms(sft, dpo, SCRATCH).dpo == 0
+
+
+@pytest.mark.parametrize("count", [1, rules.FEW_ELEMENTS - 1, rules.FEW_ELEMENTS, 400_001, 1 << 19])
+@pytest.mark.parametrize("dtype", SIDES, ids=str)
+def test_sampled_norms_are_near_the_exact_ones(dtype: torch.dtype, count: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    sft = torch.randn(count, generator=generator)
+    dpo = (sft + 0.03 * torch.randn(count, generator=generator)).to(dtype)
+    sft = sft.to(dtype)
+    exact, found = rules.pair_norms(sft, dpo, SCRATCH), rules.sampled_norms(sft, dpo, SCRATCH)
+    if found.sampled:
+        assert count >= rules.FEW_ELEMENTS
+        assert found[:2] == pytest.approx(exact[:2], rel=0.03)
+        assert not rules.stays_finite(found, 0.3, dtype), "an estimate bounds no element"
+    else:
+        assert found == exact
+
+
+@pytest.mark.parametrize("place", [0, rules.NORM_ROW, 3 * rules.NORM_ROW + 5, 400_000])
+def test_one_weight_that_differs_is_never_overlooked(place: int) -> None:
+    sft = torch.ones(400_001, dtype=torch.bfloat16)
+    dpo = sft.clone()
+    assert rules.sampled_norms(sft, dpo, SCRATCH).delta == 0
+    dpo[place] = 2.0
+    assert rules.sampled_norms(sft, dpo, SCRATCH).delta > 0
 
 
 @pytest.mark.parametrize("types", [(a, b) for a in SIDES for b in SIDES], ids=str)
@@ -219,7 +244,7 @@ def test_norms_of_a_delta_against_numpy(dtype: torch.dtype, count: int) -> None:
     d, s = delta.double().numpy(), sft.double().numpy()
     expected = (d**2).sum(), (s**2).sum(), ((s + d) ** 2).sum()
     bound = 5e-4 if dtype == torch.bfloat16 and count >= rules.FEW_ELEMENTS else 1e-5
-    assert rules.delta_norms(sft, delta, SCRATCH, of_dpo=True) == pytest.approx(expected, rel=bound)
+    assert rules.delta_norms(sft, delta, SCRATCH, of_dpo=True)[:3] == pytest.approx(expected, rel=bound)
     assert rules.delta_norms(sft, delta, SCRATCH).dpo == 0
 
 

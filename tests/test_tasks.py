@@ -39,6 +39,8 @@ configs:
 """
 
 ULTRAFEEDBACK, ALPACA = "HuggingFaceH4/ultrafeedback_binarized", "tatsu-lab/alpaca_eval"
+MTBENCH = "lmsys/mt-bench"
+QUESTION = {"question_id": 81, "category": "math", "turns": ["1?", "2?"]}
 
 
 @pytest.fixture
@@ -71,22 +73,28 @@ def _add_datasets(hub: FakeHub) -> None:
     rows = [{"instruction": f"{number}?", "dataset": "d", "output": "", "generator": "g"} for number in range(3)]
     script = {"alpaca_eval.py": b"raise SystemExit('no code of a data set is run')"}
     alpaca = hub.add(ALPACA, {"alpaca_eval.json": json.dumps(rows[:1]).encode(), **script}, kind="dataset")
+    hub.add(MTBENCH, {"data/mt_bench/question.jsonl": json.dumps(QUESTION).encode()}, kind="space")
     alpaca.refs["v1"] = alpaca.refs["main"]
     alpaca.commit({**alpaca.files, "alpaca_eval.json": json.dumps(rows).encode()})
 
 
 def test_the_tasks_prompts(load, hub: FakeHub) -> None:
-    wanted = [[0, ["test_gen?"]], [0, ["0?", "1?", "2?"]]]
-    assert load("ultrafeedback", "alpaca") == wanted
+    wanted = [[0, ["test_gen?"]], [0, ["0?", "1?", "2?"]], [0, ["1?"]]]
+    assert load("ultrafeedback", "alpaca", "mtbench") == wanted
     hub.forget_requests()
-    assert load("ultrafeedback", "alpaca", HF_HUB_OFFLINE="1") == wanted, "both are cached"
+    assert load("ultrafeedback", "alpaca", "mtbench", HF_HUB_OFFLINE="1") == wanted, "all are cached"
     assert hub.requests == []
 
 
 def test_another_data_set_or_revision(load, hub: FakeHub) -> None:
     hub.add("org/rows", {"rows.jsonl": b'{"prompt": "a?"}\n{"prompt": "b?"}\n'}, kind="dataset")
+    copy = {"prompt_id": 7, "category": "math", "prompt": ["copied?", "2?"]}
+    hub.add("org/copy", {"rows.jsonl": json.dumps(copy).encode() + b"\n"}, kind="dataset")
+    questions = ("mtbench org/copy", f"mtbench {MTBENCH}@main")
     lines = (f"alpaca {ALPACA}@v1", "file.jsonl org/rows", f"file.jsonl {ULTRAFEEDBACK}@main")
-    pinned, own, wrong_split = load(*lines)
+    pinned, own, wrong_split, copied, original = load(*lines, *questions)
+    assert copied == [0, ["copied?"]]
+    assert original == [0, ["1?"]]
     assert pinned == [0, ["0?"]]
     assert own == [0, ["a?", "b?"]]
     assert wrong_split[0] == 2

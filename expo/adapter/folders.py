@@ -8,7 +8,7 @@ from pathlib import Path
 
 from expo.adapter.settings import ADAPTER_CONFIG
 from expo.checkpoint import read_json, side_files
-from expo.config import is_hub_id
+from expo.checks import is_hub_id
 from expo.errors import InputError
 from expo.hub import Location
 

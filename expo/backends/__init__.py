@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from expo.tasks import Message
 
 if TYPE_CHECKING:
     from expo.config import GenerateConfig, ScoreConfig
+    from expo.pair import ThetaPlan
+
+
+Key = tuple[str, int, int]
+"""Tells a row from every other: the prompt's id, the sample, the turn."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,16 @@ class Request:
     max_tokens: int
     """Most new tokens; prompt and answer fit the model's context."""
     temperature: float
-    """Softmax temperature; 0 decodes greedily."""
+    """Softmax temperature; 0 decodes greedily. Rows of one run may have different ones."""
     messages: tuple[Message, ...] = ()
     """The conversation, for an engine that has the chat template itself."""
+    turn: int = 0
+    """Which of the prompt's turns."""
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """Tells a row from every other."""
-        return self.id, self.sample
+        return self.id, self.sample, self.turn
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,48 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class TextCompletion:
+    """One answer from an engine that keeps its tokens to itself."""
+
+    request: Request
+    text: str
+    length: int
+    """New tokens, the stop token included."""
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row that the engine could not answer, while the others can be; a rerun tries it again."""
+
+    request: Request
+    reason: str
+
+
+Outcome: TypeAlias = Completion | TextCompletion | Failure
+"""What becomes of a request."""
+
+
+@dataclass(frozen=True)
 class GeneratorSetup:
     """What a generator is started with."""
 
     config: GenerateConfig
     model: Path
-    """The model's folder."""
+    """The model's folder. Where a server has the model there is none, and `config.model` is its name."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     pad_id: int
     context_length: int
     """Longest prompt + answer of this run, in tokens; at most the model's own."""
+    theta: ThetaPlan | None = None
+    """The θ(α) whose weights answer; None where the model's folder has them."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.model.name if self.theta is None else self.theta.name
 
 
 class Generator(Protocol):
@@ -74,11 +112,11 @@ class Generator(Protocol):
     step_seconds: float
     """Time spent inside the engine's own steps so far."""
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
-        """Yield answers as they finish.
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[Sequence[Outcome]]:
+        """Yield answers as they finish; closing the iterator gives up what is under way. Called once per turn.
 
         Args:
-            requests: All rows of the run, in order.
+            requests: All rows of the run's turn, in order.
             done: Keys of rows an earlier run finished; they are not yielded again.
         """
 
@@ -114,6 +152,7 @@ class Scorer(Protocol):
 GENERATORS = {
     "vllm": "expo.backends.vllm:VllmGenerator",
     "transformers": "expo.backends.transformers:TransformersGenerator",
+    "openai": "expo.backends.openai:OpenaiGenerator",
 }
 SCORERS = {"transformers": "expo.backends.transformers_reward:TransformersScorer"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ def model_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return name
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; none is touched."""
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(number) for number in range(count)]
 
 
 @contextmanager

@@ -22,13 +22,13 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from expo.backends import Completion, GeneratorSetup, Request, token_batches
+from expo.backends import Completion, GeneratorSetup, Key, Request, token_batches
 from expo.backends.torch_tools import loading, model_device, out_of_memory_hint
+from expo.backends.transformers_theta import load_theta
 from expo.config import GenerateConfig
 
 
@@ -54,6 +54,39 @@ class PenaltyProcessor(LogitsProcessor):
         counts = torch.zeros_like(scores)  # (batch, vocabulary)
         counts.scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class RowTemperatures(LogitsProcessor):
+    """Divides each row's scores by the row's own temperature.
+
+    Args:
+        temperatures: One per row, above 0.
+    """
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        self._temperatures = torch.tensor(temperatures).unsqueeze(1)  # (batch, 1)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the interface
+        """Scores over temperature, (batch, vocabulary)."""
+        return scores / self._temperatures.to(scores)
+
+
+class SomeRows(LogitsProcessor):
+    """Processes some rows of a batch and leaves the others as they are, to the bit.
+
+    Args:
+        rows: The rows' numbers.
+        processors: Made for these rows alone, in this order.
+    """
+
+    def __init__(self, rows: Sequence[int], processors: LogitsProcessorList) -> None:
+        self._rows = torch.tensor(rows)
+        self._processors: Any = processors  # its types ask for tensor classes that no tensor has
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores with these rows processed, (batch, vocabulary)."""
+        rows = self._rows.to(scores.device)
+        return scores.index_copy(0, rows, self._processors(input_ids[rows], scores[rows]))
 
 
 class SeededChoice(LogitsProcessor):
@@ -99,8 +132,9 @@ class RowLimits(StoppingCriteria):
 
 
 def sampling_noise(seed: int, request: Request) -> Tensor:
-    """One row's uniform numbers, (max_tokens,) float64 in [0, 1), from the seed, the row and the sample only."""
-    digest = hashlib.sha256(f"{seed + request.sample}:{request.sample}:{request.id}".encode()).digest()
+    """One row's uniform numbers, (max_tokens,) float64 in [0, 1), from the seed and the row's key only."""
+    row = f"{seed + request.sample}:{request.sample}:{request.id}"
+    digest = hashlib.sha256((f"turn {request.turn}:{row}" if request.turn else row).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.rand(request.max_tokens, dtype=torch.float64, generator=generator)
 
@@ -119,13 +153,8 @@ class TransformersGenerator:
     def __init__(self, setup: GeneratorSetup) -> None:
         self._setup = setup
         self._device = model_device(setup.config.device)
-        with loading(setup.model.name):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                setup.model,
-                dtype=setup.config.dtype,
-                trust_remote_code=setup.config.trust_remote_code,
-                device_map=self._device,
-            )
+        with loading(setup.name):
+            model = _load(setup, self._device)
         self._model = model.eval()
         # The model's own sampling defaults must not leak in: everything is set by the processors below.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -134,7 +163,7 @@ class TransformersGenerator:
         self.repeatable = self._device == "cpu"
         self.step_seconds = 0.0
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows batch by batch."""
         lengths = [len(request.prompt_ids) + request.max_tokens for request in requests]
         for numbers in token_batches(lengths, self._setup.config.batch_tokens):
@@ -175,14 +204,32 @@ class TransformersGenerator:
         return {name: version(name) for name in ("transformers", "torch")}
 
 
+def _load(setup: GeneratorSetup, device: str) -> Any:  # noqa: ANN401 - a transformers model
+    if setup.theta is not None:
+        return load_theta(setup, setup.theta, device)
+    trust = setup.config.trust_remote_code
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=device
+    )
+    return model
+
+
 def _processors(config: GenerateConfig, batch: list[Request], width: int) -> LogitsProcessorList:
-    """VLLM's order: penalties, (greedy ends here,) temperature, top-k, top-p."""
+    """VLLM's order: penalties, (greedy ends here,) temperature, top-k, top-p; each row by its own temperature."""
     processors = LogitsProcessorList()
     if config.presence_penalty or config.frequency_penalty:
         processors.append(PenaltyProcessor(width, config.presence_penalty, config.frequency_penalty))
-    if config.temperature == 0:
-        return processors
-    processors.append(TemperatureLogitsWarper(config.temperature))
+    sampled = [number for number, request in enumerate(batch) if request.temperature > 0]
+    if len(sampled) == len(batch):
+        processors.extend(_sampling(config, batch, width))
+    elif sampled:
+        processors.append(SomeRows(sampled, _sampling(config, [batch[number] for number in sampled], width)))
+    return processors
+
+
+def _sampling(config: GenerateConfig, batch: list[Request], width: int) -> LogitsProcessorList:
+    """What chooses the tokens of sampled rows."""
+    processors = LogitsProcessorList([RowTemperatures([request.temperature for request in batch])])
     if config.top_k > 0:
         processors.append(TopKLogitsWarper(config.top_k))
     if config.top_p < 1:

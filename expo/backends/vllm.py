@@ -6,6 +6,7 @@ work and do not depend on their batch; `--engine-arg` overrides anything here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -15,13 +16,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
 import psutil
 
-from expo.backends import Completion, GeneratorSetup, Request
+from expo.backends import Completion, GeneratorSetup, Key, Request
 from expo.backends.torch_tools import is_out_of_memory
 from expo.checkpoint import read_config
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
@@ -32,6 +33,8 @@ CPU_SETTINGS = {
     "enable_chunked_prefill": False,  # a seeded request that is prefilled in chunks ends the engine on a CPU
 }
 MIN_BATCHED_TOKENS = 2048
+LOAD_FORMAT = "expo"
+"""Of `vllm_loader.py`, and the name of its entry point."""
 
 MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, lowers the need for memory"
 
@@ -72,6 +75,9 @@ def _prepare_environment() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.DEBUG if debug else logging.ERROR)
     if not _has_gpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # With tensor parallelism vLLM would bind each worker to a memory node of its own, and refuses where there are
+        # fewer nodes than workers.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _has_gpu() -> bool:
@@ -87,10 +93,12 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
         advice = "install it again (pip install 'llm-expo[vllm]'), or use --engine transformers"
         raise EnvironmentFailure(f"vLLM cannot be imported: {_reason(error)}; {advice}") from error
     arguments = engine_arguments(setup)
+    if setup.theta is not None:
+        _make_loader_known(arguments)
     try:
         return LLM(**arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"vLLM refuses {setup.model.name}: {_reason(error)}") from error
+        raise InputError(f"vLLM refuses {setup.name}: {_reason(error)}") from error
     except (RuntimeError, OSError, MemoryError) as error:
         advice = MEMORY_ADVICE if is_out_of_memory(error) else "--debug shows its log"
         raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} ({advice})") from error
@@ -106,6 +114,23 @@ def _running() -> Iterator[None]:
         reason = f"{type(error).__name__}: {_reason(error)}"
         advice += "the same command goes on with the rest"
         raise EnvironmentFailure(f"the vLLM engine died: {reason}; {advice}") from error
+
+
+def _make_loader_known(arguments: dict[str, Any]) -> None:
+    """Register the loader of θ(α) here; vLLM's other processes find it by its entry point.
+
+    Raises:
+        EnvironmentFailure: There are others, and the entry point is not installed.
+    """
+    alone = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and arguments.get("tensor_parallel_size") == 1
+    if not alone and not entry_points(group="vllm.general_plugins", name=LOAD_FORMAT):
+        raise EnvironmentFailure("vLLM's other processes cannot find expo's loader: install expo again, with pip")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and LOAD_FORMAT not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{allowed},{LOAD_FORMAT}"
+    from expo.backends.vllm_loader import register
+
+    register()
 
 
 class VllmGenerator:
@@ -131,7 +156,7 @@ class VllmGenerator:
         self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         self.step_seconds = 0.0
 
-    def generate(self, requests: Sequence[Request], done: set[tuple[str, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
         from vllm.inputs import TokensPrompt
 
@@ -142,7 +167,7 @@ class VllmGenerator:
         try:
             engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"vLLM refuses the prompts of {self._setup.model.name}: {_reason(error)}") from error
+            raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
@@ -154,7 +179,11 @@ class VllmGenerator:
                 _completion(by_id[output.request_id.split("-")[0]], output) for output in outputs if output.finished
             ]
             if finished:
-                yield finished
+                try:
+                    yield finished
+                except GeneratorExit:
+                    engine.abort_request(list(by_id))
+                    raise
 
     def _params(self, temperature: float, sample: int, max_tokens: int) -> object:
         from vllm import SamplingParams
@@ -207,6 +236,9 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         arguments |= CPU_SETTINGS
         arguments["max_num_batched_tokens"] = max(setup.context_length, MIN_BATCHED_TOKENS)
         arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(setup)
+    if setup.theta is not None:
+        arguments["load_format"] = LOAD_FORMAT
+        arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
     return arguments | dict(_key_value(pair) for pair in config.engine_arg)
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own by a warning
 
 from expo import rules
 from expo.adapter.tensors import Adapter, LowRank
@@ -193,7 +194,8 @@ class Combiner:
         pair_rules: The rules the plan was made with; one α per output.
         device: Where the arithmetic runs.
         workers: Threads; each has pieces of its own.
-        norms_of_dpo: Whether ‖θ_dpo‖² is wanted among the norms.
+        exact_norms: Whether the norms are what is wanted: all of them exact, and ‖θ_dpo‖² too. Otherwise they are a
+            check that costs little, `rules.sampled_norms`.
     """
 
     def __init__(
@@ -203,11 +205,11 @@ class Combiner:
         device: torch.device,
         workers: int,
         *,
-        norms_of_dpo: bool = False,
+        exact_norms: bool = False,
     ) -> None:
         self._sources = sources
         self._rules = pair_rules
-        self._norms_of_dpo = norms_of_dpo
+        self._exact_norms = exact_norms
         self._workers = workers
         outputs, sets = len(pair_rules.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
@@ -241,7 +243,7 @@ class Combiner:
         for outputs in self._outputs:
             free.put(outputs)
         threads, told = torch.get_num_threads(), 0
-        pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ThreadPoolExecutor(self._workers, initializer=set_num_threads, initargs=(1,))
         try:
             running = {pool.submit(self._work, job, lane) for lane in self._lanes}
             while running:
@@ -254,7 +256,7 @@ class Combiner:
         finally:
             job.stop(self._workers)
             pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # a worker's setting reaches the whole process in part
+            set_num_threads(threads)  # a worker's setting reaches the whole process in part
         return [(part, norms) for _, part, norms in sorted(job.norms, key=lambda entry: entry[0])]
 
     def _work(self, job: _Job, lane: Lane) -> None:
@@ -282,7 +284,7 @@ class Combiner:
                 _require_equal(part, sft, dpo)
                 self._copy(part, dpo, outputs, lane)
             else:
-                norms = rules.pair_norms(sft, dpo, lane.scratch, of_dpo=self._norms_of_dpo)
+                norms = self._measure(sft, dpo, lane.scratch)
                 rule = partial(rules.extrapolate, sft, dpo, scratch=lane.scratch)
                 self._extrapolate(part, rule, norms, outputs, lane)
         lane.finish()
@@ -296,10 +298,15 @@ class Combiner:
         delta = self._deltas.delta(pair, piece.first, piece.length, rules.wider(sft, dpo), lane)
         if sft is not dpo:
             rules.add_difference(delta, sft, dpo, lane.scratch)
-        norms = rules.delta_norms(sft, delta, lane.scratch, of_dpo=self._norms_of_dpo)
+        norms = rules.delta_norms(sft, delta, lane.scratch, of_dpo=self._exact_norms)
         rule = partial(rules.add_delta, sft, delta, scratch=lane.scratch)
         self._extrapolate(part, rule, norms, outputs, lane)
         return norms if part.sft is not None else Norms()
+
+    def _measure(self, sft: Tensor, dpo: Tensor, scratch: rules.Scratch) -> Norms:
+        if self._exact_norms:
+            return rules.pair_norms(sft, dpo, scratch, of_dpo=True)
+        return rules.sampled_norms(sft, dpo, scratch)
 
     def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
         dtype = unit_dtype(piece.part, info.dtype)
@@ -349,5 +356,6 @@ def _require_equal(part: Part, sft: Tensor, dpo: Tensor) -> None:
 
 def total_norms(norms: Iterable[Norms]) -> Norms:
     """The sum, the same whatever the order."""
-    columns = list(zip(*norms, strict=True))
-    return Norms(*map(math.fsum, columns)) if columns else Norms()
+    pieces = list(norms)
+    delta, sft, dpo = (math.fsum(piece[which] for piece in pieces) for which in range(3))
+    return Norms(delta, sft, dpo, sampled=any(piece.sampled for piece in pieces))

@@ -11,16 +11,21 @@ import typer
 from expo import config
 from expo.config import ExtrapolateConfig
 from expo.options import (
+    AllowNonfiniteOption,
     AllowPickleOption,
+    AlphaForOption,
     ConfigOption,
     DebugOption,
     DeviceOption,
     DpoOption,
     DryRunOption,
+    ExcludeOption,
     JsonOption,
+    MissingOption,
     OverwriteOption,
     RecipeOption,
     SftOption,
+    VocabOption,
     WorkersOption,
     settings_from,
 )
@@ -59,23 +64,12 @@ def command(
         str,
         typer.Option(metavar="keep|SIZE", help="Most bytes of one file, such as 500MB or 5GB; keep has DPO's files."),
     ] = ExtrapolateConfig.max_shard_size,
-    alpha_for: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REGEX=A", help="Tensors with an α of their own; repeatable, first match wins."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Tensors copied from DPO; repeatable.")
-    ] = None,
-    missing: Annotated[
-        config.Missing, typer.Option(help="Tensors that SFT lacks: refuse, or copy from DPO.")
-    ] = ExtrapolateConfig.missing,
-    vocab: Annotated[
-        config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
-    ] = ExtrapolateConfig.vocab,
+    alpha_for: AlphaForOption = None,
+    exclude: ExcludeOption = None,
+    missing: MissingOption = ExtrapolateConfig.missing,
+    vocab: VocabOption = ExtrapolateConfig.vocab,
     allow_pickle: AllowPickleOption = ExtrapolateConfig.allow_pickle,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Write NaN and infinity instead of refusing them.")
-    ] = ExtrapolateConfig.allow_nonfinite,
+    allow_nonfinite: AllowNonfiniteOption = ExtrapolateConfig.allow_nonfinite,
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Force files to the disk before they get their names.")
     ] = ExtrapolateConfig.fsync,

@@ -46,6 +46,9 @@ def command(
     outputs: Annotated[
         str | None, typer.Option(metavar="FILE", help="The file to score, where it lies elsewhere.")
     ] = ScoreConfig.outputs,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="PATH|ID", help="mtbench's questions from a local file or another data set.")
+    ] = ScoreConfig.dataset,
     reward_model: Annotated[
         str, typer.Option(metavar="RM", help="A directory, hub id, or id@revision; one label.")
     ] = ScoreConfig.reward_model,

@@ -4,7 +4,8 @@ The plan is made from the prompts and the model's small files (`plan`); the engi
 finish, each durable before the next is waited for; the final file is written when all are there.
 """
 
-from expo.generate.decide import Plan, plan
-from expo.generate.loop import Generated, run
+from expo.generate.decide import Plan, plan, share
+from expo.generate.dispatch import run
+from expo.generate.loop import Generated
 
-__all__ = ["Generated", "Plan", "plan", "run"]
+__all__ = ["Generated", "Plan", "plan", "run", "share"]

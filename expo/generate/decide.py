@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
-from expo.backends import GeneratorSetup, Request
-from expo.backends.chat import ChatTokenizer, context_length
+from expo.backends import GeneratorSetup, Key, Request
 from expo.backends.torch_tools import run_dtype
 from expo.backends.vllm import why_not
-from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
-from expo.config import GenerateConfig
-from expo.errors import InputError
-from expo.hub import Location, locate
+from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
+from expo.generate.models import Model, find_model, require_fitting
+from expo.generate.source import plain
+from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
+from expo.parts import Part, folder_name, read_part
 from expo.store import Row, RowFiles, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
@@ -35,42 +35,67 @@ class Plan:
     config: GenerateConfig
     engine: str
     """The engine, chosen."""
-    location: Location
+    model: Model
     task: Task
     prompts: tuple[Prompt, ...]
-    requests: tuple[Request, ...]
-    """Prompt-major, one per sample; rows without one do not fit the context."""
-    too_long: dict[tuple[str, int], str]
-    """Row key → why it has no request: its prompt is too long, or the chat template refuses it."""
-    tokenizer: ChatTokenizer
+    asking: Asking
+    first: Turn
+    """What is asked first; later turns are made of its answers."""
     setup: GeneratorSetup
     files: RowFiles
     name: str
     fingerprint: Row
+    part: Part | None = None
+    """Which part of a run this is; None is the whole."""
+    whole: Plan | None = None
+    """Of a part: the run it is a part of."""
 
     @property
-    def keys(self) -> list[tuple[str, int]]:
+    def requests(self) -> tuple[Request, ...]:
+        """The first turn's requests."""
+        return self.first.requests
+
+    @property
+    def turns(self) -> int:
+        """The most turns a prompt has."""
+        return max((prompt.turns for prompt in self.prompts), default=1)
+
+    @property
+    def keys(self) -> list[Key]:
         """All rows, in output order."""
-        return [(prompt.id, sample) for prompt in self.prompts for sample in range(self.config.n)]
+        return [(prompt.id, sample, turn) for prompt, sample, turn in self._rows()]
 
     @property
     def items(self) -> list[object]:
         """What the rows are made from, in output order."""
-        return [prompt.item for prompt in self.prompts for _ in range(self.config.n)]
+        return [prompt.asked(turn) for prompt, _, turn in self._rows()]
+
+    def _rows(self) -> Iterator[tuple[Prompt, int, int]]:
+        for prompt in self.prompts:
+            yield from ((prompt, sample, turn) for sample in range(self.config.n) for turn in range(prompt.turns))
 
     def describe(self) -> Row:
         """The plan as plain data."""
+        known = self.model.tokenizer is not None
         return {
-            "model": str(self.location.path),
+            **self.model.describe(),
             "engine": self.engine,
             "task": self.task.name,
+            **({"part": str(self.part)} if self.part else {}),
+            **({"workers": self.config.data_parallel} if self.config.data_parallel > 1 else {}),
+            **({"parts_to_join": self.config.join} if self.config.join else {}),
             "rows": len(self.keys),
-            "rows_too_long": len(self.too_long),
-            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests),
-            "context_length": self.setup.context_length,
+            "rows_too_long": len(self.first.too_long),
+            "temperatures": {str(value): number for value, number in sorted(self._temperatures().items())},
+            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests) if known else None,
+            "context_length": self.setup.context_length if known else None,
             "stop_token_ids": list(self.setup.stop_ids),
             "output": str(self.files.final),
         }
+
+    def _temperatures(self) -> Counter[float]:
+        """Temperature → how many rows have it."""
+        return Counter(self.asking.temperature(prompt) for prompt, _, _ in self._rows())
 
 
 def plan(config: GenerateConfig) -> Plan:
@@ -82,45 +107,61 @@ def plan(config: GenerateConfig) -> Plan:
     """
     engine = choose_engine(config)
     task = find_task(config.task)
-    location = locate(config.model)
-    require_generator(location.path)
+    if config.temperature is None and not task.temperatures:
+        config = replace(config, temperature=DEFAULT_TEMPERATURE)
+    model = find_model(config, engine)
     if engine == "transformers":
-        config = with_run_dtype(config, location.path)
+        config = with_run_dtype(config, model.path)
     prompts = load_prompts(task, config.dataset)
-    dataset_sha256 = texts_sha256(prompt.item for prompt in prompts)
+    require_one_system_message(prompts, config)
+    dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
     prompts = prompts[: config.limit]
-    tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    ids = tokenizer.encode_each([_messages(prompt, config) for prompt in prompts])
-    limit = context_length(location.path)
-    requests, too_long = _requests(config, prompts, ids, limit)
-    stop_ids = tuple(sorted({*tokenizer.stop_ids(), *config.stop_token_id}))
-    needed = max((len(request.prompt_ids) + request.max_tokens for request in requests), default=1)
-    pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else (*stop_ids, 0)[0]
-    setup = GeneratorSetup(config, location.path, stop_ids, pad_id, min(limit, needed))
-    name = config.name or location.name
+    asking = Asking(config, task, model)
+    ids = model.encode_each([asking.opening(prompt) for prompt in prompts])
+    asking = replace(asking, rooms=rooms_of(asking, prompts, ids))
+    first = first_turn(asking, prompts, ids)
+    stop_ids = model.stop_ids(config.stop_token_id)
+    needed = max((asking.rooms[request.id] for request in first.requests), default=1)
+    setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta)
+    name = config.name or model.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     made_from = {
         "task": task.name,
         "dataset_sha256": dataset_sha256,
-        "model": source_fingerprint(location),
         "engine": engine,
-        "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
+        **model.fingerprint,
         **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
-        **{key: _plain(getattr(config, key)) for key in RESULT_SETTINGS},
+        **{key: plain(getattr(config, key)) for key in RESULT_SETTINGS},
+        **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
-    return Plan(
+    whole = Plan(
         config=config,
         engine=engine,
-        location=location,
+        model=model,
         task=task,
         prompts=tuple(prompts),
-        requests=requests,
-        too_long=too_long,
-        tokenizer=tokenizer,
+        asking=asking,
+        first=first,
         setup=setup,
         files=files,
         name=name,
         fingerprint=made_from,
+    )
+    return whole if config.part is None else share(whole, read_part(config.part, {}))
+
+
+def share(whole: Plan, part: Part) -> Plan:
+    """What one part of a run will do; all samples of a prompt are in one part."""
+    prompts = tuple(part.of(whole.prompts))
+    ids = {prompt.id for prompt in prompts}
+    folder = whole.files.final.parent / folder_name(whole.name)
+    return replace(
+        whole,
+        prompts=prompts,
+        first=whole.first.of(ids),
+        files=RowFiles(folder / f"{part.file_stem}.jsonl", part.file_stem, whole.files.items_key),
+        part=part,
+        whole=whole,
     )
 
 
@@ -135,8 +176,7 @@ def choose_engine(config: GenerateConfig) -> str:
         reason = why_not()
         engine = "vllm" if reason is None else "transformers"
         log.info("engine: %s (%s)", engine, reason or "vLLM is installed and can run")
-    if engine != "vllm" and config.engine_arg:
-        raise InputError(f"--engine-arg is for the vllm engine, and this run uses {engine}")
+    require_fitting(config, engine)
     return engine
 
 
@@ -147,43 +187,3 @@ def with_run_dtype(config: GenerateConfig, model: Path) -> GenerateConfig:
     if dtype != config.dtype:
         log.info("dtype: %s (this CPU has no bfloat16 arithmetic; --dtype bfloat16 takes half the memory)", dtype)
     return replace(config, dtype=dtype)
-
-
-def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    for architecture in read_config(path).get("architectures") or []:
-        if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
-    if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _messages(prompt: Prompt, config: GenerateConfig) -> Sequence[dict[str, str]]:
-    system = [{"role": "system", "content": config.system}] if config.system is not None else []
-    return [*system, *prompt.messages]
-
-
-def _requests(
-    config: GenerateConfig, prompts: Sequence[Prompt], ids: Sequence[Sequence[int] | str], limit: int
-) -> tuple[tuple[Request, ...], dict[tuple[str, int], str]]:
-    requests, too_long = [], {}
-    for prompt, prompt_ids in zip(prompts, ids, strict=True):
-        room = limit - len(prompt_ids)
-        for sample in range(config.n):
-            if isinstance(prompt_ids, str):
-                too_long[prompt.id, sample] = prompt_ids
-            elif room < 1:
-                too_long[prompt.id, sample] = f"the prompt has {len(prompt_ids)} tokens, the model takes {limit}"
-            else:
-                max_tokens = min(config.max_tokens, room)
-                messages = tuple(_messages(prompt, config))
-                requests.append(Request(prompt.id, sample, tuple(prompt_ids), max_tokens, config.temperature, messages))
-    return tuple(requests), too_long

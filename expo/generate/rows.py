@@ -6,12 +6,17 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from expo import __version__
-from expo.backends import Completion
+from expo.backends import Completion, Failure, Key, Outcome, TextCompletion
 from expo.generate.decide import Plan
-from expo.store import Row, texts_sha256
-from expo.tasks import Answer, read_rows
+from expo.secrets import without_secrets
+from expo.store import Row, json_lines, texts_sha256
+from expo.tasks import Answer, read_outputs, read_rows
+
+TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
+"""The settings that say how a run is done, not what."""
 
 
 @dataclass(frozen=True)
@@ -27,32 +32,52 @@ class RunFigures:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def journal_rows(work: Plan, completions: Sequence[Completion]) -> list[Row]:
+def row_key(row: Row) -> Key:
+    """Which row a journal's row is."""
+    return row["id"], row["sample"], row.get("turn", 0)
+
+
+def _named(key: Key, work: Plan) -> Row:
+    """A key's columns; the turn is one where the task has several."""
+    prompt, sample, turn = key
+    return {"id": prompt, "sample": sample, **({"turn": turn} if work.turns > 1 else {})}
+
+
+def journal_rows(work: Plan, outcomes: Sequence[Outcome]) -> list[Row]:
     """Answers as the journal keeps them, in the order they came."""
-    texts = work.tokenizer.decode([_without_stop(one, work.setup.stop_ids) for one in completions])
-    return [
-        {
-            "id": one.request.id,
-            "sample": one.request.sample,
-            "output": text,
-            "length": len(one.token_ids),
-            "finish_reason": one.finish_reason,
-            "prompt_tokens": len(one.request.prompt_ids),
-        }
-        for one, text in zip(completions, texts, strict=True)
-    ]
+    return [_journal_row(work, one) for one in outcomes]
 
 
-def _without_stop(completion: Completion, stop_ids: Sequence[int]) -> Sequence[int]:
-    ids = completion.token_ids
-    return ids[:-1] if ids and ids[-1] in stop_ids else ids
+def _journal_row(work: Plan, one: Outcome) -> Row:
+    if isinstance(one, Failure):
+        return failed_row(one.request.key, one.reason)
+    text, length, prompt_tokens = _decoded(work, one) if isinstance(one, Completion) else _as_given(one)
+    return {
+        **_named(one.request.key, work),
+        "output": text,
+        "length": length,
+        "finish_reason": one.finish_reason,
+        "prompt_tokens": prompt_tokens,
+    }
 
 
-def failed_row(key: tuple[str, int], reason: str) -> Row:
+def _decoded(work: Plan, one: Completion) -> tuple[str, int, int]:
+    """Text without the stop token, tokens, and tokens of the prompt."""
+    ids = one.token_ids
+    stopped = bool(ids) and ids[-1] in work.setup.stop_ids
+    return work.model.decode(ids[:-1] if stopped else ids), len(ids), len(one.request.prompt_ids)
+
+
+def _as_given(one: TextCompletion) -> tuple[str, int, int]:
+    return one.text, one.length, one.prompt_tokens
+
+
+def failed_row(key: Key, reason: str) -> Row:
     """The row of a prompt that could not be answered."""
     return {
         "id": key[0],
         "sample": key[1],
+        "turn": key[2],
         "output": "",
         "length": 0,
         "finish_reason": "error",
@@ -68,13 +93,22 @@ def final_text(work: Plan, rows: Sequence[Row]) -> str:
     return work.task.write(answers, work.name)
 
 
+def part_text(rows: Sequence[Row]) -> str:
+    """The text of a part's file: the rows as the journal has them, in prompt order."""
+    return json_lines(rows)
+
+
+def part_meta(work: Plan, meta: Row, text: str) -> Row:
+    """What a part's meta file says more than that of a whole output: which part it is, and its file's checksum."""
+    return {**meta, "part": str(work.part), "rows_sha256": sha256(text.encode()).hexdigest()}
+
+
 def old_rows(work: Plan, meta: Row) -> list[Row]:
     """The journal rows of a finished output, from its final file and the per-row figures in its meta."""
-    outputs = [row["output"] for row in read_rows(work.files.final)]
-    figures = meta["per_row"]
-    columns = (figures["id"], figures["sample"], figures["length"], figures["finish_reason"], figures["prompt_tokens"])
-    names = ("id", "sample", "length", "finish_reason", "prompt_tokens", "output")
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, outputs, strict=True)]
+    if work.part is not None:
+        return [row for row in read_rows(work.files.final) if row["finish_reason"] != "error"]
+    columns = {**meta["per_row"], "output": read_outputs(work.files.final, work.task)}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return [row for row in rows if row["finish_reason"] != "error"]
 
 
@@ -91,11 +125,13 @@ def _is_repeatable(work: Plan, figures: RunFigures, *, extends: bool) -> bool:
 def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bool) -> Row:
     """What the meta file holds."""
     config = dataclasses.asdict(work.config)
-    for transient in ("overwrite", "dry_run", "output_dir"):
+    for transient in TRANSIENT:
         del config[transient]
-    per_row = ("id", "sample", "length", "finish_reason", "prompt_tokens")
+    if work.config.base_url is not None:
+        config["base_url"] = without_secrets(work.config.base_url)
+    names = [_named(row_key(row), work) for row in rows]
     errors = [
-        {"row": number, "id": row["id"], "sample": row["sample"], "reason": row["reason"]}
+        {"row": number, **names[number], "reason": row["reason"]}
         for number, row in enumerate(rows)
         if row["finish_reason"] == "error"
     ]
@@ -106,7 +142,7 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "config": config,
         "engine": work.engine,
         "versions": {"expo": __version__, **figures.versions},
-        "model": {"name": work.location.label, "revision": work.location.revision},
+        **work.model.record,
         "rows": len(rows),
         "failed": len(errors),
         "errors": errors,
@@ -121,5 +157,8 @@ def meta_of(work: Plan, rows: Sequence[Row], figures: RunFigures, *, extends: bo
         "prompts_sha256": texts_sha256(work.items),
         "repeatable": _is_repeatable(work, figures, extends=extends),
         "fingerprint": work.fingerprint,
-        "per_row": {key: [row[key] for row in rows] for key in per_row},
+        "per_row": {
+            **{column: [name[column] for name in names] for column in _named(("", 0, 0), work)},
+            **{column: [row[column] for row in rows] for column in ("length", "finish_reason", "prompt_tokens")},
+        },
     }

@@ -1,6 +1,6 @@
 """Recipes: the models known by name, with the checkpoint they were trained from and their α.
 
-A recipe is a config file (`expo/config.py`) with one more table, `[recipe]`. To add one, add a TOML file
+A recipe is a config file (`expo/config_files.py`) with one more table, `[recipe]`. To add one, add a TOML file
 here, named as the model is; nothing else lists them.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from expo.config import Tables, load_tables
+from expo.config_files import Tables, load_tables
 from expo.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -55,6 +55,8 @@ def load(name: str) -> Recipe:
     about = tables.pop("recipe")
     pair = tables["extrapolate"]
     tables.setdefault("inspect", {"sft": pair["sft"], "dpo": pair["dpo"]})
+    both = {"sft": pair["sft"], "dpo": pair["dpo"], "alpha": float(pair["alpha"][0])}
+    tables["generate"] = both | tables.get("generate", {})
     return Recipe(
         name=match[0],
         sft=pair["sft"],

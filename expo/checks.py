@@ -1,0 +1,151 @@
+"""Checks of settings: each refuses a value that is out of its range in one line that names the flag."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import get_args
+from urllib.parse import urlsplit
+
+from expo.errors import InputError
+from expo.secrets import without_secrets
+
+HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+"""A user's, an organisation's or a repository's name on the hub."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the text is spelled as the hub spells a repository: `name` or `owner/name`."""
+    parts = text.split("/")
+    return len(parts) <= 2 and all(map(HUB_NAME.fullmatch, parts)) and not re.search(r"--|\.\.|\.git$", text)
+
+
+MAX_ALPHA = 3.4028234663852886e38
+"""The largest float32, in which the arithmetic is done."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse settings unless the condition holds.
+
+    Raises:
+        InputError: It does not.
+    """
+    if not condition:
+        raise InputError(message)
+
+
+def require_choice(flag: str, value: str, choices: object) -> None:
+    """Refuse a value that is none of a Literal's.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    names = get_args(choices)
+    require(value in names, f"{flag} is one of {', '.join(names)}, not {value!r}")
+
+
+def require_device(value: str) -> None:
+    """Refuse what is no device.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
+    require(known, f"--device is auto, cpu, cuda or cuda:N, not {value!r}")
+
+
+def require_base_url(url: str | None) -> None:
+    """Refuse what is no URL of a server.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    known = known and not parts.query and not parts.fragment and url.isascii() and url.isprintable() and " " not in url
+    require(known, f"--base-url is a URL such as http://localhost:8000/v1, not {without_secrets(url)!r}")
+
+
+def require_regexes(flag: str, patterns: tuple[str, ...]) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{flag} {pattern!r} is not a regular expression: {error}") from error
+
+
+BYTE_UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)},
+}
+
+
+def read_bytes(flag: str, value: str) -> int:
+    """A size such as 5GB (10⁹) or 5GiB (2³⁰) in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?B)", value, re.IGNORECASE)
+    units = {name.upper(): size for name, size in BYTE_UNITS.items()}
+    nbytes = int(float(found[1]) * units[found[2].upper()]) if found and found[2].upper() in units else 0
+    require(nbytes > 0, f"{flag} is a size such as 500MB or 5GB, not {value!r}")
+    return nbytes
+
+
+def read_alpha_for(value: str) -> tuple[str, float]:
+    """`REGEX=A` as a pattern and a number; the last `=` counts."""
+    pattern, equals, number = value.rpartition("=")
+    try:
+        alpha = float(number)
+    except ValueError:
+        alpha = math.nan
+    require(
+        bool(equals and pattern) and math.isfinite(alpha),
+        f"--alpha-for is REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
+    )
+    require_regexes("--alpha-for", (pattern,))
+    return pattern, alpha + 0.0
+
+
+def require_alpha(alpha: float) -> None:
+    """Refuse an α that float32 cannot hold.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
+    require(abs(alpha) <= MAX_ALPHA, f"--alpha {alpha!r} is more than float32 holds")
+
+
+def require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:
+    """Refuse repositories that are misspelled, inputs, or one for several α.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    for repository in repositories:
+        well_formed = "/" in repository and is_hub_id(repository)
+        require(well_formed, f"--push-to-hub takes a hub id such as me/my-model, not {repository!r}")
+        known = [model.partition("@")[0].lower() for model in inputs]
+        require(repository.lower() not in known, f"--push-to-hub {repository} is an input; choose another repository")
+    if len(set(repositories)) < len(repositories):
+        raise InputError(f"--push-to-hub {repositories[0]} takes one α; with several, put {{alpha}} in the name")
+
+
+def require_name(name: str | None) -> None:
+    """Refuse a name that is not a plain file name.
+
+    Raises:
+        InputError: It is one; the message names the flag.
+    """
+    plain = name is None or (name == Path(name).name and not name.startswith("."))
+    require(plain, f"--name {name!r} is not a plain file name")

@@ -1,0 +1,122 @@
+"""The TOML files that settings may come from: one table per command, and `[common]`.
+
+Only names are checked here; values are, by typer as flags are and by the classes in `config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from expo.config import COMMANDS, ThetaConfig
+from expo.errors import InputError
+
+Tables: TypeAlias = dict[str, dict[str, Any]]
+
+
+def field_names(command: str) -> set[str]:
+    """The names of a command's settings, as Python spells them."""
+    return {field.name for field in dataclasses.fields(COMMANDS[command])}
+
+
+def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Tables:
+    """Read a TOML file with one table per command and `[common]`.
+
+    Args:
+        path: The file.
+        extra_tables: Further table names that are allowed and returned unchecked.
+
+    Returns:
+        Table name → key → value, keys spelled with underscores.
+
+    Raises:
+        InputError: No such file, no TOML, or an unknown table or key (the nearest one is named).
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the config file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    known_tables = {"common", *COMMANDS, *extra_tables}
+    tables: Tables = {}
+    for table, content in document.items():
+        if table not in known_tables or not isinstance(content, dict):
+            raise InputError(f"{path}: unknown table [{table}]{_nearest(table, known_tables)}")
+        tables[table] = content if table in extra_tables else _checked_keys(path, table, content)
+    return tables
+
+
+def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, Any]:
+    commands = list(COMMANDS) if table == "common" else [table]
+    known = set().union(*map(field_names, commands))
+    repeatable_names = set().union(*map(_repeatable_names, commands))
+    values = {key.replace("-", "_"): value for key, value in content.items()}
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"{path}: unknown key {key!r} in [{table}]{_nearest(key, known)}")
+        repeatable = key in repeatable_names
+        if isinstance(value, (list, dict)) and not repeatable:
+            raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
+        values[key] = [value] if repeatable and not isinstance(value, list) else value
+    return values
+
+
+def _repeatable_names(command: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(COMMANDS[command]) if isinstance(field.default, tuple)}
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def values_for(command: str, tables: Tables) -> dict[str, Any]:
+    """The values a file holds for one command: its own table over `[common]`."""
+    shared = {key: value for key, value in tables.get("common", {}).items() if key in field_names(command)}
+    for key in shared.keys() - _repeatable_names(command):  # one α, say, where another command takes several
+        if isinstance(shared[key], list) and len(shared[key]) == 1:
+            shared[key] = shared[key][0]
+    return {**shared, **tables.get(command, {})}
+
+
+LOADER_KEYS: dict[str, tuple[type, ...]] = {
+    "sft": (str,),
+    "alpha": (int, float),
+    "dpo": (str,),
+    "alpha_for": (list, tuple),
+    "exclude": (list, tuple),
+    "missing": (str,),
+    "vocab": (str,),
+    "allow_pickle": (bool,),
+    "allow_nonfinite": (bool,),
+}
+"""What `--model-loader-extra-config` of vLLM's `--load-format expo` may hold, and of which type."""
+
+
+def theta_from(values: dict[str, Any], model: str) -> ThetaConfig:
+    """The θ(α) that plain data describes, such as the options of an engine's loader.
+
+    Args:
+        values: The keys of `LOADER_KEYS`; `sft` and `alpha` are needed.
+        model: The engine's model, which is θ_dpo where `dpo` is not given.
+
+    Raises:
+        InputError: A key is unknown or missing, or a value is not what it should be.
+    """
+    known = f"the load format expo takes {', '.join(LOADER_KEYS)}"
+    unknown = sorted(values.keys() - LOADER_KEYS.keys())
+    if unknown:
+        raise InputError(f"{known}, not {', '.join(unknown)}")
+    lacking = [key for key in ("sft", "alpha") if key not in values]
+    if lacking:
+        raise InputError(f"{known}, and {' and '.join(lacking)} must be given")
+    for key, value in values.items():
+        texts = value if isinstance(value, (list, tuple)) else ()
+        if type(value) not in LOADER_KEYS[key] or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{key} of the load format expo cannot be {value!r}")
+    settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return ThetaConfig(**{"dpo": model, **settings})

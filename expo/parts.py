@@ -1,0 +1,138 @@
+"""A run in parts: how a part is named, which rows it has, and where its files lie. Nothing is read or written here.
+
+Part i of N has the rows i, i + N, i + 2N, …: long and short prompts spread evenly, and a larger `--limit` only adds
+rows to the end of each part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from expo.errors import InputError
+
+Item = TypeVar("Item")
+
+MAX_PARTS = 10_000
+
+SLURM = "slurm"
+SLURM_INDEX, SLURM_COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
+SLURM_FIRST, SLURM_STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"
+
+FILE_NAME = re.compile(r"\.?(\d+-of-(\d+))\.(?:jsonl|meta\.json|journal\.jsonl)")
+"""A part's files: its rows, its meta file, and the journal while it is made."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The i-th of N parts of a run."""
+
+    index: int
+    """From 0."""
+    count: int
+    """N."""
+
+    def __str__(self) -> str:
+        """As `--part` takes it."""
+        return f"{self.index}/{self.count}"
+
+    @property
+    def file_stem(self) -> str:
+        """The name of its files."""
+        return f"{self.index}-of-{self.count}"
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items that are this part's, in order."""
+        return items[self.index :: self.count]
+
+
+def all_parts(count: int) -> list[Part]:
+    """Every part of a run in `count` parts."""
+    return [Part(index, count) for index in range(count)]
+
+
+def folder_name(name: str) -> str:
+    """The folder beside an output `name` that holds its parts until they are joined."""
+    return f"{name}.parts"
+
+
+def counts_in(file_names: Sequence[str]) -> set[int]:
+    """Into how many parts a run was cut, from the names in its folder of parts; more than one number is a mix."""
+    return {int(found[2]) for found in map(FILE_NAME.fullmatch, file_names) if found}
+
+
+def read_part(text: str, environment: Mapping[str, str]) -> Part:
+    """The part that `--part` names.
+
+    Args:
+        text: `i/N`, or `slurm` for the array job's environment.
+        environment: The process's environment.
+
+    Raises:
+        InputError: It is neither, i is out of range, or the environment is not that of a task of an array job.
+    """
+    if text == SLURM:
+        return _from_slurm(environment)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if found is None:
+        raise InputError(f"--part is i/N, such as 0/8, or slurm, not {text!r}")
+    index, count = int(found[1]), int(found[2])
+    require_count("--part", count)
+    if index >= count:
+        raise InputError(f"--part {text}: parts are counted from 0, so i is at most {count - 1}")
+    return Part(index, count)
+
+
+def require_count(flag: str, count: int) -> None:
+    """Refuse a number of parts that is none.
+
+    Raises:
+        InputError: It is not between 1 and `MAX_PARTS`.
+    """
+    if not 1 <= count <= MAX_PARTS:
+        raise InputError(f"{flag} takes 1 to {MAX_PARTS} parts, not {count}")
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Part:
+    number, first, count = (_slurm_number(environment, key) for key in (SLURM_INDEX, SLURM_FIRST, SLURM_COUNT))
+    step = _slurm_number({SLURM_STEP: "1", **environment}, SLURM_STEP)
+    index, beside = divmod(number - first, max(step, 1))
+    if beside or not 0 <= index < count:
+        raise InputError(
+            f"--part slurm: task {number} of an array of {count} from {first} in steps of {step} is no part; "
+            "submit a plain range such as --array=0-7, or give --part i/N"
+        )
+    require_count("--part slurm", count)
+    return Part(index, count)
+
+
+def _slurm_number(environment: Mapping[str, str], key: str) -> int:
+    text = environment.get(key)
+    if text is None:
+        raise InputError(
+            f"--part slurm: {key} is not set; submit an array job (sbatch --array=0-7), or give --part i/N"
+        )
+    if re.fullmatch(r"\d{1,9}", text, re.ASCII) is None:
+        raise InputError(f"--part slurm: {key} is {text!r}, not a number")
+    return int(text)
+
+
+def require_one_way(part: str | None, join: int | None, workers: int) -> None:
+    """Refuse flags that each say how a run is cut up, given together.
+
+    Raises:
+        InputError: There are two of them, or a number is out of range.
+    """
+    given = [
+        *(["--part"] if part is not None else []),
+        *(["--join"] if join is not None else []),
+        *(["--data-parallel"] if workers != 1 else []),
+    ]
+    if len(given) > 1:
+        reason = "it makes and joins the parts itself" if "--data-parallel" in given else "join when all parts are made"
+        raise InputError(f"{' and '.join(given)} do not go together: {reason}")
+    require_count("--data-parallel", workers)
+    if join is not None:
+        require_count("--join", join)

@@ -1,0 +1,76 @@
+"""`--tensor-parallel 2` with the real vLLM, on a CPU: the answers of bare vLLM, and no worker left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import helpers
+import psutil
+import pytest
+from test_orphans import wait_until_gone
+
+SCRIPT = """
+import json, sys, time
+from expo import cli
+from expo.backends import vllm as backend
+
+started = []
+
+class Known(backend.VllmGenerator):
+    def __init__(self, setup):
+        super().__init__(setup)
+        started.append(self)
+
+def main():
+    from vllm import TokensPrompt
+    backend.VllmGenerator, seen = Known, []
+    Known.generate = lambda self, requests, done, own=Known.generate: seen.extend(requests) or own(self, requests, done)
+    code = cli.run(sys.argv[1:])
+    prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in seen]
+    params = [started[0]._params(request) for request in seen]
+    bare = started[0]._llm.generate(prompts, params, use_tqdm=False)
+    size = started[0]._llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    lengths = [len(answer.outputs[0].token_ids) for answer in bare]
+    texts = started[0]._llm.get_tokenizer().batch_decode(
+        [answer.outputs[0].token_ids for answer in bare], skip_special_tokens=True
+    )
+    print(json.dumps({"code": code, "size": size, "texts": texts, "lengths": lengths}), flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpaca_data, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
+    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--engine", "vllm"]
+    arguments += ["--tensor-parallel", 2, "--limit", 12, "--max-tokens", 24, "--output-dir", tmp_path]
+    command = [sys.executable, script, *map(str, arguments)]
+    with subprocess.Popen(command, env=helpers.environment(), stdout=subprocess.PIPE, text=True) as process:
+        told = json.loads(last_line(process))
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert (told["code"], told["size"]) == (0, 2)
+    rows = json.loads((tmp_path / "outputs_alpaca" / "tiny-dpo.json").read_text())
+    meta = json.loads((tmp_path / "outputs_alpaca" / "tiny-dpo.meta.json").read_text())
+    assert [row["output"] for row in rows] == told["texts"]
+    assert meta["per_row"]["length"] == told["lengths"]
+    assert len(workers) >= 2
+    for worker in workers:
+        wait_until_gone(worker.pid)
+
+
+def last_line(process: subprocess.Popen[str]) -> str:
+    """The program's own line; what came before it is the path that expo prints."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            return line
+    raise AssertionError("it ended without a word")

@@ -1,0 +1,249 @@
+"""θ(α) in vLLM without a checkpoint of it: the same tokens as from one, at any α of a live engine, and served."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+
+from expo.backends import vllm
+from expo.config import ThetaConfig
+from expo.config_files import LOADER_KEYS, theta_from
+from expo.errors import EnvironmentFailure, InputError
+
+# --- the loader's keys --------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_dpo_unless_the_keys_say_another() -> None:
+    assert theta_from({"sft": "s", "alpha": 1}, "model@r") == ThetaConfig(sft="s", dpo="model@r", alpha=1.0)
+    rules = {"alpha_for": ["a=1"], "exclude": ["b"], "missing": "copy-dpo", "vocab": "common"}
+    flags = {"allow_pickle": True, "allow_nonfinite": True}
+    made = theta_from({"sft": "s", "dpo": "d", "alpha": 0.5, **rules, **flags}, "model")
+    tuples = {"alpha_for": ("a=1",), "exclude": ("b",), "missing": "copy-dpo", "vocab": "common"}
+    assert made == ThetaConfig(sft="s", dpo="d", alpha=0.5, **tuples, **flags)
+
+
+def test_every_setting_of_a_theta_is_a_key() -> None:
+    assert LOADER_KEYS.keys() == ThetaConfig.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sfft": "s"}, "the load format expo takes sft, alpha, dpo, alpha_for, exclude, .*, not sfft"),
+        ({"alpha": None}, "alpha of the load format expo cannot be None"),
+        ({"alpha": True}, "alpha of the load format expo cannot be True"),
+        ({"alpha": "0.3"}, "alpha of the load format expo cannot be '0.3'"),
+        ({"exclude": "norm"}, "exclude of the load format expo cannot be 'norm'"),
+        ({"exclude": [1]}, r"exclude of the load format expo cannot be \[1\]"),
+        ({"allow_pickle": 1}, "allow_pickle of the load format expo cannot be 1"),
+        ({"missing": "drop"}, "--missing is one of error, copy-dpo, not 'drop'"),
+        ({"alpha": float("nan")}, "--alpha must be a finite number"),
+    ],
+)
+def test_keys_that_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        theta_from({"sft": "s", "alpha": 0.3, **changed}, "model")
+
+
+def test_what_must_be_given_is_named() -> None:
+    with pytest.raises(InputError, match="and sft and alpha must be given"):
+        theta_from({}, "model")
+
+
+# --- one process --------------------------------------------------------------------------------------------------
+
+OFFLINE = """
+import gc, json, sys
+from expo.backends import load_generator
+from expo.config import GenerateConfig
+from expo.generate import plan
+
+def start(**settings):
+    decoding = {"temperature": 0.0, "max_tokens": 8, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    work = plan(GenerateConfig(engine="vllm", **{**given["settings"], **decoding, **settings}))
+    return work, load_generator("vllm")(work.setup)
+
+def ask(work, engine):
+    found = {one.request.id: list(one.token_ids) for rows in engine.generate(work.requests, set()) for one in rows}
+    prompts = [list(one.prompt_ids) for one in work.requests]
+    return {"prompts": prompts, "answers": [found[key] for key in sorted(found)]}
+
+def load(engine, path=None, **load_config):
+    engine._llm.collective_rpc("update_config", args=({"load_config": load_config},))
+    engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    engine._llm.reset_prefix_cache()
+
+def switched():
+    work, engine = start(**pair, alpha=0.5)
+    yield "first", ask(work, engine)
+    load(engine, model_loader_extra_config={**pair, "alpha": 1.5})
+    yield "switched", ask(work, engine)
+    for alpha, path in given["written"].items():
+        load(engine, path, load_format="auto", model_loader_extra_config={})
+        yield f"written {alpha}", ask(work, engine)
+
+def fresh():
+    for dtype in ("auto", "float32"):
+        yield f"theta {dtype}", ask(*start(**pair, alpha=0.5, dtype=dtype))
+        gc.collect()
+        yield f"checkpoint {dtype}", ask(*start(model=given["written"]["0.5"], dtype=dtype))
+        gc.collect()
+
+def main():
+    ways = {"switched": switched, "fresh": fresh}
+    print(json.dumps({name: rows for way in given["ways"] for name, rows in ways[way]()}))
+
+given = json.loads(sys.argv[1])
+pair = given["pair"]
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """α → the checkpoint of θ(α)."""
+    folder = tmp_path_factory.mktemp("written")
+    helpers.write((trained / "tiny-sft", trained / "tiny-dpo"), folder / "a{alpha}", 0.5, 1.5)
+    return {alpha: str(folder / f"a{alpha}") for alpha in ("0.5", "1.5")}
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which vLLM's processes find the loader, also where expo was installed before it had one."""
+    if entry_points(group="vllm.general_plugins", name="expo"):
+        return {}
+    folder = tmp_path_factory.mktemp("plugin")
+    info = folder / "expo_plugin-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: expo-plugin\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nexpo = expo.backends.vllm_loader:register\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def offline(
+    trained: Path, written: dict[str, str], folder: Path, *ways: str, env: dict[str, str], **settings: Any
+) -> Any:
+    """Rows of long prompts from engines in one process; way → name → prompts and answers as token ids."""
+    prompts = json.loads((trained / "held_out_prompts.json").read_text())
+    task = folder / "long.json"
+    task.write_text(json.dumps([{"prompt": " ".join(prompts[row : row + 10])[:900]} for row in range(0, 40, 10)]))
+    pair = {"sft": str(trained / "tiny-sft"), "dpo": str(trained / "tiny-dpo")}
+    given = {"pair": pair, "written": written, "ways": ways, "settings": {"task": str(task), **settings}}
+    script = folder / "offline.py"
+    script.write_text(OFFLINE)
+    command = [sys.executable, script, json.dumps(given)]
+    done = subprocess.run(command, env=helpers.environment(**env), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def answers(trained: Path, written: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return offline(trained, written, tmp_path_factory.mktemp("offline"), "switched", "fresh", env={})
+
+
+def check_switched(answers: Any) -> None:
+    assert min(map(len, answers["first"]["prompts"])) > 128  # a prefix of blocks is cached
+    assert answers["first"] == answers["written 0.5"]
+    assert answers["switched"] == answers["written 1.5"]
+    assert answers["first"] != answers["switched"]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_live_engine_answers_as_the_checkpoint_of_each_alpha(answers: Any) -> None:
+    check_switched(answers)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_an_engine_on_a_pair_answers_as_one_on_the_written_checkpoint(answers: Any, dtype: str) -> None:
+    assert answers[f"theta {dtype}"] == answers[f"checkpoint {dtype}"]
+    assert answers["theta auto"] == answers["first"]
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processors")
+def test_each_of_two_ranks_loads_its_half(
+    trained: Path, written: dict[str, str], plugin: dict[str, str], tmp_path: Path
+) -> None:
+    env = {**plugin, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    check_switched(offline(trained, written, tmp_path, "switched", env=env, tensor_parallel=2))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllms_own_server_answers_as_the_engine_does(
+    trained: Path, answers: Any, plugin: dict[str, str], tmp_path: Path
+) -> None:
+    keys = {"sft": str(trained / "tiny-sft"), "alpha": 0.5}
+    expected = answers["theta float32"]
+    with served(trained / "tiny-dpo", keys, plugin, tmp_path / "log") as address:
+        for prompt, answer in zip(expected["prompts"][:2], expected["answers"], strict=False):
+            request = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
+            choice = post(f"{address}/v1/completions", request)["choices"][0]
+            assert choice["token_ids"] == answer
+
+
+@contextmanager
+def served(model: Path, keys: dict[str, Any], env: dict[str, str], log: Path) -> Iterator[str]:
+    """vLLM's server on a free port → its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--load-format", "expo", "--model-loader-extra-config", json.dumps(keys), "--dtype", "float32"]
+    options += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "m", "--max-model-len", 1024]
+    options += ["--enforce-eager", "--kv-cache-memory-bytes", 64 << 20, "--no-enable-log-requests"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            list(map(str, command)), env=helpers.environment(**env, VLLM_NO_USAGE_STATS="1"), stdout=file, stderr=file
+        )
+    try:
+        while not answers_at(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, log.read_text()[-5000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def answers_at(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def post(address: str, content: dict[str, Any]) -> Any:
+    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_without_the_entry_point_vllms_other_processes_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "entry_points", lambda **_: ())
+    with pytest.raises(EnvironmentFailure, match="cannot find expo's loader: install expo again"):
+        vllm._make_loader_known({"tensor_parallel_size": 2})

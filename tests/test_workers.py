@@ -1,0 +1,232 @@
+"""`--data-parallel`: GPUs dealt out, workers watched, taken up again and stopped; the output is that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import helpers
+import pytest
+from test_generate import settings, wait_for_rows
+from test_orphans import is_alive, wait_until_gone
+
+from expo import generate as verb
+from expo.config import GenerateConfig
+from expo.errors import EnvironmentFailure, InputError
+from expo.generate import workers
+from expo.generate.worker import LineCount, Worker
+from expo.generate.workers import MAX_STARTS, Crew, worker_environments
+
+
+def config(**values) -> GenerateConfig:
+    return GenerateConfig(task="alpaca", model="m", **values)
+
+
+GPUS = ["0", "1", "2", "3", "4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "count", "values", "gpus", "groups"),
+    [
+        ("vllm", 8, {}, GPUS, GPUS),
+        ("vllm", 2, {}, GPUS, ["0,1,2,3", "4,5,6,7"]),
+        ("vllm", 4, {"tensor_parallel": 2}, GPUS, ["0,1", "2,3", "4,5", "6,7"]),
+        ("vllm", 2, {"tensor_parallel": 1}, ["GPU-a", "GPU-b", "GPU-c"], ["GPU-a", "GPU-b"]),
+        ("transformers", 2, {}, GPUS, ["0", "1"]),
+    ],
+)
+def test_each_worker_has_gpus_of_its_own(engine, count, values, gpus, groups):
+    made = worker_environments(engine, config(data_parallel=count, **values), gpus)
+    assert made == [{"CUDA_VISIBLE_DEVICES": group} for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("engine", "values", "gpus", "message"),
+    [
+        (
+            "vllm",
+            {"tensor_parallel": 4},
+            GPUS[:6],
+            "--data-parallel 2 with --tensor-parallel 4 needs 8 GPUs",
+        ),
+        ("vllm", {}, GPUS[:1], "--data-parallel 2 with --tensor-parallel 1 needs 2 GPUs, and there are 1"),
+        ("transformers", {"device": "cuda:1"}, GPUS, "leave out --device"),
+        ("other", {}, GPUS, "--data-parallel is for engines that run here, and this run uses other"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused(engine, values, gpus, message):
+    with pytest.raises(InputError, match=message):
+        worker_environments(engine, config(data_parallel=2, **values), gpus)
+
+
+@pytest.mark.parametrize("values", [{"device": "cpu"}, {}])
+def test_on_a_cpu_workers_share_its_threads(values, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    made = worker_environments("transformers", config(data_parallel=3, **values), GPUS if values else [])
+    assert made == [{"OMP_NUM_THREADS": "2"}] * 3
+
+
+def test_lines_of_a_growing_file_are_counted_once(tmp_path):
+    path = tmp_path / "journal"
+    count = LineCount(path)
+    assert count() == 0
+    with path.open("w") as stream:
+        for text, lines in (("a\nb", 1), ("\n", 2), ("", 2), ("c\nd\n", 4)):
+            stream.write(text)
+            stream.flush()
+            assert count() == lines
+    path.write_text("a\n")
+    assert count() == 1
+    path.unlink()
+    assert count() == 1
+
+
+# --- watching ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crew_of(llama_pair, tmp_path, monkeypatch):
+    """Workers that run small programs instead of expo: one text per part, or one per start of it."""
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.01)
+    prompts = tmp_path / "q.jsonl"
+    prompts.write_text('{"prompt": "w1"}\n' * 8)
+    whole = verb.plan(settings(llama_pair[1], prompts, tmp_path))
+    (tmp_path / "outputs_q" / "dpo.parts").mkdir(parents=True)
+
+    def make(*programs: str | list[str]) -> Crew:
+        parts = workers.all_parts(len(programs))
+        return Crew([Program(verb.share(whole, part), texts) for part, texts in zip(parts, programs, strict=True)])
+
+    return make
+
+
+class Program(Worker):
+    def __init__(self, work, texts: str | list[str]) -> None:
+        super().__init__(work, {})
+        self._texts = [texts] * 99 if isinstance(texts, str) else texts
+
+    def command(self) -> list[str]:
+        program = self._texts[self.starts - 1].replace("JOURNAL", repr(str(self.work.files.journal)))
+        return [sys.executable, "-c", f"import os, sys, time\n{program}"]
+
+
+DONE = "sys.exit(0)"
+HANG = "time.sleep(60)"
+KILLED = "os.kill(os.getpid(), 9)"
+ROW = "open(JOURNAL, 'a').write('x\\n' * 2); "
+REFUSE = "print('talk\\nexpo: error: no such thing', file=sys.stderr); sys.exit(2)"
+FAIL = "print('expo: error: the disk is full', file=sys.stderr); sys.exit(1)"
+
+
+def test_killed_workers_are_taken_up_again(crew_of, caplog):
+    with crew_of(DONE, [KILLED, KILLED, "sys.exit(3)"]) as crew:
+        crew.watch(8, 0)
+    assert [worker.starts for worker in crew._workers] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("program", "starts", "words"),
+    [
+        (KILLED, MAX_STARTS, "part 1/2: killed by SIGKILL"),
+        (FAIL, 1, "part 1/2: the disk is full"),
+        (ROW + FAIL, MAX_STARTS, "part 1/2: the disk is full"),
+        ("sys.exit(7)", MAX_STARTS, "part 1/2: exit code 7"),
+        ("print('one'); raise ValueError('a bug')", 1, "part 1/2: ValueError: a bug"),
+    ],
+)
+def test_a_part_that_fails_again_and_again_ends_the_run_with_its_last_words(crew_of, program, starts, words):
+    """The others are let finish first."""
+    with pytest.raises(EnvironmentFailure) as caught, crew_of("time.sleep(0.5)", program) as crew:
+        crew.watch(8, 0)
+    assert str(caught.value) == f"{words}; the same command goes on with the rest"
+    assert [worker.starts for worker in crew._workers] == [1, starts]
+
+
+def test_a_refusal_ends_all_at_once_with_its_one_line(crew_of):
+    with pytest.raises(InputError) as caught, crew_of(HANG, REFUSE, HANG) as crew:
+        crew.watch(8, 0)
+    assert str(caught.value) == "no such thing"
+    assert [worker.exit_code() for worker in crew._workers] == [-signal.SIGTERM, 2, -signal.SIGTERM]
+
+
+IGNORES = "import signal; signal.signal(15, signal.SIG_IGN); " + HANG
+SPAWNS = "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+
+
+@pytest.mark.parametrize("program", [HANG, IGNORES, SPAWNS + HANG])
+def test_no_process_is_left_when_the_run_is_stopped(crew_of, program, monkeypatch):
+    monkeypatch.setattr(workers, "STOP_SECONDS", 0.3)
+    crew = crew_of(program, program)
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt), crew:
+        crew.watch(8, 0)
+    for worker in crew._workers:
+        assert worker.exit_code() in (-signal.SIGTERM, -signal.SIGKILL)
+        group = worker._process.pid
+        for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            if in_group(pid, group):  # a grandchild that was killed just now
+                wait_until_gone(pid)
+
+
+def in_group(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
+# --- the whole way -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing_and_a_killed_run_leaves_no_process(trained, alpaca_data, tmp_path, run_expo):
+    dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
+    others = {"dataset": str(dataset), "limit": 64, "max_tokens": 48, "batch_tokens": 400, "temperature": 0.7}
+    whole = verb.run(settings(trained / "tiny-dpo", "alpaca", tmp_path / "whole", **others)).output.read_bytes()
+    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--limit", 64]
+    arguments += ["--engine", "transformers", "--max-tokens", 48, "--batch-tokens", 400, "--dtype", "float32"]
+    arguments += ["--data-parallel", 2, "--output-dir", tmp_path / "out"]
+    folder = tmp_path / "out" / "outputs_alpaca"
+    journals = [folder / "tiny-dpo.parts" / f".{index}-of-2.journal.jsonl" for index in range(2)]
+
+    with started(arguments) as process:
+        pids = [holder(journal, process) for journal in journals]
+        process.kill()
+        process.wait(60)
+    for pid in pids:
+        wait_until_gone(pid)
+    assert not (folder / "tiny-dpo.json").exists()
+
+    with started(arguments) as process:
+        wait_for_rows(journals[1], 8, process)
+        os.kill(holder(journals[1], process), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "part 1/2: killed by SIGKILL; it is taken up again" in stderr
+    assert stdout == f"{folder / 'tiny-dpo.json'}\n"
+    assert (folder / "tiny-dpo.json").read_bytes() == whole
+    assert sorted(path.name for path in folder.iterdir()) == ["tiny-dpo.json", "tiny-dpo.meta.json"]
+    meta = json.loads((folder / "tiny-dpo.meta.json").read_text())
+    assert [part["part"] for part in meta["parts"]] == ["0/2", "1/2"]
+    assert meta["repeatable"] is True
+
+
+def started(arguments: list[object]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        helpers.expo_command(*arguments), env=helpers.environment(), stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def holder(journal: Path, process: subprocess.Popen[str]) -> int:
+    """The process that is making a part, once it has a row."""
+    wait_for_rows(journal, 1, process)
+    pid = json.loads(str(journal.with_name(journal.name + ".lock").readlink()))["pid"]
+    assert is_alive(pid)
+    return pid
