@@ -52,8 +52,8 @@ class Case:
     def command(self) -> list[str]:
         options = {"name": NAME, "output_dir": str(self.folder), **self.settings}
         task = options.pop("task")
-        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        return ["expo", "generate", task, *words]
+        given = [(key, one) for key, value in options.items() for one in (value if isinstance(value, list) else [value])]
+        return ["expo", "generate", task, *(word for key, one in given for word in (f"--{key.replace('_', '-')}", str(one)))]
 
     def run(self) -> int:
         """The program, in this process."""
@@ -67,7 +67,8 @@ class Case:
 
 def keep_engine(case: Case) -> None:
     """Start the engine here, so that every child has it."""
-    work = plan(GenerateConfig(name=NAME, **case.settings))
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in case.settings.items()}
+    work = plan(GenerateConfig(name=NAME, **settings))
     engine = load_generator(work.engine)(work.setup)
     loop.load_generator = lambda _name: lambda _setup: engine  # type: ignore[assignment, return-value]
 
