@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from expo import cli, config
+from expo import cli, config_files
 from expo.arguments import arguments_of, shown
 from expo.config import GenerateConfig
 
@@ -46,7 +46,7 @@ def resolved(monkeypatch):
 
 
 def test_every_setting_is_handed_on(resolved):
-    assert OTHERWISE.keys() == config.field_names("generate"), "a new setting belongs here too"
+    assert OTHERWISE.keys() == config_files.field_names("generate"), "a new setting belongs here too"
     alone = {"part": None, "join": None, "data_parallel": 1}
     for cut in alone:
         made = GenerateConfig(**{**OTHERWISE, **alone, cut: OTHERWISE[cut]})
