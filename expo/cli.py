@@ -119,6 +119,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `expo`; None takes the process's own.
     """
     try:
+        end_with_parent()
         code = int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
         sys.stdout.flush()
         return code
@@ -160,7 +161,6 @@ def main() -> None:
     log.propagate = False
     signal.signal(signal.SIGTERM, _on_terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-    end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; the same command goes on from here")

@@ -43,7 +43,7 @@ def preallocate(descriptor: int, nbytes: int) -> None:
 def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
     """Let the system read files into its cache, in order, while the body does something else."""
     ended = Event()
-    reader = Thread(target=_read_ahead, args=(files, ended), daemon=True)
+    reader = Thread(target=_read_ahead, args=(files, ended), name="read ahead", daemon=True)
     reader.start()
     try:
         yield

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import helpers
@@ -56,6 +57,19 @@ def trained() -> Path:
 def alpaca_data() -> Path:
     """The folder of real AlpacaEval outputs and MT-Bench questions."""
     return _real("EXPO_TEST_DATA", SHARED / "data", "alpaca_eval")
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which vLLM's processes find the loader, also where expo was installed before it had one."""
+    if entry_points(group="vllm.general_plugins", name="expo"):
+        return {}
+    folder = tmp_path_factory.mktemp("plugin")
+    info = folder / "expo_plugin-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: expo-plugin\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nexpo = expo.backends.vllm_loader:register\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @pytest.fixture(scope="session")

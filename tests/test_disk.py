@@ -34,7 +34,7 @@ def read_all_ahead(files: list[Path]) -> None:
     """The body ends when the reader has."""
     with disk.reading_ahead(files):
         for thread in threading.enumerate():
-            if thread is not threading.current_thread() and thread.daemon:
+            if thread.name == "read ahead":
                 thread.join(30)
 
 

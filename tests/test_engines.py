@@ -100,7 +100,7 @@ def observed(server, trained, alpaca_data, tmp_path_factory) -> dict[str, dict[s
         "presence_penalty": 0.3,
         "frequency_penalty": 0.2,
     }
-    local = json.dumps({**settings, "model": str(trained / "tiny-dpo"), "dtype": "float32", "batch_tokens": 400})
+    local = json.dumps({**settings, "model": str(trained / "tiny-dpo"), "dtype": "float32", "batch_tokens": 1200})
     names = sorted(GENERATORS.keys() - {"openai"})
     command = [sys.executable, HERE / "observe.py", local, *names]
     done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True)

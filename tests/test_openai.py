@@ -217,6 +217,20 @@ def test_a_row_that_is_refused_is_marked_and_the_others_go_on(generate, server, 
     assert len(server.asked) == 9
 
 
+def test_text_that_cannot_be_sent_fails_its_row(generate, server, prompt_file):
+    with prompt_file.open("a") as file:
+        file.write('{"prompt": "half a pair: \\ud83d"}\n')
+    result = generate()
+    assert result.failed == 1
+    assert sorted(server.asked) == PROMPTS
+    assert "UTF-8 cannot hold" in json.loads(result.meta.read_text())["errors"][0]["reason"]
+
+
+def test_half_a_pair_in_an_answer_is_kept(generate, server):
+    server.script = {PROMPTS[3]: [answer("half a pair: \ud83d")]}
+    assert rows_of(generate().output)[3]["output"] == "half a pair: \ud83d"
+
+
 # --- what ends the run --------------------------------------------------------------------------------------------
 
 ENDS = {

@@ -1,4 +1,7 @@
-"""`--tensor-parallel 2` with the real vLLM, on a CPU: the answers of bare vLLM, and no worker left behind."""
+"""`--tensor-parallel 2` with the real vLLM, on a CPU: bare vLLM's answers, and no worker left behind.
+
+What answers is a θ(α) that each of the two ranks makes while it loads; bare vLLM has the written checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,13 @@ def main():
     from vllm import TokensPrompt
     backend.VllmGenerator, seen = Known, []
     Known.generate = lambda self, requests, done, own=Known.generate: seen.extend(requests) or own(self, requests, done)
-    code = cli.run(sys.argv[1:])
+    code = cli.run(sys.argv[2:])
     prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in seen]
-    params = [started[0]._params(request) for request in seen]
+    params = [started[0]._params(request.temperature, request.sample, request.max_tokens) for request in seen]
+    written = {"load_format": "auto", "model_loader_extra_config": {}}
+    started[0]._llm.collective_rpc("update_config", args=({"load_config": written},))
+    started[0]._llm.collective_rpc("reload_weights", kwargs={"weights_path": sys.argv[1]})
+    started[0]._llm.reset_prefix_cache()
     bare = started[0]._llm.generate(prompts, params, use_tqdm=False)
     size = started[0]._llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
     lengths = [len(answer.outputs[0].token_ids) for answer in bare]
@@ -46,20 +53,23 @@ if __name__ == "__main__":
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpaca_data, tmp_path):
+def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpaca_data, plugin, tmp_path):
+    pair = trained / "tiny-sft", trained / "tiny-dpo"
+    helpers.write(pair, tmp_path / "written", 1.5)
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
-    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--engine", "vllm"]
+    arguments = ["generate", "alpaca", "--dataset", dataset, "--engine", "vllm"]
+    arguments += ["--sft", pair[0], "--dpo", pair[1], "--alpha", 1.5, "--name", "theta"]
     arguments += ["--tensor-parallel", 2, "--limit", 12, "--max-tokens", 24, "--output-dir", tmp_path]
-    command = [sys.executable, script, *map(str, arguments)]
-    with subprocess.Popen(command, env=helpers.environment(), stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, script, tmp_path / "written", *map(str, arguments)]
+    with subprocess.Popen(command, env=helpers.environment(**plugin), stdout=subprocess.PIPE, text=True) as process:
         told = json.loads(last_line(process))
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert (told["code"], told["size"]) == (0, 2)
-    rows = json.loads((tmp_path / "outputs_alpaca" / "tiny-dpo.json").read_text())
-    meta = json.loads((tmp_path / "outputs_alpaca" / "tiny-dpo.meta.json").read_text())
+    rows = json.loads((tmp_path / "outputs_alpaca" / "theta.json").read_text())
+    meta = json.loads((tmp_path / "outputs_alpaca" / "theta.meta.json").read_text())
     assert [row["output"] for row in rows] == told["texts"]
     assert meta["per_row"]["length"] == told["lengths"]
     assert len(workers) >= 2

@@ -138,6 +138,8 @@ class OpenaiGenerator:
 
         try:
             answer = await client.chat.completions.with_raw_response.create(**self._fields(request))
+        except UnicodeEncodeError:
+            return Failure(request, "the prompt holds half of a surrogate pair, which UTF-8 cannot hold")
         except APIStatusError as error:
             return self._refused(request, error)
         except APIConnectionError as error:
