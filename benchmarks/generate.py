@@ -6,7 +6,8 @@ Runs whole processes in turn, round after round, on the instructions of a JSON f
 - bare vLLM: what a user would write, with the engine arguments expo takes, `LLM.generate` with the same sampling
   parameters, and one JSON file at the end,
 - `expo generate --engine transformers`,
-- transformers in batches of 8 in input order, with its own sampling and the same penalties.
+- transformers in batches of 8 in input order, with its own sampling and the same penalties, in the data type that
+  expo takes (float32 where the CPU has no bfloat16 arithmetic); with `--ways eights-own` also in the checkpoint's own.
 
 Prints a Markdown table. *Generating* is the time from the loaded engine to the last row; *outside steps* the share of
 it that is not spent in the engine's own steps; *same rows* the answers that are bare vLLM's, which on a CPU are all.
@@ -34,6 +35,8 @@ from expo.cli import PROCESS_ENVIRONMENT
 from expo.config import GenerateConfig
 from expo.generate import plan
 
+WAYS = ("vllm", "bare", "transformers", "eights", "eights-own")
+OWN = "the checkpoint's own type"
 SAMPLING = ("temperature", "top_k", "top_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens")
 
 ENVIRONMENT = {
@@ -151,13 +154,14 @@ class Figures:
 def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     """What to measure, in the order of one round."""
     found = {engine: expo_way(options, folder, engine) for engine in ("vllm", "transformers")}
-    config = GenerateConfig(engine="vllm", **shared_settings(options))
-    sampling = {key: getattr(config, key) for key in SAMPLING}
-    arguments = engine_arguments(plan(config).setup)
+    work, embedded = (plan(GenerateConfig(engine=engine, **shared_settings(options))) for engine in found)
+    sampling = {key: getattr(work.config, key) for key in SAMPLING}
+    arguments = engine_arguments(work.setup)
     found["bare"] = script_way("bare vLLM", BARE_VLLM, options, folder / "bare.json", arguments, sampling, "bare")
-    label = "transformers, batches of 8 in input order"
-    found["eights"] = script_way(label, BATCHES_OF_8, options, folder / "eights.json", config.dtype, sampling, "eights")
-    return {name: found[name] for name in ("vllm", "bare", "transformers", "eights") if name in options.ways}
+    for name, kind in (("eights", embedded.config.dtype), ("eights-own", "auto")):
+        label = f"transformers, batches of 8 in input order, {OWN if kind == 'auto' else kind}"
+        found[name] = script_way(label, BATCHES_OF_8, options, folder / f"{name}.json", kind, sampling, "eights")
+    return {name: found[name] for name in WAYS if name in options.ways}
 
 
 def shared_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, help="only the first rows")
-    parser.add_argument("--ways", nargs="+", default=["vllm", "bare", "transformers", "eights"], help="only these")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:4], help="only these")
     options = parser.parse_args()
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     import torch

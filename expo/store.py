@@ -265,7 +265,7 @@ class RowFiles:
         *,
         overwrite: bool,
         old_rows: Callable[[Row], list[Row]],
-        hopeless: int = 0,
+        hopeless: Callable[[Row], int] = lambda _meta: 0,
     ) -> Journal | None:
         """Start or continue the run; None where the output is complete.
 
@@ -275,7 +275,8 @@ class RowFiles:
                 the other way round.
             overwrite: Whether an output with other settings may be replaced.
             old_rows: Gives the journal rows of a finished output (from its meta) that a longer run keeps.
-            hopeless: How many of the items fail whenever they are tried; an output that lacks only these is complete.
+            hopeless: Of a finished output (from its meta) how many items fail whenever they are tried; where no others
+                failed it is complete.
 
         Raises:
             InputError: There is an output with other settings or from other items, or another run is writing it.
@@ -285,7 +286,7 @@ class RowFiles:
         if meta is not None:
             problem = self._difference(meta, fingerprint, items)
             more = meta["rows"] - len(items)
-            if problem is None and (more > 0 or (more == 0 and meta["failed"] <= hopeless)):
+            if problem is None and (more > 0 or (more == 0 and self._is_settled(meta, hopeless))):
                 return None
             if problem is None:
                 rows = old_rows(meta)
@@ -299,6 +300,10 @@ class RowFiles:
             journal.append(rows)
             journal.rows = rows
         return journal
+
+    @staticmethod
+    def _is_settled(meta: Row, hopeless: Callable[[Row], int]) -> bool:
+        return not meta["failed"] or meta["failed"] <= hopeless(meta)
 
     @contextmanager
     def holding(self, journal: Journal) -> Iterator[None]:

@@ -50,10 +50,11 @@ class Case:
         return content
 
     def command(self) -> list[str]:
-        options = {"name": NAME, "output_dir": str(self.folder), **self.settings}
-        task = options.pop("task")
-        given = [(key, one) for key, value in options.items() for one in (value if isinstance(value, list) else [value])]
-        return ["expo", "generate", task, *(word for key, one in given for word in (f"--{key.replace('_', '-')}", str(one)))]
+        words = ["expo", "generate", self.settings["task"], "--name", NAME, "--output-dir", str(self.folder)]
+        for key, value in self.settings.items():
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{key.replace('_', '-')}", str(one)] if key != "task" else []
+        return words
 
     def run(self) -> int:
         """The program, in this process."""

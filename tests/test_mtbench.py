@@ -226,8 +226,8 @@ def test_a_turn_that_does_not_fit_is_marked_and_so_is_the_one_after_it(llama_pai
     assert "the model takes 128" in errors[0]["reason"]
     assert errors[1]["reason"] == "the turn before it has no answer"
     assert "the model takes 128" in errors[2]["reason"]
-    again = verb.run(settings(llama_pair[1], tmp_path / "a", questions))  # tries them again, in vain
-    assert (again.status, again.failed, meta_of(tmp_path / "a")["rows_this_run"]) == ("written", 3, 0)
+    again = verb.run(settings(llama_pair[1], tmp_path / "a", questions))  # nothing can be otherwise
+    assert (again.status, again.failed, meta_of(tmp_path / "a")["rows_this_run"]) == ("already complete", 3, 5)
 
 
 @pytest.mark.parametrize("turns", [1, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from expo.generate.rows import (
     part_text,
     row_key,
 )
-from expo.generate.turns import Turn, turn_of
+from expo.generate.turns import Turn, turn_of, unanswerable
 from expo.progress import answers_progress
 from expo.store import Journal, Row
 
@@ -64,13 +64,13 @@ def run_plan(work: Plan) -> Generated:
         work.items,
         overwrite=work.config.overwrite,
         old_rows=lambda meta: old_rows(work, meta),
-        hopeless=len(work.first.too_long),
+        hopeless=lambda meta: len(unanswerable(work, _by_key(old_rows(work, meta)))),
     )
     if journal is None:
         meta = read_json(work.files.meta)
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
-        done = {row_key(row): row for row in journal.rows if row["finish_reason"] != "error"}
+        done = _by_key(row for row in journal.rows if row["finish_reason"] != "error")
         extends = bool(kept) or (bool(done) and work.files.final.exists())
         done |= kept
         run_figures, too_long = _generate(work, journal, done)
@@ -80,6 +80,10 @@ def run_plan(work: Plan) -> Generated:
         text = final_text(work, rows) if work.part is None else part_text(rows)
         work.files.finish(journal, text, meta if work.part is None else part_meta(work, meta, text), {})
     return Generated(work.files.final, work.files.meta, "written", len(rows), meta["failed"])
+
+
+def _by_key(rows: Iterable[Row]) -> dict[Key, Row]:
+    return {row_key(row): row for row in rows}
 
 
 def _kept_of_the_whole(work: Plan) -> Rows:
@@ -113,7 +117,7 @@ def _generate(work: Plan, journal: Journal, done: dict[Key, Row]) -> tuple[RunFi
             started = time.perf_counter()
         for rows in _finished_rows(turn, engine, work, done):
             journal.append(rows)
-            done |= {row_key(row): row for row in rows}
+            done |= _by_key(rows)
     if engine is None:
         return RunFigures(), too_long
     new = [row for key, row in done.items() if key not in before]
