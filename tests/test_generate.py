@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-import helpers
 import pytest
 
 from expo import generate as verb
@@ -399,38 +394,3 @@ def test_exit_codes_and_streams_of_the_program(llama_pair, prompt_file, tmp_path
     write_rows(prompt_file, [{"prompt": " ".join(["w7"] * 200)}, {"prompt": "w1"}])
     partly = run_expo(*arguments, "--output-dir", tmp_path / "b")
     assert partly.code == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_process_is_continued(trained, alpaca_data, tmp_path, run_expo, stop):
-    arguments = ["generate", "alpaca", "--dataset", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
-    arguments += ["--model", trained / "tiny-dpo", "--engine", "transformers", "--limit", 48, "--max-tokens", 24]
-    arguments += ["--batch-tokens", 400, "--dtype", "float32"]
-    whole = run_expo(*arguments, "--output-dir", tmp_path / "whole")
-    assert whole.code == 0, whole.stderr
-    folder = tmp_path / "killed" / "outputs_alpaca"
-    with subprocess.Popen(
-        helpers.expo_command(*arguments, "--output-dir", folder.parent),
-        env=helpers.environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        wait_for_rows(folder / ".tiny-dpo.journal.jsonl", 8, process)
-        os.kill(process.pid, stop)
-        code = process.wait(60)
-    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
-    assert not (folder / "tiny-dpo.json").exists()
-    assert not (folder / "tiny-dpo.meta.json").exists()
-    again = run_expo(*arguments, "--output-dir", folder.parent)
-    assert again.code == 0, again.stderr
-    assert (folder / "tiny-dpo.json").read_bytes() == (tmp_path / "whole/outputs_alpaca/tiny-dpo.json").read_bytes()
-    assert json.loads((folder / "tiny-dpo.meta.json").read_text())["rows_this_run"] < 48
-
-
-def wait_for_rows(journal: Path, rows: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= rows:
-        assert process.poll() is None, "it ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
