@@ -24,6 +24,7 @@ from expo import cli
 from expo.backends import load_generator
 from expo.config import GenerateConfig
 from expo.generate import loop, plan
+from expo.store import LOCK_SUFFIX
 
 NAME = "mine"
 WAIT_S = 120
@@ -44,6 +45,10 @@ class Case:
     @property
     def journal(self) -> Path:
         return self.final.with_name(f".{NAME}.journal.jsonl")
+
+    @property
+    def lock(self) -> Path:
+        return self.journal.with_name(self.journal.name + LOCK_SUFFIX)
 
     def meta(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(self.final.with_name(f"{NAME}.meta.json").read_text())
@@ -81,10 +86,11 @@ def whole_rows(journal: Path) -> list[bytes]:
 
 
 def stop(case: Case, number: int, delay: float) -> tuple[int, list[bytes]]:
-    """Start a run and stop it `delay` seconds after its journal appeared; its exit code and the rows seen before."""
+    """Start a run and stop it `delay` seconds after it began to write; its exit code and the rows seen before."""
     child = forked(case.run)
     deadline = time.monotonic() + WAIT_S
-    while not case.journal.exists() and time.monotonic() < deadline:
+    while not case.lock.is_symlink() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        assert time.monotonic() < deadline, "it does not begin to write"
         time.sleep(0.001)
     time.sleep(delay)
     seen = whole_rows(case.journal)
@@ -92,12 +98,15 @@ def stop(case: Case, number: int, delay: float) -> tuple[int, list[bytes]]:
     return ended(child), seen
 
 
-def trouble(case: Case, seen: list[bytes], left: list[bytes], whole: bytes, total: int) -> str:
-    """Go on after a stop, to the end; what is wrong with it, empty where nothing is."""
+def lost(case: Case, seen: list[bytes], left: list[bytes]) -> str:
+    """What is wrong after a stop."""
     if left[: len(seen)] != seen:
         return f"of {len(seen)} rows in the journal {len(left)} are left"
-    if case.final.exists():
-        return "a final name before the end"
+    return "a final name before the end" if case.final.exists() else ""
+
+
+def ends_otherwise(case: Case, left: list[bytes], whole: bytes, total: int) -> str:
+    """Go on to the end; what is wrong with it."""
     if ended(forked(case.run)) != 0:
         return "the rerun failed"
     if case.final.read_bytes() != whole:
@@ -107,7 +116,7 @@ def trouble(case: Case, seen: list[bytes], left: list[bytes], whole: bytes, tota
 
 
 def stops(case: Case, seed: int, count: int) -> Iterator[dict[str, object]]:
-    """SIGKILL `count` times, then SIGTERM and SIGINT once each."""
+    """SIGKILL `count` times, then SIGTERM and SIGINT; after a stop the rerun goes to its end, or is stopped too."""
     chance = random.Random(seed)
     assert ended(forked(case.run)) == 0
     whole, meta = case.final.read_bytes(), case.meta()
@@ -115,14 +124,15 @@ def stops(case: Case, seed: int, count: int) -> Iterator[dict[str, object]]:
     signals = [signal.SIGKILL] * count + [signal.SIGTERM, signal.SIGINT]
     while signals:
         code, seen = stop(case, signals[0], chance.random() * meta["generate_seconds"])
-        left = whole_rows(case.journal)
-        stopped = code == CODES[signals[0]]
-        wrong = trouble(case, seen, left, whole, meta["rows"]) if stopped or code else ""
-        wrong = wrong or ("" if stopped or code == 0 else f"exit code {code}")
-        yield {"signal": signals[0].name, "code": code, "seen": len(seen), "left": len(left), "trouble": wrong}
-        shutil.rmtree(case.folder)
-        if stopped or wrong:
-            signals.pop(0)
+        left, stopped = whole_rows(case.journal), code == CODES[signals[0]]
+        wrong, rerun = (lost(case, seen, left), False) if stopped else (f"exit code {code}" if code else "", False)
+        if stopped and (len(signals) == 1 or chance.random() < 0.5):
+            wrong, rerun = wrong or ends_otherwise(case, left, whole, meta["rows"]), True
+        wrong = wrong or ("" if not case.final.exists() or case.final.read_bytes() == whole else "another output")
+        name = signals.pop(0).name if stopped or wrong else "none"
+        yield {"signal": name, "seen": len(seen), "left": len(left), "rerun": rerun, "trouble": wrong}
+        if case.final.exists() or wrong:
+            shutil.rmtree(case.folder)
 
 
 def main(settings: str, folder: str, seed: str, count: str) -> None:

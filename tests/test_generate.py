@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-import helpers
 import pytest
+import torch
 
+from expo import cli
 from expo import generate as verb
 from expo.backends import transformers as backend
+from expo.backends.torch_tools import run_dtype
 from expo.config import GenerateConfig
 from expo.errors import EnvironmentFailure, InputError
 
@@ -294,6 +292,66 @@ def test_a_prompt_longer_than_the_context_is_a_marked_row(llama_pair, tmp_path):
     assert "the model takes 128" in errors[0]["reason"]
 
 
+def test_rows_that_cannot_be_otherwise_are_marked_once_and_start_no_engine_again(llama_pair, tmp_path, monkeypatch):
+    """A prompt that is too long, one the chat template refuses, and one it makes no tokens of."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% if messages[0]['content'] == 'w13' %}{{ raise_exception('no w13') }}{% endif %}"
+        "{% if messages[0]['content'] != 'w14' %}{{ bos_token }}<|user|>{{ messages[0]['content'] }}{% endif %}"
+    )
+    prompts = ["w1", " ".join(["w7"] * 200), "w13", "", "w14", "w2"]
+    task = write_rows(tmp_path / "q.jsonl", [{"prompt": prompt} for prompt in prompts])
+    words = ["generate", str(task), "--model", str(llama_pair[1]), "--engine", "transformers", "--max-tokens", "4"]
+    words += ["--chat-template", str(template), "--output-dir", str(tmp_path), "--name", "m"]
+    assert cli.run(words) == 3
+    final, meta = tmp_path / "outputs_q" / "m.jsonl", tmp_path / "outputs_q" / "m.meta.json"
+    reasons = {error["row"]: error["reason"] for error in json.loads(meta.read_text())["errors"]}
+    assert set(reasons) == {1, 2, 4}
+    assert "the model takes 128" in reasons[1]
+    assert reasons[2].endswith("refuses it: no w13")
+    assert reasons[4] == "the chat template makes no tokens of it"
+    assert all((row["length"] > 0) == (number not in reasons) for number, row in enumerate(rows_of(final)))
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in (final, meta)]
+    generated = count_rows(monkeypatch)
+    assert cli.run(words) == 3
+    assert generated == []
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in (final, meta)] == before
+
+
+def test_too_little_memory_is_one_line_and_keeps_the_rows(llama_pair, prompt_file, tmp_path, monkeypatch):
+    """With the CPU's own error, which is a plain RuntimeError."""
+    whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
+    original = backend.sampling_noise
+
+    def greedy(seed, request):
+        return torch.empty(1 << 50) if request.id == "0" else original(seed, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "sampling_noise", greedy)
+        message = "^out of memory; --batch-tokens lowers the need, and the same command goes on$"
+        with pytest.raises(EnvironmentFailure, match=message):
+            verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+    journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
+    assert len(journal.read_text().splitlines()) > 1
+    assert verb.run(settings(llama_pair[1], prompt_file, tmp_path)).output.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "has_bfloat16", "nbytes", "expected"),
+    [
+        ("auto", "cpu", False, 1, "float32"),
+        ("auto", "cpu", True, 1, "auto"),
+        ("auto", "cpu", False, 1 << 60, "auto"),
+        ("bfloat16", "cpu", False, 1, "bfloat16"),
+    ],
+)
+def test_auto_is_float32_where_the_cpu_has_no_bfloat16_and_the_weights_fit(
+    monkeypatch, dtype, device, has_bfloat16, nbytes, expected
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    assert run_dtype(dtype, device, nbytes) == expected
+
+
 def test_answers_stop_at_the_context(llama_pair, tmp_path):
     task = write_rows(tmp_path / "q.jsonl", [{"prompt": " ".join(["w7"] * 120)}])
     row = rows_of(verb.run(settings(llama_pair[1], task, tmp_path, max_tokens=50)).output)[0]
@@ -399,38 +457,3 @@ def test_exit_codes_and_streams_of_the_program(llama_pair, prompt_file, tmp_path
     write_rows(prompt_file, [{"prompt": " ".join(["w7"] * 200)}, {"prompt": "w1"}])
     partly = run_expo(*arguments, "--output-dir", tmp_path / "b")
     assert partly.code == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_process_is_continued(trained, alpaca_data, tmp_path, run_expo, stop):
-    arguments = ["generate", "alpaca", "--dataset", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
-    arguments += ["--model", trained / "tiny-dpo", "--engine", "transformers", "--limit", 48, "--max-tokens", 24]
-    arguments += ["--batch-tokens", 400, "--dtype", "float32"]
-    whole = run_expo(*arguments, "--output-dir", tmp_path / "whole")
-    assert whole.code == 0, whole.stderr
-    folder = tmp_path / "killed" / "outputs_alpaca"
-    with subprocess.Popen(
-        helpers.expo_command(*arguments, "--output-dir", folder.parent),
-        env=helpers.environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        wait_for_rows(folder / ".tiny-dpo.journal.jsonl", 8, process)
-        os.kill(process.pid, stop)
-        code = process.wait(60)
-    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[stop]
-    assert not (folder / "tiny-dpo.json").exists()
-    assert not (folder / "tiny-dpo.meta.json").exists()
-    again = run_expo(*arguments, "--output-dir", folder.parent)
-    assert again.code == 0, again.stderr
-    assert (folder / "tiny-dpo.json").read_bytes() == (tmp_path / "whole/outputs_alpaca/tiny-dpo.json").read_bytes()
-    assert json.loads((folder / "tiny-dpo.meta.json").read_text())["rows_this_run"] < 48
-
-
-def wait_for_rows(journal: Path, rows: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= rows:
-        assert process.poll() is None, "it ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -1,0 +1,47 @@
+"""Both engines stopped at random moments of their work, by `kills.py`: no row in the journal is lost or made again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers import environment
+
+KILLS = Path(__file__).with_name("kills.py")
+ENGINES = {
+    "transformers": {"batch_tokens": 250},  # five batches
+    "vllm": {"engine_arg": ["max_num_seqs=4"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_ten_kills_at_random_moments_lose_no_row(trained, alpaca_data, tmp_path, engine):
+    instructions = [row["instruction"][:200] for row in json.loads(
+        (alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json").read_text())[:18]]  # fmt: skip
+    task = tmp_path / "q.jsonl"
+    task.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in instructions))
+    settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "engine": engine, "max_tokens": 12}
+    results = stops({**settings, **ENGINES[engine]}, tmp_path, seed=1, count=10)
+    counts = Counter(result["signal"] for result in results)
+    assert {name: count for name, count in counts.items() if name != "none"} == {
+        "SIGKILL": 10,
+        "SIGTERM": 1,
+        "SIGINT": 1,
+    }
+    assert len({result["left"] for result in results}) > 2, "the stops came all at one moment"
+
+
+def stops(settings: dict[str, object], folder: Path, *, seed: int, count: int) -> list[dict[str, object]]:
+    """All results of `kills.py`, which are shown where one is wrong."""
+    command = [sys.executable, str(KILLS), json.dumps(settings), str(folder), str(seed), str(count)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    report = "\n".join([*done.stdout.splitlines(), done.stderr])
+    assert done.returncode == 0, report
+    assert [result["trouble"] for result in results if result["trouble"]] == [], report
+    return results

@@ -1,0 +1,67 @@
+"""Progress of answers: a bar on a terminal, a line a minute elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import struct
+import sys
+import termios
+
+import pytest
+
+from expo.progress import AnswersProgress, answers_progress
+
+
+class Silent:
+    """A bar that is not shown."""
+
+    disable = True
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+def test_a_terminal_shows_rows_tokens_per_second_the_time_left_and_when_the_first_row_came(monkeypatch):
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with open(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = answers_progress(40, initial=8)
+        progress.update(2, 100)
+        progress.update(10, 900)
+        progress.close()
+    shown = os.read(master, 1 << 16).decode().split("\r")
+    os.close(master)
+    assert any("8/40 rows" in line for line in shown)
+    last = [line for line in shown if line.strip()][-1]
+    assert "20/40 rows" in last
+    assert " left, " in last
+    assert "tokens/s, first row after 0.0 s" in last
+
+
+def test_a_log_file_gets_a_line_a_minute(caplog, capsys):
+    now = [0.0]
+    progress = AnswersProgress(Silent(), 100, 20, clock=lambda: now[0])
+    with caplog.at_level(logging.INFO, "expo"):
+        for second in range(1, 151):
+            now[0] = float(second)
+            if second % 5 == 0:
+                progress.update(2, 500)
+        progress.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "44 of 100 rows, 100 tokens/s, first row after 5.0 s, 0:02:20 left",
+        "68 of 100 rows, 100 tokens/s, first row after 5.0 s, 0:01:20 left",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("total", [0, 3])
+def test_a_short_run_says_nothing_in_a_log_file(total, caplog, capsys):
+    progress = answers_progress(total)
+    for _ in range(total):
+        progress.update(1, 10)
+    progress.close()
+    assert caplog.records == []
+    assert capsys.readouterr().err == ""
