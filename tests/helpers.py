@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,3 +288,12 @@ def raw_safetensors(file: Path, header: object, data: bytes = b"", *, length: in
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
     """One tensor's entry of a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def wait_for_rows(journal: Path, rows: int, process: subprocess.Popen[Any]) -> None:
+    """Wait until a journal has more than that many lines."""
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") <= rows:
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -7,9 +7,9 @@ import shlex
 
 import pytest
 
-from expo import cli, config
+from expo import cli, config_files
 from expo.arguments import arguments_of, shown
-from expo.config import GenerateConfig
+from expo.config import RULES, GenerateConfig
 
 OTHERWISE = {
     "task": "my prompts.jsonl", "model": "a/b@main", "overwrite": True, "dry_run": True, "output_dir": "-out",
@@ -18,6 +18,9 @@ OTHERWISE = {
     "system": "-You're 'brief'\n", "n": 2, "tensor_parallel": 2, "data_parallel": 3, "part": "1/3", "join": 3,
     "batch_tokens": 7, "temperature": 0.30000000000000004, "top_k": -1, "top_p": 0.1, "presence_penalty": -1.5,
     "frequency_penalty": 0.0, "seed": 0, "max_tokens": 1, "stop_token_id": (1, 2),
+    "sft": "c/d", "dpo": "-my dpo", "alpha": -0.5, "alpha_for": ("a=1", "b c=2"), "exclude": ("norm",),
+    "missing": "copy-dpo", "vocab": "common", "allow_pickle": True, "allow_nonfinite": True,
+    "base_url": "http://localhost:1/v1", "concurrency": 5,
 }  # fmt: skip
 """A value other than the default for every setting."""
 
@@ -46,11 +49,14 @@ def resolved(monkeypatch):
 
 
 def test_every_setting_is_handed_on(resolved):
-    assert OTHERWISE.keys() == config.field_names("generate"), "a new setting belongs here too"
+    assert OTHERWISE.keys() == config_files.field_names("generate"), "a new setting belongs here too"
     alone = {"part": None, "join": None, "data_parallel": 1}
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", *RULES)}
     for cut in alone:
-        made = GenerateConfig(**{**OTHERWISE, **alone, cut: OTHERWISE[cut]})
-        assert resolved(arguments_of(made)) == made
+        for source in (no_pair, {"model": None}):
+            made = GenerateConfig(**{**OTHERWISE, **alone, cut: OTHERWISE[cut], **source})
+            assert resolved(arguments_of(made)) == made
 
 
 def test_a_setting_that_a_file_changed_back_is_handed_on(resolved, tmp_path):

@@ -130,7 +130,7 @@ REFUSED: dict[str, Bad] = {
     "DPO is missing": Bad("no such directory: ./none/x/y", args=("--dpo", "./none/x/y", *GOOD)),
     "no such hub id": Bad("nobody/nothing is neither a local directory nor", args=("--dpo", "nobody/nothing", *GOOD)),
     "a token in a URL": Bad(
-        "no such directory: https://me:hf_…@hub/a/b", args=("--sft", f"https://me:{SECRET}@hub/a/b", *GOOD)
+        "no such directory: https://…@hub/a/b", args=("--sft", f"https://me:{SECRET}@hub/a/b", *GOOD)
     ),
     "SFT is a file": Bad("is a file; give the checkpoint's directory", args=("--sft", "{root}/sft/config.json", *GOOD)),
     "a name with a newline": Bad("no such directory: a\\nb/c/d", args=("--sft", "a\nb/c/d", *GOOD)),

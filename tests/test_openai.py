@@ -217,12 +217,16 @@ def test_a_row_that_is_refused_is_marked_and_the_others_go_on(generate, server, 
     assert len(server.asked) == 9
 
 
-def test_text_that_cannot_be_sent_fails_its_row(generate, server, prompt_file):
-    with prompt_file.open("a") as file:
-        file.write('{"prompt": "half a pair: \\ud83d"}\n')
-    result = generate()
+def test_an_answer_that_cannot_be_sent_back_fails_the_next_turn(generate, server, tmp_path):
+    questions = tmp_path / "question.jsonl"
+    rows = [{"question_id": row, "category": "math", "turns": [f"{row}?", f"{row}!"]} for row in (81, 82)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.script = {"81?": [answer("half a pair: \ud83d")]}
+    result = generate(task="mtbench", dataset=str(questions))
     assert result.failed == 1
-    assert sorted(server.asked) == PROMPTS
+    assert sorted(server.asked) == ["81?", "82!", "82?"]
+    turns = [{"role": "user", "content": "82?"}, {"role": "assistant", "content": "82?"}]
+    assert server.seen[-1]["messages"] == [*turns, {"role": "user", "content": "82!"}]
     assert "UTF-8 cannot hold" in json.loads(result.meta.read_text())["errors"][0]["reason"]
 
 

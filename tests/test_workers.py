@@ -12,7 +12,8 @@ from pathlib import Path
 
 import helpers
 import pytest
-from test_generate import settings, wait_for_rows
+from helpers import wait_for_rows
+from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
 from expo import generate as verb
