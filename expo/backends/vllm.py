@@ -14,16 +14,18 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
+from multiprocessing import active_children
 from typing import Any
 
 import psutil
 
 from expo.backends import Completion, GeneratorSetup, Key, Request
 from expo.backends.torch_tools import is_out_of_memory
+from expo.backends.watched import WatchedSteps
 from expo.checkpoint import read_config
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 
@@ -109,6 +111,8 @@ def _running() -> Iterator[None]:
     """Turn whatever ends the engine's work into one line: it has died, and a new one is needed."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         advice = f"{MEMORY_ADVICE}; " if is_out_of_memory(error) else ""
         reason = f"{type(error).__name__}: {_reason(error)}"
@@ -152,7 +156,11 @@ class VllmGenerator:
         _prepare_environment()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            others = active_children()
             self._llm: Any = _start(setup)
+        processes = [process for process in active_children() if process not in others]
+        step = self._llm.llm_engine.step
+        self._step: Callable[[], Any] = WatchedSteps(step, processes) if processes else step
         self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
         self.step_seconds = 0.0
 
@@ -164,16 +172,17 @@ class VllmGenerator:
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo]
         params_of = functools.cache(self._params)  # rows share them: vLLM copies them for each request
         params = [params_of(request.temperature, request.sample, request.max_tokens) for request in todo]
-        try:
-            engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
+        with _running():
+            try:
+                engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
             started = time.perf_counter()
             with _running():
-                outputs = engine.step()
+                outputs = self._step()
             self.step_seconds += time.perf_counter() - started
             finished = [
                 _completion(by_id[output.request_id.split("-")[0]], output) for output in outputs if output.finished
