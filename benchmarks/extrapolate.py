@@ -11,7 +11,9 @@ Makes random bfloat16 Llama pairs with different shard layouts on each side (kep
 - with --mergekit PROGRAM, the same by a `mergekit-yaml` of another environment,
 
 compares every weight with float64, and prints a Markdown table. A ratio is the median over rounds of two runs side
-by side; its interval holds the true median with at least 95 %.
+by side; its interval holds the true median with at least 95 %. A round takes its ways in an order drawn at random,
+with a pause before each: memory just set free is cheaper to take again than what a virtual machine gave back to its
+host in the meantime, and expo begins to write seconds after its start.
 
     python benchmarks/extrapolate.py --work /tmp/expo-bench --pair 1b --rounds 11 --fsync --several --paper 3
 """
@@ -22,11 +24,13 @@ import argparse
 import json
 import math
 import os
+import random
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +42,7 @@ from safetensors.torch import save_file
 ALPHA = 0.3
 SEVERAL = (0.1, 0.2, 0.3, 0.5)
 CHECK_ELEMENTS = 1 << 22
+PAUSE_S = 5.0
 
 TINY_LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
 LARGER = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 34, "num_key_value_heads": 8}
@@ -273,11 +278,12 @@ def ways(options: argparse.Namespace, sft: Path, dpo: Path) -> dict[str, Way]:
 
 
 def run_all(found: dict[str, Way], sft: Path, dpo: Path) -> tuple[dict[str, list[Run]], dict[str, Exactness]]:
-    """Every way in turn, round after round."""
+    """Every way once a round, in an order of its own."""
     runs: dict[str, list[Run]] = {name: [] for name in found}
     exact: dict[str, Exactness] = {}
+    chance = random.Random(0)
     for number in range(-1, max(way.rounds for way in found.values())):
-        for name, way in found.items():
+        for name, way in chance.sample(list(found.items()), len(found)):
             if number >= way.rounds or (number < 0 and name not in ("floor", "expo")):
                 continue
             run = measure(way.command, way.manifest)
@@ -287,6 +293,7 @@ def run_all(found: dict[str, Way], sft: Path, dpo: Path) -> tuple[dict[str, list
                 exact[name] = check(sft, dpo, way.folder)
             shutil.rmtree(way.folder)
             os.sync()
+            time.sleep(PAUSE_S)
     return runs, exact
 
 

@@ -18,8 +18,8 @@ Few enough that rows differ by many steps of bfloat16, or all their roundings wo
 """
 FEW_ELEMENTS = 1 << 18
 """Up to here norms are taken in float32 throughout, where row norms rounded to the tensors' type would show."""
-SAMPLING = 4
-"""Of larger pieces `sampled_norms` measures every fourth row."""
+SAMPLING = 17
+"""Of larger pieces `sampled_norms` measures every 17th row: an odd number, so that all columns of a matrix are met."""
 WIDE_BLOCK = 1 << 16
 """Elements converted to a wider type at a time, which stay in the processor's cache."""
 MOST_VIEWS = 16
@@ -46,10 +46,18 @@ class _Rows(NamedTuple):
 
     values: Tensor
     whole: Tensor  # [rows, NORM_ROW]
-    sample: Tensor  # [rows / SAMPLING, NORM_ROW], every fourth of them
     rest: Tensor
     norms: Tensor  # [rows], of the tensor's type
     wide_norms: Tensor
+
+
+class _Sample(NamedTuple):
+    """Some rows of a tensor, with room for them in a wider type."""
+
+    values: Tensor
+    rows: Tensor  # [rows / SAMPLING, NORM_ROW]
+    wide: Tensor  # likewise
+    flat: Tensor  # the same room as one axis
 
 
 class Scratch:
@@ -63,6 +71,7 @@ class Scratch:
         self._delta = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._last_delta = self._delta
         self._rows: dict[int, _Rows] = {}
+        self._samples: dict[int, _Sample] = {}
         self._wide: dict[torch.dtype, Tensor] = {}
         self._tile = torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -83,7 +92,18 @@ class Scratch:
             whole = values[: len(values) - rest].view(count, NORM_ROW)
             wide = norms.to(torch.promote_types(values.dtype, torch.float32))
             rests = values[len(values) - rest :]
-            known = self._rows[id(values)] = _Rows(values, whole, whole[::SAMPLING], rests, norms, wide)
+            known = self._rows[id(values)] = _Rows(values, whole, rests, norms, wide)
+        return known
+
+    def sample(self, values: Tensor, dtype: torch.dtype) -> _Sample:
+        """Every row that `SAMPLING` says of a tensor of one axis, to be widened to `dtype`."""
+        known = self._samples.get(id(values))
+        if known is None or known.values is not values or known.wide.dtype != dtype:
+            if len(self._samples) >= MOST_VIEWS:
+                self._samples.clear()
+            rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)[::SAMPLING]
+            wide = torch.empty(rows.shape, dtype=dtype, device=values.device)
+            known = self._samples[id(values)] = _Sample(values, rows, wide, wide.view(-1))
         return known
 
     def wide(self, dtype: torch.dtype, elements: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +171,7 @@ def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = Fal
 
 
 def sampled_norms(sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
-    """‖d − s‖² and ‖s‖²; of large pieces estimated from every fourth run of NORM_ROW elements.
+    """‖d − s‖² and ‖s‖²; of large pieces estimated from every 17th run of NORM_ROW elements.
 
     Exact norms would cost as much as all the rest of the arithmetic. Where no sampled element differs, all are
     looked at: an estimate of 0 is a true 0.
@@ -161,15 +181,16 @@ def sampled_norms(sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
         dpo: d, same shape.
         scratch: Work space on the same device.
     """
-    if not _has_own_norms(sft, dpo):
+    if len(sft) < FEW_ELEMENTS:
         return pair_norms(sft, dpo, scratch)
-    s, d = scratch.rows(sft).sample, scratch.rows(dpo).sample
-    room = scratch.rows(scratch.delta(s))
-    delta = _squared(torch.sub(d, s, out=room.whole), room)
+    dtype = wider(sft, dpo)
+    s, d = scratch.sample(sft, dtype), scratch.sample(dpo, dtype)
+    d.wide.copy_(d.rows).sub_(s.wide.copy_(s.rows))
+    delta = float(d.flat.dot(d.flat))
     if delta == 0:
         return pair_norms(sft, dpo, scratch)
-    scale = len(sft) / s.numel()
-    return Norms(scale * delta, scale * _squared(s, room), sampled=True)
+    scale = len(sft) / len(s.flat)
+    return Norms(scale * delta, scale * float(s.flat.dot(s.flat)), sampled=True)
 
 
 def _has_own_norms(sft: Tensor, dpo: Tensor) -> bool:
@@ -288,9 +309,12 @@ def delta_norms(sft: Tensor, delta: Tensor, scratch: Scratch, *, of_dpo: bool = 
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or infinite; `aminmax` hands on a NaN, and is much faster than `isfinite`.
+    """Whether no element is NaN or infinite.
+
+    A sum hands on a NaN or an infinity and is much faster than `isfinite`; one that is not finite itself proves
+    nothing, since it may have overflowed, and the extremes decide.
 
     Args:
         values: Any floating-point dtype and shape, at least one element.
     """
-    return all(bool(bound.isfinite()) for bound in values.aminmax())
+    return math.isfinite(values.sum()) or all(bool(bound.isfinite()) for bound in values.aminmax())

@@ -15,6 +15,7 @@ ALPHAS = (0.1, 0.3, 0.5, -1.0, -0.7, -2.0, 8.0, 25.0)
 SIXTEEN_BIT = {torch.bfloat16: 2.0**100, torch.float16: 600.0}
 """Type → magnitude up to which no α above overflows."""
 SIDES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
 
 def every_value(dtype: torch.dtype) -> torch.Tensor:
@@ -157,6 +158,34 @@ def test_one_weight_that_differs_is_never_overlooked(place: int) -> None:
     assert rules.sampled_norms(sft, dpo, SCRATCH).delta > 0
 
 
+@pytest.mark.parametrize("width", [1024, 2048, 4096, 2560, 7168])
+def test_sampled_norms_meet_every_column(width: int) -> None:
+    sft = torch.ones((1 << 19) // width * width, dtype=torch.bfloat16)
+    for first in range(0, width, rules.NORM_ROW):
+        dpo = sft.clone()
+        dpo.view(-1, width)[:, first : first + rules.NORM_ROW] = 1.5
+        exact, found = rules.pair_norms(sft, dpo, SCRATCH), rules.sampled_norms(sft, dpo, SCRATCH)
+        assert found.sampled
+        assert found.delta == pytest.approx(exact.delta, rel=0.5)
+
+
+@given(
+    count=st.integers(1, 3000),
+    dtype=st.sampled_from(SIDES),
+    size=st.sampled_from([0.0, 1.0, 6e4, 1e38]),
+    strange=st.lists(
+        st.tuples(st.integers(0), st.sampled_from([float("nan"), float("inf"), -float("inf")])), max_size=3
+    ),
+)
+def test_finite_is_what_isfinite_says(
+    count: int, dtype: torch.dtype, size: float, strange: list[tuple[int, float]]
+) -> None:
+    values = torch.full((count,), size).to(dtype)
+    for place, value in strange:
+        values[place % count] = value
+    assert rules.is_finite(values) == bool(values.isfinite().all())
+
+
 @pytest.mark.parametrize("types", [(a, b) for a in SIDES for b in SIDES], ids=str)
 def test_scratch_changes_nothing(types: tuple[torch.dtype, torch.dtype]) -> None:
     generator = torch.Generator().manual_seed(7)
@@ -172,7 +201,7 @@ def test_scratch_changes_nothing(types: tuple[torch.dtype, torch.dtype]) -> None
     seed=st.integers(0, 2**32),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     size=st.sampled_from([1.0, 100.0, 3e4, 1e38]),
-    strange=st.sampled_from([None, float("nan"), float("inf"), -float("inf")]),
+    strange=st.sampled_from([None, *NOT_FINITE]),
 )
 def test_what_the_norms_call_finite_is_finite(
     alpha: float, seed: int, dtype: torch.dtype, size: float, strange: float | None
