@@ -1,6 +1,6 @@
 """How fast `expo generate` is beside bare vLLM, and its transformers engine beside batches of 8 in input order.
 
-Runs whole processes in turn, round after round, on the instructions of a JSON file:
+Runs whole processes on the instructions of a JSON file, each once a round, in an order drawn at random:
 
 - `expo generate --engine vllm`,
 - bare vLLM: what a user would write, with the engine arguments expo takes, `LLM.generate` with the same sampling
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -255,8 +256,9 @@ def main() -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as expo sets it
     with tempfile.TemporaryDirectory() as folder:
         found = ways(options, Path(folder))
+        chance = random.Random(0)
         for _ in range(options.rounds):
-            for way in found.values():
+            for way in chance.sample(list(found.values()), len(found)):
                 way.figures.append(run_once(way))
     print(
         "| way | runs | wall (range) | × its base | generating | × its base | tokens/s | × its base | outside steps |"

@@ -1,7 +1,8 @@
 """One command for a machine with a GPU: is θ(α) computed there right, fast, and in little memory?
 
 Writes a pair, makes θ(α) on the CPU and on the GPU, and prints how many weights differ and by how much, the
-throughput beside that of the disk (or page cache) and of the bus, and the device memory used.
+throughput beside that of the disk (or page cache) and of the bus, and the most device memory that a run took (its CUDA
+context included; anything else that runs on the device counts too).
 
     python benchmarks/gpu.py --work /tmp/expo-gpu
     pytest -m gpu
@@ -14,6 +15,7 @@ import json
 import shutil
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +24,35 @@ from extrapolate import ALPHA, make_pair, measure, open_all
 
 BLOCK_BYTES = 16 << 20
 BUS_ROUNDS = 64
+SAMPLE_S = 0.01
+
+
+class DeviceMemory:
+    """The most device memory that is taken beyond the start while the body runs; 0 on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.most_bytes = 0
+        self._device = torch.device(device)
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> DeviceMemory:
+        if self._device.type == "cuda":
+            self._free_before = self._free()
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._device.type == "cuda":
+            self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SAMPLE_S):
+            self.most_bytes = max(self.most_bytes, self._free_before - self._free())
+
+    def _free(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0]
 
 
 def combine_seconds(sft: Path, dpo: Path, output: Path, device: str, workers: int | None) -> float:
@@ -81,10 +112,12 @@ def main() -> None:
     sft, dpo = make_pair(options.work, "1b")
     cpu, gpu = options.work / "cpu", options.work / "gpu"
     combine_seconds(sft, dpo, cpu, "cpu", options.workers)
-    floors, seconds = [], []
+    floors, seconds, taken = [], [], []
     for _ in range(options.rounds):
         floors.append(disk_seconds(sft, dpo, options.work / "copy"))
-        seconds.append(combine_seconds(sft, dpo, gpu, options.device, options.workers))
+        with DeviceMemory(options.device) as memory:
+            seconds.append(combine_seconds(sft, dpo, gpu, options.device, options.workers))
+        taken.append(memory.most_bytes)
     count, differ, steps = compare(cpu, gpu)
     nbytes = sum(file.stat().st_size for side in (sft, dpo) for file in side.glob("*.safetensors"))
     figures = {
@@ -98,7 +131,7 @@ def main() -> None:
     if options.device.startswith("cuda"):
         bus = bus_bytes_per_second(torch.device(options.device))
         figures |= {"device": torch.cuda.get_device_name(), "bus, GB/s": round(bus / 1e9, 1)}
-        figures["bus alone, s"] = round(nbytes / bus, 3)
+        figures |= {"bus alone, s": round(nbytes / bus, 3), "device memory, MB": round(max(taken) / 1e6)}
     print(json.dumps(figures, indent=2, ensure_ascii=False))
 
 

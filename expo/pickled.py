@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from expo.checkpoint import (
     BIN_FILE,
@@ -33,6 +33,7 @@ from expo.errors import EnvironmentFailure, InputError, first_line
 from expo.files import HEAD_BYTES, open_file, stand_in
 from expo.hub import Location
 from expo.safetensors_header import MAX_HEADER_BYTES
+from expo.tied import ties_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,11 +69,6 @@ METADATA = {"format": "pt"}
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 """What the names of output heads end in."""
-
-TIED_BY_DEFAULT = frozenset(
-    {"bloom", "cohere", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
-)
-"""Model types whose config.json leaves tie_word_embeddings out where it is true."""
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """What training wrappers put before every name."""
@@ -171,18 +167,12 @@ def _output_name(checkpoint: Checkpoint, number: int) -> str:
 
 
 def _tied_heads(checkpoint: Checkpoint) -> set[str]:
-    if not _ties_embeddings(checkpoint.config):
+    if not ties_head(checkpoint.config):
         return set()
     places = {name: replace(info, name="") for name, info in checkpoint.tensors.items()}
     heads = {name for name in places if f".{name}".endswith(tuple(f".{head}" for head in HEADS))}
     embeddings = {place for name, place in places.items() if name not in heads}
     return {name for name in heads if places[name] in embeddings}
-
-
-def _ties_embeddings(config: dict[str, Any]) -> bool:
-    tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
-    said = [table["tie_word_embeddings"] for table in tables if "tie_word_embeddings" in table]
-    return all(said) if said else config.get("model_type") in TIED_BY_DEFAULT
 
 
 # --- one file -----------------------------------------------------------------------------------------------------

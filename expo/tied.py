@@ -22,6 +22,11 @@ TIED_HEADS = (
 )
 """Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
 
+TIED_BY_DEFAULT = frozenset(
+    {"bloom", "cohere", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
+)
+"""Model types whose config.json leaves tie_word_embeddings out where it is true."""
+
 
 def config_tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A model's config and the tables in it, such as a multimodal model's `text_config`."""
@@ -30,6 +35,8 @@ def config_tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def ties_head(config: dict[str, Any]) -> bool | None:
-    """Whether a model takes its embedding for its head; None where the config is silent."""
-    flags = [table["tie_word_embeddings"] for table in config_tables(config) if "tie_word_embeddings" in table]
-    return bool(flags[0]) if flags else None
+    """Whether a model takes its embedding for its head; None where the config is silent or its tables disagree."""
+    flags = {bool(table["tie_word_embeddings"]) for table in config_tables(config) if "tie_word_embeddings" in table}
+    if not flags and config.get("model_type") in TIED_BY_DEFAULT:
+        return True
+    return flags.pop() if len(flags) == 1 else None

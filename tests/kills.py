@@ -50,6 +50,9 @@ class Case:
     def lock(self) -> Path:
         return self.journal.with_name(self.journal.name + LOCK_SUFFIX)
 
+    def is_finished(self) -> bool:
+        return self.final.exists() and not self.journal.exists()
+
     def meta(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(self.final.with_name(f"{NAME}.meta.json").read_text())
         return content
@@ -98,19 +101,24 @@ def stop(case: Case, number: int, delay: float) -> tuple[int, list[bytes]]:
     return ended(child), seen
 
 
-def lost(case: Case, seen: list[bytes], left: list[bytes]) -> str:
-    """What is wrong after a stop."""
-    if left[: len(seen)] != seen:
+def lost(case: Case, seen: list[bytes], left: list[bytes], whole: bytes) -> str:
+    """What is wrong after a stop, which may have come after the end too."""
+    if not case.is_finished() and left[: len(seen)] != seen:
         return f"of {len(seen)} rows in the journal {len(left)} are left"
-    return "a final name before the end" if case.final.exists() else ""
+    if case.final.exists() and case.final.read_bytes() != whole:
+        return "a final name before the end"
+    return ""
 
 
 def ends_otherwise(case: Case, left: list[bytes], whole: bytes, total: int) -> str:
     """Go on to the end; what is wrong with it."""
+    finished = case.meta() if case.is_finished() else None
     if ended(forked(case.run)) != 0:
         return "the rerun failed"
     if case.final.read_bytes() != whole:
         return "the rerun ended otherwise"
+    if finished:
+        return "" if case.meta() == finished else "a finished output was made again"
     again = case.meta()["rows_this_run"] - (total - len(left))
     return f"{again} rows generated again" if again else ""
 
@@ -124,11 +132,13 @@ def stops(case: Case, seed: int, count: int) -> Iterator[dict[str, object]]:
     signals = [signal.SIGKILL] * count + [signal.SIGTERM, signal.SIGINT]
     while signals:
         code, seen = stop(case, signals[0], chance.random() * meta["generate_seconds"])
-        left, stopped = whole_rows(case.journal), code == CODES[signals[0]]
-        wrong, rerun = (lost(case, seen, left), False) if stopped else (f"exit code {code}" if code else "", False)
+        left, stopped, rerun = whole_rows(case.journal), code == CODES[signals[0]], False
+        if stopped:
+            wrong = lost(case, seen, left, whole)
+        else:
+            wrong = f"exit code {code}" if code else "" if case.final.read_bytes() == whole else "another output"
         if stopped and (len(signals) == 1 or chance.random() < 0.5):
             wrong, rerun = wrong or ends_otherwise(case, left, whole, meta["rows"]), True
-        wrong = wrong or ("" if not case.final.exists() or case.final.read_bytes() == whole else "another output")
         name = signals.pop(0).name if stopped or wrong else "none"
         yield {"signal": name, "seen": len(seen), "left": len(left), "rerun": rerun, "trouble": wrong}
         if case.final.exists() or wrong:

@@ -34,6 +34,7 @@ from expo import checkpoint, cli, extrapolate, pickled
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.pickled import read_pickled_checkpoint, read_pickled_shard
+from expo.tied import TIED_BY_DEFAULT
 
 CONFIG = '{"model_type": "tiny", "torch_dtype": "bfloat16"}'
 
@@ -341,7 +342,7 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(tmp_path: Path) -> N
 def test_the_model_types_tied_by_default_are_so_in_transformers() -> None:
     from transformers import AutoConfig
 
-    assert [name for name in pickled.TIED_BY_DEFAULT if not AutoConfig.for_model(name).tie_word_embeddings] == []
+    assert [name for name in TIED_BY_DEFAULT if not AutoConfig.for_model(name).tie_word_embeddings] == []
 
 
 # --- nothing runs ---------------------------------------------------------------------------------------------------

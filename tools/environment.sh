@@ -20,7 +20,10 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-pip_install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$root/tools/constraints.txt" "$@"; }
+# Python compiles what is imported; to compile all 26,000 files that vLLM brings along would take minutes.
+pip_install() {
+    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -c "$root/tools/constraints.txt" "$@"
+}
 
 # The CPU build where there is no GPU: the plain one would bring gigabytes of CUDA along on Linux.
 install_torch() {

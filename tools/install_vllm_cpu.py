@@ -40,8 +40,8 @@ def requirements(distribution: str) -> dict[str, str]:
 
 def pip(*words: str) -> None:
     """Run pip install; end with what it said where it fails (else it only lists what was left out on purpose)."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
-    done = subprocess.run([*command, *words], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
+    done = subprocess.run([*command, "-c", str(CONSTRAINTS), *words], check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from expo.backends import Generator, Key, load_generator
 from expo.checkpoint import read_json
 from expo.config import GenerateConfig
 from expo.generate.decide import Plan, plan
-from expo.generate.gather import Rows, is_covered, require_same_cut, whole_rows
+from expo.generate.gather import Rows, answered, by_key, is_covered, require_same_cut, whole_rows
 from expo.generate.rows import (
     RunFigures,
     failed_row,
@@ -22,7 +22,6 @@ from expo.generate.rows import (
     old_rows,
     part_meta,
     part_text,
-    row_key,
 )
 from expo.generate.turns import Turn, turn_of, unanswerable
 from expo.progress import answers_progress
@@ -64,13 +63,13 @@ def run_plan(work: Plan) -> Generated:
         work.items,
         overwrite=work.config.overwrite,
         old_rows=lambda meta: old_rows(work, meta),
-        hopeless=lambda meta: len(unanswerable(work, _by_key(old_rows(work, meta)))),
+        hopeless=lambda meta: len(unanswerable(work, by_key(old_rows(work, meta)))),
     )
     if journal is None:
         meta = read_json(work.files.meta)
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
-        done = _by_key(row for row in journal.rows if row["finish_reason"] != "error")
+        done = answered(journal.rows)
         extends = bool(kept) or (bool(done) and work.files.final.exists())
         done |= kept
         run_figures, too_long = _generate(work, journal, done)
@@ -80,10 +79,6 @@ def run_plan(work: Plan) -> Generated:
         text = final_text(work, rows) if work.part is None else part_text(rows)
         work.files.finish(journal, text, meta if work.part is None else part_meta(work, meta, text), {})
     return Generated(work.files.final, work.files.meta, "written", len(rows), meta["failed"])
-
-
-def _by_key(rows: Iterable[Row]) -> dict[Key, Row]:
-    return {row_key(row): row for row in rows}
 
 
 def _kept_of_the_whole(work: Plan) -> Rows:
@@ -96,7 +91,7 @@ def _kept_of_the_whole(work: Plan) -> Rows:
     return {key: rows[key] for key in work.keys if key in rows}
 
 
-def _generate(work: Plan, journal: Journal, done: dict[Key, Row]) -> tuple[RunFigures, dict[Key, str]]:
+def _generate(work: Plan, journal: Journal, done: Rows) -> tuple[RunFigures, dict[Key, str]]:
     """Run the engine over the rows that are not in `done`, turn by turn, adding them to it and to the journal.
 
     Returns:
@@ -117,7 +112,7 @@ def _generate(work: Plan, journal: Journal, done: dict[Key, Row]) -> tuple[RunFi
             started = time.perf_counter()
         for rows in _finished_rows(turn, engine, work, done):
             journal.append(rows)
-            done |= _by_key(rows)
+            done |= by_key(rows)
     if engine is None:
         return RunFigures(), too_long
     new = [row for key, row in done.items() if key not in before]
@@ -133,12 +128,12 @@ def _generate(work: Plan, journal: Journal, done: dict[Key, Row]) -> tuple[RunFi
     return figures, too_long
 
 
-def _log_start(work: Plan, done: dict[Key, Row]) -> None:
+def _log_start(work: Plan, done: Rows) -> None:
     missing = [key for key in work.keys if key not in done and key not in work.first.too_long]
     log.info("%s: %d of %d rows to generate with %s", work.name, len(missing), len(work.keys), work.engine)
 
 
-def _finished_rows(turn: Turn, engine: Generator, work: Plan, done: dict[Key, Row]) -> Iterator[list[Row]]:
+def _finished_rows(turn: Turn, engine: Generator, work: Plan, done: Rows) -> Iterator[list[Row]]:
     finished = set(done)
     progress = answers_progress(len(turn.requests), initial=sum(one.key in finished for one in turn.requests))
     try:
