@@ -23,11 +23,12 @@ class Progress(Protocol):
         """The work has ended."""
 
 
-def bytes_bar(total: int, label: str) -> Progress:
-    """A bar in bytes, with GB/s and the time left."""
+def bytes_bar(total: int, label: str, *, shown: bool = True) -> Progress:
+    """A bar in bytes, with GB/s and the time left; also on a terminal nothing where it is not to be shown."""
     from tqdm import tqdm
 
-    bar: Progress = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+    off = None if shown else True
+    bar: Progress = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=off)
     return bar
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,17 +48,21 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         self._plan(model_config)
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
-        """Every tensor of θ(α), then what the model takes from elsewhere.
+        """Every tensor of θ(α), then what the model takes from elsewhere; the first rank shows a bar of it.
 
         Raises:
             InputError: The keys or the pair are at fault.
             EnvironmentFailure: Reading failed.
         """
         from expo.combine.tensors import Theta
+        from expo.progress import bytes_bar
 
         self.counter_before_loading_weights = time.perf_counter()
-        with Theta(self._plan(model_config).pair) as theta:
-            yield from theta
+        plan = self._plan(model_config).pair
+        with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
+            for name, tensor in theta:
+                bar.update(tensor.nbytes)
+                yield name, tensor
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
 
@@ -68,6 +73,12 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         model, revision = str(model_config.model), model_config.revision
         at = f"@{revision}" if revision and not Path(model).is_dir() else ""
         return plan_theta(theta_from(self._keys, model + at))
+
+
+def _is_first_rank() -> bool:
+    from vllm.distributed import get_world_group
+
+    return bool(get_world_group().rank == 0)
 
 
 @functools.cache  # vLLM warns of a loader that is registered twice
