@@ -6,7 +6,6 @@ Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`)
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
 import time
@@ -15,7 +14,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from expo.adapter.folders import output_side_files
@@ -226,7 +224,7 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
         output.verify()
     first_read, rules = time.time(), work.pair.rules
     with reading_ahead(_in_turn(work.pair)):
-        stream = _arithmetic()
+        from expo.combine import stream
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
@@ -255,13 +253,15 @@ def _in_turn(pair: PairPlan) -> list[Path]:
 def _write_shard(
     shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], disk: Background, progress: Progress
 ) -> None:
+    from expo.combine.stream import total_norms
+
     with ExitStack() as stack:
         files = []
         for output in staged:
             files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
             stack.callback(files[-1].close)
         pieces = combiner.run(shard.parts(), files, progress.update)
-        norms = _arithmetic().total_norms(norms for _, norms in pieces)
+        norms = total_norms(norms for _, norms in pieces)
         for output, file in zip(staged, files, strict=True):
             disk.submit(_finish_shard, output, file, shard, norms.delta, norms.sft)
         stack.pop_all()  # the files are the background's now
@@ -270,18 +270,6 @@ def _write_shard(
 def _finish_shard(output: StagedOutput, file: StagedShard, shard: ShardPlan, delta: float, sft: float) -> None:
     with closing(file):
         output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), delta, sft))
-
-
-def _arithmetic() -> ModuleType:
-    """`combine.stream`, which imports torch: a fifth faster without the garbage collector looking on."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        from expo.combine import stream
-    finally:
-        if collecting:
-            gc.enable()
-    return stream
 
 
 def _require_unchanged(work: Plan) -> None:

@@ -22,12 +22,17 @@ COMPARE = """
 import json, sys
 from expo.backends import load_generator
 from expo.config import GenerateConfig
+from expo.errors import InputError
 from expo.generate import plan
 
 def main():
     settings = json.loads(sys.argv[1])
     settings["engine_arg"] = ()
     answers = {}
+    try:
+        load_generator("vllm")(plan(GenerateConfig(**{**settings, "engine_arg": ("no_such=1",)}, engine="vllm")).setup)
+    except InputError as error:
+        answers["refused"] = str(error)
     for engine in ("transformers", "vllm"):
         work = plan(GenerateConfig(engine=engine, **settings))
         generator = load_generator(engine)(work.setup)
@@ -55,11 +60,17 @@ def both_engines(settings: dict[str, Any], folder: Path) -> dict[str, dict[str, 
 
 @pytest.mark.vllm
 def test_sampled_answers_follow_the_same_distribution_on_both_engines(trained, tmp_path):
-    """χ² over 1,500 samples, at the first token and at one that penalties, top-k and top-p have shaped."""
+    """χ² over 1,000 samples, at the first token and at one that penalties, top-k and top-p have shaped.
+
+    An engine argument that vLLM does not know is refused in one line, by the way.
+    """
     task = tmp_path / "q.jsonl"
     task.write_text('{"prompt": "What is a good way to learn a language?"}\n')
-    settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "dtype": "float32", "n": 1500, "max_tokens": 4}
+    settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "dtype": "float32", "n": 1000, "max_tokens": 4}
     answers = both_engines({**settings, "presence_penalty": 0.5, "frequency_penalty": 0.5}, tmp_path)
+    refused: Any = answers.pop("refused")
+    assert "no_such" in refused
+    assert "\n" not in refused
     for position in (0, 3):
         counts = [
             Counter(ids[position] for ids, _ in rows.values() if len(ids) > position) for rows in answers.values()
@@ -76,36 +87,6 @@ def homogeneity(ours: Counter[int], theirs: Counter[int]) -> tuple[float, int]:
     cells.append((ours.total() - sum(a for a, _ in cells), theirs.total() - sum(b for _, b in cells)))
     weight = (theirs.total() / ours.total()) ** 0.5
     return sum((a * weight - b / weight) ** 2 / (a + b) for a, b in cells if a + b), len(cells) - 1
-
-
-@pytest.mark.vllm
-def test_vllm_from_the_command_line(trained, alpaca_data, tmp_path, run_expo):
-    """auto takes vLLM here."""
-    dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
-    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--max-tokens", 32]
-    whole = run_expo(*arguments, "--output-dir", tmp_path / "a", "--limit", 24, "--json", timeout=300)
-    assert whole.code == 0, whole.stderr
-    assert "engine: vllm" in whole.stderr
-    assert json.loads(whole.stdout)["rows"] == 24  # one JSON object, none of vLLM's log
-    final = Path("outputs_alpaca/tiny-dpo.json")
-    meta = json.loads((tmp_path / "a" / "outputs_alpaca" / "tiny-dpo.meta.json").read_text())
-    assert meta["engine"] == "vllm"
-    assert meta["repeatable"] is True
-    assert meta["engine_step_seconds"] <= meta["generate_seconds"]
-    instructions = [row["instruction"] for row in json.loads(dataset.read_text())[:24]]
-    assert [row["instruction"] for row in json.loads((tmp_path / "a" / final).read_text())] == instructions
-
-
-@pytest.mark.vllm
-def test_vllm_refuses_a_bad_engine_argument_in_one_line(trained, tmp_path, run_expo):
-    task = tmp_path / "q.jsonl"
-    task.write_text('{"prompt": "hello"}\n')
-    arguments = ["generate", task, "--model", trained / "tiny-dpo", "--engine", "vllm", "--output-dir", tmp_path]
-    done = run_expo(*arguments, "--engine-arg", "no_such_argument=1", timeout=300)
-    assert done.code == 2
-    assert "no_such_argument" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "outputs_q" / "tiny-dpo.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", GENERATORS)

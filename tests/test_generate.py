@@ -444,16 +444,16 @@ def test_empty_prompts_file_and_missing_column(llama_pair, tmp_path):
         verb.plan(settings(llama_pair[1], write_rows(tmp_path / "c.jsonl", [{"prompt": "a"}, {"text": "b"}]), tmp_path))
 
 
-def test_exit_codes_and_streams_of_the_program(llama_pair, prompt_file, tmp_path, run_expo):
-    arguments = ["generate", prompt_file, "--model", llama_pair[1], "--engine", "transformers", "--max-tokens", 4]
-    done = run_expo(*arguments, "--output-dir", tmp_path, "--json")
-    assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["rows"] == 12
-    assert "Traceback" not in done.stderr
-    assert "\r" not in done.stderr  # no progress bar in a log file
-    refused = run_expo(*arguments, "--output-dir", tmp_path, "--temperature", 0)
-    assert (refused.code, refused.stdout) == (2, "")
-    assert refused.stderr.strip().splitlines()[-1].startswith("expo: error: ")
+def test_exit_codes_and_streams_of_the_program(llama_pair, prompt_file, tmp_path, run_expo, capsys):
     write_rows(prompt_file, [{"prompt": " ".join(["w7"] * 200)}, {"prompt": "w1"}])
-    partly = run_expo(*arguments, "--output-dir", tmp_path / "b")
-    assert partly.code == 3
+    arguments = ["generate", prompt_file, "--model", llama_pair[1], "--engine", "transformers", "--max-tokens", 4]
+    partly = run_expo(*arguments, "--output-dir", tmp_path, "--json")
+    assert partly.code == 3, partly.stderr
+    result = json.loads(partly.stdout)
+    assert (result["rows"], result["failed"]) == (2, 1)
+    assert "Traceback" not in partly.stderr
+    assert "\r" not in partly.stderr  # no progress bar in a log file
+    assert cli.run(list(map(str, [*arguments, "--output-dir", tmp_path, "--temperature", 0]))) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.strip().splitlines()[-1].startswith("expo: error: ")

@@ -231,12 +231,13 @@ def test_real_outputs_with_the_real_reward_model(trained, alpaca_data, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path, run_expo):
+def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path):
     arguments = ["score", "alpaca", "--name", "m", "--batch-tokens", 500, "--dtype", "float32", "--limit", 60]
     arguments += ["--outputs", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
     arguments += ["--reward-model", trained / "tiny-rm"]
-    whole = run_expo(*arguments, "--output-dir", tmp_path / "whole")
-    assert whole.code == 0, whole.stderr
+    shared = {"task": "alpaca", "batch_tokens": 500, "limit": 60}
+    shared["outputs"] = str(alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json")
+    verb.run(settings(trained / "tiny-rm", tmp_path / "whole", **shared))
     folder = tmp_path / "killed" / "rewards_alpaca"
     command = helpers.expo_command(*arguments, "--output-dir", folder.parent)
     with subprocess.Popen(
@@ -249,7 +250,6 @@ def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path, run_expo)
             time.sleep(0.01)
         os.kill(p.pid, signal.SIGKILL)
     assert {path.name for path in folder.iterdir()} == {".m.journal.jsonl", ".m.journal.jsonl.lock"}
-    again = run_expo(*arguments, "--output-dir", folder.parent)
-    assert again.code == 0, again.stderr
+    verb.run(settings(trained / "tiny-rm", folder.parent, **shared))
     for name in ("m.jsonl", "m.rows.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / "rewards_alpaca" / name).read_bytes()

@@ -138,7 +138,7 @@ def test_killed_workers_are_taken_up_again(crew_of, caplog):
         (FAIL, 1, "part 1/2: the disk is full"),
         (ROW + FAIL, MAX_STARTS, "part 1/2: the disk is full"),
         ("sys.exit(7)", MAX_STARTS, "part 1/2: exit code 7"),
-        ("print('one'); raise ValueError('a bug')", 1, "part 1/2: ValueError: a bug"),
+        ("print('one', flush=True); raise ValueError('a bug')", 1, "part 1/2: ValueError: a bug"),
     ],
 )
 def test_a_part_that_fails_again_and_again_ends_the_run_with_its_last_words(crew_of, program, starts, words):
