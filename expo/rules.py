@@ -18,8 +18,10 @@ Few enough that rows differ by many steps of bfloat16, or all their roundings wo
 """
 FEW_ELEMENTS = 1 << 18
 """Up to here norms are taken in float32 throughout, where row norms rounded to the tensors' type would show."""
+SAMPLED_BYTES = 1 << 20
+"""From here on `sampled_norms` estimates, which is the size of the stream's full pieces."""
 SAMPLING = 17
-"""Of larger pieces `sampled_norms` measures every 17th row: an odd number, so that all columns of a matrix are met."""
+"""It measures every 17th row then: an odd number, so that all columns of a matrix are met."""
 WIDE_BLOCK = 1 << 16
 """Elements converted to a wider type at a time, which stay in the processor's cache."""
 MOST_VIEWS = 16
@@ -171,7 +173,7 @@ def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = Fal
 
 
 def sampled_norms(sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
-    """‖d − s‖² and ‖s‖²; of large pieces estimated from every 17th run of NORM_ROW elements.
+    """‖d − s‖² and ‖s‖²; of pieces of SAMPLED_BYTES estimated from every 17th run of NORM_ROW elements.
 
     Exact norms would cost as much as all the rest of the arithmetic. Where no sampled element differs, all are
     looked at: an estimate of 0 is a true 0.
@@ -181,7 +183,7 @@ def sampled_norms(sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
         dpo: d, same shape.
         scratch: Work space on the same device.
     """
-    if len(sft) < FEW_ELEMENTS:
+    if max(sft.nbytes, dpo.nbytes) < SAMPLED_BYTES:
         return pair_norms(sft, dpo, scratch)
     dtype = wider(sft, dpo)
     s, d = scratch.sample(sft, dtype), scratch.sample(dpo, dtype)
