@@ -188,11 +188,11 @@ def sampled_norms(sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
     dtype = wider(sft, dpo)
     s, d = scratch.sample(sft, dtype), scratch.sample(dpo, dtype)
     d.wide.copy_(d.rows).sub_(s.wide.copy_(s.rows))
-    delta = float(d.flat.dot(d.flat))
+    delta = _sum_of_squares(d.flat)
     if delta == 0:
         return pair_norms(sft, dpo, scratch)
     scale = len(sft) / len(s.flat)
-    return Norms(scale * delta, scale * float(s.flat.dot(s.flat)), sampled=True)
+    return Norms(scale * delta, scale * _sum_of_squares(s.flat), sampled=True)
 
 
 def _has_own_norms(sft: Tensor, dpo: Tensor) -> bool:
@@ -208,7 +208,14 @@ def _squared_norm(values: Tensor, scratch: Scratch) -> float:
 def _squared(values: Tensor, room: _Rows) -> float:
     """‖values‖² of a matrix [rows, NORM_ROW]; the rows' norms go into the room."""
     wide = room.wide_norms.copy_(torch.linalg.vector_norm(values, dim=1, out=room.norms))
-    return float(wide.dot(wide))
+    return _sum_of_squares(wide)
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    """‖values‖² of one axis, float32 or float64."""
+    if values.is_cuda:  # where a dot product loads cuBLAS, which keeps tens of MB for each stream
+        return float(torch.linalg.vector_norm(values)) ** 2
+    return float(values.dot(values))
 
 
 def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> Norms:
@@ -216,7 +223,7 @@ def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> 
     for s, d in zip(torch.split(sft, WIDE_BLOCK), torch.split(dpo, WIDE_BLOCK), strict=True):
         size, other, delta = scratch.wide(wide, len(s))
         torch.sub(other.copy_(d), size.copy_(s), out=delta)
-        squares = [float(side.dot(side)) for side in ((delta, size, other) if of_dpo else (delta, size))]
+        squares = [_sum_of_squares(side) for side in ((delta, size, other) if of_dpo else (delta, size))]
         delta_squared, sft_squared, dpo_squared = [*squares, 0.0][:3]
         total = Norms(total.delta + delta_squared, total.sft + sft_squared, total.dpo + dpo_squared)
     return total
