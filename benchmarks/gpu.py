@@ -2,9 +2,10 @@
 
 Writes a pair, makes θ(α) on the CPU and on the GPU, and prints how many weights differ and by how much, the
 throughput beside that of the disk (or page cache) and of the bus, and the most device memory that a run took (its CUDA
-context included; anything else that runs on the device counts too).
+context included; anything else that runs on the device counts too). The disk alone is measured with as many threads and
+pieces of the same size: they read both sides and write one.
 
-    python benchmarks/gpu.py --work /tmp/expo-gpu
+    python benchmarks/gpu.py --work /tmp/expo-gpu --pair 2.5b
     pytest -m gpu
 """
 
@@ -12,15 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from extrapolate import ALPHA, make_pair, measure, open_all
+from extrapolate import ALPHA, PAIRS, make_pair, measure, open_all
+
+from expo.combine.stream import CUDA_PIECE_BYTES, default_workers
 
 BLOCK_BYTES = 16 << 20
 BUS_ROUNDS = 64
@@ -93,10 +100,39 @@ def bus_bytes_per_second(device: torch.device) -> float:
     return BLOCK_BYTES * BUS_ROUNDS / (time.perf_counter() - start)
 
 
-def disk_seconds(sft: Path, dpo: Path, copy: Path) -> float:
-    """Reading SFT and copying DPO."""
+def floor_seconds(sft: Path, dpo: Path, copy: Path) -> float:
+    """Reading SFT and copying DPO, as `cat` and `cp` do."""
     script = f'cat "{sft}"/*.safetensors > /dev/null && cp -r --reflink=never "{dpo}" "{copy}"'
     seconds = measure(["sh", "-c", script]).wall_s
+    shutil.rmtree(copy)
+    return seconds
+
+
+def disk_seconds(sft: Path, dpo: Path, copy: Path, threads: int) -> float:
+    """Reading both sides and writing one in pieces, with nothing in between."""
+    copy.mkdir()
+    own = threading.local()
+
+    def move(source: int, offset: int, target: int | None) -> None:
+        if not hasattr(own, "buffer"):
+            own.buffer = torch.empty(CUDA_PIECE_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        view = own.buffer.numpy().data
+        count = os.preadv(source, [view], offset)
+        if target is not None:
+            os.pwrite(target, view[:count], offset)
+
+    with ExitStack() as stack:
+        sides: list[list[tuple[int, int, int | None]]] = [[], []]
+        for side, folder in zip(sides, (sft, dpo), strict=True):
+            for file in sorted(folder.glob("*.safetensors")):
+                source = stack.enter_context(file.open("rb")).fileno()
+                target = stack.enter_context((copy / file.name).open("wb")).fileno() if folder == dpo else None
+                side += [(source, offset, target) for offset in range(0, file.stat().st_size, CUDA_PIECE_BYTES)]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            for moved in [pool.submit(move, *one) for both in zip_longest(*sides) for one in both if one]:
+                moved.result()
+        seconds = time.perf_counter() - start
     shutil.rmtree(copy)
     return seconds
 
@@ -104,17 +140,20 @@ def disk_seconds(sft: Path, dpo: Path, copy: Path) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for 9 GB of checkpoints; they are kept")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints; they are kept")
+    parser.add_argument("--pair", choices=sorted(PAIRS), default="1b", help="2.2 GB or 5 GB a side")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, help="threads, each with a stream of its own")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    sft, dpo = make_pair(options.work, "1b")
+    sft, dpo = make_pair(options.work, options.pair)
     cpu, gpu = options.work / "cpu", options.work / "gpu"
     combine_seconds(sft, dpo, cpu, "cpu", options.workers)
-    floors, seconds, taken = [], [], []
+    threads, copy = options.workers or default_workers(), options.work / "copy"
+    floors, disks, seconds, taken = [], [], [], []
     for _ in range(options.rounds):
-        floors.append(disk_seconds(sft, dpo, options.work / "copy"))
+        floors.append(floor_seconds(sft, dpo, copy))
+        disks.append(disk_seconds(sft, dpo, copy, threads))
         with DeviceMemory(options.device) as memory:
             seconds.append(combine_seconds(sft, dpo, gpu, options.device, options.workers))
         taken.append(memory.most_bytes)
@@ -124,15 +163,27 @@ def main() -> None:
         "weights": count,
         "differ from the CPU's": differ,
         "largest difference, steps": steps,
-        "combining, s": round(statistics.median(seconds), 3),
-        "floor (cat + cp), s": round(statistics.median(floors), 3),
-        "ratio": round(statistics.median(a / b for a, b in zip(seconds, floors, strict=True)), 3),
+        "combining, s": spread(seconds),
+        "floor (cat + cp), s": spread(floors),
+        "× the floor": median_ratio(seconds, floors),
+        "disk alone, s": spread(disks),
+        "throughput, × the disk's": median_ratio(disks, seconds),
     }
     if options.device.startswith("cuda"):
         bus = bus_bytes_per_second(torch.device(options.device))
         figures |= {"device": torch.cuda.get_device_name(), "bus, GB/s": round(bus / 1e9, 1)}
         figures |= {"bus alone, s": round(nbytes / bus, 3), "device memory, MB": round(max(taken) / 1e6)}
     print(json.dumps(figures, indent=2, ensure_ascii=False))
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """The median over the rounds of two figures' ratio."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from expo.combine.buffers import TORCH_DTYPES, Lane
 CPU_TILE = 1 << 18
 """Elements of ΔW that are multiplied at once: many, since R is gone through for every tile, but few enough for the
 processor's cache."""
-CUDA_TILE = 1 << 22
+CUDA_TILE = 1 << 20
 KEPT = 4
 """Factors in memory: those of a tensor and of the next one, since the workers are not all at the same piece."""
 

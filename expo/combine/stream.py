@@ -35,7 +35,7 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.rules import Norms
 
 CPU_PIECE_BYTES = 1 << 20
-CUDA_PIECE_BYTES = 16 << 20
+CUDA_PIECE_BYTES = 4 << 20
 MOST_OUTPUT_BYTES = 64 << 20
 """Of all output buffers together; with very many α the pieces become smaller."""
 PROGRESS_S = 0.1
