@@ -1,0 +1,25 @@
+"""What README.md, ARCHITECTURE.md and CONTRIBUTING.md say of the tree is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("expo", "demo", "scripts", "benchmarks", "tests", "tools")
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
+def test_every_module_is_named(document: str) -> None:
+    words = set(re.findall(r"[\w./]+", (ROOT / document).read_text()))
+    modules = [path.name + "/" * path.is_dir() for path in (ROOT / "expo").iterdir() if not path.name.startswith("_")]
+    assert [name for name in sorted(modules) if name not in words] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_every_file_that_is_named_is_there(document: str) -> None:
+    named = set(re.findall(r"(?<![\w-])(?!NAME)[\w./-]+\.(?:py|sh)\b", (ROOT / document).read_text()))
+    there = [str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    assert [name for name in sorted(named) if not any(path.endswith(f"/{name}") for path in there)] == []
