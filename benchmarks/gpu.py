@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="threads, each with a stream of its own")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"torch sees no CUDA device for --device {options.device}; --device cpu tries the script")
     sft, dpo = make_pair(options.work, options.pair)
     cpu, gpu = options.work / "cpu", options.work / "gpu"
     combine_seconds(sft, dpo, cpu, "cpu", options.workers)

@@ -7,6 +7,7 @@ To add a command, write its module and config class, name it in `config.COMMANDS
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ import typer
 from expo import __version__
 from expo.commands import extrapolate, generate, inspect, recipes, score
 from expo.errors import ExpoError, Stopped
-from expo.options import DebugOption
+from expo.options import DebugOption, refused_value
 from expo.orphans import end_with_parent
 from expo.secrets import without_secrets
 
@@ -151,7 +152,7 @@ def _usage_error(error: typer.TyperException) -> int:
         return 2
     context = getattr(error, "ctx", None)
     hint = f" (see `{context.command_path} --help`)" if context else ""
-    return _fail(error, " ".join(message.split()) + hint, 2)
+    return _fail(error, " ".join(message.split()).rstrip(".") + refused_value(error) + hint, 2)
 
 
 def main() -> None:
@@ -159,6 +160,8 @@ def main() -> None:
     for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
         os.environ.setdefault(name, value)
     gc.set_threshold(GC_OBJECTS)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal's encoding lacks
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LineFormatter("expo: %(message)s"))
     log.addHandler(handler)

@@ -44,7 +44,10 @@ def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Ta
     known_tables = {"common", *COMMANDS, *extra_tables}
     tables: Tables = {}
     for table, content in document.items():
-        if table not in known_tables or not isinstance(content, dict):
+        if not isinstance(content, dict):
+            where = "[common] or a command's, such as [extrapolate]"
+            raise InputError(f"{path}: {table!r} stands outside of the tables; put it into {where}")
+        if table not in known_tables:
             raise InputError(f"{path}: unknown table [{table}]{_nearest(table, known_tables)}")
         tables[table] = content if table in extra_tables else _checked_keys(path, table, content)
     return tables

@@ -41,7 +41,10 @@ def preallocate(descriptor: int, nbytes: int) -> None:
 
 @contextmanager
 def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
-    """Let the system read files into its cache, in order, while the body does something else."""
+    """Let the system read files into its cache, in order, while the body does something else; macOS cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        yield
+        return
     ended = Event()
     reader = Thread(target=_read_ahead, args=(files, ended), name="read ahead", daemon=True)
     reader.start()

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from expo import config, config_files, recipes
+from expo.files import shown
 
 Config = TypeVar("Config", bound=config.CommonConfig)
 
@@ -115,6 +116,23 @@ def given_names(ctx: typer.Context) -> tuple[set[str], set[str], set[str], set[s
     flags = {name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith(".COMMANDLINE")}
     file, own = set(ctx.meta.get("expo.config", ())), set(ctx.meta.get("expo.config.own", ()))
     return flags, own, file - own, set(ctx.meta.get("expo.recipe", ()))
+
+
+def refused_value(error: Exception) -> str:
+    """What a usage error of typer's leaves out: the value, and the option that gave it where that was no flag.
+
+    Returns:
+        The end of a message; empty where no value was refused.
+    """
+    checked = getattr(error.__cause__, "errors", None)  # pydantic's, which checks values for typer
+    details: list[dict[str, Any]] = checked() if checked else []
+    param, ctx = getattr(error, "param", None), getattr(error, "ctx", None)
+    if not details or param is None or ctx is None:
+        return ""
+    from_file = str(ctx.get_parameter_source(param.name)).endswith(".DEFAULT_MAP")
+    files = [f"--{source}" for source in ("config", "recipe") if param.name in ctx.meta.get(f"expo.{source}", ())]
+    origin = f", from {files[0]}" if from_file and files else ""
+    return f"; it is {shown(details[0].get('input'))}{origin}"
 
 
 def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[str] = ()) -> Config:

@@ -7,7 +7,7 @@ import re
 
 ACCESS_TOKEN = r"hf_[A-Za-z0-9]{30,}"
 """Of the hub; it may stand in a path, a URL or an exception."""
-VARIABLES = {"HF_TOKEN": "hf_…", "OPENAI_API_KEY": "sk-…"}
+VARIABLES = {"HF_TOKEN": "hf_…", "HUGGING_FACE_HUB_TOKEN": "hf_…", "OPENAI_API_KEY": "sk-…"}
 """Environment variables that hold a secret, and what is shown in its place."""
 MIN_SECRET_CHARACTERS = 8
 """A shorter value is no secret, and hiding it would make text unreadable."""

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from expo.errors import EnvironmentFailure, InputError
+from expo.files import is_utf8
 from expo.lock import RunLock
 
 Row = dict[str, Any]
@@ -67,15 +68,7 @@ def sync_folder(folder: Path) -> None:
 def json_line(row: object) -> str:
     """One JSON value on one line, text as it is (escaped only where UTF-8 cannot hold it)."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    return line if _is_utf8(line) else json.dumps(row) + "\n"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return line if is_utf8(line) else json.dumps(row) + "\n"
 
 
 def json_lines(rows: Iterable[object]) -> str:

@@ -48,7 +48,9 @@ class ShardRecord:
     xxh3: str
     """XXH3-128 of the whole file, hexadecimal (`xxhsum -H2` prints the same)."""
     delta_squared: float
+    """‖θ_dpo − θ_sft‖² over the tensors that are extrapolated."""
     sft_squared: float
+    """‖θ_sft‖² over the same."""
 
 
 RECORD_KEYS = {field.name for field in fields(ShardRecord)}

@@ -5,7 +5,8 @@
 #   MODEL, SFT   other checkpoints than the recipe's: a folder, a hub id, or id@revision
 #   REWARD_MODEL another reward model
 #   OUTPUT_DIR   holds outputs_*/ and rewards_*/ (default: this folder's parent)
-#   GENERATE_ARGS, SCORE_ARGS   further flags, such as GENERATE_ARGS="--max-tokens 512 --trust-remote-code"
+#   EXTRAPOLATE_ARGS, GENERATE_ARGS, SCORE_ARGS   further flags, such as EXTRAPOLATE_ARGS="--allow-pickle" or
+#                GENERATE_ARGS="--max-tokens 512 --trust-remote-code"
 #   CUDA_VISIBLE_DEVICES        the GPUs to use
 # Every step continues where an earlier run stopped. Rows that failed (exit code 3) are marked, and the script goes on.
 set -euo pipefail
@@ -41,7 +42,8 @@ baseline() {
 # The model extrapolated: the checkpoint goes to checkpoints/<recipe>-ExPO-a<alpha>.
 extra() {
     local checkpoint
+    # shellcheck disable=SC2086 # the flags are several words
     checkpoint=$(expo extrapolate --recipe "$1" --output "$OUTPUT_DIR/checkpoints/$1-ExPO-a{alpha}" \
-        ${ALPHA:+--alpha "$ALPHA"} ${SFT:+--sft "$SFT"} ${MODEL:+--dpo "$MODEL"})
+        ${ALPHA:+--alpha "$ALPHA"} ${SFT:+--sft "$SFT"} ${MODEL:+--dpo "$MODEL"} ${EXTRAPOLATE_ARGS:-})
     generate_and_score "$1" "$(basename "$checkpoint")" --model "$checkpoint"
 }

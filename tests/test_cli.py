@@ -100,6 +100,15 @@ def test_usage_errors_are_one_line(run: Callable[..., Result], args: list[str]) 
     assert result.stderr.startswith("expo: error: ")
 
 
+@pytest.mark.parametrize(
+    ("args", "value"), [(("--alpha", "half"), "'half'"), (("--alpha=1", "--workers=1.5"), "'1.5'")]
+)
+def test_a_refused_value_is_named(run: Callable[..., Result], args: tuple[str, ...], value: str) -> None:
+    result = run("extrapolate", "--sft", "s", "--dpo", "d", *args)
+    assert result.code == 2
+    assert result.stderr.endswith(f"; it is {value} (see `expo extrapolate --help`)\n")
+
+
 # --- exit codes ---------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +218,12 @@ def test_warnings_go_to_stderr(
         result = run("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", 1, "--dry-run", "--json")
     assert json.loads(result.stdout)["bytes_per_output"] > 0
     assert caplog.messages == ["dpo: ignoring stray.safetensors, which is not part of it"]
+
+
+def test_letters_that_the_terminals_encoding_lacks_are_escaped() -> None:
+    result = run_expo("recipes", "zephyr_0.1", env={"PYTHONIOENCODING": "ascii"})
+    assert (result.code, result.stderr) == (0, "")
+    assert result.stdout.split()[:2] == ["name", r"\u03b1"]
 
 
 # --- what is never printed ----------------------------------------------------------------------------------------

@@ -107,7 +107,10 @@ def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., Extrapo
         ("[common]\nseeed = 1", "unknown key 'seeed' in [common]; did you mean 'seed'?"),
         ("[extrapolat]\nalpha = 1", "unknown table [extrapolat]; did you mean 'extrapolate'?"),
         ("[recipe]\nsource = 'x'", "unknown table [recipe]"),
-        ("alpha = 1", "unknown table [alpha]"),
+        (
+            "alpha = 1",
+            "'alpha' stands outside of the tables; put it into [common] or a command's, such as [extrapolate]",
+        ),
         ("[extrapolate]\noutput = ['a', 'b']", "'output' in [extrapolate] takes one value, not ['a', 'b']"),
         ("[extrapolate]\nsft.path = 'a'", "'sft' in [extrapolate] takes one value"),
         ("[extrapolate", "is not valid TOML"),
@@ -134,12 +137,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> Non
 @pytest.mark.parametrize(
     ("toml", "named"),
     [
-        ("alpha = ['half']", "--alpha"),
+        ("alpha = ['half']", "it is 'half', from --config"),
         ("alpha = [nan]", "--alpha must be a finite number"),
-        ("alpha = 1\nworkers = 'two'", "--workers"),
+        ("alpha = 1\nworkers = 'two'", "it is 'two', from --config"),
         ("alpha = 1\nworkers = -1", "--workers must be positive, not -1"),
         ("alpha = 1\ndtype = 'int8'", "'int8' is not one of"),
-        ("alpha = 1\nfsync = 'maybe'", "--fsync"),
+        ("alpha = 1\nfsync = 'maybe'", "it is 'maybe', from --config"),
         ("alpha = 1\nexclude = ['(']", "--exclude '(' is not a regular expression"),
         ("alpha = 1\nalpha_for = ['(=1']", "--alpha-for '(' is not a regular expression"),
         ("alpha = 1\nalpha_for = ['mlp']", "--alpha-for is REGEX=A with a finite number A, such as"),

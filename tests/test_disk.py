@@ -71,3 +71,13 @@ def test_reading_ahead_ends_with_its_body(
         threading.Timer(0.05, go_on.set).start()
         raise ValueError("the body")
     assert len(asked) == 1, "nothing is asked for after the body has ended"
+
+
+def test_nothing_is_read_ahead_where_the_system_has_no_such_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", broken.append)
+    monkeypatch.delattr(os, "posix_fadvise")
+    read_all_ahead([sparse(tmp_path / "a", 1)])
+    assert not broken

@@ -647,6 +647,14 @@ def test_an_unreadable_source_is_the_environments_fault(pair: Pair, tmp_path: Pa
     assert [one.status for one in write(pair, tmp_path / "out")] == ["written"]
 
 
+def test_calls_that_only_linux_has_are_not_needed(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(pair, tmp_path / "here")
+    for name in ("sched_getaffinity", "posix_fadvise"):
+        monkeypatch.delattr(os, name)
+    write(pair, tmp_path / "there")
+    assert without_clock(tree(tmp_path / "there")) == without_clock(tree(tmp_path / "here"))
+
+
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 

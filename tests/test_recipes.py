@@ -75,6 +75,7 @@ def test_the_list_is_printed_as_a_table_and_as_json(run_expo):
     table = run_expo("recipes")
     assert table.code == 0
     assert len(table.stdout.splitlines()) == 1 + len(recipes.names())
+    assert "; the SFT checkpoint was published as .bin: --allow-pickle reads it\n" in table.stdout
     one = json.loads(run_expo("recipes", "zephyr_0.1", "--json").stdout)["recipes"]
     assert [(row["name"], row["alpha"]) for row in one] == [("zephyr_0.1", 8.0)]
 
@@ -119,6 +120,14 @@ def test_scripts_say_what_the_variables_say(tmp_path):
     assert f"--name M-ExPO-a0.7 --output-dir {tmp_path} --model {tmp_path}/checkpoints/M-ExPO-a0.7" in calls[1]
     assert "--limit 5" in calls[1]
     assert "--limit 5" in calls[2]
+
+
+def test_each_command_of_a_script_takes_further_flags(tmp_path):
+    verbs = ("extrapolate", "generate", "score")
+    flags = {f"{verb.upper()}_ARGS": f"--of {verb}" for verb in verbs}
+    code, calls = run_script(tmp_path, "tulu-2-dpo-7b_extra.sh", TASK="alpaca", **flags)
+    assert code == 0
+    assert [call.split()[-2:] for call in calls] == [["--of", verb] for verb in verbs]
 
 
 def test_baselines_run_both_tasks_by_default(tmp_path):

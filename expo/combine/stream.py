@@ -56,7 +56,8 @@ def pick_device(name: str) -> torch.device:
 
 def default_workers() -> int:
     """Threads used where `--workers` is not given: the processors this process may use, at most four."""
-    return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
+    may_use = getattr(os, "sched_getaffinity", None)  # macOS has no such call
+    return min(MAX_DEFAULT_WORKERS, len(may_use(0)) if may_use else os.cpu_count() or 1)
 
 
 class Sink(Protocol):

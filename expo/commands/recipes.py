@@ -14,7 +14,7 @@ EXAMPLES = "\b\nExamples:\n  expo recipes\n  expo recipes Starling-LM-7B-beta --
 
 
 def command(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -32,6 +32,11 @@ class Recipe:
     tables: Tables
     """The settings, as `load_tables` gives them."""
 
+    @property
+    def source_and_note(self) -> str:
+        """The last column of the table."""
+        return f"{self.source}; {self.note}" if self.note else self.source
+
     def describe(self) -> dict[str, object]:
         """The recipe as plain data."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tables"}
@@ -71,5 +76,5 @@ def load(name: str) -> Recipe:
 
 def table(known: Iterable[Recipe]) -> str:
     """One line per recipe, under headings."""
-    rows = [f"{one.name:<38}{one.alpha!r:>6}  {one.sft:<42}{one.dpo:<46}{one.source}" for one in known]
+    rows = [f"{one.name:<38}{one.alpha!r:>6}  {one.sft:<42}{one.dpo:<46}{one.source_and_note}" for one in known]
     return "\n".join([f"{'name':<38}{'α':>6}  {'θ_sft':<42}{'θ_dpo':<46}source", *rows])
