@@ -110,6 +110,7 @@ def run(config: ScoreConfig) -> Scored:
         work.items,
         overwrite=config.overwrite,
         old_rows=lambda _: read_rows_file(work.rows_file),
+        hopeless=lambda _: sum(row.failed for row in work.rows),
         beyond=lambda: _items(read_conversations(work.outputs, find_task(config.task), dataset=config.dataset)),
     )
     if journal is None:

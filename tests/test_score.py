@@ -146,6 +146,9 @@ def test_rows_without_an_answer_have_no_reward(reward_model, tmp_path):
     rewards = numbers(result.rewards)
     assert [number for number, reward in enumerate(rewards) if reward is None] == [3]
     assert (result.n, result.failed) == (13, 1)
+    meta = result.meta.read_bytes()
+    assert verb.run(settings(reward_model, tmp_path)).status == "already complete"
+    assert result.meta.read_bytes() == meta
 
 
 def test_complete_is_left_alone_more_rows_extend_and_other_outputs_are_refused(
@@ -250,6 +253,18 @@ def test_two_labels_are_refused(llama_pair, outputs, tmp_path):
     model = make_reward_model(tmp_path / "two", llama_pair[1], labels=2, pad_id=2)
     with pytest.raises(InputError, match="two has 2 labels; a reward model has one"):
         verb.run(settings(model, tmp_path))
+
+
+def test_a_config_that_does_not_fit_the_weights_is_one_line(llama_pair, reward_model, outputs, tmp_path):
+    model = tmp_path / "unlabelled"
+    shutil.copytree(reward_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")})
+    )
+    with pytest.raises(InputError, match="cannot load unlabelled: its weights do not have the shapes that its config"):
+        verb.run(settings(model, tmp_path))
+    assert not (tmp_path / "rewards_q").exists()
 
 
 def test_an_untrained_head_is_refused(llama_pair, reward_model, outputs, tmp_path):
