@@ -9,6 +9,7 @@ from typing import get_args
 from urllib.parse import urlsplit
 
 from expo.errors import InputError
+from expo.files import is_utf8, name_problem, shown
 from expo.secrets import without_secrets
 
 HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
@@ -20,6 +21,9 @@ def is_hub_id(text: str) -> bool:
     parts = text.split("/")
     return len(parts) <= 2 and all(map(HUB_NAME.fullmatch, parts)) and not re.search(r"--|\.\.|\.git$", text)
 
+
+MAX_NAME_BYTES = 200
+"""Of an output's name, which has endings of its own; file systems take 255."""
 
 MAX_ALPHA = 3.4028234663852886e38
 """The largest float32, in which the arithmetic is done."""
@@ -147,5 +151,18 @@ def require_name(name: str | None) -> None:
     Raises:
         InputError: It is one; the message names the flag.
     """
-    plain = name is None or (name == Path(name).name and not name.startswith("."))
-    require(plain, f"--name {name!r} is not a plain file name")
+    if name is None:
+        return
+    plain = name == Path(name).name and not name.startswith(".") and name_problem(name) is None
+    require(plain, f"--name {shown(name)} is not a plain file name")
+    length = len(name.encode())
+    require(length <= MAX_NAME_BYTES, f"--name {shown(name)} has {length} bytes; a file name takes {MAX_NAME_BYTES}")
+
+
+def require_text(flag: str, value: str | None) -> None:
+    """Refuse what cannot be written down: a word of the command line may be no UTF-8.
+
+    Raises:
+        InputError: It is so; the message names the flag.
+    """
+    require(value is None or is_utf8(value), f"{flag} {shown(value)} is not UTF-8")

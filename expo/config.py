@@ -25,6 +25,7 @@ from expo.checks import (
     require_name,
     require_regexes,
     require_repositories,
+    require_text,
 )
 from expo.files import is_utf8, shown
 from expo.parts import read_part, require_one_way
@@ -227,6 +228,9 @@ class RowsConfig(CommonConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), str):
+                require_text("TASK" if field.name == "task" else f"--{field.name}".replace("_", "-"), value)
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
         require_choice("--dtype", self.dtype, Dtype)
         require_device(self.device)
@@ -314,6 +318,7 @@ class GenerateConfig(RowsConfig, RulesConfig):
             require(-2 <= penalty <= 2, f"{flag} must lie in [-2, 2], not {penalty}")
         require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         require(self.max_tokens > 0, f"--max-tokens must be positive, not {self.max_tokens}")
+        require(min(self.stop_token_id, default=0) >= 0, f"--stop-token-id must be 0 or more, not {self.stop_token_id}")
         require(self.n > 0, f"--n must be positive, not {self.n}")
         one_answer = self.n > 1 and self.task in ONE_ANSWER_TASKS
         require(not one_answer, f"--n above 1 is not for {self.task}: one answer per row")

@@ -68,7 +68,7 @@ class Location:
         return self.hub_id or self.name
 
 
-def refuse_inside(output: Path, *inputs: Location) -> None:
+def refuse_inside(output: Path, *inputs: Location, flag: str = "--output") -> None:
     """Refuse an output that is an input or lies inside one, also through links.
 
     Raises:
@@ -78,9 +78,7 @@ def refuse_inside(output: Path, *inputs: Location) -> None:
     for location in inputs:
         source = location.path.resolve()
         if source == resolved or source in resolved.parents:
-            raise InputError(
-                f"the output {output} is or lies inside the input {location.path}; choose another --output"
-            )
+            raise InputError(f"the output {output} is or lies inside the input {location.path}; choose another {flag}")
 
 
 def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:

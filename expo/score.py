@@ -21,11 +21,14 @@ from expo.backends.chat import ChatTokenizer, context_length
 from expo.checkpoint import read_config, read_json, source_fingerprint
 from expo.config import ScoreConfig
 from expo.errors import InputError
-from expo.hub import Location, locate
+from expo.hub import Location, locate, refuse_inside
 from expo.progress import rows_bar
 from expo.stats import mean_and_standard_error
-from expo.store import Journal, Row, RowFiles, json_lines, texts_sha256
+from expo.store import Journal, Row, RowFiles, json_lines, refuse_replacing, require_columns, texts_sha256
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
+
+ROW_COLUMNS = ("row", "id", "sample", "reward", "tokens", "truncated")
+"""What every journal row has."""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class Plan:
     @property
     def items(self) -> list[object]:
         """What each reward is made from."""
-        return [list(conversation.messages) for conversation in self.conversations]
+        return _items(self.conversations)
 
     def describe(self) -> Row:
         """The plan as plain data."""
@@ -107,10 +110,13 @@ def run(config: ScoreConfig) -> Scored:
         work.items,
         overwrite=config.overwrite,
         old_rows=lambda _: read_rows_file(work.rows_file),
+        hopeless=lambda _: sum(row.failed for row in work.rows),
+        beyond=lambda: _items(read_conversations(work.outputs, find_task(config.task), dataset=config.dataset)),
     )
     if journal is None:
         return _result(work, "already complete", read_json(work.files.meta))
     with work.files.holding(journal):
+        require_columns(journal.rows, ROW_COLUMNS, work.files.journal)
         done = {row["row"]: row for row in journal.rows if row["reward"] is not None}
         seconds, tokens, versions = _score(work, journal, done)
         rows = [done.get(row.number) or _unscored(row) for row in work.rows]
@@ -139,9 +145,12 @@ def plan(config: ScoreConfig) -> Plan:
         raise InputError(f"{outputs} holds no rows")
     location = locate(config.reward_model)
     require_reward_model(location.path)
+    refuse_inside(folder, location, flag="--output-dir")
     tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
     longest = min(config.max_length or context_length(location.path), context_length(location.path))
     files = RowFiles(folder / f"rewards_{task.name}" / f"{config.name}.jsonl", config.name, "outputs_sha256")
+    rows_file = files.final.with_name(f"{config.name}.rows.jsonl")
+    refuse_replacing(outputs, (files.final, files.meta, rows_file))
     engine = "transformers" if config.engine == "auto" else config.engine
     made_from = {
         "task": task.name,
@@ -161,9 +170,13 @@ def plan(config: ScoreConfig) -> Plan:
         rows=tuple(_score_rows(conversations, tokenizer, longest, outputs)),
         setup=ScorerSetup(config, location.path, tokenizer.pad_id),
         files=files,
-        rows_file=files.final.with_name(f"{config.name}.rows.jsonl"),
+        rows_file=rows_file,
         fingerprint=made_from,
     )
+
+
+def _items(conversations: Sequence[Conversation]) -> list[object]:
+    return [list(conversation.messages) for conversation in conversations]
 
 
 def require_reward_model(model: Path) -> None:
@@ -192,9 +205,7 @@ def _score_rows(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, longest: int, outputs: Path
 ) -> Iterator[ScoreRow]:
     ids = tokenizer.encode([conversation.messages for conversation in conversations], generation_prompt=False)
-    generated = _generate_meta(outputs)
-    failed = {error["row"] for error in generated.get("errors", [])}
-    keys = list(zip(*(generated.get("per_row", {}).get(key, []) for key in ("id", "sample")), strict=True))
+    failed, keys = _of_generate(outputs)
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         yield ScoreRow(
@@ -208,10 +219,23 @@ def _score_rows(
         )
 
 
-def _generate_meta(outputs: Path) -> Row:
-    """What generate wrote beside its outputs; empty where there is nothing."""
-    meta = outputs.with_name(f"{outputs.stem}.meta.json")
-    return read_json(meta) if meta.is_file() else {}
+def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
+    """Which rows failed, and every row's id and sample, as generate's meta file says; nothing where it has none.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    file = outputs.with_name(f"{outputs.stem}.meta.json")
+    meta = read_json(file) if file.is_file() else {}
+    if meta.get("command") != "generate":
+        return set(), []
+    try:
+        failed = {int(error["row"]) for error in meta["errors"]}
+        columns = meta["per_row"]["id"], meta["per_row"]["sample"]
+        keys = [(str(name), int(sample)) for name, sample in zip(*columns, strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: move it away to score {outputs.name} without it") from error
+    return failed, keys
 
 
 def _score(work: Plan, journal: Journal, done: dict[int, Row]) -> tuple[float, int, dict[str, str]]:
@@ -263,8 +287,14 @@ def _public(row: Row) -> Row:
 
 
 def read_rows_file(path: Path) -> list[Row]:
-    """The journal rows of a finished output, from its rows file."""
-    return [{"row": number, **row} for number, row in enumerate(read_rows(path))]
+    """The journal rows of a finished output, from its rows file; none, to be scored again, where it is damaged."""
+    try:
+        rows = [{"row": number, **row} for number, row in enumerate(read_rows(path))]
+        require_columns(rows, ROW_COLUMNS, path)
+    except InputError:
+        log.warning("%s is missing or damaged: its rows are scored again", path)
+        return []
+    return rows
 
 
 def _meta(work: Plan, rows: Sequence[Row], seconds: float, tokens: int, versions: dict[str, str]) -> Row:

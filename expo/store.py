@@ -65,10 +65,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """A JSON value, text as it is (escaped only where UTF-8 cannot hold it)."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if is_utf8(text) else json.dumps(value, indent=indent)
+
+
 def json_line(row: object) -> str:
-    """One JSON value on one line, text as it is (escaped only where UTF-8 cannot hold it)."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    return line if is_utf8(line) else json.dumps(row) + "\n"
+    """One JSON value on one line, written as `json_text` writes it."""
+    return json_text(row) + "\n"
 
 
 def json_lines(rows: Iterable[object]) -> str:
@@ -186,6 +191,33 @@ def read_journal(path: Path) -> list[Row]:
     return rows
 
 
+def header_fingerprint(path: Path, lines: Sequence[Row]) -> Row:
+    """What the rows of a journal were made from.
+
+    Args:
+        path: The journal's file.
+        lines: Its lines, the header first.
+
+    Raises:
+        InputError: The header does not say.
+    """
+    fingerprint = lines[0].get("fingerprint")
+    if not isinstance(fingerprint, dict):
+        raise InputError(f"{path} is damaged: remove it to start anew")
+    return fingerprint
+
+
+def require_columns(rows: Sequence[Row], columns: Iterable[str], path: Path) -> None:
+    """Refuse rows that are not as expo wrote them.
+
+    Raises:
+        InputError: A row lacks a column.
+    """
+    columns = set(columns)
+    if not all(columns <= row.keys() for row in rows):
+        raise InputError(f"{path} is damaged: remove it to start anew")
+
+
 def require_same(what: Path | str, old: Row, new: Row, *, advice: str = "--overwrite replaces it") -> None:
     """Refuse an output made with other settings.
 
@@ -205,6 +237,17 @@ def texts_sha256(texts: Iterable[object]) -> str:
     for text in texts:
         hasher.update(json_line(text).encode())
     return hasher.hexdigest()
+
+
+def refuse_replacing(file: Path, outputs: Iterable[Path]) -> None:
+    """Refuse outputs that would take an input file's place, also through links.
+
+    Raises:
+        InputError: One is the file.
+    """
+    for output in outputs:
+        if file.exists() and output.exists() and output.samefile(file):
+            raise InputError(f"the output {output} is the input {file}; choose another --name or --output-dir")
 
 
 @dataclass(frozen=True)
@@ -246,10 +289,20 @@ class RowFiles:
         if not self.final.exists() or not self.meta.exists():
             return None
         try:
-            content = json.loads(self.meta.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away") from error
-        return content if isinstance(content, dict) else {}
+            content = json.loads(self.meta.read_bytes())
+        except ValueError:
+            content = None
+        if not self.is_meta(content):
+            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away")
+        return dict(content)
+
+    def is_meta(self, content: object) -> bool:
+        """Whether a meta file's content says what a rerun goes by."""
+        if not isinstance(content, dict):
+            return False
+        counts = [content.get("rows"), content.get("failed")]
+        known = isinstance(content.get("fingerprint"), dict) and self.items_key in content
+        return known and all(isinstance(count, int) for count in counts)
 
     def open(
         self,
@@ -259,6 +312,7 @@ class RowFiles:
         overwrite: bool,
         old_rows: Callable[[Row], list[Row]],
         hopeless: Callable[[Row], int] = lambda _meta: 0,
+        beyond: Callable[[], Sequence[object]] | None = None,
     ) -> Journal | None:
         """Start or continue the run; None where the output is complete.
 
@@ -270,6 +324,8 @@ class RowFiles:
             old_rows: Gives the journal rows of a finished output (from its meta) that a longer run keeps.
             hopeless: Of a finished output (from its meta) how many items fail whenever they are tried; where no others
                 failed it is complete.
+            beyond: Gives the items that a run without `--limit` has, to compare a longer old output with; None where
+                the fingerprint says that those are the same.
 
         Raises:
             InputError: There is an output with other settings or from other items, or another run is writing it.
@@ -277,7 +333,7 @@ class RowFiles:
         meta = self.finished()
         rows: list[Row] = []
         if meta is not None:
-            problem = self._difference(meta, fingerprint, items)
+            problem = self._difference(meta, fingerprint, items, beyond)
             more = meta["rows"] - len(items)
             if problem is None and (more > 0 or (more == 0 and self._is_settled(meta, hopeless))):
                 return None
@@ -286,7 +342,7 @@ class RowFiles:
             elif not overwrite:
                 raise problem
         elif not overwrite and len(lines := read_journal(self.journal)) > 1:
-            require_same(self.final, lines[0]["fingerprint"], fingerprint)
+            require_same(self.final, header_fingerprint(self.journal, lines), fingerprint)
         self.journal.parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
         if rows:
@@ -310,13 +366,19 @@ class RowFiles:
             if self.final.parent.exists() and not any(self.final.parent.iterdir()):
                 self.final.parent.rmdir()
 
-    def _difference(self, meta: Row, fingerprint: Row, items: Sequence[object]) -> InputError | None:
+    def _difference(
+        self, meta: Row, fingerprint: Row, items: Sequence[object], beyond: Callable[[], Sequence[object]] | None
+    ) -> InputError | None:
         try:
             require_same(self.final, meta.get("fingerprint", {}), fingerprint)
         except InputError as error:
             return error
-        old = items[: meta["rows"]]
-        if len(old) == meta["rows"] and texts_sha256(old) != meta[self.items_key]:
+        count = meta["rows"]
+        if len(items) < count:
+            if beyond is None:
+                return None
+            items = beyond()
+        if texts_sha256(items[:count]) != meta[self.items_key]:
             return InputError(f"{self.final} was made from other rows; --overwrite replaces it")
         return None
 
@@ -332,6 +394,6 @@ class RowFiles:
         journal.is_empty = False  # from here on it says that the files under final names may not belong together
         for path, text in {**others, self.final: final_text}.items():
             write_atomic(path, text)
-        write_atomic(self.meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(self.meta, json_text(meta, indent=2) + "\n")
         self.journal.unlink()
         journal.close()

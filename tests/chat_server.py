@@ -71,6 +71,19 @@ def wait_for(event: threading.Event) -> Reply:
     return wait
 
 
+def drip_until(event: threading.Event) -> Reply:
+    """A byte at a time until the event."""
+
+    def drip(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("content-length", "1000000")
+        handler.end_headers()
+        while not event.wait(0.1):
+            handler.wfile.write(b" ")
+
+    return drip
+
+
 @dataclass
 class ChatServer:
     """What the server is told and what it saw."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,14 @@ def test_bad_input_is_refused_and_nothing_written(llama_pair, prompt_file, tmp_p
         ({"n": 0}, "--n"),
         ({"task": "alpaca", "n": 2}, "--n"),
         ({"name": "a/b"}, "--name"),
+        ({"name": ""}, "--name"),
+        ({"name": "a\nb"}, "--name"),
+        ({"name": "\udcff"}, "--name"),
+        ({"name": "é" * 101}, "--name .* has 202 bytes"),
+        ({"system": "\udcff"}, "--system .* is not UTF-8"),
+        ({"output_dir": "\udcff"}, "--output-dir .* is not UTF-8"),
+        ({"task": "\udcff.jsonl"}, "TASK .* is not UTF-8"),
+        ({"stop_token_id": (2, -1)}, "--stop-token-id"),
         ({"engine": "magic"}, "--engine"),
         ({"engine_arg": ("novalue",)}, "--engine-arg"),
         ({"presence_penalty": 3.0}, "--presence-penalty"),
@@ -415,6 +424,67 @@ def test_bad_input_is_refused_and_nothing_written(llama_pair, prompt_file, tmp_p
 def test_values_out_of_range_name_their_flag(value, flag):
     with pytest.raises(InputError, match=flag):
         GenerateConfig(**{"task": "alpaca", "model": "m", **value})
+
+
+@pytest.mark.parametrize("source", ["model", "pair"])
+def test_an_output_inside_an_input_is_refused(llama_pair, prompt_file, tmp_path, source):
+    (tmp_path / "link").symlink_to(llama_pair[1])
+    pair = {"model": None, "sft": str(llama_pair[0]), "dpo": str(llama_pair[1]), "alpha": 0.5}
+    changes = pair if source == "pair" else {}
+    with pytest.raises(InputError, match=r"lies inside the input .*; choose another --output-dir"):
+        verb.plan(replace(settings(llama_pair[1], prompt_file, tmp_path / "link" / "out"), **changes))
+
+
+def test_an_output_that_is_the_prompt_file_is_refused(llama_pair, tmp_path):
+    (tmp_path / "outputs_q").mkdir()
+    task = write_rows(tmp_path / "outputs_q" / "q.jsonl", [{"prompt": "w1"}])
+    with pytest.raises(InputError, match=r"q\.jsonl is the input .*q\.jsonl; choose another --name"):
+        verb.plan(settings(llama_pair[1], task, tmp_path, name="q", overwrite=True))
+
+
+HARM = {
+    "no object": lambda final, meta: meta.write_text("[]"),
+    "no rows": lambda final, meta: meta.write_text(json.dumps({"fingerprint": {}, "failed": 0, "prompts_sha256": ""})),
+    "no figures of rows": lambda final, meta: meta.write_text(meta.read_text().replace('"per_row"', '"other"')),
+    "a line less": lambda final, meta: final.write_text("".join(final.read_text().splitlines(keepends=True)[1:])),
+    "a torn line": lambda final, meta: final.write_text(final.read_text()[:-9]),
+}
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_output_is_one_line_that_says_what_to_move(llama_pair, prompt_file, tmp_path, harm, overwrite):
+    first = verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=5))
+    harm(first.output, first.meta)
+    before = first.output.read_bytes(), first.meta.read_bytes()
+    with pytest.raises(InputError, match=r"damaged.*: move (it and dpo.jsonl|both) away$"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path, overwrite=overwrite))
+    assert before == (first.output.read_bytes(), first.meta.read_bytes())
+
+
+@pytest.mark.parametrize("lines", [[{"id": "0"}, {"id": "1"}], [{"fingerprint": [1]}, {}], [None, {"id": "0"}]])
+def test_a_damaged_journal_is_one_line_that_says_what_to_remove(llama_pair, prompt_file, tmp_path, lines):
+    work = verb.plan(settings(llama_pair[1], prompt_file, tmp_path))
+    work.files.journal.parent.mkdir()
+    write_rows(work.files.journal, [line if line is not None else {"fingerprint": work.fingerprint} for line in lines])
+    with pytest.raises(InputError, match=r"\.dpo\.journal\.jsonl is damaged: remove it to start anew$"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+
+
+@pytest.mark.parametrize("expression", ["messages[0].content + 1", "1 / 0", "messages[0].content.index('zzz')"])
+def test_a_template_whose_expressions_fail_refuses_the_prompts(llama_pair, prompt_file, tmp_path, expression):
+    template = tmp_path / "t.jinja"
+    template.write_text(f"{{{{ {expression} }}}}")
+    with pytest.raises(InputError, match=r"the chat template of .* refuses the prompts: "):
+        verb.plan(settings(llama_pair[1], prompt_file, tmp_path, chat_template=str(template)))
+
+
+def test_a_temperature_near_0_is_vllms_lowest(llama_pair, prompt_file, tmp_path):
+    lowest, *others = (
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path / str(value), temperature=value)).output.read_bytes()
+        for value in (0.01, 1e-40, 1e-300)
+    )
+    assert others == [lowest, lowest]
 
 
 def test_a_reward_model_cannot_generate(trained, prompt_file, tmp_path):

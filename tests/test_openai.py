@@ -16,7 +16,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from chat_server import KEY, USAGE, ChatServer, answer, cut, error, reply, wait_for
+from chat_server import KEY, USAGE, ChatServer, answer, cut, drip_until, error, reply, wait_for
 
 from expo import cli
 from expo import generate as verb
@@ -186,6 +186,16 @@ def test_a_server_that_hangs_is_asked_again(generate, server, waits, monkeypatch
     assert waits
 
 
+def test_an_answer_that_never_ends_is_asked_for_again(generate, server, waits, monkeypatch):
+    monkeypatch.setattr(backend, "TIMEOUT_S", 1.0)
+    never = threading.Event()
+    server.script = {PROMPTS[3]: [drip_until(never)]}
+    result = generate()
+    never.set()
+    assert rows_of(result.output)[3]["output"] == PROMPTS[3].upper()
+    assert waits
+
+
 # --- what fails a row ---------------------------------------------------------------------------------------------
 
 TOO_LONG = "This model's maximum context length is 512 tokens. However, you requested max_tokens=600 (parameter=x)"
@@ -197,6 +207,14 @@ FAILED = {
     "a tool's": (answer(None, finish_reason="tool_calls"), "ended the answer with 'tool_calls'"),
     "no text": (answer(None), "holds no text"),
     "no choices": (reply(200, {"choices": [], "usage": USAGE}), "gave no answer"),
+    "choices of another kind": (reply(200, {"choices": {"0": {}}, "usage": USAGE}), "gave no answer"),
+    "a choice of another kind": (reply(200, {"choices": ["text"], "usage": USAGE}), "ended the answer with None"),
+    "no message": (
+        reply(200, {"choices": [{"message": None, "finish_reason": "stop"}], "usage": USAGE}),
+        "the server's answer holds no text",
+    ),
+    "half a pair in the reason": (error(400, "no \ud83d"), "refuses it: no \ud83d"),
+    "a field of another kind": (error(400, "not this one", param=["messages"]), "not this one"),
     "an error inside": (reply(200, {"error": {"message": "the provider fell over", "code": 502}}), "fell over"),
 }
 
@@ -262,6 +280,13 @@ ENDS = {
     "always busy": (BUSY, EnvironmentFailure, "cannot answer now: slow down .*the same command goes on with the rest"),
     "always cut": (cut, EnvironmentFailure, "did not answer in 11 tries: .*the same command goes on with the rest"),
     "no JSON": (reply(200, b"<html>log in</html>"), EnvironmentFailure, r"gave no JSON object but <html>log in.*/v1\?"),
+    "too deep": (reply(200, b"[" * 200_000), EnvironmentFailure, r"gave no JSON object but \[\["),
+    "a count of another kind": (answer("text", usage=[2, 3]), EnvironmentFailure, "does not say how many tokens"),
+    "a count below 0": (
+        answer("text", usage={**USAGE, "completion_tokens": -1}),
+        EnvironmentFailure,
+        "does not say how many tokens",
+    ),
     "no count": (answer("text", usage=None), EnvironmentFailure, "does not say how many tokens"),
 }
 

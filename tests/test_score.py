@@ -146,6 +146,9 @@ def test_rows_without_an_answer_have_no_reward(reward_model, tmp_path):
     rewards = numbers(result.rewards)
     assert [number for number, reward in enumerate(rewards) if reward is None] == [3]
     assert (result.n, result.failed) == (13, 1)
+    meta = result.meta.read_bytes()
+    assert verb.run(settings(reward_model, tmp_path)).status == "already complete"
+    assert result.meta.read_bytes() == meta
 
 
 def test_complete_is_left_alone_more_rows_extend_and_other_outputs_are_refused(
@@ -162,6 +165,59 @@ def test_complete_is_left_alone_more_rows_extend_and_other_outputs_are_refused(
     assert verb.run(settings(reward_model, tmp_path, overwrite=True)).status == "written"
     with pytest.raises(InputError, match="another max-length"):
         verb.run(settings(reward_model, tmp_path, max_length=7))
+
+
+def test_fewer_or_other_outputs_than_were_scored_are_told_apart(reward_model, outputs, tmp_path):
+    verb.run(settings(reward_model, tmp_path))
+    assert verb.run(settings(reward_model, tmp_path, limit=3)).status == "already complete"
+    write_outputs(tmp_path, ROWS[1:])
+    with pytest.raises(InputError, match="made from other rows; --overwrite replaces it"):
+        verb.run(settings(reward_model, tmp_path))
+    with pytest.raises(InputError, match="made from other rows; --overwrite replaces it"):
+        verb.run(settings(reward_model, tmp_path, limit=3))
+    again = verb.run(settings(reward_model, tmp_path, overwrite=True))
+    assert numbers(again.rewards) == pytest.approx(rewards_alone(reward_model, ROWS[1:]), abs=2e-6)
+
+
+@pytest.mark.parametrize("content", [None, '{"a": 1}\n' * 5, '{"id": "0", "sam'])
+def test_rows_whose_file_is_damaged_are_scored_again(reward_model, outputs, tmp_path, content, caplog):
+    first = verb.run(settings(reward_model, tmp_path, limit=5))
+    rows = first.rewards.with_name("m.rows.jsonl")
+    rows.unlink() if content is None else rows.write_text(content)
+    with caplog.at_level("WARNING", logger="expo"):
+        assert verb.run(settings(reward_model, tmp_path)).n == 14
+    assert "m.rows.jsonl is missing or damaged: its rows are scored again" in caplog.text
+    assert numbers(first.rewards) == pytest.approx(rewards_alone(reward_model, ROWS), abs=2e-6)
+
+
+FOREIGN = {
+    "another program's": ({"errors": ["x"], "per_row": [1]}, None),
+    "errors of another kind": ({"command": "generate", "errors": ["x"], "per_row": {}}, "m.meta.json is damaged: move"),
+    "ids without samples": (
+        {"command": "generate", "errors": [], "per_row": {"id": ["a"], "sample": []}},
+        "m.meta.json is damaged: move",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_a_meta_file_that_generate_did_not_write(reward_model, outputs, tmp_path, content, message):
+    outputs.with_name("m.meta.json").write_text(json.dumps(content))
+    if message is None:
+        assert verb.run(settings(reward_model, tmp_path)).n == 14
+        return
+    with pytest.raises(InputError, match=message):
+        verb.run(settings(reward_model, tmp_path))
+
+
+def test_an_output_that_is_or_lies_in_an_input_is_refused(reward_model, outputs, tmp_path):
+    with pytest.raises(InputError, match=r"lies inside the input .*; choose another --output-dir"):
+        verb.plan(settings(reward_model, reward_model / "out", outputs=str(outputs)))
+    mine = tmp_path / "rewards_q" / "m.rows.jsonl"
+    mine.parent.mkdir()
+    outputs.rename(mine)
+    with pytest.raises(InputError, match=r"m\.rows\.jsonl is the input .*; choose another --name or --output-dir"):
+        verb.plan(settings(reward_model, tmp_path, outputs=str(mine)))
 
 
 def test_interrupted_runs_end_as_uninterrupted_ones(reward_model, outputs, tmp_path, monkeypatch):
@@ -197,6 +253,18 @@ def test_two_labels_are_refused(llama_pair, outputs, tmp_path):
     model = make_reward_model(tmp_path / "two", llama_pair[1], labels=2, pad_id=2)
     with pytest.raises(InputError, match="two has 2 labels; a reward model has one"):
         verb.run(settings(model, tmp_path))
+
+
+def test_a_config_that_does_not_fit_the_weights_is_one_line(llama_pair, reward_model, outputs, tmp_path):
+    model = tmp_path / "unlabelled"
+    shutil.copytree(reward_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")})
+    )
+    with pytest.raises(InputError, match="cannot load unlabelled: its weights do not have the shapes that its config"):
+        verb.run(settings(model, tmp_path))
+    assert not (tmp_path / "rewards_q").exists()
 
 
 def test_an_untrained_head_is_refused(llama_pair, reward_model, outputs, tmp_path):

@@ -129,6 +129,13 @@ def test_parquet_rows_with_structs_lists_and_nulls(tmp_path):
     assert [first.id, second.id] == ["7", "8"]
 
 
+def test_a_date_that_python_cannot_hold_is_one_line(tmp_path):
+    late = pa.array([1 << 60], pa.timestamp("us"))
+    pyarrow.parquet.write_table(pa.table({"prompt": ["a"], "made": late}), tmp_path / "q.parquet")
+    with pytest.raises(InputError, match=r"q\.parquet is not a valid parquet file: date value out of range"):
+        load_prompts(find_task(str(tmp_path / "q.parquet")))
+
+
 IDS = {
     "numbers": ([1, 2, 3], ["1", "2", "3"]),
     "kinds that differ": ([1, "b", 2.5], ["1", "b", "2.5"]),

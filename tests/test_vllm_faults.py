@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -92,7 +93,23 @@ def one_line(error: ExpoError) -> str:
     return str(error)
 
 
+class VLLMClientError(Exception):
+    """As vLLM's own since 0.32, which is no ValueError."""
+
+
+class VLLMValidationError(VLLMClientError):
+    pass
+
+
+PYDANTIC = (
+    "1 validation error for SchedulerConfig\nmax_num_seqs\n  Input should be greater than or equal to 1 "
+    "[type=greater_than_equal, input_value=0, input_type=int]\n    For further information visit https://errors"
+)
+
 STARTS = [
+    (VLLMValidationError("no such model"), InputError, "vLLM refuses dpo: no such model"),
+    (ValueError(PYDANTIC), InputError, "refuses dpo: max_num_seqs: Input should be greater than or equal to 1, not 0$"),
+    (Exception("WorkerProc initialization failed"), EnvironmentFailure, r"does not start: WorkerProc .*\(--debug"),
     (ValueError("max_model_len (9) is too large"), InputError, r"vLLM refuses dpo: max_model_len \(9\) is too large"),
     (TypeError("unexpected keyword argument 'x'"), InputError, "vLLM refuses dpo: unexpected keyword argument 'x'"),
     (RuntimeError("Engine core initialization failed."), EnvironmentFailure, r"does not start: .*\(--debug shows its"),
@@ -137,10 +154,45 @@ def test_an_engine_that_dies_keeps_its_rows_and_the_rerun_asks_for_the_others(fa
     assert engine.asked == ROWS - 6
 
 
-def test_prompts_that_vllm_refuses_are_an_input_error(fake, config):
-    fake(asked=ValueError("Token id 9999 is out of vocabulary"))
+@pytest.mark.parametrize("kind", [ValueError, VLLMValidationError])
+def test_prompts_that_vllm_refuses_are_an_input_error(fake, config, kind):
+    fake(asked=kind("Token id 9999 is out of vocabulary"))
     with pytest.raises(InputError, match="vLLM refuses the prompts of dpo: Token id 9999 is out of vocabulary"):
         verb.run(config)
+
+
+@pytest.mark.parametrize("source", ["model", "pair"])
+def test_engine_arguments_that_would_let_another_model_answer_are_refused(fake, config, llama_pair, source):
+    fake()
+    sft, dpo = map(str, llama_pair)
+    pair = {"model": None, "sft": sft, "dpo": dpo, "alpha": 0.5} if source == "pair" else {}
+    for key in ("model", "load_format", "model_loader_extra_config"):
+        setup = verb.plan(replace(config, engine_arg=(f"{key}=other",), **pair)).setup
+        if key == "model" or source == "pair":
+            with pytest.raises(InputError, match=f"--engine-arg {key} would let another model answer"):
+                backend.engine_arguments(setup)
+        else:
+            assert backend.engine_arguments(setup)[key] == "other"
+
+
+def test_a_prompt_that_is_too_long_for_the_engine_is_a_marked_row(fake, config):
+    with Path(config.task).open("a") as file:
+        file.write(json.dumps({"prompt": "w1 " * 30}) + "\n")
+    engine = fake()
+    result = verb.run(replace(config, engine_arg=("max_model_len=20",)))
+    assert (result.rows, result.failed, engine.asked) == (ROWS + 1, 1, ROWS)
+    assert "the model takes 20" in json.loads(result.meta.read_text())["errors"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "repeatable"),
+    [("max_num_seqs=2", True), ("max_model_len=20", True), ("enable_chunked_prefill=true", False)],
+)
+def test_rows_are_repeatable_with_the_arguments_it_was_shown_with(fake, config, monkeypatch, argument, repeatable):
+    monkeypatch.setattr(backend, "_has_gpu", lambda: False)
+    fake()
+    result = verb.run(replace(config, engine_arg=(argument,)))
+    assert json.loads(result.meta.read_text())["repeatable"] is repeatable
 
 
 def test_a_missing_vllm_names_the_command_that_installs_it(config, monkeypatch):

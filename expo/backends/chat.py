@@ -14,6 +14,8 @@ from expo.errors import InputError, first_line
 from expo.tasks import Message
 
 UNLIMITED = 1 << 30
+TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What a template's own expressions raise, beside Jinja's errors."""
 
 
 class ChatTokenizer:
@@ -76,7 +78,7 @@ class ChatTokenizer:
                 add_generation_prompt=generation_prompt,
                 return_dict=False,
             )
-        except TemplateError as error:
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise InputError(f"the chat template of {self._model} refuses the prompts: {first_line(error)}") from error
         return rows
 

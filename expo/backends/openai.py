@@ -24,6 +24,7 @@ from typing import Any
 from expo.backends import Failure, GeneratorSetup, Key, Outcome, Request, TextCompletion
 from expo.backends.event_loop import results
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra, first_line
+from expo.files import shown
 from expo.secrets import without_secrets
 
 MAX_RETRIES = 10
@@ -90,8 +91,11 @@ class OpenaiGenerator:
         from openai import APIConnectionError, APIStatusError, OpenAI
 
         try:
-            with OpenAI(**self._client_settings, timeout=FIRST_TIMEOUT_S, max_retries=FIRST_RETRIES) as client:
-                client.models.with_raw_response.list()
+            with (
+                OpenAI(**self._client_settings, timeout=FIRST_TIMEOUT_S, max_retries=FIRST_RETRIES) as client,
+                client.models.with_streaming_response.list(),
+            ):
+                return  # the list itself does not matter
         except APIStatusError:
             return  # it answers; not every server has a list, nor does every key open it
         except APIConnectionError as error:
@@ -125,7 +129,8 @@ class OpenaiGenerator:
             for request in waiting:
                 finished(await self._ask(client, request))
 
-        async with AsyncOpenAI(**self._client_settings, timeout=TIMEOUT_S, max_retries=MAX_RETRIES) as client:
+        settings = {**self._client_settings, "timeout": TIMEOUT_S, "http_client": bounded_client(TIMEOUT_S)}
+        async with AsyncOpenAI(**settings, max_retries=MAX_RETRIES) as client:
             try:
                 async with TaskGroup() as workers:
                     for _ in range(min(self._setup.config.concurrency, len(todo))):
@@ -177,23 +182,25 @@ class OpenaiGenerator:
             EnvironmentFailure: It is no chat completion.
         """
         answer = self._read(content)
-        if not answer.get("choices"):
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices:
             return Failure(request, f"the server gave no answer: {said(answer)}")
-        choice, usage = answer["choices"][0], answer.get("usage")
+        choice = _object(choices[0])
         if choice.get("finish_reason") not in ("stop", "length"):
-            return Failure(request, f"the server ended the answer with {choice.get('finish_reason')!r}")
-        text = choice.get("message", {}).get("content")
+            return Failure(request, f"the server ended the answer with {shown(choice.get('finish_reason'))}")
+        text = _object(choice.get("message")).get("content")
         if not isinstance(text, str):
             return Failure(request, "the server's answer holds no text")
-        length, prompt_tokens = (usage or {}).get("completion_tokens"), (usage or {}).get("prompt_tokens")
-        if not isinstance(length, int) or not isinstance(prompt_tokens, int):
+        usage = _object(answer.get("usage"))
+        length, prompt_tokens = usage.get("completion_tokens"), usage.get("prompt_tokens")
+        if not isinstance(length, int) or not isinstance(prompt_tokens, int) or min(length, prompt_tokens) < 0:
             raise EnvironmentFailure(f"{self._name} does not say how many tokens an answer has (usage)")
         return TextCompletion(request, text, length, prompt_tokens, choice["finish_reason"])
 
     def _read(self, content: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise EnvironmentFailure(
@@ -227,6 +234,23 @@ class OpenaiGenerator:
         return {"openai": version("openai")}
 
 
+def bounded_client(seconds: float) -> Any:  # noqa: ANN401 - openai.DefaultAsyncHttpxClient
+    """An HTTP client that waits so long for a whole answer; by itself it waits so long for each piece of one."""
+    from asyncio import timeout
+
+    from openai import DefaultAsyncHttpxClient
+
+    class Bounded(DefaultAsyncHttpxClient):  # type: ignore[misc]  # openai is not type-checked
+        async def send(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - as the parent's
+            try:
+                async with timeout(seconds):
+                    return await super().send(*args, **named)
+            except TimeoutError as error:
+                raise TimeoutError(f"no whole answer in {seconds:g} seconds") from error  # openai tries again
+
+    return Bounded()
+
+
 def api_key() -> str:
     """The key from the environment, or a placeholder.
 
@@ -258,7 +282,12 @@ def refused_field(body: object) -> str | None:
         return None
     param = body.get("param") if isinstance(body, dict) else None
     by_name = (name for name in ADVICE if "_" in name and re.search(rf"\b{name}\b", text))
-    return param if param in ADVICE else next(by_name, None)
+    return param if isinstance(param, str) and param in ADVICE else next(by_name, None)
+
+
+def _object(value: object) -> dict[str, Any]:
+    """A part of an answer that is an object; empty where it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def _cause(error: BaseException) -> str:

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from expo.config import Dtype
 from expo.errors import EnvironmentFailure, InputError, first_line
 
+MISMATCH = "ignore_mismatched_sizes"
+"""In what transformers says of weights that do not fit a model."""
+
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -54,6 +57,11 @@ def loading(name: str) -> Iterator[None]:
             yield
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(f"transformers cannot load {name}: {first_line(error)}") from error
+        except RuntimeError as error:
+            if MISMATCH not in str(error):
+                raise
+            reason = "its weights do not have the shapes that its config.json says"
+            raise InputError(f"transformers cannot load {name}: {reason}") from error
 
 
 @contextmanager

@@ -31,6 +31,9 @@ from expo.backends.torch_tools import loading, model_device, out_of_memory_hint
 from expo.backends.transformers_theta import load_theta
 from expo.config import GenerateConfig
 
+LOWEST_TEMPERATURE = 0.01
+"""Of sampling; vLLM samples with it where it is given a lower one."""
+
 
 class PenaltyProcessor(LogitsProcessor):
     """Presence and frequency penalties over the generated tokens only, as vLLM applies them.
@@ -57,14 +60,14 @@ class PenaltyProcessor(LogitsProcessor):
 
 
 class RowTemperatures(LogitsProcessor):
-    """Divides each row's scores by the row's own temperature.
+    """Divides each row's scores by the row's own temperature, or by vLLM's lowest: scores must stay finite.
 
     Args:
         temperatures: One per row, above 0.
     """
 
     def __init__(self, temperatures: Sequence[float]) -> None:
-        self._temperatures = torch.tensor(temperatures).unsqueeze(1)  # (batch, 1)
+        self._temperatures = torch.tensor(temperatures).clamp(min=LOWEST_TEMPERATURE).unsqueeze(1)  # (batch, 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the interface
         """Scores over temperature, (batch, vocabulary)."""

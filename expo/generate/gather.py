@@ -12,11 +12,11 @@ from pathlib import Path
 from expo.backends import Key
 from expo.errors import InputError
 from expo.generate.decide import Plan
-from expo.generate.rows import old_rows, row_key
+from expo.generate.rows import old_rows, row_key, sound
 from expo.generate.turns import turns_of
 from expo.lock import RunLock
 from expo.parts import FILE_NAME, counts_in, folder_name
-from expo.store import LOCK_SUFFIX, Row, RowFiles, read_journal, require_same, texts_sha256
+from expo.store import LOCK_SUFFIX, Row, RowFiles, header_fingerprint, read_journal, require_same, texts_sha256
 
 Rows = dict[Key, Row]
 """Row key → row."""
@@ -49,14 +49,14 @@ def whole_rows(whole: Plan) -> Rows:
     """
     meta = whole.files.finished()
     journal = read_journal(whole.files.journal) if meta is None else []
-    fingerprint = meta.get("fingerprint") if meta else journal[0]["fingerprint"] if len(journal) > 1 else None
-    if fingerprint is None:
+    if meta is None and len(journal) < 2:
         return {}
+    fingerprint = header_fingerprint(whole.files.journal, journal) if meta is None else meta["fingerprint"]
     if fingerprint != whole.fingerprint:
         if not whole.config.overwrite:
             require_same(whole.files.final, fingerprint, whole.fingerprint)
         return {}
-    return answered(old_rows(whole, meta) if meta else journal[1:])
+    return answered(old_rows(whole, meta) if meta else sound(journal[1:], whole.files.journal))
 
 
 def is_covered(work: Plan, rows: Rows) -> bool:
@@ -138,9 +138,9 @@ def _meta(files: RowFiles) -> Row:
         meta = json.loads(files.meta.read_bytes())
     except ValueError:
         meta = None
-    if not isinstance(meta, dict) or not {"fingerprint", "rows", files.items_key} <= meta.keys():
+    if not files.is_meta(meta):
         raise NotMade(f"damaged, remove {files.meta} and {files.final.name}")
-    return meta
+    return dict(meta)
 
 
 def _text(files: RowFiles) -> bytes:

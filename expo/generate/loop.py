@@ -22,6 +22,7 @@ from expo.generate.rows import (
     old_rows,
     part_meta,
     part_text,
+    sound,
 )
 from expo.generate.turns import Turn, turn_of, unanswerable
 from expo.progress import answers_progress
@@ -69,7 +70,7 @@ def run_plan(work: Plan) -> Generated:
         meta = read_json(work.files.meta)
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
-        done = answered(journal.rows)
+        done = answered(sound(journal.rows, work.files.journal))
         extends = bool(kept) or (bool(done) and work.files.final.exists())
         done |= kept
         run_figures, too_long = _generate(work, journal, done)

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from expo.backends.chat import UNLIMITED, ChatTokenizer, context_length
+from expo.backends.vllm import given_arguments
 from expo.config import GenerateConfig
 from expo.errors import InputError
 from expo.generate.source import describe_theta, find_source
@@ -96,9 +97,15 @@ def _local(config: GenerateConfig) -> Model:
         record=source.record,
         fingerprint={**source.fingerprint, "chat_template": sha256(tokenizer.template.encode()).hexdigest()},
         tokenizer=tokenizer,
-        context_length=context_length(source.folder),
+        context_length=min(context_length(source.folder), _engines_limit(config)),
         theta=source.theta,
     )
+
+
+def _engines_limit(config: GenerateConfig) -> int:
+    """The longest sequence that `--engine-arg max_model_len` leaves the engine."""
+    given = given_arguments(config).get("max_model_len")
+    return given if isinstance(given, int) and given > 0 else UNLIMITED
 
 
 def _served(config: GenerateConfig) -> Model:

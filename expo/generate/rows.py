@@ -7,13 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 from expo import __version__
 from expo.backends import Completion, Failure, Key, Outcome, TextCompletion
+from expo.errors import InputError
 from expo.generate.decide import Plan
 from expo.secrets import without_secrets
-from expo.store import Row, json_lines, texts_sha256
+from expo.store import Row, json_lines, require_columns, texts_sha256
 from expo.tasks import Answer, read_outputs, read_rows
+
+ROW_COLUMNS = ("id", "sample", "output", "length", "finish_reason", "prompt_tokens")
+"""What every journal row has."""
 
 TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
 """The settings that say how a run is done, not what."""
@@ -103,13 +108,35 @@ def part_meta(work: Plan, meta: Row, text: str) -> Row:
     return {**meta, "part": str(work.part), "rows_sha256": sha256(text.encode()).hexdigest()}
 
 
+def sound(rows: list[Row], path: Path) -> list[Row]:
+    """The rows of a journal or a part's file, when they are as expo writes them.
+
+    Raises:
+        InputError: They are not.
+    """
+    require_columns(rows, ROW_COLUMNS, path)
+    return rows
+
+
 def old_rows(work: Plan, meta: Row) -> list[Row]:
-    """The journal rows of a finished output, from its final file and the per-row figures in its meta."""
-    if work.part is not None:
-        return [row for row in read_rows(work.files.final) if row["finish_reason"] != "error"]
-    columns = {**meta["per_row"], "output": read_outputs(work.files.final, work.task)}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    """The journal rows of a finished output, from its final file and the per-row figures in its meta.
+
+    Raises:
+        InputError: The two do not belong together.
+    """
+    rows = sound(read_rows(work.files.final), work.files.final) if work.part is not None else _rejoined(work, meta)
     return [row for row in rows if row["finish_reason"] != "error"]
+
+
+def _rejoined(work: Plan, meta: Row) -> list[Row]:
+    files = work.files
+    try:
+        columns = {**meta["per_row"], "output": read_outputs(files.final, work.task)}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        require_columns(rows, ROW_COLUMNS, files.final)
+    except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
+        raise InputError(f"{files.final} is damaged, or {files.meta.name} is another's: move both away") from error
+    return rows
 
 
 def _is_repeatable(work: Plan, figures: RunFigures, *, extends: bool) -> bool:

@@ -12,7 +12,7 @@ from expo.adapter.folders import is_adapter
 from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig, ThetaConfig
 from expo.errors import InputError
-from expo.hub import Location, locate
+from expo.hub import Location, locate, refuse_inside
 from expo.pair import ThetaPlan, plan_theta
 from expo.store import Row
 
@@ -52,16 +52,18 @@ def find_source(config: GenerateConfig) -> Source:
         EnvironmentFailure: The hub cannot be reached.
     """
     if config.theta is not None:
-        return _theta_source(config.theta)
+        return _theta_source(config.theta, Path(config.output_dir))
     location = locate(config.model or "")
     require_generator(location.path)
+    refuse_inside(Path(config.output_dir), location, flag="--output-dir")
     return Source(location.path, location.name, {"model": source_fingerprint(location)}, {"model": _record(location)})
 
 
-def _theta_source(config: ThetaConfig) -> Source:
+def _theta_source(config: ThetaConfig, output: Path) -> Source:
     theta = plan_theta(config)
     for location in (theta.sft, theta.dpo):
         require_generator(location.path)
+    refuse_inside(output, theta.sft, theta.dpo, flag="--output-dir")
     folder = _linked(theta) if is_adapter(theta.dpo.path) else theta.dpo.path
     sides = {"sft": theta.sft, "dpo": theta.dpo}
     fingerprint = {

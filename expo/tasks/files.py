@@ -110,7 +110,7 @@ def _read_parquet(content: bytes) -> list[Any]:
 
     try:
         return list(ParquetFile(pyarrow.BufferReader(content)).read().to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise ValueError(first_line(error)) from error
 
 
