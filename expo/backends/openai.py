@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -240,13 +241,16 @@ def bounded_client(seconds: float) -> Any:  # noqa: ANN401 - openai.DefaultAsync
 
     from openai import DefaultAsyncHttpxClient
 
+    parent: Any = DefaultAsyncHttpxClient.__base__
+    library: Any = import_module(parent.__module__.partition(".")[0])  # httpx; since openai 3 httpx2
+
     class Bounded(DefaultAsyncHttpxClient):  # type: ignore[misc]  # openai is not type-checked
         async def send(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - as the parent's
             try:
                 async with timeout(seconds):
                     return await super().send(*args, **named)
             except TimeoutError as error:
-                raise TimeoutError(f"no whole answer in {seconds:g} seconds") from error  # openai tries again
+                raise library.ReadTimeout(f"no whole answer in {seconds:g} seconds") from error
 
     return Bounded()
 
