@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import xxhash
+
 from expo.errors import EnvironmentFailure, InputError
 from expo.lock import RunLock
 
@@ -27,6 +29,7 @@ Row = dict[str, Any]
 ROW_SYNC_SECONDS = 1.0
 LOCK_SUFFIX = ".lock"
 """Of the link beside a journal that says which process writes it."""
+HASH_BLOCK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
@@ -62,6 +65,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(file: Path) -> str | None:
+    """XXH3-128 of a whole file, hexadecimal; None where there is no file."""
+    if not file.is_file():
+        return None
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def json_line(row: object) -> str:
