@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +48,8 @@ def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> Non
         if fsync:
             sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that cannot be written this fails as well
+            temporary.unlink()
         raise EnvironmentFailure(f"writing {path} failed: {error.strerror}") from error
 
 

@@ -108,6 +108,8 @@ def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., Extrapo
         ("[extrapolat]\nalpha = 1", "unknown table [extrapolat]; did you mean 'extrapolate'?"),
         ("[recipe]\nsource = 'x'", "unknown table [recipe]"),
         ("alpha = 1", "unknown table [alpha]"),
+        ('[extrapolate]\noutput = "a\\u0000b"', "'output' in [extrapolate] holds a NUL character, which no path"),
+        ('[extrapolate]\nexclude = ["a", "a\\u0000b"]', "'exclude' in [extrapolate] holds a NUL character"),
         ("[extrapolate]\noutput = ['a', 'b']", "'output' in [extrapolate] takes one value, not ['a', 'b']"),
         ("[extrapolate]\nsft.path = 'a'", "'sft' in [extrapolate] takes one value"),
         ("[extrapolate", "is not valid TOML"),
