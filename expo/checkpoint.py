@@ -40,6 +40,7 @@ from expo.safetensors_header import Shard as Shard
 from expo.safetensors_header import TensorInfo as TensorInfo
 from expo.safetensors_header import is_text_map
 from expo.safetensors_header import read_shard as read_shard
+from expo.store import hash_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -297,6 +298,13 @@ def fingerprint(path: Path) -> dict[str, Any]:
         for block in _hashed_content(file):
             hasher.update(block)
     return {"headers_xxh3": hasher.hexdigest(), "files": files}
+
+
+def weights_xxh3(path: Path) -> dict[str, str]:
+    """File name → XXH3-128 of each weight file in a model folder, read as a whole."""
+    suffix = ".bin" if holds_only_bin(path) else ".safetensors"
+    hashes = {name: hash_file(path / name) for name in _names(path) if name.endswith(suffix)}
+    return {name: xxh3 for name, xxh3 in hashes.items() if xxh3 is not None}
 
 
 def _hashed_content(file: Path) -> Iterator[bytes]:

@@ -100,9 +100,9 @@ def read_bytes(flag: str, value: str) -> int:
     """A size such as 5GB (10⁹) or 5GiB (2³⁰) in bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?B)", value, re.IGNORECASE)
     units = {name.upper(): size for name, size in BYTE_UNITS.items()}
-    nbytes = int(float(found[1]) * units[found[2].upper()]) if found and found[2].upper() in units else 0
-    require(nbytes > 0, f"{flag} is a size such as 500MB or 5GB, not {value!r}")
-    return nbytes
+    nbytes = float(found[1]) * units[found[2].upper()] if found and found[2].upper() in units else 0.0
+    require(1 <= nbytes < math.inf, f"{flag} is a size such as 500MB or 5GB, not {shown(value)}")
+    return int(nbytes)
 
 
 def read_alpha_for(value: str) -> tuple[str, float]:
@@ -116,18 +116,19 @@ def read_alpha_for(value: str) -> tuple[str, float]:
         bool(equals and pattern) and math.isfinite(alpha),
         f"--alpha-for is REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
     )
+    require_alpha(alpha, f"--alpha-for {pattern!r}")
     require_regexes("--alpha-for", (pattern,))
     return pattern, alpha + 0.0
 
 
-def require_alpha(alpha: float) -> None:
+def require_alpha(alpha: float, flag: str = "--alpha") -> None:
     """Refuse an α that float32 cannot hold.
 
     Raises:
         InputError: It is one; the message names the flag.
     """
-    require(math.isfinite(alpha), f"--alpha must be a finite number, not {alpha!r}")
-    require(abs(alpha) <= MAX_ALPHA, f"--alpha {alpha!r} is more than float32 holds")
+    require(math.isfinite(alpha), f"{flag} must be a finite number, not {alpha!r}")
+    require(abs(alpha) <= MAX_ALPHA, f"{flag} {alpha!r} is more than float32 holds")
 
 
 def require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:

@@ -132,6 +132,9 @@ class ExtrapolateConfig(CommonConfig, RulesConfig):
     """Threads that read, combine and write pieces. Default: the CPU count, at most 4."""
     max_shard_size: str = "keep"
     """Most bytes of one output file, such as 500MB or 5GB; keep has DPO's files."""
+    verify: bool = False
+    """Read all weights once more: of the inputs, whose checksums are recorded, and of an output that is complete; they
+    are compared with what its expo.json says."""
     fsync: bool = True
     """Force every file to the disk before it gets its final name."""
     push_to_hub: str | None = None

@@ -64,6 +64,9 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
         repeatable = key in repeatable_names
         if isinstance(value, (list, dict)) and not repeatable:
             raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise InputError(f"{path}: {key!r} in [{table}] holds a NUL character, which no path or name may have")
         values[key] = [value] if repeatable and not isinstance(value, list) else value
     return values
 

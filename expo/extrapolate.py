@@ -22,6 +22,7 @@ from expo.checkpoint import (
     INDEX_FILE,
     config_with_dtype,
     source_fingerprint,
+    weights_xxh3,
 )
 from expo.combine.doubts import question_change
 from expo.combine.layout import index_json
@@ -158,14 +159,20 @@ def plan(config: ExtrapolateConfig) -> Plan:
     for folder in folders:
         refuse_inside(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+    weights = _checksums(sft, dpo) if config.verify else None
     outputs = tuple(
-        _plan_output(config, alpha, folder, sources, destination)
+        _plan_output(config, alpha, folder, sources, destination, weights)
         for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
     todo = (output.alpha for output in outputs if not output.complete)
     rules = pair_rules(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
     pair = plan_located(sft, dpo, rules, allow_pickle=config.allow_pickle)
-    return Plan(config, sft, dpo, pair, outputs, output_side_files(sft.path, dpo.path))
+    return Plan(config, sft, dpo, pair, weights, outputs, output_side_files(sft.path, dpo.path))
+
+
+def _checksums(sft: Location, dpo: Location) -> dict[str, dict[str, str]]:
+    log.info("reading %s and %s for their checksums", sft.label, dpo.label)
+    return {"sft": weights_xxh3(sft.path), "dpo": weights_xxh3(dpo.path)}
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
@@ -179,10 +186,15 @@ def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
 
 
 def _plan_output(
-    config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
+    config: ExtrapolateConfig,
+    alpha: float,
+    folder: Path,
+    sources: Row,
+    destination: Destination | None,
+    weights: dict[str, dict[str, str]] | None,
 ) -> Output:
     made_from = {"format": FORMAT, **result_settings(config, alpha), **sources}
-    complete = is_complete(folder, made_from, overwrite=config.overwrite)
+    complete = is_complete(folder, made_from, overwrite=config.overwrite, weights=weights)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)
     return Output(alpha, folder, made_from, complete, destination)

@@ -7,6 +7,7 @@ The plan tells from headers which tensors can be compared (`plan`); one pass ove
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,7 +22,7 @@ from expo.combine.decide import overlap
 from expo.combine.decide_adapter import overlap_adapter
 from expo.combine.plan import Overlap, PairRules, Part
 from expo.config import InspectConfig
-from expo.errors import InputError
+from expo.errors import EnvironmentFailure, InputError
 from expo.files import open_file
 from expo.findings import Figures, Inspection, Measured, mismatches
 from expo.hub import Location, locate, refuse_inside
@@ -78,7 +79,7 @@ def run(config: InspectConfig) -> Inspection:
     work = plan(config)
     if work.picture is None:
         return _measure(work)
-    work.picture.parent.mkdir(parents=True, exist_ok=True)
+    _require_writable(work.picture.parent)
     found = _measure(work)
     write_atomic(work.picture, _draw(found, work.picture.suffix.lower(), _mark(work.fingerprints)))
     return replace(found, picture=work.picture)
@@ -180,6 +181,16 @@ def _refuse_picture(picture: Path, mark: str, *, overwrite: bool) -> None:
         raise InputError(f"{picture} exists and expo did not write it: move it away, or choose another --output")
     if mark.encode() not in content and not overwrite:
         raise InputError(f"{picture} was drawn from other weights; --overwrite replaces it")
+
+
+def _require_writable(folder: Path) -> None:
+    """Make the picture's folder, before a long measurement whose picture would have no place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
+    if not os.access(folder, os.W_OK):
+        raise EnvironmentFailure(f"cannot write to {folder}; choose another --output")
 
 
 def _draw(found: Inspection, suffix: str, mark: str) -> bytes:

@@ -30,6 +30,8 @@ class Origin:
     sft: Location
     dpo: Location
     pair: PairPlan
+    weights: dict[str, dict[str, str]] | None
+    """With --verify: side → file name → checksum of the sources' weights."""
 
 
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
@@ -79,7 +81,11 @@ def manifest(
         "alpha": alpha,
         "fingerprint": fingerprint,
         "sources": {
-            side: {"name": location.label, "revision": location.revision}
+            side: {
+                "name": location.label,
+                "revision": location.revision,
+                **({"xxh3": work.weights[side]} if work.weights else {}),
+            }
             for side, location in (("sft", work.sft), ("dpo", work.dpo))
         },
         "tensors": work.pair.tensor_counts(),

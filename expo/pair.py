@@ -60,7 +60,7 @@ def plan_located(sft: Location, dpo: Location, rules: PairRules, *, allow_pickle
         InputError: The checkpoints are damaged or do not fit together.
     """
     pair = _plan_weights(sft, dpo, rules, allow_pickle)
-    require_same_tokens(sft.path, dpo.path)
+    require_same_tokens(sft.path, dpo.path, pair.vocabulary.common if pair.vocabulary else 0)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     if pair.vocabulary:

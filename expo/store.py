@@ -13,11 +13,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+import xxhash
 
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import is_utf8
@@ -28,6 +30,7 @@ Row = dict[str, Any]
 ROW_SYNC_SECONDS = 1.0
 LOCK_SUFFIX = ".lock"
 """Of the link beside a journal that says which process writes it."""
+HASH_BLOCK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
@@ -46,7 +49,8 @@ def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> Non
         if fsync:
             sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that cannot be written this fails as well
+            temporary.unlink()
         raise EnvironmentFailure(f"writing {path} failed: {error.strerror}") from error
 
 
@@ -63,6 +67,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(file: Path) -> str | None:
+    """XXH3-128 of a whole file, hexadecimal; None where there is no file."""
+    if not file.is_file():
+        return None
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:

@@ -127,11 +127,21 @@ def _has_same(name: str, sft: Path, dpo: Path) -> bool | None:
     return False
 
 
-def require_same_tokens(sft: Path, dpo: Path) -> None:
+def _token_of(number: int, numbers: dict[str, int]) -> str:
+    return next(token for token, own in numbers.items() if own == number)
+
+
+def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
     """Refuse a pair that numbers a token differently; warn of tokens that only one side has.
 
+    Args:
+        sft: SFT's folder.
+        dpo: DPO's folder.
+        common: Where the vocabularies differ in size the rows that both have; a number below it must be one token's.
+            (Where they have one size a token may have got another name, as reserved ones do.)
+
     Raises:
-        InputError: A token that both have has two numbers; the message names one and both numbers.
+        InputError: A token that both have has two numbers, or a common number has two tokens; the message names both.
     """
     try:
         difference = compare_tokens(sft, dpo)
@@ -146,6 +156,14 @@ def require_same_tokens(sft: Path, dpo: Path) -> None:
         raise InputError(
             f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so rows of the "
             "embeddings do not belong together; give the SFT model that DPO was trained from"
+        )
+    shared = {*difference.only_sft.values()} & {*difference.only_dpo.values()}
+    renamed = sorted(number for number in shared if number < common)
+    if renamed:
+        old, new = (_token_of(renamed[0], only) for only in (difference.only_sft, difference.only_dpo))
+        raise InputError(
+            f"number {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so rows of "
+            "the embeddings do not belong together; --exclude the embedding and the head to copy them from DPO"
         )
     if difference.unknown:
         log.warning("%s differs between %s and %s; their token numbers were not compared", SENTENCEPIECE_FILE, sft, dpo)

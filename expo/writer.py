@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ import xxhash
 from expo.checkpoint import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
 from expo.disk import Background, preallocate
 from expo.errors import EnvironmentFailure, InputError
-from expo.store import Journal, Row, read_journal, require_same, sync, sync_folder
+from expo.store import Journal, Row, hash_file, read_journal, require_same, sync, sync_folder
 
 MANIFEST_FILE = "expo.json"
 CARD_FILE = "README.md"
@@ -32,7 +32,6 @@ LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
 
 JOURNAL_FILE = "journal.jsonl"
 SUFFIX = ".partial"
-HASH_BLOCK_BYTES = 1 << 20
 FLUSH_BYTES = 256 << 20
 """A file is forced to the disk each time this much of it is written, so that little is left to do at its end."""
 
@@ -56,27 +55,31 @@ class ShardRecord:
 RECORD_KEYS = {field.name for field in fields(ShardRecord)}
 
 
-def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool) -> bool:
+def is_complete(
+    folder: Path, fingerprint: Row, *, overwrite: bool, weights: Mapping[str, dict[str, str]] | None = None
+) -> bool:
     """Whether the folder holds this output already; if not, whether it may be written there.
 
     Args:
         folder: The output folder; it need not exist.
         fingerprint: Every setting and source that changes the result.
         overwrite: Whether an output with other settings may be replaced.
+        weights: Checksums of the sources' weights, as the manifest has them; where they are given the output's own
+            weights are read and compared with its manifest too.
 
     Raises:
-        InputError: The folder holds other files, or an output with other settings and no `overwrite`.
+        InputError: The folder holds other files, or an output that is damaged or has other settings and no `overwrite`.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output {folder} is a file; choose another --output")
     journal = _read_journal(folder)
     manifest = _read_manifest(folder)
     if manifest and not journal and manifest.get("fingerprint") == fingerprint:
-        damaged = _damaged_files(folder, manifest)
-        if not damaged:
+        fault = _fault(folder, manifest, weights)
+        if fault is None:
             return True
         if not overwrite:
-            raise InputError(f"{folder / damaged[0]} is missing or damaged; --overwrite makes the output again")
+            raise InputError(f"{fault}; --overwrite makes the output again")
     foreign = sorted(set(_files(folder)) - _own_files(manifest, journal))
     if foreign:
         raise InputError(f"the output folder {folder} holds files expo did not write ({foreign[0]}); choose another")
@@ -106,14 +109,25 @@ def _is_manifest(content: Row) -> bool:
     )
 
 
-def _damaged_files(folder: Path, manifest: Row) -> list[str]:
-    shards = manifest.get("shards", {})
-    sizes = {name: shards[name]["bytes"] if name in shards else None for name in manifest.get("files", [])}
-    return [name for name, size in sizes.items() if not _has_size(folder / name, size)]
+def _fault(folder: Path, manifest: Row, weights: Mapping[str, dict[str, str]] | None) -> str | None:
+    """What is wrong with a finished output, if anything is."""
+    for name in manifest["files"]:
+        if not _is_whole(folder / name, manifest["shards"].get(name, {}), by_content=weights is not None):
+            return f"{folder / name} is missing or damaged"
+    for side, files in (weights or {}).items():
+        then = manifest.get("sources", {}).get(side, {}).get("xxh3")
+        if then is None:
+            log.warning("%s was made without --verify: of %s only sizes and times are compared", folder, side)
+        elif then != files:
+            changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
+            return f"{folder} was made from other weights of {side} ({changed[0]} has another checksum)"
+    return None
 
 
-def _has_size(file: Path, size: int | None) -> bool:
-    return file.is_file() and size in (None, file.stat().st_size)
+def _is_whole(file: Path, said: Row, *, by_content: bool) -> bool:
+    if not file.is_file() or said.get("bytes", file.stat().st_size) != file.stat().st_size:
+        return False
+    return not by_content or said.get("xxh3") is None or hash_file(file) == said["xxh3"]
 
 
 def _own_files(manifest: Row | None, journal: list[Row]) -> set[str]:
@@ -288,7 +302,7 @@ class StagedOutput:
     def verify(self) -> None:
         """Forget recorded shards whose staged bytes are not what was written."""
         for name, record in list(self.records.items()):
-            if _hash_file(self._path(name)) != record.xxh3:
+            if hash_file(self._path(name)) != record.xxh3:
                 log.warning("the staged %s is damaged; it is made again", name)
                 del self.records[name]
 
@@ -387,13 +401,3 @@ class StagedOutput:
         for folder in self._made:
             if not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _hash_file(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    hasher = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()

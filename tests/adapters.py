@@ -45,6 +45,12 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **TOKENS))
 
 
+def untied_gpt2() -> nn.Module:
+    """Its head, beside Conv1D layers, stores weights as [out, in]."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=False, **TOKENS)
+    return GPT2LMHeadModel(config)
+
+
 def save_base(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Path) -> Path:
     torch.manual_seed(0)
     model = make()
@@ -94,6 +100,7 @@ CASES = {
     "head": (llama, {"target_modules": ["lm_head", "v_proj"]}),
     "fan-in fan-out": (gpt2, {"target_modules": ["c_attn", "c_proj"]}),
     "fan-in fan-out, all linear": (gpt2, {"target_modules": "all-linear", "use_rslora": True}),
+    "fan-in fan-out, but for the head": (untied_gpt2, {"target_modules": ["c_attn", "attn.c_proj", "lm_head"]}),
     "tied base": (tied_llama, {"target_modules": "all-linear"}),
 }
 

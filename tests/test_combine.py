@@ -160,12 +160,28 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
         plan(tmp_path, {"t0": sft["t0"]}, dpo)
 
 
-def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"compression_config": {"format": "int-quantized"}}, "unknown"),
+        ({"quantization_config": "awq"}, "unknown"),
+    ],
+)
+def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path, config: dict[str, object], method: str) -> None:
     sft, dpo = random_pair({"w": (2,)})
     sides = [write_checkpoint(tmp_path / name, side) for name, side in (("sft", sft), ("dpo", dpo))]
-    (sides[1] / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(InputError, match=r"dpo is quantized \(gptq\)"):
+    (sides[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"dpo is quantized \({method}\); extrapolate the unquantized"):
         plan_pair(*map(read_checkpoint, sides), PairRules(alphas=(0.5,)))
+
+
+@pytest.mark.parametrize("name", ["mlp.qweight", "mlp.weight.absmax", "mlp.SCB", "mlp.weight_scale_inv"])
+def test_quantized_checkpoints_are_known_by_their_tensors(tmp_path: Path, name: str) -> None:
+    sft, dpo = random_pair({"w": (2,), name: (2,)})
+    with pytest.raises(InputError, match=rf"sft is quantized \(it holds {name}\)"):
+        plan(tmp_path, sft, dpo)
 
 
 def test_eight_bit_floats_are_no_numbers_to_extrapolate(tmp_path: Path) -> None:

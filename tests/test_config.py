@@ -59,7 +59,7 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
         "push_to_hub": "me/x-{alpha}", "private": True,
         "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
-        "allow_pickle": True,
+        "allow_pickle": True, "verify": True,
     }  # fmt: skip
     assert values.keys() | {"dry_run"} == config_files.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
@@ -111,6 +111,8 @@ def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., Extrapo
             "alpha = 1",
             "'alpha' stands outside of the tables; put it into [common] or a command's, such as [extrapolate]",
         ),
+        ('[extrapolate]\noutput = "a\\u0000b"', "'output' in [extrapolate] holds a NUL character, which no path"),
+        ('[extrapolate]\nexclude = ["a", "a\\u0000b"]', "'exclude' in [extrapolate] holds a NUL character"),
         ("[extrapolate]\noutput = ['a', 'b']", "'output' in [extrapolate] takes one value, not ['a', 'b']"),
         ("[extrapolate]\nsft.path = 'a'", "'sft' in [extrapolate] takes one value"),
         ("[extrapolate", "is not valid TOML"),
@@ -148,10 +150,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> Non
         ("alpha = 1\nalpha_for = ['mlp']", "--alpha-for is REGEX=A with a finite number A, such as"),
         ("alpha = 1\nalpha_for = ['mlp=x']", "such as 'self_attn=0.5', not 'mlp=x'"),
         ("alpha = 1\nalpha_for = ['mlp=nan']", "such as 'self_attn=0.5', not 'mlp=nan'"),
+        ("alpha = 1\nalpha_for = ['mlp=1e39']", "--alpha-for 'mlp' 1e+39 is more than float32 holds"),
         ("alpha = 1\nalpha_for = ['=1']", "such as 'self_attn=0.5', not '=1'"),
         ("alpha = 1\nmax_shard_size = '5'", "--max-shard-size is a size such as 500MB or 5GB, not '5'"),
         ("alpha = 1\nmax_shard_size = '0GB'", "--max-shard-size is a size such as 500MB or 5GB, not '0GB'"),
         ("alpha = 1\nmax_shard_size = '-1GB'", "not '-1GB'"),
+        (f"alpha = 1\nmax_shard_size = '{10**400}GB'", "--max-shard-size is a size such as 500MB or 5GB, not '1000"),
         ("alpha = 1\nvocab = 'all'", "vocab"),
     ],
 )

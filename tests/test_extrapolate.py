@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from adapters import CASES, Maker
 from helpers import (
     DTYPES,
     Pair,
@@ -433,6 +434,65 @@ def test_changed_inputs_are_refused_by_name(pair: Pair, tmp_path: Path, side: st
     os.utime(next((tmp_path / side).glob("*.safetensors")), ns=(0, 0))
     with pytest.raises(InputError, match=f"another {side}; --overwrite"):
         write(pair, tmp_path / "out")
+
+
+def flip(file: Path) -> None:
+    """Change a file's last byte, and neither its size nor its time."""
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        byte = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([byte[0] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("side", ["sft", "dpo", "out"])
+def test_verify_finds_weights_that_changed_unseen(pair: Pair, tmp_path: Path, side: str) -> None:
+    write(pair, tmp_path / "out", verify=True)
+    said = json.loads((tmp_path / "out/expo.json").read_text())["sources"]
+    for folder in pair:
+        hashes = {file.name: xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in folder.glob("*.safetensors")}
+        assert said[folder.name]["xxh3"] == hashes
+    assert [one.status for one in write(pair, tmp_path / "out", verify=True)] == ["already complete"]
+    flip(max((tmp_path / side).glob("*.safetensors")))
+    assert [one.status for one in write(pair, tmp_path / "out")] == ["already complete"]
+    before = tree(tmp_path / "out")
+    with pytest.raises(InputError, match="; --overwrite makes the output again"):
+        write(pair, tmp_path / "out", verify=True)
+    assert tree(tmp_path / "out") == before
+    assert [one.status for one in write(pair, tmp_path / "out", verify=True, overwrite=True)] == ["written"]
+    write(pair, tmp_path / "fresh", verify=True)
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(tmp_path / "fresh"))
+
+
+def test_verify_reads_adapters_and_bin_files_too(made: Maker, tmp_path: Path) -> None:
+    base, adapter = made(CASES["plain"], torch.float32)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(read_checkpoint_tensors(base), pickled / "pytorch_model.bin")
+    (pickled / "config.json").write_bytes((base / "config.json").read_bytes())
+    write((pickled, adapter), tmp_path / "out", verify=True, allow_pickle=True)
+    said = json.loads((tmp_path / "out/expo.json").read_text())["sources"]
+    assert [list(said[side]["xxh3"]) for side in ("sft", "dpo")] == [
+        ["pytorch_model.bin"],
+        ["adapter_model.safetensors"],
+    ]
+
+
+def test_a_common_number_with_two_tokens_is_refused(tmp_path: Path) -> None:
+    sides = []
+    for side, rows, last in (("sft", 2, "old"), ("dpo", 3, "new")):
+        vocabulary = {"a": 0, last: 1, **({"newer": 2} if rows > 2 else {})}
+        files = {
+            "config.json": json.dumps({"vocab_size": rows}),
+            "tokenizer.json": json.dumps({"model": {"vocab": vocabulary}}),
+        }
+        tensors = {"model.embed_tokens.weight": torch.randn(rows, 4), "norm": torch.randn(4)}
+        sides.append(write_checkpoint(tmp_path / side, tensors, files=files))
+    with pytest.raises(InputError, match="number 1 is the token 'old' in sft and 'new' in dpo"):
+        write((sides[0], sides[1]), tmp_path / "out", vocab="common")
+    write((sides[0], sides[1]), tmp_path / "out", vocab="common", exclude=("embed_tokens",))
 
 
 def test_settings_that_change_no_byte_are_not_compared(pair: Pair, tmp_path: Path) -> None:

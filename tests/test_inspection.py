@@ -15,6 +15,7 @@ from helpers import (
     DTYPES,
     entry,
     environment,
+    mounted,
     random_pair,
     raw_safetensors,
     run_expo,
@@ -289,6 +290,23 @@ def test_a_failing_disk_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.Mo
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dpo", "sft"]
 
 
+def test_a_picture_without_a_place_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(stream.SourceFiles, "read", fail)
+    sft, dpo = random_pair(SHAPES)
+    (tmp_path / "file").write_text("x")
+    for folder in ("file", "file/new"):
+        with pytest.raises(EnvironmentFailure, match=f"cannot write to .*/{folder}: .*; choose another --output"):
+            inspect(tmp_path, sft, dpo, output=str(tmp_path / folder / "x.png"))
+    refused = pytest.raises(EnvironmentFailure, match=r"cannot write to .*/disk; choose another --output")
+    with mounted(tmp_path / "disk", "ro") as disk, refused:
+        inspect(tmp_path, sft, dpo, output=str(disk / "x.png"))
+
+
 # --- the picture --------------------------------------------------------------------------------------------------
 
 
@@ -370,7 +388,11 @@ def test_json_is_one_object_and_a_suspect_pair_ends_in_0(tmp_path: Path, capsys:
         (["--dpo", "./no/such"], 2, "expo: error: no such directory: ./no/such"),
         (["--output", "x.jpeg"], 2, "expo: error: --output is a picture (.png, .svg, .pdf), not 'x.jpeg'"),
         (["--workers", "0"], 2, "expo: error: --workers must be positive, not 0"),
-        (["--output", "/proc/no/x.png"], 1, "expo: error: /proc/no: No such file or directory"),
+        (
+            ["--output", "/proc/no/x.png"],
+            1,
+            "expo: error: cannot write to /proc/no: No such file or directory; choose another --output",
+        ),
     ],
 )
 def test_faults_are_one_line(

@@ -113,6 +113,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
 
+def test_a_folder_that_cannot_be_written_is_the_environments_fault(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EnvironmentFailure, match=r"writing .*/file/inner failed: Not a directory"):
+        write_atomic(tmp_path / "file" / "inner", "x")
+
+
 def test_new_files_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:

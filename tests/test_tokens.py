@@ -63,6 +63,14 @@ def test_tokens_that_moved_came_and_went(tmp_path: Path) -> None:
         require_same_tokens(sft, dpo)
 
 
+def test_a_number_that_both_have_is_one_tokens(tmp_path: Path) -> None:
+    sft = model(tmp_path / "sft", tokenizer({"a": 0, "b": 1, "old": 2}))
+    dpo = model(tmp_path / "dpo", tokenizer({"a": 0, "b": 1, "new": 2, "newer": 3}))
+    with pytest.raises(InputError, match=r"number 2 is the token 'old' in sft and 'new' in dpo, .*; --exclude the emb"):
+        require_same_tokens(sft, dpo, common=3)
+    require_same_tokens(sft, dpo, common=2)
+
+
 def test_tokens_that_came_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sft = model(tmp_path / "sft", tokenizer({"a": 0, "<reserved>": 1}))
     dpo = model(tmp_path / "dpo", tokenizer({"a": 0, "<|im_start|>": 1, "<|im_end|>": 2}))

@@ -255,6 +255,33 @@ def test_a_finished_output_that_lost_something_is_not_complete(
     assert is_complete(tmp_path, ONE, overwrite=False)
 
 
+def test_weights_are_compared_by_their_checksums_where_those_are_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, ONE)
+    manifest = json.loads((tmp_path / "expo.json").read_text())
+    for name, content in SHARDS.items():
+        manifest["shards"][name]["xxh3"] = xxhash.xxh3_128_hexdigest(content)
+    (tmp_path / "expo.json").write_text(json.dumps(manifest))
+    weights = {"sft": {"a": "1"}, "dpo": {"a": "2"}}
+    assert is_complete(tmp_path, ONE, overwrite=False, weights=weights)
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        f"of {side} only sizes and times are compared" for side in weights
+    ]
+    manifest["sources"] = {side: {"xxh3": files} for side, files in weights.items()}
+    (tmp_path / "expo.json").write_text(json.dumps(manifest))
+    assert is_complete(tmp_path, ONE, overwrite=False, weights=weights)
+    other = {**weights, "dpo": {"a": "3"}}
+    with pytest.raises(InputError, match=r"other weights of dpo \(a has another checksum\); --overwrite makes"):
+        is_complete(tmp_path, ONE, overwrite=False, weights=other)
+    assert not is_complete(tmp_path, ONE, overwrite=True, weights=other)
+    damaged = tmp_path / "model-2.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert is_complete(tmp_path, ONE, overwrite=False)
+    with pytest.raises(InputError, match=r"model-2.safetensors is missing or damaged; --overwrite"):
+        is_complete(tmp_path, ONE, overwrite=False, weights=weights)
+
+
 # --- overwriting ------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,10 @@ _FACTOR = re.compile(
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 """Stands in a whole tensor's name where its module was wrapped while it was trained."""
 
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose `CONV1D` modules store weights as [in, out], and all others as [out, in]."""
+CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
+
 _Factors = dict[str, dict[str, TensorInfo]]
 """Module → its factors, under A and B, or embedding_A and embedding_B."""
 
@@ -93,7 +97,7 @@ def read_adapter(path: Path, base: Checkpoint) -> Adapter:
     shard = read_shard(path / ADAPTER_WEIGHTS)
     factors, saved = _sort(shard)
     _settle_tied(path, base, settings, factors, saved)
-    low_rank = {f"{module}.weight": _low_rank(module, pair, settings) for module, pair in factors.items()}
+    low_rank = {f"{module}.weight": _low_rank(module, pair, settings, base) for module, pair in factors.items()}
     problems = _mismatches(base, settings, low_rank, saved)
     if problems:
         raise InputError(f"the adapter {path.name} does not fit {base.path.name}: {'; '.join(problems)}")
@@ -153,12 +157,19 @@ def _require_pairs(file: Path, factors: _Factors) -> None:
             raise InputError(f"{file} holds {names} without the other factor; save the adapter again")
 
 
-def _low_rank(module: str, pair: dict[str, TensorInfo], settings: Settings) -> LowRank:
+def _low_rank(module: str, pair: dict[str, TensorInfo], settings: Settings, base: Checkpoint) -> LowRank:
     a, b = pair[min(pair)], pair[max(pair)]
     scale = settings.scale_of(module)
-    if settings.fan_in_fan_out or "embedding_A" in pair:
+    if _is_in_out(module, settings, base) or "embedding_A" in pair:
         return LowRank(a, b, transposed=True, scale=scale)
     return LowRank(b, a, transposed=False, scale=scale)
+
+
+def _is_in_out(module: str, settings: Settings, base: Checkpoint) -> bool:
+    # PEFT writes into fan_in_fan_out what holds for the last module it wrapped, which may be GPT-2's head.
+    if base.config.get("model_type") in CONV1D_MODELS:
+        return module.split(".")[-1] in CONV1D
+    return settings.fan_in_fan_out
 
 
 # --- the base's names ---------------------------------------------------------------------------------------------

@@ -26,6 +26,15 @@ from expo.combine.plan import (
 from expo.errors import InputError, listed
 from expo.tied import TIED_HEADS, config_tables, ties_head
 
+QUANTIZED = frozenset(
+    (
+        *("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv"),
+        *("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB"),
+    )
+)
+"""What the names of tensors end in that GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes put beside the weights;
+older checkpoints have them without a word in config.json."""
+
 
 @dataclass(frozen=True)
 class _Pair:
@@ -115,13 +124,20 @@ def refuse_quantized(*checkpoints: Checkpoint) -> None:
         InputError: One of them is quantized; the message names it and the method.
     """
     for checkpoint in checkpoints:
-        quantization = checkpoint.config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        method = _quantization(checkpoint)
+        if method is not None:
             raise InputError(
                 f"{checkpoint.path.name} is quantized ({method}); extrapolate the unquantized checkpoints and "
                 "quantize the result"
             )
+
+
+def _quantization(checkpoint: Checkpoint) -> str | None:
+    """How a checkpoint is quantized, by its config or else by a tensor that only goes with quantized weights."""
+    for table in config_tables(checkpoint.config):
+        for said in filter(None, map(table.get, ("quantization_config", "compression_config"))):
+            return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
+    return next((f"it holds {name}" for name in checkpoint.tensors if name.split(".")[-1] in QUANTIZED), None)
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ def command(
     vocab: VocabOption = ExtrapolateConfig.vocab,
     allow_pickle: AllowPickleOption = ExtrapolateConfig.allow_pickle,
     allow_nonfinite: AllowNonfiniteOption = ExtrapolateConfig.allow_nonfinite,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare all weights, of inputs and finished outputs, by their checksums.")
+    ] = ExtrapolateConfig.verify,
     fsync: Annotated[
         bool, typer.Option("--fsync/--no-fsync", help="Force files to the disk before they get their names.")
     ] = ExtrapolateConfig.fsync,
