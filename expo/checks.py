@@ -25,6 +25,9 @@ def is_hub_id(text: str) -> bool:
 MAX_NAME_BYTES = 200
 """Of an output's name, which has endings of its own; file systems take 255."""
 
+OWN_ENDINGS = (".meta", ".rows")
+"""Of the names of files that stand beside an output."""
+
 MAX_ALPHA = 3.4028234663852886e38
 """The largest float32, in which the arithmetic is done."""
 
@@ -156,6 +159,9 @@ def require_name(name: str | None) -> None:
         return
     plain = name == Path(name).name and not name.startswith(".") and name_problem(name) is None
     require(plain, f"--name {shown(name)} is not a plain file name")
+    require(
+        not name.endswith(OWN_ENDINGS), f"--name {shown(name)} ends as the files beside an output do; choose another"
+    )
     length = len(name.encode())
     require(length <= MAX_NAME_BYTES, f"--name {shown(name)} has {length} bytes; a file name takes {MAX_NAME_BYTES}")
 

@@ -153,8 +153,8 @@ class ExtrapolateConfig(CommonConfig, RulesConfig):
         require(len(self.alpha) > 0, "--alpha is missing: give at least one, such as --alpha 0.3")
         for alpha in self.alpha:
             require_alpha(alpha)
-        duplicates = sorted({a for a in self.alpha if self.alpha.count(a) > 1})
-        require(not duplicates, f"--alpha {duplicates[:1]} is given more than once")
+        twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
+        require(twice is None, f"--alpha {twice} is given more than once")
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         require_choice("--dtype", self.dtype, Dtype)
         self._require_rules()

@@ -37,7 +37,7 @@ class Origin:
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
     """‖θ_dpo − θ_sft‖, ‖θ_sft‖ and their ratio over the extrapolated tensors; None where not finite.
 
-    Of large tensors they are estimates (`rules.sampled_norms`); `expo inspect` gives them exactly.
+    Of large tensors they are estimates (`rules.sampled_norms`); `expo inspect` takes all weights.
     """
     # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
     delta = math.sqrt(math.fsum(record.delta_squared for record in records.values()))

@@ -10,10 +10,13 @@ import dataclasses
 import logging
 import math
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+import xxhash
 
 from expo import __version__
 from expo.backends import Scorer, ScorerSetup, load_scorer, token_batches
@@ -24,11 +27,22 @@ from expo.errors import InputError
 from expo.hub import Location, locate, refuse_inside
 from expo.progress import rows_bar
 from expo.stats import mean_and_standard_error
-from expo.store import Journal, Row, RowFiles, json_lines, refuse_replacing, require_columns, texts_sha256
+from expo.store import (
+    Journal,
+    Row,
+    RowFiles,
+    json_lines,
+    refuse_dropping,
+    refuse_replacing,
+    require_columns,
+    texts_sha256,
+)
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
-ROW_COLUMNS = ("row", "id", "sample", "reward", "tokens", "truncated")
-"""What every journal row has."""
+ROW_COLUMNS = ("id", "sample", "reward", "tokens", "truncated")
+"""What every row has."""
+JOURNAL_COLUMNS = ("row", "token_ids_xxh3")
+"""What it has in the journal besides: which row it is, and of what."""
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +60,11 @@ class ScoreRow:
     truncated: bool
     failed: bool
     """Whether there is no answer to score."""
+
+    @property
+    def token_ids_xxh3(self) -> str:
+        """Tells what the reward is of."""
+        return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
 
 
 @dataclass(frozen=True)
@@ -109,15 +128,14 @@ def run(config: ScoreConfig) -> Scored:
         work.fingerprint,
         work.items,
         overwrite=config.overwrite,
-        old_rows=lambda _: read_rows_file(work.rows_file),
+        old_rows=lambda _: finished_rows(work),
         hopeless=lambda _: sum(row.failed for row in work.rows),
         beyond=lambda: _items(read_conversations(work.outputs, find_task(config.task), dataset=config.dataset)),
     )
     if journal is None:
         return _result(work, "already complete", read_json(work.files.meta))
     with work.files.holding(journal):
-        require_columns(journal.rows, ROW_COLUMNS, work.files.journal)
-        done = {row["row"]: row for row in journal.rows if row["reward"] is not None}
+        done = rewarded(work, journal.rows)
         seconds, tokens, versions = _score(work, journal, done)
         rows = [done.get(row.number) or _unscored(row) for row in work.rows]
         meta = _meta(work, rows, seconds, tokens, versions)
@@ -273,6 +291,7 @@ def _score_batch(engine: Scorer, batch: Sequence[ScoreRow]) -> list[Row]:
 def _unscored(row: ScoreRow) -> Row:
     return {
         "row": row.number,
+        "token_ids_xxh3": row.token_ids_xxh3,
         "id": row.id,
         "sample": row.sample,
         **({} if row.turn is None else {"turn": row.turn}),
@@ -283,18 +302,36 @@ def _unscored(row: ScoreRow) -> Row:
 
 
 def _public(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key != "row"}
+    return {key: value for key, value in row.items() if key not in JOURNAL_COLUMNS}
 
 
-def read_rows_file(path: Path) -> list[Row]:
+def finished_rows(work: Plan) -> list[Row]:
     """The journal rows of a finished output, from its rows file; none, to be scored again, where it is damaged."""
     try:
-        rows = [{"row": number, **row} for number, row in enumerate(read_rows(path))]
-        require_columns(rows, ROW_COLUMNS, path)
+        rows = read_rows(work.rows_file)
+        require_columns(rows, ROW_COLUMNS, work.rows_file)
     except InputError:
-        log.warning("%s is missing or damaged: its rows are scored again", path)
+        log.warning("%s is missing or damaged: its rows are scored again", work.rows_file)
         return []
-    return rows
+    return [
+        {"row": one.number, "token_ids_xxh3": one.token_ids_xxh3, **row}
+        for one, row in zip(work.rows, rows, strict=False)
+    ]
+
+
+def rewarded(work: Plan, rows: Sequence[Row]) -> dict[int, Row]:
+    """Number → row of the journal's rows that have a reward for what is scored now.
+
+    The outputs may have been made anew since an interrupted run, whose rewards for other answers are dropped.
+
+    Raises:
+        InputError: A row is not as expo wrote it, or has no place in this run.
+    """
+    require_columns(rows, (*ROW_COLUMNS, *JOURNAL_COLUMNS), work.files.journal)
+    there = {row["row"]: row for row in rows if row["reward"] is not None}
+    wanted = {row.number: row.token_ids_xxh3 for row in work.rows}
+    refuse_dropping(work.files.final, len(there.keys() - wanted.keys()), overwrite=work.config.overwrite)
+    return {number: row for number, row in there.items() if row["token_ids_xxh3"] == wanted.get(number)}
 
 
 def _meta(work: Plan, rows: Sequence[Row], seconds: float, tokens: int, versions: dict[str, str]) -> Row:

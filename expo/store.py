@@ -233,6 +233,24 @@ def require_columns(rows: Sequence[Row], columns: Iterable[str], path: Path) -> 
         raise InputError(f"{path} is damaged: remove it to start anew")
 
 
+def refuse_dropping(final: Path, rows: int, *, overwrite: bool) -> None:
+    """Refuse to end a run without rows that its journal has.
+
+    Args:
+        final: The output.
+        rows: How many rows have no place in it, as with a smaller `--limit` than the run was begun with.
+        overwrite: Whether they may go.
+
+    Raises:
+        InputError: They may not.
+    """
+    if rows and not overwrite:
+        raise InputError(
+            f"the unfinished {final} has {rows} rows that this run has no place for (a smaller --limit?): finish it as "
+            "it was begun, or drop them with --overwrite"
+        )
+
+
 def require_same(what: Path | str, old: Row, new: Row, *, advice: str = "--overwrite replaces it") -> None:
     """Refuse an output made with other settings.
 

@@ -140,7 +140,9 @@ REFUSED: dict[str, Bad] = {
     "alpha is inf": Bad("finite number, not inf", args=("--alpha", "0.1", "--alpha", "inf", "--output", OUT)),
     "alpha is infinite in float32": Bad("--alpha 1e+39 is more than float32 holds", args=("--alpha", "1e39")),
     "alpha is no number": Bad("Invalid value for '--alpha'", args=("--alpha", "half", "--output", OUT)),
-    "alpha twice": Bad("0.1] is given more than once", args=("--alpha", "0.1", "--alpha", "0.10", "--output", OUT)),
+    "alpha twice": Bad(
+        "--alpha 0.1 is given more than once", args=("--alpha", "0.1", "--alpha", "0.10", "--output", OUT)
+    ),
     "an unknown dtype": Bad("'int8' is not one of", args=(*GOOD, "--dtype", "int8")),
     "an unknown device": Bad("--device is auto, cpu, cuda or cuda:N, not 'tpu'", args=(*GOOD, "--device", "tpu")),
     "no workers": Bad("--workers must be positive, not 0", args=(*GOOD, "--workers", "0")),

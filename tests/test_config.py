@@ -219,6 +219,7 @@ OUT_OF_RANGE = [
     (InspectConfig, {**INSPECT, "device": "gpu"}, "--device is auto, cpu, cuda or cuda:N, not 'gpu'"),
     (InspectConfig, {**INSPECT, "workers": 0}, "--workers must be positive, not 0"),
     (ScoreConfig, {**SCORE, "name": "a/b"}, "--name 'a/b' is not a plain file name"),
+    (ScoreConfig, {**SCORE, "name": "mine.rows"}, "--name 'mine.rows' ends as the files beside an output do"),
     (ScoreConfig, {**SCORE, "name": ".hidden"}, "--name '.hidden' is not a plain file name"),
     (ScoreConfig, {**SCORE, "max_length": 0}, "--max-length must be positive"),
     (ScoreConfig, {**SCORE, "batch_tokens": 0}, "--batch-tokens must be positive"),

@@ -245,6 +245,27 @@ def test_interrupted_runs_end_as_uninterrupted_ones(llama_pair, prompt_file, tmp
     assert final.read_bytes() == whole
 
 
+def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(llama_pair, prompt_file, tmp_path, monkeypatch):
+    original, calls = backend.TransformersGenerator._generate_batch, []
+
+    def failing(self, batch):
+        calls.append(batch)
+        if len(calls) > 2:
+            raise EnvironmentFailure("the engine died")
+        return original(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend.TransformersGenerator, "_generate_batch", failing)
+        with pytest.raises(EnvironmentFailure):
+            verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+    journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
+    before = journal.read_bytes()
+    with pytest.raises(InputError, match=r"the unfinished .*dpo\.jsonl has \d+ rows that this run has no place for"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=1))
+    assert journal.read_bytes() == before
+    assert verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=1, overwrite=True)).rows == 1
+
+
 def test_a_torn_journal_line_is_repaired(llama_pair, prompt_file, tmp_path, monkeypatch):
     whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
 

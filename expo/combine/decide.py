@@ -243,8 +243,10 @@ def _mismatches(
     hint = "the vocabularies differ in size: pass --vocab common to extrapolate the rows both have"
     problems += listed(hint, map(_shapes, by_vocabulary))
     problems += listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
+    hint = "--exclude copies tensors from DPO"
     problems += listed(
-        "dtypes that cannot be combined", [f"{d.name} {s.dtype}, {d.dtype}" for s, d, _ in shared if not _fit(s, d)]
+        f"dtypes that cannot be combined ({hint})",
+        [f"{d.name} {s.dtype}, {d.dtype}" for s, d, _ in shared if not _fit(s, d)],
     )
     return problems
 

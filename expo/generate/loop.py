@@ -26,7 +26,7 @@ from expo.generate.rows import (
 )
 from expo.generate.turns import Turn, turn_of, unanswerable
 from expo.progress import answers_progress
-from expo.store import Journal, Row
+from expo.store import Journal, Row, refuse_dropping
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def run_plan(work: Plan) -> Generated:
         return Generated(work.files.final, work.files.meta, "already complete", meta["rows"], meta["failed"])
     with work.files.holding(journal):
         done = answered(sound(journal.rows, work.files.journal))
+        refuse_dropping(work.files.final, len(done.keys() - set(work.keys)), overwrite=work.config.overwrite)
         extends = bool(kept) or (bool(done) and work.files.final.exists())
         done |= kept
         run_figures, too_long = _generate(work, journal, done)
