@@ -56,7 +56,8 @@ def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Ta
 def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, Any]:
     commands = list(COMMANDS) if table == "common" else [table]
     known = set().union(*map(field_names, commands))
-    repeatable_names = set().union(*map(_repeatable_names, commands))
+    repeatable_names = set().union(*(_names_with(tuple, command) for command in commands))
+    switches = set().union(*(_names_with(bool, command) for command in commands))
     values = {key.replace("-", "_"): value for key, value in content.items()}
     for key, value in values.items():
         if key not in known:
@@ -64,15 +65,18 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
         repeatable = key in repeatable_names
         if isinstance(value, (list, dict)) and not repeatable:
             raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
-        texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and "\0" in text for text in texts):
+        each = value if isinstance(value, list) else [value]
+        if any(isinstance(one, str) and "\0" in one for one in each):
             raise InputError(f"{path}: {key!r} in [{table}] holds a NUL character, which no path or name may have")
+        if any(isinstance(one, bool) for one in each) and key not in switches:
+            raise InputError(f"{path}: {key!r} in [{table}] is no switch: it takes a value, not true or false")
         values[key] = [value] if repeatable and not isinstance(value, list) else value
     return values
 
 
-def _repeatable_names(command: str) -> set[str]:
-    return {field.name for field in dataclasses.fields(COMMANDS[command]) if isinstance(field.default, tuple)}
+def _names_with(kind: type, command: str) -> set[str]:
+    """The settings whose defaults are of a type: tuples may be repeated, booleans are switches."""
+    return {field.name for field in dataclasses.fields(COMMANDS[command]) if isinstance(field.default, kind)}
 
 
 def _nearest(word: str, known: set[str]) -> str:
@@ -83,7 +87,7 @@ def _nearest(word: str, known: set[str]) -> str:
 def values_for(command: str, tables: Tables) -> dict[str, Any]:
     """The values a file holds for one command: its own table over `[common]`."""
     shared = {key: value for key, value in tables.get("common", {}).items() if key in field_names(command)}
-    for key in shared.keys() - _repeatable_names(command):  # one α, say, where another command takes several
+    for key in shared.keys() - _names_with(tuple, command):  # one α, say, where another command takes several
         if isinstance(shared[key], list) and len(shared[key]) == 1:
             shared[key] = shared[key][0]
     return {**shared, **tables.get(command, {})}
