@@ -20,7 +20,8 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-# Python compiles what is imported; to compile all 26,000 files that vLLM brings along would take minutes.
+# What is imported is compiled then, and kept; to compile all 26,000 files that vLLM brings along would take minutes.
+unset PYTHONDONTWRITEBYTECODE
 pip_install() {
     "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -c "$root/tools/constraints.txt" "$@"
 }
