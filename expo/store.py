@@ -376,7 +376,10 @@ class RowFiles:
                 raise problem
         elif not overwrite and len(lines := read_journal(self.journal)) > 1:
             require_same(self.final, header_fingerprint(self.journal, lines), fingerprint)
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{self.journal.parent} cannot be a folder: choose another --output-dir") from error
         journal = Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
         if rows:
             journal.append(rows)

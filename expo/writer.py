@@ -95,7 +95,12 @@ def _read_journal(folder: Path) -> list[Row]:
 
 def _read_manifest(folder: Path) -> Row | None:
     file = folder / MANIFEST_FILE
-    content = read_json(file) if file.is_file() else {}
+    try:
+        content = read_json(file) if file.is_file() else {}
+    except InputError as error:
+        raise InputError(
+            f"{error}; without it expo's files are not known: remove {folder}, or choose another"
+        ) from error
     return content if _is_manifest(content) else None
 
 

@@ -245,6 +245,12 @@ def test_interrupted_runs_end_as_uninterrupted_ones(llama_pair, prompt_file, tmp
     assert final.read_bytes() == whole
 
 
+def test_a_file_as_the_output_folder_is_refused(llama_pair, prompt_file, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be a folder: choose another --output-dir"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path / "file"))
+
+
 def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(llama_pair, prompt_file, tmp_path, monkeypatch):
     original, calls = backend.TransformersGenerator._generate_batch, []
 

@@ -223,6 +223,13 @@ def test_folders_with_other_contents_are_refused(tmp_path: Path, name: str, over
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "expo.json").write_text("{")
+    with pytest.raises(InputError, match=r"expo\.json is not valid JSON.*: remove .*, or choose another"):
+        is_complete(tmp_path, {}, overwrite=overwrite)
+
+
 def test_somebody_elses_expo_json_is_not_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "expo.json").write_text('{"expo": {"name": "a mobile app"}}')
     with pytest.raises(InputError, match=r"did not write \(expo\.json\)"):
