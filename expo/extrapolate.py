@@ -39,6 +39,7 @@ from expo.store import Row
 from expo.writer import (
     CARD_FILE,
     MANIFEST_FILE,
+    Checksums,
     ShardRecord,
     StagedOutput,
     StagedShard,
@@ -159,20 +160,35 @@ def plan(config: ExtrapolateConfig) -> Plan:
     for folder in folders:
         refuse_inside(folder, sft, dpo)
     sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
-    weights = _checksums(sft, dpo) if config.verify else None
     outputs = tuple(
-        _plan_output(config, alpha, folder, sources, destination, weights)
+        _plan_output(config, alpha, folder, sources, destination)
         for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
+    pair = _plan_pair(config, sft, dpo, outputs)
+    weights = _checksums(sft, dpo) if config.verify else None  # last, since it takes long
+    verified = tuple(_verified(config, output, weights) for output in outputs)
+    if verified != outputs:
+        pair = _plan_pair(config, sft, dpo, verified)
+    return Plan(config, sft, dpo, pair, weights, verified, output_side_files(sft.path, dpo.path))
+
+
+def _plan_pair(config: ExtrapolateConfig, sft: Location, dpo: Location, outputs: Sequence[Output]) -> PairPlan:
     todo = (output.alpha for output in outputs if not output.complete)
     rules = pair_rules(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
-    pair = plan_located(sft, dpo, rules, allow_pickle=config.allow_pickle)
-    return Plan(config, sft, dpo, pair, weights, outputs, output_side_files(sft.path, dpo.path))
+    return plan_located(sft, dpo, rules, allow_pickle=config.allow_pickle)
 
 
-def _checksums(sft: Location, dpo: Location) -> dict[str, dict[str, str]]:
+def _checksums(sft: Location, dpo: Location) -> Checksums:
     log.info("reading %s and %s for their checksums", sft.label, dpo.label)
     return {"sft": weights_xxh3(sft.path), "dpo": weights_xxh3(dpo.path)}
+
+
+def _verified(config: ExtrapolateConfig, output: Output, weights: Checksums | None) -> Output:
+    """The output, complete only where the weights are those it was made from and its own are whole."""
+    if weights is None or not output.complete:
+        return output
+    complete = is_complete(output.folder, output.fingerprint, overwrite=config.overwrite, weights=weights)
+    return replace(output, complete=complete)
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
@@ -186,15 +202,10 @@ def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
 
 
 def _plan_output(
-    config: ExtrapolateConfig,
-    alpha: float,
-    folder: Path,
-    sources: Row,
-    destination: Destination | None,
-    weights: dict[str, dict[str, str]] | None,
+    config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
 ) -> Output:
     made_from = {"format": FORMAT, **result_settings(config, alpha), **sources}
-    complete = is_complete(folder, made_from, overwrite=config.overwrite, weights=weights)
+    complete = is_complete(folder, made_from, overwrite=config.overwrite)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)
     return Output(alpha, folder, made_from, complete, destination)
@@ -205,7 +216,9 @@ def _execute(work: Plan) -> None:
     _require_space(work)
     with ExitStack() as stack:
         staged = [
-            stack.enter_context(StagedOutput(output.folder, output.fingerprint, fsync=work.config.fsync))
+            stack.enter_context(
+                StagedOutput(output.folder, output.fingerprint, weights=work.weights, fsync=work.config.fsync)
+            )
             for output in work.todo
         ]
         times = {"started": started, **_write_shards(work, staged)}

@@ -16,7 +16,7 @@ from expo.combine.plan import PairPlan
 from expo.config import ExtrapolateConfig
 from expo.hub import Location
 from expo.store import Row
-from expo.writer import ShardRecord
+from expo.writer import Checksums, ShardRecord
 
 RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
 """Settings that change the result, beside α and the sources."""
@@ -30,7 +30,7 @@ class Origin:
     sft: Location
     dpo: Location
     pair: PairPlan
-    weights: dict[str, dict[str, str]] | None
+    weights: Checksums | None
     """With --verify: side → file name → checksum of the sources' weights."""
 
 

@@ -52,12 +52,13 @@ class ShardRecord:
     """‖θ_sft‖² over the same."""
 
 
+Checksums = Mapping[str, Mapping[str, str]]
+"""With --verify: side → weight file → XXH3-128 of the sources, as `checkpoint.weights_xxh3` gives it."""
+
 RECORD_KEYS = {field.name for field in fields(ShardRecord)}
 
 
-def is_complete(
-    folder: Path, fingerprint: Row, *, overwrite: bool, weights: Mapping[str, dict[str, str]] | None = None
-) -> bool:
+def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Checksums | None = None) -> bool:
     """Whether the folder holds this output already; if not, whether it may be written there.
 
     Args:
@@ -114,19 +115,27 @@ def _is_manifest(content: Row) -> bool:
     )
 
 
-def _fault(folder: Path, manifest: Row, weights: Mapping[str, dict[str, str]] | None) -> str | None:
+def _fault(folder: Path, manifest: Row, weights: Checksums | None) -> str | None:
     """What is wrong with a finished output, if anything is."""
     for name in manifest["files"]:
         if not _is_whole(folder / name, manifest["shards"].get(name, {}), by_content=weights is not None):
             return f"{folder / name} is missing or damaged"
     for side, files in (weights or {}).items():
-        then = manifest.get("sources", {}).get(side, {}).get("xxh3")
+        then = _checksums_in(manifest, side)
         if then is None:
             log.warning("%s was made without --verify: of %s only sizes and times are compared", folder, side)
         elif then != files:
             changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
             return f"{folder} was made from other weights of {side} ({changed[0]} has another checksum)"
     return None
+
+
+def _checksums_in(manifest: Row, side: str) -> dict[str, str] | None:
+    """Of a side's weights, as the manifest says; None where it does not, or not as expo writes it."""
+    sources = manifest.get("sources")
+    said = sources.get(side) if isinstance(sources, dict) else None
+    hashes = said.get("xxh3") if isinstance(said, dict) else None
+    return hashes if isinstance(hashes, dict) else None
 
 
 def _is_whole(file: Path, said: Row, *, by_content: bool) -> bool:
@@ -264,6 +273,7 @@ class StagedOutput:
     Args:
         folder: The output folder.
         fingerprint: What the output is made from; work staged under another one is thrown away.
+        weights: With --verify: shards that were not staged from these are made again.
         fsync: Whether files are forced to the disk.
 
     Raises:
@@ -271,7 +281,7 @@ class StagedOutput:
         EnvironmentFailure: The folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, fingerprint: Row, *, fsync: bool = True) -> None:
+    def __init__(self, folder: Path, fingerprint: Row, *, weights: Checksums | None = None, fsync: bool = True) -> None:
         self.folder = folder
         self._fsync = fsync
         self._staging = folder / PARTIAL_FOLDER
@@ -282,7 +292,22 @@ class StagedOutput:
         except OSError as error:
             raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}") from error
         self._staged: list[str] = []
-        self.records = {row["shard"]: ShardRecord(**row) for row in self._journal.rows if row.keys() == RECORD_KEYS}
+        self.records = {row["shard"]: ShardRecord(**row) for row in self._recorded(weights)}
+
+    def _recorded(self, weights: Checksums | None) -> list[Row]:
+        rows: list[Row] = []
+        made_from = None
+        for row in self._journal.rows:
+            if "weights" in row:
+                rows, made_from = [], row["weights"]
+            elif row.keys() == RECORD_KEYS:
+                rows.append(row)
+        if weights is None or weights == made_from:
+            return rows
+        self._journal.append([{"weights": weights}])
+        if rows:
+            log.warning("what is staged in %s may be of other weights; it is made again", self.folder)
+        return []
 
     def _open_journal(self, fingerprint: Row) -> Journal:
         own = _own_files(_read_manifest(self.folder), _read_journal(self.folder))

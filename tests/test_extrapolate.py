@@ -466,6 +466,18 @@ def test_verify_finds_weights_that_changed_unseen(pair: Pair, tmp_path: Path, si
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(tmp_path / "fresh"))
 
 
+def test_verify_reads_weights_only_when_nothing_else_is_left_to_refuse(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expo.extrapolate.weights_xxh3", lambda _: pytest.fail("the weights are read"))
+    with pytest.raises(InputError, match="matches no tensor"):
+        write(pair, tmp_path / "out", verify=True, exclude=("no_such",))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("")
+    with pytest.raises(InputError, match="holds files expo did not write"):
+        write(pair, tmp_path / "out", verify=True)
+
+
 def test_verify_reads_adapters_and_bin_files_too(made: Maker, tmp_path: Path) -> None:
     base, adapter = made(CASES["plain"], torch.float32)
     pickled = tmp_path / "pickled"

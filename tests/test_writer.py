@@ -160,6 +160,27 @@ def test_recorded_shards_are_kept_and_damaged_ones_forgotten(tmp_path: Path, cap
     assert [record.args for record in caplog.records] == [("b",), ("c",), ("d",)]
 
 
+def test_shards_staged_from_other_weights_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old, new = ({"sft": {"a": number}, "dpo": {"a": "3"}} for number in "12")
+
+    def staged(weights: dict[str, dict[str, str]] | None, *shards: str) -> list[str]:
+        with StagedOutput(tmp_path, ONE, weights=weights, fsync=False) as output:
+            kept = sorted(output.records)
+            for name in shards:
+                output.record(ShardRecord(name, 4, output.start_shard(name, b"1234", 4).finish(), 0.1, 0.2))
+        return kept
+
+    assert staged(None, "a", "b") == []
+    assert staged(None) == ["a", "b"]
+    assert staged(old, "a", "b") == []
+    assert staged(old) == ["a", "b"]
+    assert len(caplog.messages) == 1
+    assert staged(new, "a") == []
+    assert staged(None) == staged(new) == ["a"]
+    assert len(caplog.messages) == 2
+    assert caplog.messages[1].endswith("may be of other weights; it is made again")
+
+
 def test_a_torn_last_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with pytest.raises(Killed):
@@ -282,6 +303,9 @@ def test_weights_are_compared_by_their_checksums_where_those_are_given(
     with pytest.raises(InputError, match=r"other weights of dpo \(a has another checksum\); --overwrite makes"):
         is_complete(tmp_path, ONE, overwrite=False, weights=other)
     assert not is_complete(tmp_path, ONE, overwrite=True, weights=other)
+    for odd in ([], {"sft": None, "dpo": {"xxh3": ["a"]}}):
+        (tmp_path / "expo.json").write_text(json.dumps({**manifest, "sources": odd}))
+        assert is_complete(tmp_path, ONE, overwrite=False, weights=weights)
     damaged = tmp_path / "model-2.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert is_complete(tmp_path, ONE, overwrite=False)
