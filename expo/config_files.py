@@ -66,6 +66,8 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
         if isinstance(value, (list, dict)) and not repeatable:
             raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
         each = value if isinstance(value, list) else [value]
+        if any(isinstance(one, (list, dict)) for one in each):
+            raise InputError(f"{path}: {key!r} in [{table}] takes a value or a plain list of them, not {value!r}")
         if any(isinstance(one, str) and "\0" in one for one in each):
             raise InputError(f"{path}: {key!r} in [{table}] holds a NUL character, which no path or name may have")
         if any(isinstance(one, bool) for one in each) and key not in switches:

@@ -119,6 +119,8 @@ def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., Extrapo
         ),
         ("[extrapolate]\noutput = ['a', 'b']", "'output' in [extrapolate] takes one value, not ['a', 'b']"),
         ("[extrapolate]\nsft.path = 'a'", "'sft' in [extrapolate] takes one value"),
+        ("[extrapolate]\nexclude = [['a']]", "'exclude' in [extrapolate] takes a value or a plain list of them, not"),
+        ("[extrapolate]\nexclude = {a = 1}", "'exclude' in [extrapolate] takes a value or a plain list of them, not"),
         ("[extrapolate", "is not valid TOML"),
         ("[extrapolate]\nalpha = 1\nalpha = 2", "is not valid TOML"),
     ],
