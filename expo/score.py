@@ -28,6 +28,7 @@ from expo.hub import Location, locate, refuse_inside
 from expo.progress import rows_bar
 from expo.stats import mean_and_standard_error
 from expo.store import (
+    Columns,
     Journal,
     Row,
     RowFiles,
@@ -39,9 +40,15 @@ from expo.store import (
 )
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
-ROW_COLUMNS = ("id", "sample", "reward", "tokens", "truncated")
+ROW_COLUMNS: Columns = {
+    "id": str,
+    "sample": int,
+    "reward": (float, int, type(None)),
+    "tokens": int,
+    "truncated": bool,
+}
 """What every row has."""
-JOURNAL_COLUMNS = ("row", "token_ids_xxh3")
+JOURNAL_COLUMNS: Columns = {"row": int, "token_ids_xxh3": str}
 """What it has in the journal besides: which row it is, and of what."""
 
 log = logging.getLogger(__name__)
@@ -244,7 +251,11 @@ def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
         InputError: It is damaged.
     """
     file = outputs.with_name(f"{outputs.stem}.meta.json")
-    meta = read_json(file) if file.is_file() else {}
+    advice = f"move it away to score {outputs.name} without it"
+    try:
+        meta = read_json(file) if file.is_file() else {}
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
     if meta.get("command") != "generate":
         return set(), []
     try:
@@ -252,7 +263,7 @@ def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
         columns = meta["per_row"]["id"], meta["per_row"]["sample"]
         keys = [(str(name), int(sample)) for name, sample in zip(*columns, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is damaged: move it away to score {outputs.name} without it") from error
+        raise InputError(f"{file} is damaged: {advice}") from error
     return failed, keys
 
 
@@ -327,7 +338,7 @@ def rewarded(work: Plan, rows: Sequence[Row]) -> dict[int, Row]:
     Raises:
         InputError: A row is not as expo wrote it, or has no place in this run.
     """
-    require_columns(rows, (*ROW_COLUMNS, *JOURNAL_COLUMNS), work.files.journal)
+    require_columns(rows, {**ROW_COLUMNS, **JOURNAL_COLUMNS}, work.files.journal)
     there = {row["row"]: row for row in rows if row["reward"] is not None}
     wanted = {row.number: row.token_ids_xxh3 for row in work.rows}
     refuse_dropping(work.files.final, len(there.keys() - wanted.keys()), overwrite=work.config.overwrite)

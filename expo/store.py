@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from expo.files import is_utf8
 from expo.lock import RunLock
 
 Row = dict[str, Any]
+Columns = Mapping[str, type | tuple[type, ...]]
+"""Column → what its values are."""
 
 ROW_SYNC_SECONDS = 1.0
 LOCK_SUFFIX = ".lock"
@@ -222,14 +224,15 @@ def header_fingerprint(path: Path, lines: Sequence[Row]) -> Row:
     return fingerprint
 
 
-def require_columns(rows: Sequence[Row], columns: Iterable[str], path: Path) -> None:
+def require_columns(rows: Sequence[Row], columns: Columns, path: Path) -> None:
     """Refuse rows that are not as expo wrote them.
 
     Raises:
-        InputError: A row lacks a column.
+        InputError: A row lacks a column, or has another kind of value there.
     """
-    columns = set(columns)
-    if not all(columns <= row.keys() for row in rows):
+    for row in rows:
+        if columns.keys() <= row.keys() and all(isinstance(row[name], kind) for name, kind in columns.items()):
+            continue
         raise InputError(f"{path} is damaged: remove it to start anew")
 
 

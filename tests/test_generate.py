@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -489,13 +490,33 @@ def test_a_damaged_output_is_one_line_that_says_what_to_move(llama_pair, prompt_
     assert before == (first.output.read_bytes(), first.meta.read_bytes())
 
 
-@pytest.mark.parametrize("lines", [[{"id": "0"}, {"id": "1"}], [{"fingerprint": [1]}, {}], [None, {"id": "0"}]])
+SOUND = {"id": "0", "sample": 0, "output": "", "length": 0, "finish_reason": "stop", "prompt_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"id": "0"}, {"id": "1"}],
+        [{"fingerprint": [1]}, {}],
+        [None, {"id": "0"}],
+        [None, {**SOUND, "sample": [0]}],
+        [None, {**SOUND, "finish_reason": 5}],
+    ],
+)
 def test_a_damaged_journal_is_one_line_that_says_what_to_remove(llama_pair, prompt_file, tmp_path, lines):
     work = verb.plan(settings(llama_pair[1], prompt_file, tmp_path))
     work.files.journal.parent.mkdir()
     write_rows(work.files.journal, [line if line is not None else {"fingerprint": work.fingerprint} for line in lines])
     with pytest.raises(InputError, match=r"\.dpo\.journal\.jsonl is damaged: remove it to start anew$"):
         verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["m.meta", "m.rows", "n" * 201])
+def test_a_models_name_that_cannot_be_an_outputs_asks_for_another(llama_pair, prompt_file, tmp_path, name):
+    shutil.copytree(llama_pair[1], tmp_path / name)
+    with pytest.raises(InputError, match=f"--name '{name[:9]}"):
+        verb.plan(settings(tmp_path / name, prompt_file, tmp_path))
+    verb.plan(settings(tmp_path / name, prompt_file, tmp_path, name="m"))
 
 
 @pytest.mark.parametrize("expression", ["messages[0].content + 1", "1 / 0", "messages[0].content.index('zzz')"])

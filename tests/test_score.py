@@ -179,7 +179,10 @@ def test_fewer_or_other_outputs_than_were_scored_are_told_apart(reward_model, ou
     assert numbers(again.rewards) == pytest.approx(rewards_alone(reward_model, ROWS[1:]), abs=2e-6)
 
 
-@pytest.mark.parametrize("content", [None, '{"a": 1}\n' * 5, '{"id": "0", "sam'])
+SOUND = {"id": "0", "sample": 0, "reward": 1.0, "tokens": 3, "truncated": False}
+
+
+@pytest.mark.parametrize("content", [None, '{"a": 1}\n' * 5, '{"id": "0", "sam', json.dumps(SOUND | {"reward": "1"})])
 def test_rows_whose_file_is_damaged_are_scored_again(reward_model, outputs, tmp_path, content, caplog):
     first = verb.run(settings(reward_model, tmp_path, limit=5))
     rows = first.rewards.with_name("m.rows.jsonl")
@@ -192,6 +195,7 @@ def test_rows_whose_file_is_damaged_are_scored_again(reward_model, outputs, tmp_
 
 FOREIGN = {
     "another program's": ({"errors": ["x"], "per_row": [1]}, None),
+    "no object": ([], "m.meta.json does not hold a JSON object; move it away to score m.jsonl without it"),
     "errors of another kind": ({"command": "generate", "errors": ["x"], "per_row": {}}, "m.meta.json is damaged: move"),
     "ids without samples": (
         {"command": "generate", "errors": [], "per_row": {"id": ["a"], "sample": []}},

@@ -167,12 +167,12 @@ def test_engine_arguments_that_would_let_another_model_answer_are_refused(fake, 
     sft, dpo = map(str, llama_pair)
     pair = {"model": None, "sft": sft, "dpo": dpo, "alpha": 0.5} if source == "pair" else {}
     for key in ("model", "load_format", "model_loader_extra_config"):
-        setup = verb.plan(replace(config, engine_arg=(f"{key}=other",), **pair)).setup
+        given = replace(config, engine_arg=(f"{key}=other",), **pair)
         if key == "model" or source == "pair":
             with pytest.raises(InputError, match=f"--engine-arg {key} would let another model answer"):
-                backend.engine_arguments(setup)
+                verb.plan(given)
         else:
-            assert backend.engine_arguments(setup)[key] == "other"
+            assert backend.engine_arguments(verb.plan(given).setup)[key] == "other"
 
 
 def test_a_prompt_that_is_too_long_for_the_engine_is_a_marked_row(fake, config):

@@ -266,19 +266,23 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
     if setup.theta is not None:
         arguments["load_format"] = LOAD_FORMAT
         arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
-    given = given_arguments(config)
-    fixed = ("model", *(("load_format", "model_loader_extra_config") if setup.theta is not None else ()))
+    return arguments | given_arguments(config)
+
+
+def given_arguments(config: GenerateConfig) -> dict[str, Any]:
+    """What `--engine-arg` gives.
+
+    Raises:
+        InputError: It would change which model answers.
+    """
+    given = dict(_key_value(pair) for pair in config.engine_arg)
+    fixed = ("model", *(("load_format", "model_loader_extra_config") if config.theta is not None else ()))
     for key in fixed:
         if key in given:
             raise InputError(
                 f"--engine-arg {key} would let another model answer than the one the output is named after"
             )
-    return arguments | given
-
-
-def given_arguments(config: GenerateConfig) -> dict[str, Any]:
-    """What `--engine-arg` gives."""
-    return dict(_key_value(pair) for pair in config.engine_arg)
+    return given
 
 
 def is_repeatable(config: GenerateConfig) -> bool:

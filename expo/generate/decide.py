@@ -11,6 +11,7 @@ from pathlib import Path
 from expo.backends import GeneratorSetup, Key, Request
 from expo.backends.torch_tools import run_dtype
 from expo.backends.vllm import why_not
+from expo.checks import require_name
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.generate.models import Model, find_model, require_fitting
 from expo.generate.source import plain
@@ -124,6 +125,7 @@ def plan(config: GenerateConfig) -> Plan:
     needed = max((asking.rooms[request.id] for request in first.requests), default=1)
     setup = GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta)
     name = config.name or model.name
+    require_name(name)
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
     if isinstance(file := config.dataset or task.source, str | Path):
         refuse_replacing(Path(file), (files.final, files.meta))

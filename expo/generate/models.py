@@ -105,7 +105,7 @@ def _local(config: GenerateConfig) -> Model:
 def _engines_limit(config: GenerateConfig) -> int:
     """The longest sequence that `--engine-arg max_model_len` leaves the engine."""
     given = given_arguments(config).get("max_model_len")
-    return given if isinstance(given, int) and given > 0 else UNLIMITED
+    return given if type(given) is int and given > 0 else UNLIMITED
 
 
 def _served(config: GenerateConfig) -> Model:

@@ -14,10 +14,17 @@ from expo.backends import Completion, Failure, Key, Outcome, TextCompletion
 from expo.errors import InputError
 from expo.generate.decide import Plan
 from expo.secrets import without_secrets
-from expo.store import Row, json_lines, require_columns, texts_sha256
+from expo.store import Columns, Row, json_lines, require_columns, texts_sha256
 from expo.tasks import Answer, read_outputs, read_rows
 
-ROW_COLUMNS = ("id", "sample", "output", "length", "finish_reason", "prompt_tokens")
+ROW_COLUMNS: Columns = {
+    "id": str,
+    "sample": int,
+    "output": str,
+    "length": int,
+    "finish_reason": str,
+    "prompt_tokens": int,
+}
 """What every journal row has."""
 
 TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
