@@ -136,6 +136,13 @@ def test_an_adapter_answers_with_its_bases_config_and_its_own_tokenizer(llama_pa
     assert theta.output.read_bytes() == written.output.read_bytes()
 
 
+def test_an_adapter_as_the_model_says_how_to_give_it(llama_pair, task, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="--model adapter is an adapter: give it as --dpo, the model"):
+        verb.plan(GenerateConfig(task=str(task), model=str(tmp_path / "adapter"), engine="transformers"))
+
+
 def test_the_linked_folder_of_an_adapter_goes_with_its_plan(llama_pair, task, tmp_path, monkeypatch):
     folder = tmp_path / "links"
     monkeypatch.setattr("expo.generate.source.tempfile.mkdtemp", lambda **_: folder.mkdir() or str(folder))

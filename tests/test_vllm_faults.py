@@ -161,6 +161,17 @@ def test_prompts_that_vllm_refuses_are_an_input_error(fake, config, kind):
         verb.run(config)
 
 
+@pytest.mark.parametrize("kind", [ValueError, VLLMValidationError])
+def test_sampling_settings_that_vllm_refuses_are_an_input_error(fake, config, kind, monkeypatch):
+    def refuse(**_: Any) -> None:
+        raise kind("temperature must be in [0, 2], got 3.0")
+
+    fake()
+    monkeypatch.setattr(sys.modules["vllm"], "SamplingParams", refuse)
+    with pytest.raises(InputError, match=r"vLLM refuses the sampling settings: temperature must be in \[0, 2\], got 3"):
+        verb.run(replace(config, temperature=3.0))
+
+
 @pytest.mark.parametrize("source", ["model", "pair"])
 def test_engine_arguments_that_would_let_another_model_answer_are_refused(fake, config, llama_pair, source):
     fake()

@@ -123,6 +123,17 @@ def _is_refusal(error: Exception) -> bool:
 
 
 @contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn vLLM's refusal of what it is given into one line."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        raise InputError(f"vLLM refuses {what}: {_reason(error)}") from error
+
+
+@contextmanager
 def _running() -> Iterator[None]:
     """Turn whatever ends the engine's work into one line: it has died, and a new one is needed."""
     try:
@@ -187,14 +198,10 @@ class VllmGenerator:
         todo = [request for request in requests if request.key not in done]
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo]
         params_of = functools.cache(self._params)  # rows share them: vLLM copies them for each request
-        params = [params_of(request.temperature, request.sample, request.max_tokens) for request in todo]
-        with _running():
-            try:
-                engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-            except Exception as error:
-                if not _is_refusal(error):
-                    raise
-                raise InputError(f"vLLM refuses the prompts of {self._setup.name}: {_reason(error)}") from error
+        with _refusing("the sampling settings"):
+            params = [params_of(request.temperature, request.sample, request.max_tokens) for request in todo]
+        with _running(), _refusing(f"the prompts of {self._setup.name}"):
+            engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():

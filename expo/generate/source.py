@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo.adapter.folders import is_adapter
-from expo.checkpoint import PARTIAL_FOLDER, read_config, source_fingerprint
+from expo.checkpoint import CONFIG_FILE, PARTIAL_FOLDER, read_config, source_fingerprint
 from expo.config import GenerateConfig, ThetaConfig
 from expo.errors import InputError
 from expo.hub import Location, locate, refuse_inside
@@ -54,6 +54,11 @@ def find_source(config: GenerateConfig) -> Source:
     if config.theta is not None:
         return _theta_source(config.theta, Path(config.output_dir))
     location = locate(config.model or "")
+    if is_adapter(location.path) and not (location.path / CONFIG_FILE).is_file():
+        raise InputError(
+            f"--model {location.label} is an adapter: give it as --dpo, the model it was trained on as --sft, and "
+            "--alpha 0"
+        )
     require_generator(location.path)
     refuse_inside(Path(config.output_dir), location, flag="--output-dir")
     return Source(location.path, location.name, {"model": source_fingerprint(location)}, {"model": _record(location)})
