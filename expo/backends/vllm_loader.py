@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from expo.backends.refusals import told
 from expo.backends.vllm import LOAD_FORMAT
 
 if TYPE_CHECKING:
@@ -58,11 +59,12 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         from expo.progress import bytes_bar
 
         self.counter_before_loading_weights = time.perf_counter()
-        plan = self._plan(model_config).pair
-        with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
-            for name, tensor in theta:
-                bar.update(tensor.nbytes)
-                yield name, tensor
+        with told():
+            plan = self._plan(model_config).pair
+            with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
+                for name, tensor in theta:
+                    bar.update(tensor.nbytes)
+                    yield name, tensor
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
         for head in _packed_heads(model):
