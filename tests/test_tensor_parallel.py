@@ -6,12 +6,14 @@ What answers is a θ(α) that each of the two ranks makes while it loads; bare v
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import helpers
 import psutil
 import pytest
+from safetensors.torch import save_file
 from test_orphans import wait_until_gone
 
 SCRIPT = """
@@ -75,6 +77,23 @@ def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpa
     assert len(workers) >= 2
     for worker in workers:
         wait_until_gone(worker.pid)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_pair_that_the_workers_refuse_is_one_line_and_exit_code_2(trained, run_expo, plugin, tmp_path):
+    tensors = helpers.read_checkpoint_tensors(trained / "tiny-sft")
+    tensors["model.norm.weight"][3] = float("nan")
+    sft = shutil.copytree(trained / "tiny-sft", tmp_path / "sft")
+    (sft / "model.safetensors").unlink()
+    save_file(tensors, sft / "model.safetensors")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "hello"}')
+    arguments = ["--sft", sft, "--dpo", trained / "tiny-dpo", "--alpha", 1, "--tensor-parallel", 2]
+    arguments += ["--engine", "vllm", "--output-dir", tmp_path]
+    result = run_expo("generate", tmp_path / "q.jsonl", *arguments, env=plugin)
+    assert (result.code, result.stdout) == (2, "")
+    assert "expo: error: the result for tensor model.norm.weight holds NaN" in result.stderr
+    assert not (tmp_path / "outputs_q" / "tiny-dpo-ExPO-a1.0.jsonl").exists()
 
 
 def last_line(process: subprocess.Popen[str]) -> str:

@@ -80,19 +80,21 @@ def ask(work, engine):
     prompts = [list(one.prompt_ids) for one in work.requests]
     return {"prompts": prompts, "answers": [found[key] for key in sorted(found)]}
 
-def load(engine, path=None, **load_config):
-    engine._llm.collective_rpc("update_config", args=({"load_config": load_config},))
-    engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+def switch(engine, alpha):
+    keys = {"model_loader_extra_config": {**pair, "alpha": alpha}}
+    engine._llm.collective_rpc("update_config", args=({"load_config": keys},))
+    engine._llm.collective_rpc("reload_weights")
     engine._llm.reset_prefix_cache()
 
 def main():
     work, engine = start(**pair, alpha=0.5)
     found = {"theta auto": ask(work, engine)}
-    load(engine, model_loader_extra_config={**pair, "alpha": 1.5})
-    found["switched"] = ask(work, engine)
-    load(engine, given["written"]["1.5"], load_format="auto", model_loader_extra_config={})
-    found["loaded"] = ask(work, engine)
+    for name, alpha in ("switched", 1.5), ("back", 0.5):
+        switch(engine, alpha)
+        found[name] = ask(work, engine)
     del work, engine
+    gc.collect()
+    found["fresh"] = ask(*start(model=given["written"]["1.5"]))
     for dtype in ("auto", "float32"):
         gc.collect()  # one engine at a time
         found[f"checkpoint {dtype}"] = ask(*start(model=given["written"]["0.5"], dtype=dtype))
@@ -140,10 +142,11 @@ def test_an_engine_on_a_pair_answers_as_one_on_the_written_checkpoint(answers: A
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_live_engine_is_given_another_alpha(answers: Any) -> None:
+def test_a_live_engine_is_given_another_alpha_and_the_first_again(answers: Any) -> None:
     assert min(map(len, answers["switched"]["prompts"])) > 128  # a prefix of blocks is cached
-    assert answers["switched"] == answers["loaded"]
+    assert answers["switched"] == answers["fresh"]
     assert answers["switched"] != answers["theta auto"]
+    assert answers["back"] == answers["theta auto"]
 
 
 # --- several processes --------------------------------------------------------------------------------------------

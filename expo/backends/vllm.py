@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from expo.backends import Completion, GeneratorSetup, Key, Request
+from expo.backends.refusals import heard
 from expo.backends.torch_tools import is_out_of_memory
 from expo.backends.watched import WatchedSteps
 from expo.checkpoint import read_config
@@ -105,7 +106,8 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
     if setup.theta is not None:
         _make_loader_known(arguments)
     try:
-        return LLM(**arguments)
+        with heard():
+            return LLM(**arguments)
     except ExpoError:
         raise  # the loader's own
     except Exception as error:

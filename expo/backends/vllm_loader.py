@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from expo.backends.refusals import told
 from expo.backends.vllm import LOAD_FORMAT
 
 if TYPE_CHECKING:
@@ -58,13 +59,16 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         from expo.progress import bytes_bar
 
         self.counter_before_loading_weights = time.perf_counter()
-        plan = self._plan(model_config).pair
-        with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
-            for name, tensor in theta:
-                bar.update(tensor.nbytes)
-                yield name, tensor
+        with told():
+            plan = self._plan(model_config).pair
+            with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
+                for name, tensor in theta:
+                    bar.update(tensor.nbytes)
+                    yield name, tensor
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
+        for head in _packed_heads(model):
+            _pack_again(head)
 
     def _plan(self, model_config: Any) -> ThetaPlan:  # noqa: ANN401 - vllm.config.ModelConfig
         from expo.config_files import theta_from
@@ -79,6 +83,23 @@ def _is_first_rank() -> bool:
     from vllm.distributed import get_world_group
 
     return bool(get_world_group().rank == 0)
+
+
+def _packed_heads(model: Any) -> list[Any]:  # noqa: ANN401 - a torch module of vLLM's
+    """The heads whose weights vLLM keeps packed for a CPU beside the weights themselves; none at a first load."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return [layer for layer in model.modules() if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear")]
+
+
+def _pack_again(head: Any) -> None:  # noqa: ANN401 - vLLM's ParallelLMHead
+    """Pack a head's weights when it is next used: vLLM's reload forgets one that is tied to the embedding."""
+
+    def first(*arguments: Any) -> Any:  # noqa: ANN401
+        head.quant_method.process_weights_after_loading(head)
+        return head.cpu_linear(*arguments)
+
+    head.cpu_linear = first
 
 
 @functools.cache  # vLLM warns of a loader that is registered twice
