@@ -27,6 +27,7 @@ from expo.combine.decide import plan_pair
 from expo.combine.plan import PairPlan, PairRules
 from expo.combine.stream import TORCH_DTYPES, Combiner, SourceFiles
 from expo.config import ExtrapolateConfig
+from expo.errors import EnvironmentFailure
 
 CPU = torch.device("cpu")
 
@@ -95,6 +96,23 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         pytest.skip("mounting a file system needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def dying(engine: type, method: str) -> Iterator[None]:
+    """An engine that dies in its third batch; the run in the body must end of it."""
+    original, calls = getattr(engine, method), []
+
+    def failing(self, batch):
+        calls.append(batch)
+        if len(calls) > 2:
+            raise EnvironmentFailure("the engine died")
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, method, failing)
+        with pytest.raises(EnvironmentFailure, match="the engine died"):
+            yield
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
@@ -252,19 +253,9 @@ def test_a_file_as_the_output_folder_is_refused(llama_pair, prompt_file, tmp_pat
         verb.run(settings(llama_pair[1], prompt_file, tmp_path / "file"))
 
 
-def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(llama_pair, prompt_file, tmp_path, monkeypatch):
-    original, calls = backend.TransformersGenerator._generate_batch, []
-
-    def failing(self, batch):
-        calls.append(batch)
-        if len(calls) > 2:
-            raise EnvironmentFailure("the engine died")
-        return original(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(backend.TransformersGenerator, "_generate_batch", failing)
-        with pytest.raises(EnvironmentFailure):
-            verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(llama_pair, prompt_file, tmp_path):
+    with helpers.dying(backend.TransformersGenerator, "_generate_batch"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path))
     journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
     before = journal.read_bytes()
     with pytest.raises(InputError, match=r"the unfinished .*dpo\.jsonl has \d+ rows that this run has no place for"):
@@ -273,21 +264,10 @@ def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(llama_pair, p
     assert verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=1, overwrite=True)).rows == 1
 
 
-def test_a_torn_journal_line_is_repaired(llama_pair, prompt_file, tmp_path, monkeypatch):
+def test_a_torn_journal_line_is_repaired(llama_pair, prompt_file, tmp_path):
     whole = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "whole")).output.read_bytes()
-
-    original, calls = backend.TransformersGenerator._generate_batch, []
-
-    def dying(self, batch):
-        calls.append(batch)
-        if len(calls) > 2:
-            raise EnvironmentFailure("the engine died")
-        return original(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(backend.TransformersGenerator, "_generate_batch", dying)
-        with pytest.raises(EnvironmentFailure):
-            verb.run(settings(llama_pair[1], prompt_file, tmp_path))
+    with helpers.dying(backend.TransformersGenerator, "_generate_batch"):
+        verb.run(settings(llama_pair[1], prompt_file, tmp_path))
     journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
     with journal.open("a") as stream:
         stream.write('{"id": "0", "sample": 0, "output": "torn')

@@ -247,16 +247,16 @@ def test_interrupted_runs_end_as_uninterrupted_ones(reward_model, outputs, tmp_p
     assert final.read_bytes() == whole
 
 
-def test_rewards_of_an_interrupted_run_are_of_the_answers_there_are_now(reward_model, outputs, tmp_path, monkeypatch):
-    interrupt(monkeypatch, settings(reward_model, tmp_path))
+def test_rewards_of_an_interrupted_run_are_of_the_answers_there_are_now(reward_model, outputs, tmp_path):
+    interrupt(settings(reward_model, tmp_path))
     others = [(prompt, answer + " w9") for prompt, answer in ROWS]
     write_outputs(tmp_path, others)
     rewards = numbers(verb.run(settings(reward_model, tmp_path)).rewards)
     assert rewards == pytest.approx(rewards_alone(reward_model, others), abs=2e-6)
 
 
-def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(reward_model, outputs, tmp_path, monkeypatch):
-    interrupt(monkeypatch, settings(reward_model, tmp_path))
+def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(reward_model, outputs, tmp_path):
+    interrupt(settings(reward_model, tmp_path))
     journal = tmp_path / "rewards_q" / ".m.journal.jsonl"
     before = journal.read_bytes()
     with pytest.raises(InputError, match=r"the unfinished .*m\.jsonl has \d+ rows that this run has no place for"):
@@ -265,20 +265,10 @@ def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(reward_model,
     assert verb.run(settings(reward_model, tmp_path, limit=1, overwrite=True)).n == 1
 
 
-def interrupt(monkeypatch, config: ScoreConfig) -> None:
+def interrupt(config: ScoreConfig) -> None:
     """A run that ends after two batches."""
-    original, calls = backend.TransformersScorer.score, []
-
-    def failing(self, rows):
-        calls.append(rows)
-        if len(calls) > 2:
-            raise EnvironmentFailure("the engine died")
-        return original(self, rows)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(backend.TransformersScorer, "score", failing)
-        with pytest.raises(EnvironmentFailure):
-            verb.run(config)
+    with helpers.dying(backend.TransformersScorer, "score"):
+        verb.run(config)
 
 
 def test_a_causal_model_is_refused_by_name(llama_pair, outputs, tmp_path):
