@@ -128,7 +128,7 @@ def refuse_quantized(*checkpoints: Checkpoint) -> None:
         if method is not None:
             raise InputError(
                 f"{checkpoint.path.name} is quantized ({method}); extrapolate the unquantized checkpoints and "
-                "quantize the result"
+                "quantize the result (of weights that were made plain again config.json must not say otherwise)"
             )
 
 
