@@ -14,11 +14,13 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers import tree, without_clock
+from tqdm import tqdm
 
 from expo import cli
 
@@ -36,6 +38,7 @@ def forked(action: Callable[[], int | None]) -> int:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all children, and stays taken where one was killed
         os._exit(action() or 0)
     return child
 

@@ -9,13 +9,38 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import environment
+from helpers import environment, run_python
 
 KILLS = Path(__file__).with_name("kills.py")
 ENGINES = {
     "transformers": {"batch_tokens": 250},  # five batches
     "vllm": {"engine_arg": ["max_num_seqs=4"]},
 }
+
+
+AFTER_A_KILL = """
+import os, signal, sys, time
+from crashes import ended, forked, tqdm
+
+read, write = os.pipe()
+tqdm.get_lock()
+
+def hold():
+    tqdm.get_lock().acquire()
+    os.write(write, b".")
+    time.sleep(60)
+
+child = forked(hold)
+os.read(read, 1)
+os.kill(child, signal.SIGKILL)
+ended(child)
+sys.exit(ended(forked(lambda: len(list(tqdm(range(2)))) - 2)))
+"""
+
+
+def test_a_child_killed_while_it_draws_does_not_stop_the_next():
+    done = run_python(AFTER_A_KILL, env={"PYTHONPATH": str(KILLS.parent)}, timeout=60)
+    assert done.code == 0, done.stderr
 
 
 @pytest.mark.slow
