@@ -33,8 +33,8 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
+from expo.checkpoint.header import DTYPE_BITS, Shard, read_shard
 from expo.errors import InputError
-from expo.safetensors_header import DTYPE_BITS, Shard, read_shard
 
 CASE_SECONDS = 2.0
 MEMORY_BYTES = 1 << 30

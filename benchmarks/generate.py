@@ -31,9 +31,9 @@ from typing import Any
 
 from extrapolate import measure, ratio
 
-from expo.backends.vllm import engine_arguments
-from expo.cli import PROCESS_ENVIRONMENT
+from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import GenerateConfig
+from expo.engines.vllm import engine_arguments
 from expo.generate import plan
 
 WAYS = ("vllm", "bare", "transformers", "eights", "eights-own")
@@ -84,7 +84,7 @@ BATCHES_OF_8 = """
 import json, sys, time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
-from expo.backends.transformers import PenaltyProcessor
+from expo.engines.transformers import PenaltyProcessor
 
 model, dataset, limit, dtype, sampling, output = map(json.loads, sys.argv[1:])
 instructions = [row["instruction"] for row in json.load(open(dataset))][:limit]

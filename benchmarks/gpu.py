@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from extrapolate import ALPHA, PAIRS, make_pair, measure, open_all
 
-from expo.combine.stream import CUDA_PIECE_BYTES, default_workers
+from expo.theta.stream import CUDA_PIECE_BYTES, default_workers
 
 BLOCK_BYTES = 16 << 20
 BUS_ROUNDS = 64

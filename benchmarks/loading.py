@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from extrapolate import ALPHA, Run, measure
 
-from expo.cli import PROCESS_ENVIRONMENT
+from expo.cli.program import PROCESS_ENVIRONMENT
 
 SHAPE = {
     "hidden_size": 1024,

@@ -87,7 +87,7 @@ def expo(*words: object) -> None:
     import contextlib
     import io
 
-    from expo import cli
+    from expo.cli import program as cli
 
     arguments = [str(word) for word in words]
     say(f"$ expo {shlex.join(arguments)}")
@@ -116,7 +116,7 @@ def best(points: list[Point]) -> Point:
 
 def draw(points: list[Point], path: Path) -> None:
     """Draw the curve as a PNG."""
-    from expo.plots import alpha_curve
+    from expo.output.plots import alpha_curve
 
     alphas, means, errors, *_ = zip(*points, strict=True)
     alpha_curve(alphas, means, errors, path, title="Reward of θ(α): a tiny trio, trained on the spot")

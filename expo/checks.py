@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from expo.errors import InputError
 from expo.files import is_utf8, name_problem, shown
-from expo.secrets import without_secrets
+from expo.redact import without_secrets
 
 HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 """A user's, an organisation's or a repository's name on the hub."""

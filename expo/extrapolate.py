@@ -16,27 +16,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expo.adapter.folders import output_side_files
-from expo.checkpoint import (
+from expo.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
     config_with_dtype,
     source_fingerprint,
     weights_xxh3,
 )
-from expo.combine.doubts import question_change
-from expo.combine.layout import index_json
-from expo.combine.plan import PairPlan, ShardPlan
+from expo.checkpoint.hub import Location, refuse_inside
 from expo.config import ExtrapolateConfig
 from expo.disk import Background, reading_ahead
+from expo.durable import Row
 from expo.errors import EnvironmentFailure, InputError
-from expo.hub import Location, refuse_inside
-from expo.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
-from expo.pair import find_pair, pair_rules, plan_located
-from expo.progress import Progress, bytes_bar
-from expo.publish import Destination, Pushed, find_destinations, make_repository, push
-from expo.store import Row
-from expo.writer import (
+from expo.output.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
+from expo.output.publish import Destination, Pushed, find_destinations, make_repository, push
+from expo.output.writer import (
     CARD_FILE,
     MANIFEST_FILE,
     Checksums,
@@ -46,9 +40,15 @@ from expo.writer import (
     finish_interrupted,
     is_complete,
 )
+from expo.progress import Progress, bytes_bar
+from expo.theta.adapter.folders import output_side_files
+from expo.theta.layout import index_json
+from expo.theta.pair import find_pair, pair_rules, plan_located
+from expo.theta.pair_checks import question_change
+from expo.theta.plan import PairPlan, ShardPlan
 
 if TYPE_CHECKING:
-    from expo.combine.stream import Combiner  # imports torch, which planning does without
+    from expo.theta.stream import Combiner  # imports torch, which planning does without
 
 FORMAT = 1
 """Raised when the same settings would give other bytes."""
@@ -249,7 +249,7 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
         output.verify()
     first_read, rules = time.time(), work.pair.rules
     with reading_ahead(_in_turn(work.pair)):
-        from expo.combine import stream
+        from expo.theta import stream
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
@@ -278,7 +278,7 @@ def _in_turn(pair: PairPlan) -> list[Path]:
 def _write_shard(
     shard: ShardPlan, combiner: Combiner, staged: Sequence[StagedOutput], disk: Background, progress: Progress
 ) -> None:
-    from expo.combine.stream import total_norms
+    from expo.theta.stream import total_norms
 
     with ExitStack() as stack:
         files = []

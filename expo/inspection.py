@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from expo.adapter.folders import is_adapter, require_base
-from expo.checkpoint import source_fingerprint
-from expo.combine.decide import overlap
-from expo.combine.decide_adapter import overlap_adapter
-from expo.combine.plan import Overlap, PairRules, Part
+from expo.checkpoint.folder import source_fingerprint
+from expo.checkpoint.hub import Location, locate, refuse_inside
+from expo.checkpoint.pickled import read_source
+from expo.checkpoint.places import places
 from expo.config import InspectConfig
+from expo.durable import Row, json_line, write_atomic
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import open_file
-from expo.findings import Figures, Inspection, Measured, mismatches
-from expo.hub import Location, locate, refuse_inside
-from expo.pickled import read_source
-from expo.places import places
-from expo.plots import change_map
+from expo.output.findings import Figures, Inspection, Measured, mismatches
+from expo.output.plots import change_map
 from expo.progress import Progress, bytes_bar
-from expo.store import Row, json_line, write_atomic
+from expo.theta.adapter.folders import is_adapter, require_base
+from expo.theta.decide import overlap
+from expo.theta.decide_adapter import overlap_adapter
+from expo.theta.plan import Overlap, PairRules, Part
 
 if TYPE_CHECKING:
-    from expo.combine.stream import SourceFiles  # imports torch, which planning does without
+    from expo.theta.stream import SourceFiles  # imports torch, which planning does without
 
 COMPARED_BYTES = 1 << 20
 """Of an integer tensor at a time."""
@@ -111,7 +111,7 @@ def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
 
 
 def _measure(work: Plan) -> Inspection:
-    from expo.combine.stream import SourceFiles
+    from expo.theta.stream import SourceFiles
 
     both = work.overlap
     with SourceFiles(*both.sources) as sources, closing(bytes_bar(work.nbytes, "inspect")) as progress:
@@ -126,7 +126,7 @@ def _measure(work: Plan) -> Inspection:
 
 def _figures(work: Plan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
     """The figures of every floating-point tensor; one run per file of DPO, so that only its pieces are remembered."""
-    from expo.combine import stream
+    from expo.theta import stream
 
     device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
     combiner = stream.Combiner(sources, PairRules(alphas=()), device, workers, exact_norms=True)

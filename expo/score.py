@@ -19,25 +19,17 @@ from pathlib import Path
 import xxhash
 
 from expo import __version__
-from expo.backends import Scorer, ScorerSetup, load_scorer, token_batches
-from expo.backends.chat import ChatTokenizer, context_length
-from expo.checkpoint import read_config, read_json, source_fingerprint
+from expo.checkpoint.folder import read_config, read_json, source_fingerprint
+from expo.checkpoint.hub import Location, locate, refuse_inside
 from expo.config import ScoreConfig
+from expo.durable import Row, json_lines, texts_sha256
+from expo.engines import Scorer, ScorerSetup, load_scorer, token_batches
+from expo.engines.chat import ChatTokenizer, context_length
 from expo.errors import InputError
-from expo.hub import Location, locate, refuse_inside
+from expo.journal import Journal
 from expo.progress import rows_bar
+from expo.rows.files import Columns, RowFiles, refuse_dropping, refuse_replacing, require_columns
 from expo.stats import mean_and_standard_error
-from expo.store import (
-    Columns,
-    Journal,
-    Row,
-    RowFiles,
-    json_lines,
-    refuse_dropping,
-    refuse_replacing,
-    require_columns,
-    texts_sha256,
-)
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
 ROW_COLUMNS: Columns = {

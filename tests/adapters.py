@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from expo.checkpoint import TensorInfo
+from expo.checkpoint.folder import TensorInfo
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}

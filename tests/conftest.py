@@ -14,7 +14,7 @@ import helpers
 import pytest
 from hub_server import WRITER, FakeHub
 
-from expo import cli
+from expo.cli import program as cli
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -74,7 +74,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     info = folder / "expo_plugin-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: expo-plugin\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nexpo = expo.backends.vllm_loader:register\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nexpo = expo.engines.vllm_loader:register\n")
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 

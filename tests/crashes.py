@@ -22,7 +22,7 @@ from pathlib import Path
 from helpers import tree, without_clock
 from tqdm import tqdm
 
-from expo import cli
+from expo.cli import program as cli
 
 DIED = 9
 CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"})

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expo import extrapolate
-from expo.checkpoint import read_checkpoint
-from expo.combine.decide import plan_pair
-from expo.combine.plan import PairPlan, PairRules
-from expo.combine.stream import TORCH_DTYPES, Combiner, SourceFiles
+from expo.checkpoint.folder import read_checkpoint
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure
+from expo.theta.decide import plan_pair
+from expo.theta.plan import PairPlan, PairRules
+from expo.theta.stream import TORCH_DTYPES, Combiner, SourceFiles
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 )
 
 
-UNHURRIED = "import time; time.sleep = lambda _: None; from expo.cli import main; main()"
+UNHURRIED = "import time; time.sleep = lambda _: None; from expo.cli.program import main; main()"
 """The program; the libraries' waits between two tries take no time."""
 Pair = tuple[Path, Path]
 """SFT and DPO."""

@@ -20,11 +20,11 @@ from typing import Any
 
 from crashes import ended, forked
 
-from expo import cli
-from expo.backends import load_generator
+from expo.cli import program as cli
 from expo.config import GenerateConfig
+from expo.engines import load_generator
 from expo.generate import loop, plan
-from expo.store import LOCK_SUFFIX
+from expo.journal import LOCK_SUFFIX
 
 NAME = "mine"
 WAIT_S = 120

@@ -1,4 +1,4 @@
-"""What the contract of `expo.backends.Generator` speaks of, observed on engines: `observe.py SETTINGS ENGINE…`.
+"""What the contract of `expo.engines.Generator` speaks of, observed on engines: `observe.py SETTINGS ENGINE…`.
 
 An engine is started once, and then asked in every way; the observations are rows as the journal has them, in the
 batches they came in. vLLM needs a process of its own, so they leave it as JSON.
@@ -13,11 +13,11 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from expo.backends import Request, load_generator
 from expo.config import GenerateConfig
+from expo.durable import Row
+from expo.engines import Request, load_generator
 from expo.generate import Plan, plan
 from expo.generate.rows import journal_rows
-from expo.store import Row
 
 Batches = list[list[Row]]
 

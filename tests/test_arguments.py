@@ -7,8 +7,9 @@ import shlex
 
 import pytest
 
-from expo import cli, config_files
+from expo import config_files
 from expo.arguments import arguments_of, shown
+from expo.cli import program as cli
 from expo.config import RULES, GenerateConfig
 
 OTHERWISE = {

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expo.backends import GENERATORS, SCORERS, Request, load_generator, load_scorer, token_batches
-from expo.backends.transformers import PenaltyProcessor, SeededChoice, sampling_noise
+from expo.engines import GENERATORS, SCORERS, Request, load_generator, load_scorer, token_batches
+from expo.engines.transformers import PenaltyProcessor, SeededChoice, sampling_noise
 
 COMPARE = """
 import json, sys
-from expo.backends import load_generator
+from expo.engines import load_generator
 from expo.config import GenerateConfig
 from expo.errors import InputError
 from expo.generate import plan

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import entry, raw_safetensors, write_checkpoint
 
-from expo import checkpoint
+from expo.checkpoint import folder as checkpoint
 from expo.errors import InputError
 
 F32 = entry("F32", [2], 0, 8)

@@ -14,7 +14,8 @@ import pytest
 import typer
 from helpers import Result, environment, expo_command, run_expo
 
-from expo import __version__, cli
+from expo import __version__
+from expo.cli import program as cli
 from expo.errors import EnvironmentFailure, InputError, Stopped
 
 HEAVY = ("torch", "transformers", "vllm", "openai", "datasets", "scipy", "matplotlib")
@@ -61,7 +62,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> Callabl
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=["expo", *COMMANDS])
 def test_help_imports_nothing_heavy_and_shows_an_example(command: list[str]) -> None:
     script = (
-        "import sys; from expo.cli import run; code = run(sys.argv[1:]);"
+        "import sys; from expo.cli.program import run; code = run(sys.argv[1:]);"
         f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(

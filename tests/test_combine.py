@@ -26,13 +26,13 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo import rules
-from expo.checkpoint import read_checkpoint
-from expo.combine import stream as streaming
-from expo.combine.decide import plan_pair
-from expo.combine.plan import PairRules
-from expo.combine.stream import Combiner, SourceFiles
+from expo.checkpoint.folder import read_checkpoint
 from expo.errors import EnvironmentFailure, InputError
+from expo.theta import rules
+from expo.theta import stream as streaming
+from expo.theta.decide import plan_pair
+from expo.theta.plan import PairRules
+from expo.theta.stream import Combiner, SourceFiles
 
 SHAPES = {"scalar": (), "empty": (0, 3), "one": (1,), "odd": (7, 11), "big": (3, 300_001)}
 """`big` is two pieces of 16-bit values, the second one short."""

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from expo import cli, config, config_files, recipes
+from expo import config, config_files, recipes
+from expo.cli import program as cli
 from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import InputError
 

@@ -10,9 +10,9 @@ import torch
 from helpers import CPU, as_bytes, plan, random_pair, share_off, stream, tensors_of
 from torch import Tensor
 
-from expo.combine.plan import PairPlan, PairRules
-from expo.combine.stream import Combiner, SourceFiles
 from expo.errors import InputError
+from expo.theta.plan import PairPlan, PairRules
+from expo.theta.stream import Combiner, SourceFiles
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

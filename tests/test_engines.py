@@ -1,4 +1,4 @@
-"""The contract of `expo.backends.Generator`, the same for every engine; the openai engine asks vLLM's own server."""
+"""The contract of `expo.engines.Generator`, the same for every engine; the openai engine asks vLLM's own server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import helpers
 import pytest
 from observe import observe
 
-from expo.backends import GENERATORS
+from expo.engines import GENERATORS
 
 HERE = Path(__file__).parent
 ROWS = 16

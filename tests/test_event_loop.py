@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from expo.backends.event_loop import results
+from expo.engines.event_loop import results
 
 
 def test_results_come_as_they_are_handed_over_and_an_error_comes_last():

@@ -41,9 +41,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from expo import extrapolate
-from expo.combine import stream
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
+from expo.theta import stream
 
 # --- laws of the output -------------------------------------------------------------------------------------------
 

@@ -40,14 +40,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expo import cli, extrapolate, hub
-from expo.adapter.folders import output_side_files, require_base
-from expo.adapter.tensors import read_adapter
-from expo.checkpoint import read_checkpoint, read_shard
-from expo.combine import stream
+from expo import extrapolate
+from expo.checkpoint import hub
+from expo.checkpoint.folder import read_checkpoint, read_shard
+from expo.checkpoint.hub import Location
+from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 from expo.errors import InputError
-from expo.hub import Location
+from expo.theta import stream
+from expo.theta.adapter.folders import output_side_files, require_base
+from expo.theta.adapter.tensors import read_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of every unusual choice, and these are
 
@@ -621,7 +623,7 @@ import re, sys
 from pathlib import Path
 from expo.config import ExtrapolateConfig
 from expo.extrapolate import run
-from expo.combine import stream
+from expo.theta import stream
 
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024

@@ -31,8 +31,8 @@ from helpers import (
 from expo.errors import EnvironmentFailure
 
 CRASHES = Path(__file__).with_name("crashes.py")
-NO_FLOCK = "import fcntl; fcntl.flock = lambda *_: None; from expo.cli import main; main()"
-WITH_FLOCK = "from expo.cli import main; main()"
+NO_FLOCK = "import fcntl; fcntl.flock = lambda *_: None; from expo.cli.program import main; main()"
+WITH_FLOCK = "from expo.cli.program import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from expo.checkpoint import TensorInfo
-from expo.combine.doubts import UNRELATED_CHANGE
-from expo.combine.plan import Overlap, Part, Vocabulary
-from expo.findings import PRETRAINED_TO_SFT, SFT_TO_DPO, Figures, Inspection, Measured
-from expo.places import places
+from expo.checkpoint.folder import TensorInfo
+from expo.checkpoint.places import places
+from expo.output.findings import PRETRAINED_TO_SFT, SFT_TO_DPO, Figures, Inspection, Measured
+from expo.theta.pair_checks import UNRELATED_CHANGE
+from expo.theta.plan import Overlap, Part, Vocabulary
 
 FIGURES = {"tensors", "identical", "relative", "cosine", "one_minus_cosine", "delta_norm", "sft_norm", "dpo_norm"}
 NOTHING = Overlap((), (), (), (), (), (), (), None)

@@ -12,11 +12,11 @@ import helpers
 import pytest
 import torch
 
-from expo import cli
 from expo import generate as verb
-from expo.backends import transformers as backend
-from expo.backends.torch_tools import run_dtype
+from expo.cli import program as cli
 from expo.config import GenerateConfig
+from expo.engines import transformers as backend
+from expo.engines.torch_tools import run_dtype
 from expo.errors import EnvironmentFailure, InputError
 
 PROMPTS = [" ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 7)) for row in range(12)]

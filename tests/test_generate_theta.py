@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expo import cli, recipes
 from expo import generate as verb
-from expo.backends.transformers import _load
+from expo import recipes
+from expo.cli import program as cli
 from expo.config import GenerateConfig
+from expo.engines.transformers import _load
 from expo.errors import InputError
 
 PROMPTS = [" ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 7)) for row in range(12)]

@@ -23,8 +23,8 @@ from helpers import UNHURRIED, Result, read_checkpoint_tensors
 from hub_server import WRITER, FakeHub, read_folder
 from huggingface_hub import constants, errors
 
+from expo.checkpoint.hub import locate
 from expo.errors import EnvironmentFailure, InputError
-from expo.hub import locate
 
 httpx = importlib.import_module(errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])  # or its successor
 
@@ -215,7 +215,7 @@ LOCATE = """
 import json, sys, time
 time.sleep = lambda _: None
 from expo.errors import ExpoError
-from expo.hub import locate
+from expo.checkpoint.hub import locate
 for model in sys.argv[1:]:
     try:
         print(json.dumps([0, locate(model).revision]))

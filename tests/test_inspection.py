@@ -25,11 +25,12 @@ from helpers import (
 from PIL import Image
 from torch import Tensor
 
-from expo import cli, extrapolate, inspection
-from expo.combine import stream
+from expo import extrapolate, inspection
+from expo.cli import program as cli
 from expo.config import ExtrapolateConfig, InspectConfig
 from expo.errors import EnvironmentFailure, InputError
-from expo.findings import Inspection
+from expo.output.findings import Inspection
+from expo.theta import stream
 
 SHAPES = {
     "model.embed_tokens.weight": (300, 70),
@@ -404,7 +405,7 @@ def test_faults_are_one_line(
 
 def test_a_dry_run_reads_headers_alone(pair: tuple[Path, Path]) -> None:
     script = (
-        "import sys; from expo.cli import run; code = run(sys.argv[1:]);"
+        "import sys; from expo.cli.program import run; code = run(sys.argv[1:]);"
         "print([name for name in ('torch', 'matplotlib') if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     before = tree(pair[0].parent)

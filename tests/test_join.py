@@ -14,10 +14,10 @@ import pytest
 from test_generate import PROMPTS, prompt_file, rows_of, settings, write_rows  # noqa: F401 - a fixture
 
 from expo import generate as verb
-from expo.backends import Completion
+from expo.engines import Completion
 from expo.errors import EnvironmentFailure, InputError
 from expo.generate import Generated, join, loop
-from expo.store import Journal
+from expo.journal import Journal
 
 SAME_IN_BOTH = (
     *("rows", "failed", "errors", "tokens_in", "tokens_out", "finish_reasons", "rows_this_run", "prompts_sha256"),
@@ -360,7 +360,7 @@ def test_a_join_that_is_stopped_anywhere_is_joined_by_a_rerun(run, out, monkeypa
         return counted
 
     with monkeypatch.context() as patch:
-        patch.setattr("expo.store.write_atomic", stopping(verb.decide.RowFiles.finish.__globals__["write_atomic"]))
+        patch.setattr("expo.rows.files.write_atomic", stopping(verb.decide.RowFiles.finish.__globals__["write_atomic"]))
         patch.setattr("expo.generate.gather._remove_part", stopping(join.remove_parts.__globals__["_remove_part"]))
         if step < 5:
             with pytest.raises(KeyboardInterrupt):

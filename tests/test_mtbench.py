@@ -10,11 +10,11 @@ import torch
 
 from expo import generate as verb
 from expo import score
-from expo.backends import transformers as backend
 from expo.config import GenerateConfig, ScoreConfig
+from expo.engines import transformers as backend
 from expo.errors import EnvironmentFailure, InputError
 from expo.generate import loop
-from expo.store import RowFiles
+from expo.rows.files import RowFiles
 
 CATEGORIES = ("writing", "math", "stem", "roleplay", "coding", "humanities", "reasoning", "other")
 TEMPERATURES = (0.7, 0.0, 0.1, 0.7, 0.0, 0.1, 0.0, 0.7)

@@ -30,11 +30,14 @@ from helpers import (
 from safetensors import safe_open
 from torch import Tensor
 
-from expo import checkpoint, cli, extrapolate, pickled
+from expo import extrapolate
+from expo.checkpoint import folder as checkpoint
+from expo.checkpoint import pickled
+from expo.checkpoint.pickled import read_pickled_checkpoint, read_pickled_shard
+from expo.checkpoint.tied import TIED_BY_DEFAULT
+from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
-from expo.pickled import read_pickled_checkpoint, read_pickled_shard
-from expo.tied import TIED_BY_DEFAULT
 
 CONFIG = '{"model_type": "tiny", "torch_dtype": "bfloat16"}'
 
@@ -198,7 +201,7 @@ def test_an_ordered_dict_that_hides_its_items(tmp_path: Path) -> None:
 MEASURE = """
 import re, sys
 from pathlib import Path
-from expo.pickled import read_pickled_checkpoint
+from expo.checkpoint.pickled import read_pickled_checkpoint
 
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024

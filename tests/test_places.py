@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expo.places import Place, places
+from expo.checkpoint.places import Place, places
 
 MODELS = {
     "llama": {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from expo.plots import change_map
+from expo.output.plots import change_map
 
 Modules = dict[str, dict[int, float | None]]
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from expo.backends.refusals import VARIABLE, heard, told
+from expo.engines.refusals import VARIABLE, heard, told
 from expo.errors import EnvironmentFailure, ExpoError, InputError
 
 VLLM_SAYS = "WorkerProc initialization failed due to an exception in a background process"

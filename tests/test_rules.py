@@ -9,7 +9,7 @@ from helpers import as_bytes, exact, round_to, share_off
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expo import rules
+from expo.theta import rules
 
 ALPHAS = (0.1, 0.3, 0.5, -1.0, -0.7, -2.0, 8.0, 25.0)
 SIXTEEN_BIT = {torch.bfloat16: 2.0**100, torch.float16: 600.0}

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from expo import score as verb
-from expo.backends import transformers_reward as backend
 from expo.config import ScoreConfig
+from expo.engines import transformers_reward as backend
 from expo.errors import EnvironmentFailure, InputError
 
 ROWS = [(" ".join(f"w{(5 * row + word) % 50}" for word in range(2 + row % 4)), "w3 " * (row % 9)) for row in range(14)]

@@ -18,8 +18,8 @@ from test_orphans import wait_until_gone
 
 SCRIPT = """
 import json, sys, time
-from expo import cli
-from expo.backends import vllm as backend
+from expo.cli import program as cli
+from expo.engines import vllm as backend
 
 started = []
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expo.combine import stream
-from expo.combine.tensors import Theta
 from expo.config import ThetaConfig
 from expo.errors import InputError
-from expo.pair import plan_theta
+from expo.theta import stream
+from expo.theta.pair import plan_theta
+from expo.theta.tensors import Theta
 
 Tensors = dict[str, Tensor]
 

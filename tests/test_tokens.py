@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from expo import tokens
+from expo.checkpoint import tokens
+from expo.checkpoint.tokens import TokenDifference, compare_tokens, require_same_tokens, token_numbers
 from expo.errors import InputError
-from expo.tokens import TokenDifference, compare_tokens, require_same_tokens, token_numbers
 
 NUMBERS = {"a": 0, "b": 1, "<s>": 2, "<pad>": 3}
 WORDS = {"a": 0, "b": 1}

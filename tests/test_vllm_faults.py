@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from expo import generate as verb
-from expo.backends import vllm as backend
 from expo.config import GenerateConfig
+from expo.engines import vllm as backend
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
 
 ROWS = 8

@@ -17,9 +17,9 @@ from typing import Any
 import helpers
 import pytest
 
-from expo.backends import vllm
 from expo.config import ThetaConfig
 from expo.config_files import LOADER_KEYS, theta_from
+from expo.engines import vllm
 from expo.errors import EnvironmentFailure, InputError
 
 # --- the loader's keys --------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_what_must_be_given_is_named() -> None:
 
 OFFLINE = """
 import gc, json, sys
-from expo.backends import load_generator
+from expo.engines import load_generator
 from expo.config import GenerateConfig
 from expo.generate import plan
 

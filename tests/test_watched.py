@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from expo.backends import watched
-from expo.backends.watched import WatchedSteps
+from expo.engines import watched
+from expo.engines.watched import WatchedSteps
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import xxhash
 from helpers import tree
 
 from expo.errors import EnvironmentFailure, InputError
-from expo.writer import ShardRecord, StagedOutput, finish_interrupted, is_complete
+from expo.output.writer import ShardRecord, StagedOutput, finish_interrupted, is_complete
 
 SHARDS = {"model-1.safetensors": b"first" * 100, "model-2.safetensors": b"second" * 100}
 TEXTS = {

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expo.backends import GeneratorSetup, Key, Request
-from expo.backends.torch_tools import run_dtype
-from expo.backends.vllm import why_not
 from expo.checks import require_name
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
+from expo.durable import Row, texts_sha256
+from expo.engines import GeneratorSetup, Key, Request
+from expo.engines.torch_tools import run_dtype
+from expo.engines.vllm import why_not
 from expo.generate.models import Model, find_model, require_fitting
 from expo.generate.source import plain
 from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
 from expo.parts import Part, folder_name, read_part
-from expo.store import Row, RowFiles, refuse_replacing, texts_sha256
+from expo.rows.files import RowFiles, refuse_replacing
 from expo.tasks import Prompt, Task, find_task, load_prompts
 
 RESULT_SETTINGS = (

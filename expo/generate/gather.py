@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from expo.backends import Key
+from expo.durable import Row, texts_sha256
+from expo.engines import Key
 from expo.errors import InputError
+from expo.fingerprint import require_same
 from expo.generate.decide import Plan
 from expo.generate.rows import old_rows, row_key, sound
 from expo.generate.turns import turns_of
+from expo.journal import LOCK_SUFFIX, header_fingerprint, read_journal
 from expo.lock import RunLock
 from expo.parts import FILE_NAME, counts_in, folder_name
-from expo.store import LOCK_SUFFIX, Row, RowFiles, header_fingerprint, read_journal, require_same, texts_sha256
+from expo.rows.files import RowFiles
 
 Rows = dict[Key, Row]
 """Row key → row."""

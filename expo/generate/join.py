@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from expo.arguments import shown
-from expo.checkpoint import read_json
+from expo.checkpoint.folder import read_json
 from expo.config import GenerateConfig
+from expo.durable import Row
 from expo.errors import InputError, listed
 from expo.generate.decide import Plan, plan, share
 from expo.generate.gather import (
@@ -24,8 +25,8 @@ from expo.generate.gather import (
 from expo.generate.loop import Generated
 from expo.generate.rows import RunFigures, failed_row, final_text, meta_of, old_rows
 from expo.generate.turns import unanswerable
+from expo.journal import Journal
 from expo.parts import all_parts
-from expo.store import Journal, Row
 
 PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "generate_seconds", "tokens_per_second")
 """What the joined meta file repeats of each part's."""

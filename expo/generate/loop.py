@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo.backends import Generator, Key, load_generator
-from expo.checkpoint import read_json
+from expo.checkpoint.folder import read_json
 from expo.config import GenerateConfig
+from expo.durable import Row
+from expo.engines import Generator, Key, load_generator
 from expo.generate.decide import Plan, plan
 from expo.generate.gather import Rows, answered, by_key, is_covered, require_same_cut, whole_rows
 from expo.generate.rows import (
@@ -25,8 +26,9 @@ from expo.generate.rows import (
     sound,
 )
 from expo.generate.turns import Turn, turn_of, unanswerable
+from expo.journal import Journal
 from expo.progress import answers_progress
-from expo.store import Journal, Row, refuse_dropping
+from expo.rows.files import refuse_dropping
 
 log = logging.getLogger(__name__)
 

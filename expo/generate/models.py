@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from expo.backends.chat import UNLIMITED, ChatTokenizer, context_length
-from expo.backends.vllm import given_arguments
 from expo.config import GenerateConfig
+from expo.durable import Row
+from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
+from expo.engines.vllm import given_arguments
 from expo.errors import InputError
 from expo.generate.source import describe_theta, find_source
-from expo.pair import ThetaPlan
-from expo.store import Row
 from expo.tasks import Message
+from expo.theta.pair import ThetaPlan
 
 LOCAL_ENGINES = ("vllm", "transformers")
 _LOCAL = ("chat_template", "device", "dtype", "tensor_parallel", "trust_remote_code", "sft", "dpo", "alpha")

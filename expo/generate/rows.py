@@ -10,11 +10,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from expo import __version__
-from expo.backends import Completion, Failure, Key, Outcome, TextCompletion
+from expo.durable import Row, json_lines, texts_sha256
+from expo.engines import Completion, Failure, Key, Outcome, TextCompletion
 from expo.errors import InputError
 from expo.generate.decide import Plan
-from expo.secrets import without_secrets
-from expo.store import Columns, Row, json_lines, require_columns, texts_sha256
+from expo.redact import without_secrets
+from expo.rows.files import Columns, require_columns
 from expo.tasks import Answer, read_outputs, read_rows
 
 ROW_COLUMNS: Columns = {

@@ -8,13 +8,13 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from expo.adapter.folders import is_adapter
-from expo.checkpoint import CONFIG_FILE, PARTIAL_FOLDER, read_config, source_fingerprint
+from expo.checkpoint.folder import CONFIG_FILE, PARTIAL_FOLDER, read_config, source_fingerprint
+from expo.checkpoint.hub import Location, locate, refuse_inside
 from expo.config import GenerateConfig, ThetaConfig
+from expo.durable import Row
 from expo.errors import InputError
-from expo.hub import Location, locate, refuse_inside
-from expo.pair import ThetaPlan, plan_theta
-from expo.store import Row
+from expo.theta.adapter.folders import is_adapter
+from expo.theta.pair import ThetaPlan, plan_theta
 
 RESULT_RULES = ("alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
 """The rules that change θ(α)."""

@@ -10,11 +10,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from expo.backends import Key, Request
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
+from expo.durable import Row
+from expo.engines import Key, Request
 from expo.errors import InputError
 from expo.generate.models import Model
-from expo.store import Row
 from expo.tasks import Message, Prompt, Task, assistant
 
 if TYPE_CHECKING:

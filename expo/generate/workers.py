@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from expo.backends.torch_tools import visible_gpus
 from expo.config import GenerateConfig
+from expo.engines.torch_tools import visible_gpus
 from expo.errors import PARTLY_FAILED, EnvironmentFailure, InputError
 from expo.generate.decide import Plan, plan, share
 from expo.generate.gather import NotMade, answered, is_covered, read_part_file, require_same_cut, whole_rows

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from expo.durable import Row
 from expo.errors import InputError, first_line
 from expo.files import HEAD_BYTES, kind_of, open_file, shown, stand_in, unreadable
-from expo.store import Row
 
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How UTF-16 text begins."""

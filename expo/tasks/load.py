@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
+from expo.durable import Row
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 from expo.files import is_utf8, repeated
-from expo.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
-from expo.store import Row
 from expo.tasks.files import SUFFIXES, read_rows
 from expo.tasks.prompts import Prompt, Source, Task
 

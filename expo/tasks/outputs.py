@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from expo.durable import Row
 from expo.errors import InputError
-from expo.store import Row
 from expo.tasks.files import read_rows
 from expo.tasks.load import load_prompts
 from expo.tasks.prompts import Conversation, Prompt, Task, assistant, is_message, prompt_item

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expo.store import Row
+from expo.durable import Row
 
 Message = dict[str, str]
 """`role` and `content`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from expo.durable import Row, json_line, json_lines
 from expo.errors import InputError
-from expo.store import Row, json_line, json_lines
 from expo.tasks.prompts import Answer, Prompt, is_message, user
 
 

@@ -1,0 +1,78 @@
+"""A transformers model whose weights are θ(α), made tensor by tensor while it loads.
+
+transformers asks for the values of a tensor when it is about to use them, casts and fuses them as it does those of a
+file, and no second model is in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from expo.engines import GeneratorSetup
+from expo.errors import ExpoError
+from expo.theta.pair import ThetaPlan
+from expo.theta.tensors import Theta
+
+
+class _Slice:
+    """A tensor of θ(α) as transformers sees one of a safetensors file: made when it is indexed.
+
+    Args:
+        theta: The open θ(α).
+        name: The tensor's name.
+        failed: Takes what went wrong; transformers makes reports of its own of what its threads raise.
+    """
+
+    def __init__(self, theta: Theta, name: str, failed: list[ExpoError]) -> None:
+        self._theta = theta
+        self._name = name
+        self._failed = failed
+        self.dtype = theta.dtype(name)
+
+    def is_floating_point(self) -> bool:
+        """Whether its type can be the model's."""
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, index: object) -> Tensor:
+        try:
+            return self._theta.tensor(self._name)[index]  # type: ignore[index]
+        except ExpoError as error:
+            self._failed.append(error)
+            raise
+
+
+def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: str) -> Any:  # noqa: ANN401 - a transformers model
+    """The model whose weights are θ(α), as `from_pretrained` loads a checkpoint of it.
+
+    Args:
+        setup: What to start; its folder has the config and the code.
+        plan: The θ(α).
+        device: Where the model goes.
+
+    Raises:
+        InputError: A value is not finite, or sides that must be equal are not.
+        EnvironmentFailure: Reading failed.
+    """
+    trust = setup.config.trust_remote_code
+    config = AutoConfig.from_pretrained(setup.model, trust_remote_code=trust)
+    with torch.device("meta"):  # a model without weights, which tells its class
+        kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))  # type: ignore[no-untyped-call]
+    failed: list[ExpoError] = []
+    with Theta(plan.pair) as theta:
+        slices = {name: _Slice(theta, name, failed) for name in theta.names}
+        try:
+            model = kind.from_pretrained(
+                None, config=config, state_dict=slices, dtype=setup.config.dtype, device_map=device
+            )
+        except Exception:
+            if failed:
+                raise failed[0] from None
+            raise
+        if failed:
+            raise failed[0]
+        theta.question()
+    return model

@@ -1,0 +1,84 @@
+"""The model card (README.md) of an extrapolated checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from expo.checkpoint.folder import read_card
+from expo.checkpoint.hub import Location
+
+PAPER = "https://arxiv.org/abs/2404.16792"
+
+
+def model_card(
+    *,
+    title: str,
+    alpha: float,
+    sft: Location,
+    dpo: Location,
+    command: str,
+    figures: dict[str, Any],
+    is_adapter: bool = False,
+) -> str:
+    """Write the card.
+
+    Args:
+        title: The model's name.
+        alpha: α.
+        sft: The SFT model.
+        dpo: The DPO model, whose licence is carried over; an adapter without one has SFT's.
+        command: The command that makes this checkpoint.
+        figures: Name → value, shown in a table.
+        is_adapter: Whether DPO is an adapter over SFT.
+
+    Returns:
+        Markdown with a YAML front matter: `base_model` [dpo, sft] where both are on the hub, tags, licence.
+    """
+    from huggingface_hub import ModelCardData
+
+    hub_ids = [location.hub_id for location in (dpo, sft) if location.hub_id]
+    data = ModelCardData(
+        base_model=hub_ids or None,
+        base_model_relation="merge" if hub_ids else None,
+        library_name="transformers",
+        tags=["expo", "model-extrapolation", "alignment"],
+        **(licence(dpo.path) or (licence(sft.path) if is_adapter else {})),
+    )
+    kind, origin = "", f"Config, tokenizer and chat template are those of {dpo.label}."
+    if is_adapter:
+        kind = ", a LoRA adapter merged into θ_sft"
+        origin = f"The config is that of {sft.label}; so are tokenizer and chat template where {dpo.label} has none."
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# {title}
+
+This checkpoint was made by model extrapolation ([ExPO]({PAPER})) from an SFT model and the aligned model trained
+from it, without further training:
+
+θ(α) = θ_dpo + α (θ_dpo − θ_sft), with α = {alpha!r}
+
+| | model | revision |
+| --- | --- | --- |
+| θ_dpo | {dpo.label}{kind} | {dpo.revision or "local"} |
+| θ_sft | {sft.label} | {sft.revision or "local"} |
+
+| figure | value |
+| --- | --- |
+{rows}
+
+{origin} Made with:
+
+```sh
+{command}
+```
+"""
+
+
+def licence(folder: Path) -> dict[str, Any]:
+    """The licence entries of a model folder's card; empty where there is no card or it has none."""
+    entries = read_card(folder)
+    return {key: entries[key] for key in ("license", "license_name", "license_link") if key in entries}

@@ -1,0 +1,133 @@
+"""What an output says of itself: expo.json and the model card, from the plan and what was written."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from expo import __version__
+from expo.checkpoint.hub import Location
+from expo.config import ExtrapolateConfig
+from expo.durable import Row
+from expo.output.card import model_card
+from expo.output.writer import Checksums, ShardRecord
+from expo.theta.plan import PairPlan
+
+RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
+"""Settings that change the result, beside α and the sources."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the outputs of one run are made from."""
+
+    config: ExtrapolateConfig
+    sft: Location
+    dpo: Location
+    pair: PairPlan
+    weights: Checksums | None
+    """With --verify: side → file name → checksum of the sources' weights."""
+
+
+def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
+    """‖θ_dpo − θ_sft‖, ‖θ_sft‖ and their ratio over the extrapolated tensors; None where not finite.
+
+    Of large tensors they are estimates (`rules.sampled_norms`); `expo inspect` takes all weights.
+    """
+    # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
+    delta = math.sqrt(math.fsum(record.delta_squared for record in records.values()))
+    size = math.sqrt(math.fsum(record.sft_squared for record in records.values()))
+    figures = {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def vocabulary_rows(pair: PairPlan) -> Row:
+    """What becomes of the rows of vocabularies of different size; empty where they have one size."""
+    if pair.vocabulary is None:
+        return {}
+    sft, dpo, common = pair.vocabulary.sft, pair.vocabulary.dpo, pair.vocabulary.common
+    rows = {"sft": sft, "dpo": dpo, "rows_extrapolated": common}
+    return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
+
+
+def result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
+    """The settings that change one output, as plain data."""
+    values = {name: getattr(config, name) for name in RESULT_SETTINGS}
+    return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
+
+
+def _source_names(work: Origin) -> Row:
+    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
+    config = work.config
+    return {
+        "sft": config.sft if work.sft.hub_id else work.sft.name,
+        "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
+    }
+
+
+def manifest(
+    work: Origin, alpha: float, fingerprint: Row, records: Mapping[str, ShardRecord], files: list[str], times: Row
+) -> str:
+    """The text of expo.json."""
+    content = {
+        "command": "extrapolate",
+        "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
+        "config": {**_source_names(work), **result_settings(work.config, alpha)},
+        "alpha": alpha,
+        "fingerprint": fingerprint,
+        "sources": {
+            side: {
+                "name": location.label,
+                "revision": location.revision,
+                **({"xxh3": work.weights[side]} if work.weights else {}),
+            }
+            for side, location in (("sft", work.sft), ("dpo", work.dpo))
+        },
+        "tensors": work.pair.tensor_counts(),
+        **vocabulary_rows(work.pair),
+        **({} if work.pair.adapter is None else {"lora": work.pair.adapter.describe()}),
+        "delta": delta_figures(records),
+        "bytes": work.pair.nbytes,
+        "shards": {name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(records.items())},
+        "files": files,
+        "clock": times,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def card(work: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
+    """The text of the model card."""
+    counts, relative = work.pair.tensor_counts(), delta_figures(records)["relative"]
+    return model_card(
+        title=f"{work.dpo.name}-ExPO-a{alpha!r}",
+        alpha=alpha,
+        sft=work.sft,
+        dpo=work.dpo,
+        command=_command(work, alpha),
+        is_adapter=work.pair.adapter is not None,
+        figures={
+            "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
+            "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
+            "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
+        },
+    )
+
+
+def _command(work: Origin, alpha: float) -> str:
+    words = ["expo", "extrapolate"]
+    for flag, location in (("--sft", work.sft), ("--dpo", work.dpo)):
+        words += [flag, f"{location.hub_id}@{location.revision}" if location.hub_id else location.name]
+    words += ["--alpha", repr(alpha)]
+    for name in RESULT_SETTINGS:
+        value, flag = getattr(work.config, name), "--" + name.replace("_", "-")
+        if isinstance(value, tuple):
+            words += [word for item in value for word in (flag, item)]
+        elif value != getattr(ExtrapolateConfig, name):
+            words += [flag] if value is True else [flag, value]
+    words += ["--allow-pickle"] if work.config.allow_pickle else []
+    return shlex.join(words)

@@ -1,0 +1,435 @@
+"""Checkpoint folders that are whole or visibly unfinished: staging, resume by shard, commit.
+
+An output is built in `<folder>/.expo-partial/` under names that end in `.partial`, which no loader takes for
+weights. A journal there records each whole shard. When all files are whole they are renamed into the folder:
+shards first, then the manifest, the index and config.json, without which nothing loads the folder. A run that
+is killed, even between two renames, is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO
+
+import xxhash
+
+from expo.checkpoint.folder import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
+from expo.disk import Background, preallocate
+from expo.durable import Row, hash_file, sync, sync_folder
+from expo.errors import EnvironmentFailure, InputError
+from expo.fingerprint import require_same
+from expo.journal import Journal, read_journal
+
+MANIFEST_FILE = "expo.json"
+CARD_FILE = "README.md"
+LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
+"""Renamed last, in this order; removed first, in the other order."""
+
+JOURNAL_FILE = "journal.jsonl"
+SUFFIX = ".partial"
+FLUSH_BYTES = 256 << 20
+"""A file is forced to the disk each time this much of it is written, so that little is left to do at its end."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A whole staged shard."""
+
+    shard: str
+    nbytes: int
+    xxh3: str
+    """XXH3-128 of the whole file, hexadecimal (`xxhsum -H2` prints the same)."""
+    delta_squared: float
+    """‖θ_dpo − θ_sft‖² over the tensors that are extrapolated."""
+    sft_squared: float
+    """‖θ_sft‖² over the same."""
+
+
+Checksums = Mapping[str, Mapping[str, str]]
+"""With --verify: side → weight file → XXH3-128 of the sources, as `checkpoint.weights_xxh3` gives it."""
+
+RECORD_KEYS = {field.name for field in fields(ShardRecord)}
+
+
+def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Checksums | None = None) -> bool:
+    """Whether the folder holds this output already; if not, whether it may be written there.
+
+    Args:
+        folder: The output folder; it need not exist.
+        fingerprint: Every setting and source that changes the result.
+        overwrite: Whether an output with other settings may be replaced.
+        weights: Checksums of the sources' weights, as the manifest has them; where they are given the output's own
+            weights are read and compared with its manifest too.
+
+    Raises:
+        InputError: The folder holds other files, or an output that is damaged or has other settings and no `overwrite`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the output {folder} is a file; choose another --output")
+    journal = _read_journal(folder)
+    manifest = _read_manifest(folder)
+    if manifest and not journal and manifest.get("fingerprint") == fingerprint:
+        fault = _fault(folder, manifest, weights)
+        if fault is None:
+            return True
+        if not overwrite:
+            raise InputError(f"{fault}; --overwrite makes the output again")
+    foreign = sorted(set(_files(folder)) - _own_files(manifest, journal))
+    if foreign:
+        raise InputError(f"the output folder {folder} holds files expo did not write ({foreign[0]}); choose another")
+    made_with = journal[0].get("fingerprint") if journal else (manifest or {}).get("fingerprint")
+    if made_with is not None and not overwrite:
+        require_same(folder, made_with, fingerprint)
+    return False
+
+
+def _read_journal(folder: Path) -> list[Row]:
+    return read_journal(folder / PARTIAL_FOLDER / JOURNAL_FILE)
+
+
+def _read_manifest(folder: Path) -> Row | None:
+    file = folder / MANIFEST_FILE
+    try:
+        content = read_json(file) if file.is_file() else {}
+    except InputError as error:
+        raise InputError(
+            f"{error}; without it expo's files are not known: remove {folder}, or choose another"
+        ) from error
+    return content if _is_manifest(content) else None
+
+
+def _is_manifest(content: Row) -> bool:
+    """Whether a JSON object is what expo writes as a manifest, as far as it is looked at here."""
+    files, shards = content.get("files"), content.get("shards")
+    return (
+        isinstance(content.get("fingerprint"), dict)
+        and (isinstance(files, list) and all(isinstance(name, str) for name in files))
+        and (isinstance(shards, dict) and all(isinstance(one, dict) and "bytes" in one for one in shards.values()))
+    )
+
+
+def _fault(folder: Path, manifest: Row, weights: Checksums | None) -> str | None:
+    """What is wrong with a finished output, if anything is."""
+    for name in manifest["files"]:
+        if not _is_whole(folder / name, manifest["shards"].get(name, {}), by_content=weights is not None):
+            return f"{folder / name} is missing or damaged"
+    for side, files in (weights or {}).items():
+        then = _checksums_in(manifest, side)
+        if then is None:
+            log.warning("%s was made without --verify: of %s only sizes and times are compared", folder, side)
+        elif then != files:
+            changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
+            return f"{folder} was made from other weights of {side} ({changed[0]} has another checksum)"
+    return None
+
+
+def _checksums_in(manifest: Row, side: str) -> dict[str, str] | None:
+    """Of a side's weights, as the manifest says; None where it does not, or not as expo writes it."""
+    sources = manifest.get("sources")
+    said = sources.get(side) if isinstance(sources, dict) else None
+    hashes = said.get("xxh3") if isinstance(said, dict) else None
+    return hashes if isinstance(hashes, dict) else None
+
+
+def _is_whole(file: Path, said: Row, *, by_content: bool) -> bool:
+    if not file.is_file() or said.get("bytes", file.stat().st_size) != file.stat().st_size:
+        return False
+    return not by_content or said.get("xxh3") is None or hash_file(file) == said["xxh3"]
+
+
+def _own_files(manifest: Row | None, journal: list[Row]) -> set[str]:
+    own = {MANIFEST_FILE, *manifest.get("files", [])} if manifest else set()
+    for row in journal:
+        own |= {*row.get("replaces", []), *row.get("commit", [])}
+    return own
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for parent, subfolders, files in os.walk(folder):
+        relative = Path(parent).relative_to(folder)
+        subfolders[:] = [name for name in subfolders if relative / name != Path(PARTIAL_FOLDER)]
+        yield from (str(relative / name) for name in files)
+
+
+def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
+    """Do the renames that were left by a run that had everything whole; whether there were any.
+
+    Args:
+        folder: The output folder.
+        fingerprint: What the output is to be made from; another one's work is left alone.
+
+    Raises:
+        InputError: Another run is writing there.
+        EnvironmentFailure: Renaming failed.
+    """
+    journal = _read_journal(folder)
+    if not any("commit" in row for row in journal) or journal[0].get("fingerprint") != fingerprint:
+        return False
+    with StagedOutput(folder, fingerprint) as staged:
+        staged.finish_commit()
+    return True
+
+
+class StagedShard:
+    """One output file being written; pieces come in any order and are written and hashed in theirs.
+
+    Args:
+        path: The staged file.
+        header: Its first bytes.
+        nbytes: What its size will be; the disk's room for it is taken at once.
+        fsync: Whether `finish` forces it to the disk.
+        disk: Does that for what is written so far, now and then, beside the copying.
+
+    Raises:
+        EnvironmentFailure: The disk is full, or writing failed.
+    """
+
+    def __init__(
+        self, path: Path, header: bytes, nbytes: int, *, fsync: bool = True, disk: Background | None = None
+    ) -> None:
+        self._path = path
+        self._fsync = fsync
+        self._disk = disk if fsync else None
+        self._flushed = 0
+        self._hash = xxhash.xxh3_128()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tuple[int, memoryview, Callable[[], None]]] = {}
+        self._turn = 0
+        self._busy = False
+        with self._explained(), ExitStack() as opening:
+            self._stream: IO[bytes] = opening.enter_context(path.open("wb", buffering=0))
+            preallocate(self._stream.fileno(), nbytes)
+            self._append(0, memoryview(header))
+            opening.pop_all()
+
+    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        """Take piece `number`, whose place in the file is `offset`; `done` is called when `data` is free again.
+
+        Called from several threads. Whoever brings the piece that is next writes it and all that wait behind it.
+
+        Raises:
+            EnvironmentFailure: The disk is full, or writing failed.
+        """
+        with self._lock:
+            self._waiting[number] = (offset, data, done)
+        while (piece := self._next()) is not None:
+            offset, data, done = piece
+            with self._explained():
+                self._append(offset, data)
+            done()
+            with self._lock:
+                self._turn += 1
+                self._busy = False
+
+    def _next(self) -> tuple[int, memoryview, Callable[[], None]] | None:
+        with self._lock:
+            if self._busy or self._turn not in self._waiting:
+                return None
+            self._busy = True
+            return self._waiting.pop(self._turn)
+
+    def _append(self, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._stream.fileno(), data[done:], offset + done)
+        self._hash.update(data)
+        if self._disk is not None and offset + done >= self._flushed + FLUSH_BYTES:
+            self._flushed = offset + done
+            self._disk.offer(sync, self._stream)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"writing {self._path} failed: {error.strerror}; the same command goes on from here"
+            raise EnvironmentFailure(message) from error
+
+    def finish(self) -> str:
+        """Make the file durable, close it, and return its checksum."""
+        with self._explained():
+            if self._fsync:
+                sync(self._stream)
+            self._stream.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._stream.close()
+
+
+class StagedOutput:
+    """An output folder while it is made; a context manager that keeps others out.
+
+    Left by an `InputError` it discards what was staged; left by anything else it keeps it for the next run.
+
+    Args:
+        folder: The output folder.
+        fingerprint: What the output is made from; work staged under another one is thrown away.
+        weights: With --verify: shards that were not staged from these are made again.
+        fsync: Whether files are forced to the disk.
+
+    Raises:
+        InputError: Another run is writing there.
+        EnvironmentFailure: The folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Row, *, weights: Checksums | None = None, fsync: bool = True) -> None:
+        self.folder = folder
+        self._fsync = fsync
+        self._staging = folder / PARTIAL_FOLDER
+        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        try:
+            self._staging.mkdir(parents=True, exist_ok=True)
+            self._journal = self._open_journal(fingerprint)
+        except OSError as error:
+            raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}") from error
+        self._staged: list[str] = []
+        self.records = {row["shard"]: ShardRecord(**row) for row in self._recorded(weights)}
+
+    def _recorded(self, weights: Checksums | None) -> list[Row]:
+        rows: list[Row] = []
+        made_from = None
+        for row in self._journal.rows:
+            if "weights" in row:
+                rows, made_from = [], row["weights"]
+            elif row.keys() == RECORD_KEYS:
+                rows.append(row)
+        if weights is None or weights == made_from:
+            return rows
+        self._journal.append([{"weights": weights}])
+        if rows:
+            log.warning("what is staged in %s may be of other weights; it is made again", self.folder)
+        return []
+
+    def _open_journal(self, fingerprint: Row) -> Journal:
+        own = _own_files(_read_manifest(self.folder), _read_journal(self.folder))
+        replaces = sorted(own & set(_files(self.folder)))  # a manifest that names ../x must not reach it
+        journal = Journal(self._staging / JOURNAL_FILE, {"fingerprint": fingerprint, "replaces": replaces})
+        try:
+            if not journal.rows:
+                self._empty_staging()
+        except OSError:
+            journal.close()
+            raise
+        return journal
+
+    def __enter__(self) -> StagedOutput:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, InputError):
+            self._remove_staging()
+        self._journal.close()
+
+    def verify(self) -> None:
+        """Forget recorded shards whose staged bytes are not what was written."""
+        for name, record in list(self.records.items()):
+            if hash_file(self._path(name)) != record.xxh3:
+                log.warning("the staged %s is damaged; it is made again", name)
+                del self.records[name]
+
+    def start_shard(self, name: str, header: bytes, nbytes: int, disk: Background | None = None) -> StagedShard:
+        """Open one shard's file; with `disk` it is forced to the disk beside the copying."""
+        return StagedShard(self._path(name), header, nbytes, fsync=self._fsync, disk=disk)
+
+    def record(self, record: ShardRecord) -> None:
+        """Note that a shard is whole; a rerun keeps it."""
+        self.records[record.shard] = record
+        self._journal.append([asdict(record)])
+
+    def add_text(self, name: str, text: str) -> None:
+        """Stage a small file."""
+        with self._new_file(name) as stream:
+            stream.write(text.encode(errors="backslashreplace"))  # half a surrogate pair becomes its JSON escape
+
+    def add_copy(self, name: str, source: Path) -> None:
+        """Stage a copy of a file, byte for byte."""
+        with self._new_file(name) as stream, source.open("rb") as original:
+            shutil.copyfileobj(original, stream)
+
+    def _new_file(self, name: str) -> IO[bytes]:
+        self._staged.append(name)
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+
+    def _path(self, name: str) -> Path:
+        return self._staging / (name + SUFFIX)
+
+    def commit(self) -> None:
+        """Give every staged file its final name; everything must be whole.
+
+        Raises:
+            EnvironmentFailure: Renaming failed; the next run goes on with it.
+        """
+        files = self._in_order({*self.records, *self._staged})
+        try:
+            self._sync_staged(self._staged)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._journal.append([{"commit": files}])
+        self.finish_commit()
+
+    def finish_commit(self) -> None:
+        """Do the renames of a commit, or those that a killed run left to do.
+
+        Raises:
+            EnvironmentFailure: Renaming failed; the next run goes on with it.
+        """
+        try:
+            self._rename_all()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> EnvironmentFailure:
+        return EnvironmentFailure(f"completing {self.folder} failed: {error.strerror}; the same command goes on")
+
+    def _rename_all(self) -> None:
+        rows = read_journal(self._staging / JOURNAL_FILE)
+        files = next(row["commit"] for row in rows if "commit" in row)
+        started = any("removed" in row for row in rows)
+        if not started:
+            for name in reversed(self._in_order(rows[0]["replaces"])):
+                (self.folder / name).unlink(missing_ok=True)
+            self._journal.append([{"removed": True}])
+        for name in files:
+            if self._path(name).exists():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self._path(name), self.folder / name)
+        self._sync_folders(self.folder, files)
+        self._remove_staging()
+
+    @staticmethod
+    def _in_order(names: Iterable[str]) -> list[str]:
+        rank = {name: position for position, name in enumerate(LAST_FILES)}
+        return sorted(names, key=lambda name: (rank.get(name, -1), name))
+
+    def _sync_staged(self, names: list[str]) -> None:
+        for name in names if self._fsync else []:
+            with self._path(name).open("rb+") as stream:
+                sync(stream)
+
+    def _sync_folders(self, root: Path, names: list[str]) -> None:
+        for folder in {(root / name).parent for name in names} if self._fsync else set():
+            sync_folder(folder)
+
+    def _empty_staging(self) -> None:
+        for name in _files(self._staging):
+            if not name.startswith(JOURNAL_FILE):  # its lock has its name too
+                (self._staging / name).unlink()
+
+    def _remove_staging(self) -> None:
+        shutil.rmtree(self._staging)
+        for folder in self._made:
+            if not any(folder.iterdir()):
+                folder.rmdir()

@@ -1,0 +1,112 @@
+"""The memory that pieces pass through: page-aligned host buffers, a worker's lane, and the outputs in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from expo.theta import rules
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PAGE = 4096
+LINE = 64
+
+
+class HostBuffer:
+    """Memory for a piece, at the same place within a page as in its file.
+
+    The kernel copies between a file's pages and a buffer four times slower where the target lies a few bytes above
+    the source within a page, as buffers from the allocator do (`benchmarks/page_offset.py`). So a place to read into
+    is rounded down to a cache line, and one to write from is rounded up.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+        memory = torch.empty(nbytes + 2 * PAGE, dtype=torch.uint8, pin_memory=pinned)
+        self._memory = memory[-memory.data_ptr() % PAGE :]
+        self._view = self._memory.numpy().data
+        self._last: tuple[tuple[int, int, torch.dtype], tuple[Tensor, memoryview]] | None = None
+
+    def to_read_into(self, position: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """The place for bytes that lie at `position` of their file."""
+        return self._at(position % PAGE // LINE * LINE, nbytes, dtype)
+
+    def to_write_from(self, position: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """The place for bytes that go to `position` of their file."""
+        return self._at(-(-(position % PAGE) // LINE) * LINE, nbytes, dtype)
+
+    def _at(self, place: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        # Pieces of one tensor lie at one place: the views of the last one mostly serve again.
+        key = place, nbytes, dtype
+        if self._last is None or self._last[0] != key:
+            self._last = key, (self._memory[place : place + nbytes].view(dtype), self._view[place : place + nbytes])
+        return self._last[1]
+
+
+class Lane:
+    """A worker's own buffers and, on a GPU, its own stream."""
+
+    def __init__(self, piece_bytes: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.sft, self.dpo = (HostBuffer(piece_bytes, pinned=on_gpu) for _ in range(2))
+        self.scratch = rules.Scratch(piece_bytes, device)
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._on_device = [torch.empty(piece_bytes, dtype=torch.uint8, device=device) for _ in range(3 * on_gpu)]
+
+    def running(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the lane's stream the current one."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def load(self, host: Tensor, slot: int) -> Tensor:
+        """A side's values on the device."""
+        return host if self._stream is None else self._like(host, slot).copy_(host, non_blocking=True)
+
+    def uses(self, tensor: Tensor) -> None:
+        """Keep memory that lanes share from other use until this one's work with it is done."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
+    def target(self, host: Tensor) -> Tensor:
+        """Where on the device a result for `host` is computed."""
+        return host if self._stream is None else self._like(host, 2)
+
+    def store(self, values: Tensor, host: Tensor) -> None:
+        """Bring a result to `host`."""
+        if self._stream is not None:
+            host.copy_(values, non_blocking=True)
+
+    def _like(self, host: Tensor, slot: int) -> Tensor:
+        return self._on_device[slot][: host.nbytes].view(host.dtype)
+
+    def finish(self) -> None:
+        """Wait until what was stored is there."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class Outputs:
+    """One buffer per α for a piece in flight; back in the queue when every sink is done with its own."""
+
+    def __init__(self, piece_bytes: int, alphas: int, *, pinned: bool) -> None:
+        self.buffers = [HostBuffer(piece_bytes, pinned=pinned) for _ in range(alphas)]
+        self._lock = threading.Lock()
+        self._users = 0
+        self._home: SimpleQueue[Outputs | None]
+
+    def lend(self, home: SimpleQueue[Outputs | None]) -> None:
+        """Every sink is about to be given its buffer; `home` is the queue to come back to."""
+        self._home = home
+        self._users = len(self.buffers)
+        if not self.buffers:
+            home.put(self)
+
+    def done(self) -> None:
+        """One sink is done."""
+        with self._lock:
+            self._users -= 1
+            free = self._users == 0
+        if free:
+            self._home.put(self)

@@ -1,0 +1,114 @@
+"""A pair of checkpoints, found, checked and planned: what everything that makes θ(α) begins with.
+
+`extrapolate.py` writes the plan's tensors as files; `combine/tensors.py` gives them to an engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from expo.checkpoint.hub import Location, locate
+from expo.checkpoint.pickled import read_source
+from expo.checkpoint.tokens import require_same_tokens
+from expo.config import Dtype, RulesConfig, ThetaConfig
+from expo.theta.adapter.folders import is_adapter, output_side_files, require_base
+from expo.theta.decide import plan_pair
+from expo.theta.decide_adapter import plan_adapter
+from expo.theta.pair_checks import question_pair
+from expo.theta.plan import PairPlan, PairRules
+
+log = logging.getLogger(__name__)
+
+
+def find_pair(sft: str, dpo: str, *, allow_pickle: bool) -> tuple[Location, Location]:
+    """Find both models, fetching what is needed of them.
+
+    Raises:
+        InputError: One of them is not there.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    sft_place = locate(sft, weights_only=True, pickled=allow_pickle)
+    dpo_place = locate(dpo, pickled=allow_pickle)
+    if is_adapter(dpo_place.path):  # then SFT's config and other side files are θ(α)'s
+        sft_place = locate(sft, pickled=allow_pickle)
+    return sft_place, dpo_place
+
+
+def pair_rules(
+    config: RulesConfig, alphas: Iterable[float], *, dtype: Dtype = "auto", max_shard_bytes: int | None = None
+) -> PairRules:
+    """How a pair is combined, from a command's settings."""
+    return PairRules(
+        alphas=tuple(alphas),
+        alpha_for=config.alphas_for,
+        exclude=config.exclude,
+        copy_missing=config.missing == "copy-dpo",
+        common_vocabulary=config.vocab == "common",
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        allow_nonfinite=config.allow_nonfinite,
+    )
+
+
+def plan_located(sft: Location, dpo: Location, rules: PairRules, *, allow_pickle: bool) -> PairPlan:
+    """Decide from headers what happens to every tensor, and say what is lost.
+
+    Raises:
+        InputError: The checkpoints are damaged or do not fit together.
+    """
+    pair = _plan_weights(sft, dpo, rules, allow_pickle)
+    require_same_tokens(sft.path, dpo.path, pair.vocabulary.common if pair.vocabulary else 0)
+    if pair.dropped:
+        log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
+    if pair.vocabulary:
+        rows = pair.vocabulary
+        log.warning(
+            "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
+            *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
+        )
+    return pair
+
+
+def _plan_weights(sft: Location, dpo: Location, rules: PairRules, allow_pickle: bool) -> PairPlan:
+    require_base(sft, dpo)
+    if is_adapter(dpo.path):
+        return plan_adapter(read_source(sft, allow_pickle), dpo.path, rules)
+    pair = plan_pair(read_source(sft, allow_pickle), read_source(dpo, allow_pickle), rules)
+    question_pair(sft, dpo, pair.sft, pair.dpo)
+    return pair
+
+
+@dataclass(frozen=True)
+class ThetaPlan:
+    """One θ(α), decided, for an engine."""
+
+    config: ThetaConfig
+    """The settings, with the folders that were found as its models."""
+    sft: Location
+    dpo: Location
+    pair: PairPlan
+
+    @property
+    def name(self) -> str:
+        """What θ(α) is called, as its folder would be."""
+        return f"{self.dpo.name}-ExPO-a{self.config.alpha!r}"
+
+    @property
+    def side_files(self) -> dict[str, Path]:
+        """Config, tokenizer, template and code that go with θ(α): name → file."""
+        return output_side_files(self.sft.path, self.dpo.path)
+
+
+def plan_theta(config: ThetaConfig) -> ThetaPlan:
+    """Decide everything about one θ(α) from headers.
+
+    Raises:
+        InputError: The models are not there, damaged, or do not fit together.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    sft, dpo = find_pair(config.sft, config.dpo, allow_pickle=config.allow_pickle)
+    pair = plan_located(sft, dpo, pair_rules(config, (config.alpha,)), allow_pickle=config.allow_pickle)
+    return ThetaPlan(replace(config, sft=str(sft.path), dpo=str(dpo.path)), sft, dpo, pair)

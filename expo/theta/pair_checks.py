@@ -1,0 +1,72 @@
+"""Signs that a pair of whole checkpoints is not the pair its owner means: the same model twice, swapped, unrelated.
+
+What can only be a mistake is refused; what is merely unlikely is a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from expo.checkpoint.folder import Checkpoint, read_card, read_config
+from expo.checkpoint.hub import Location
+from expo.errors import InputError
+
+UNRELATED_CHANGE = 0.3
+"""‖θ_dpo − θ_sft‖/‖θ_sft‖ above which a pair is suspect: zephyr's SFT → DPO has 0.036, pretrained → SFT 0.99."""
+
+log = logging.getLogger(__name__)
+
+
+def question_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weights: Checkpoint) -> None:
+    """Look for a mistaken pair before any weights are read.
+
+    Raises:
+        InputError: Both names lead to the same files.
+    """
+    if _files(sft_weights) == _files(dpo_weights):
+        raise InputError(f"SFT ({sft.path}) and DPO ({dpo.path}) are the same files; every θ(α) would be DPO")
+    if _is_made_from(sft, dpo) and not _is_made_from(dpo, sft):
+        log.warning("%s says that it was made from %s: are --sft and --dpo swapped?", sft.label, dpo.label)
+
+
+def _files(checkpoint: Checkpoint) -> set[tuple[int, int]]:
+    return {(status.st_dev, status.st_ino) for status in (shard.file.stat() for shard in checkpoint.shards)}
+
+
+def _is_made_from(model: Location, other: Location) -> bool:
+    """Whether a model's card or config names the other one as its base; a name that both have says nothing."""
+    named = {name.rstrip("/") for name in _bases(model)}
+    short = {PurePosixPath(name).name for name in named}
+    return other.hub_id in named or str(other.path) in named or (other.name != model.name and other.name in short)
+
+
+def _bases(model: Location) -> Iterator[str]:
+    base = read_card(model.path).get("base_model")
+    for name in (*(base if isinstance(base, list) else [base]), read_config(model.path).get("_name_or_path")):
+        if isinstance(name, str) and name:
+            yield name
+
+
+def question_change(norm: float | None, relative: float | None) -> None:
+    """Look for a mistaken pair once all weights were read.
+
+    Args:
+        norm: ‖θ_dpo − θ_sft‖ over the extrapolated tensors; None where it is not finite.
+        relative: The same, divided by ‖θ_sft‖.
+
+    Raises:
+        InputError: Nothing differs. It is more often one model under two names than a training without effect, and
+            the output would be DPO under a name that promises more.
+    """
+    if norm == 0:
+        raise InputError(
+            "SFT and DPO hold the same weights in every tensor that is extrapolated, so θ(α) would be DPO: are both "
+            "paths right?"
+        )
+    if relative is not None and relative > UNRELATED_CHANGE:
+        log.warning(
+            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, and about 0.04 where DPO was trained from SFT: is this such a pair?",
+            relative,
+        )

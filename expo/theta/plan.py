@@ -1,0 +1,208 @@
+"""What a plan for a pair of checkpoints is: plain data, in which everything is decided.
+
+`decide.py` makes it from headers, `layout.py` gives it its files, `stream.py` executes it. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from expo.checkpoint.folder import SINGLE_FILE, Checkpoint, TensorInfo
+from expo.theta.adapter.tensors import Adapter, LowRank
+
+Action = Literal["extrapolate", "merge", "copy", "convert", "match"]
+"""Compute θ(α); add an adapter's ΔW and compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's
+bytes, which must be SFT's too."""
+
+EXACT_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+"""Buffers and the like: both sides must hold the same values."""
+
+DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """How a pair is combined."""
+
+    alphas: tuple[float, ...]
+    """One per output."""
+    alpha_for: tuple[tuple[str, float], ...] = ()
+    """Regular expressions (searched in tensor names) with an α of their own in every output; the first match wins."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of tensors copied from DPO, whatever `alpha_for` says."""
+    copy_missing: bool = False
+    """Copy tensors that SFT lacks instead of refusing."""
+    common_vocabulary: bool = False
+    """Where the vocabularies differ in size, extrapolate the rows both have and copy DPO's further rows."""
+    dtype: str = "auto"
+    """auto, or the name of the type that floating-point tensors are written in."""
+    max_shard_bytes: int | None = None
+    """Most bytes of one output file; None keeps DPO's files."""
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a tensor, nearly always all of them, that are treated alike."""
+
+    action: Action
+    dpo: TensorInfo
+    sft: TensorInfo | None
+    """None where SFT is not read."""
+    alphas: tuple[float, ...]
+    """One per output."""
+    dtype: str
+    """Of the output, as safetensors spells it."""
+    offset: int
+    """First output byte, counted from the tensor's own first."""
+    nbytes: int
+    """Output bytes."""
+    low_rank: LowRank | None = None
+    """What is added to `dpo` to make θ_dpo of it, where it is merged."""
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it is handled as bytes."""
+        return self.action in ("copy", "match")
+
+    @property
+    def units(self) -> int:
+        """Elements, or bytes where it is handled as bytes."""
+        return self.nbytes if self.is_raw else self.dpo.numel
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    parts: tuple[Part, ...]
+    """In the order of their bytes."""
+    start: int = 0
+    """Offset of its first byte in its file."""
+
+    @property
+    def action(self) -> Action:
+        """What happens to its first rows, and nearly always to all."""
+        return self.parts[0].action
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file."""
+
+    name: str
+    header: bytes
+    """Written first, as it is."""
+    tensors: tuple[TensorPlan, ...]
+    """In the order of their bytes."""
+    nbytes: int
+
+    def parts(self) -> Iterator[tuple[Part, int]]:
+        """Every part with the offset of its first byte in the file."""
+        return ((part, tensor.start + part.offset) for tensor in self.tensors for part in tensor.parts)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The tensors a pattern of the rules was applied to."""
+
+    flag: str
+    pattern: str
+    alpha: float
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Vocabularies of different size: rows of the embedding and of the head."""
+
+    sft: int
+    dpo: int
+
+    @property
+    def common(self) -> int:
+        """Rows that both have, which are extrapolated."""
+        return min(self.sft, self.dpo)
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """Everything that will happen, decided from headers."""
+
+    sft: Checkpoint
+    dpo: Checkpoint
+    """As which the outputs are made; θ_sft itself where θ_dpo is an adapter over it."""
+    rules: PairRules
+    shards: tuple[ShardPlan, ...]
+    equal: tuple[Part, ...] = ()
+    """Compared before anything is written: a head that one side leaves out must be the other's embedding."""
+    dropped: tuple[str, ...] = ()
+    """Tensors that only SFT has; the output, made as DPO is, has no place for them."""
+    matches: tuple[Match, ...] = ()
+    vocabulary: Vocabulary | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def sources(self) -> tuple[Checkpoint | Adapter, ...]:
+        """Whatever files are read from."""
+        return (self.sft, self.dpo) if self.adapter is None else (self.sft, self.adapter)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one output's weights."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name → shard name."""
+        return {tensor.name: shard.name for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the output is one model.safetensors without an index."""
+        kept = self.rules.max_shard_bytes is None and self.dpo.sharded
+        return [shard.name for shard in self.shards] == [SINGLE_FILE] and not kept
+
+    @property
+    def has_change(self) -> bool:
+        """Whether α, and so the change from SFT to DPO, matters to any tensor."""
+        parts = (part for shard in self.shards for part, _ in shard.parts())
+        return any(part.sft is not None and not part.is_raw for part in parts)
+
+    def count(self, *actions: Action) -> int:
+        """How many tensors have one of these actions."""
+        return sum(tensor.action in actions for shard in self.shards for tensor in shard.tensors)
+
+    def tensor_counts(self) -> dict[str, int]:
+        """How many tensors are made in which way."""
+        merged = {} if self.adapter is None else {"merged": self.count("merge")}
+        made = {"extrapolated": self.count("extrapolate"), "copied": self.count("copy", "convert")}
+        return {**merged, **made, "equal": self.count("match")}
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two checkpoints have in common, tensor by tensor, and what they do not."""
+
+    parts: tuple[Part, ...]
+    """Floating-point tensors of both, in DPO's order."""
+    exact: tuple[Part, ...]
+    """Integer and boolean tensors of both."""
+    heads: tuple[Part, ...]
+    """A head that one side leaves out, with its embedding on the side that stores it; they should be equal."""
+    only_sft: tuple[str, ...]
+    only_dpo: tuple[str, ...]
+    shapes: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Tensors of SFT and of DPO that differ in shape."""
+    dtypes: tuple[tuple[TensorInfo, TensorInfo], ...]
+    """Tensors of SFT and of DPO, of one shape, whose types cannot be combined."""
+    vocabulary: Vocabulary | None
+    """Where the vocabularies differ in size; then the parts hold the rows that both have."""
+    sources: tuple[Checkpoint | Adapter, ...] = ()
+    """Whatever files the parts are read from."""

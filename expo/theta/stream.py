@@ -1,0 +1,362 @@
+"""The stream of θ(α) pieces that executes a pair's plan.
+
+Used alike by the checkpoint writer and by anything else that wants θ(α): worker threads take pieces of about 1 MiB,
+which stay in the processor's cache, read, combine, and hand each to the sinks. So memory does not grow with the
+model, nor with its largest tensor. On a GPU each worker has a stream and pinned buffers of its own, and the reads,
+copies, arithmetic and writes of different workers overlap.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own by a warning
+
+from expo.checkpoint.folder import Checkpoint, TensorInfo
+from expo.errors import EnvironmentFailure, InputError
+from expo.theta import rules
+from expo.theta.adapter.tensors import Adapter, LowRank
+from expo.theta.buffers import PAGE, TORCH_DTYPES, HostBuffer, Lane, Outputs
+from expo.theta.merge import CPU_TILE, CUDA_TILE, Deltas, tile_rows
+from expo.theta.plan import PairRules, Part
+from expo.theta.rules import Norms
+
+CPU_PIECE_BYTES = 1 << 20
+CUDA_PIECE_BYTES = 4 << 20
+MOST_OUTPUT_BYTES = 64 << 20
+"""Of all output buffers together; with very many α the pieces become smaller."""
+PROGRESS_S = 0.1
+MAX_DEFAULT_WORKERS = 4
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a `--device` value; auto is the CPU, which keeps up with the disk.
+
+    Raises:
+        EnvironmentFailure: CUDA is asked for and cannot be used.
+    """
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def default_workers() -> int:
+    """Threads used where `--workers` is not given: the processors this process may use, at most four."""
+    may_use = getattr(os, "sched_getaffinity", None)  # macOS has no such call
+    return min(MAX_DEFAULT_WORKERS, len(may_use(0)) if may_use else os.cpu_count() or 1)
+
+
+class Sink(Protocol):
+    """Takes one output."""
+
+    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
+        """Take piece `number`, whose first byte lies at `offset`; call `done` when `data` is no longer needed.
+
+        Called from several threads, in any order; the numbers count from 0 without a gap, as the offsets rise.
+        """
+
+
+class Piece(NamedTuple):
+    """Some consecutive elements of one part of a tensor."""
+
+    part: Part
+    first: int
+    length: int
+    """Elements, or bytes where the part is handled as bytes."""
+    offset: int
+    """Of its first output byte, where its sinks count from."""
+
+
+def unit_dtype(part: Part, dtype: str) -> torch.dtype:
+    """The type one unit of a side with this dtype is read as."""
+    return torch.uint8 if part.is_raw else TORCH_DTYPES[dtype]
+
+
+def pieces(parts: Iterable[tuple[Part, int]], piece_bytes: int, tile: int = CPU_TILE) -> Iterator[Piece]:
+    """Cut parts, given with the offset of their first output byte, into pieces.
+
+    Args:
+        parts: What is cut.
+        piece_bytes: The most bytes that a piece has on one side.
+        tile: Elements of an adapter's ΔW that are multiplied at once; a piece lies in one tile.
+    """
+    for part, start in parts:
+        sides = [part.dtype, part.dpo.dtype, *([part.sft.dtype] if part.sft else [])]
+        sides += ["F32"] if part.low_rank else []  # ΔW
+        step = piece_bytes // max(unit_dtype(part, dtype).itemsize for dtype in sides)
+        out_bytes = unit_dtype(part, part.dtype).itemsize
+        for begin, end in _spans(part, tile):
+            for first in range(begin, end, step):
+                yield Piece(part, first, min(step, end - first), start + first * out_bytes)
+
+
+def _spans(part: Part, tile: int) -> Iterator[tuple[int, int]]:
+    if part.low_rank is None:
+        yield 0, part.units
+        return
+    size = tile_rows(part.low_rank, tile) * part.low_rank.shape[1]
+    yield from ((first, min(first + size, part.units)) for first in range(0, part.units, size))
+
+
+class SourceFiles:
+    """Open weight files, read at offsets; a context manager."""
+
+    def __init__(self, *checkpoints: Checkpoint | Adapter) -> None:
+        self._stack = ExitStack()
+        with ExitStack() as opening:
+            self._descriptors: dict[Path, int] = {}
+            for file in [shard.file for checkpoint in checkpoints for shard in checkpoint.shards]:
+                descriptor = os.open(file, os.O_RDONLY)
+                opening.callback(os.close, descriptor)
+                self._descriptors[file] = descriptor
+            self._stack = opening.pop_all()
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, file: Path, position: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `position` of the file.
+
+        Raises:
+            EnvironmentFailure: The file cannot be read, or became shorter than its header said.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._descriptors[file], [buffer[done:]], position + done)
+            except OSError as error:
+                raise EnvironmentFailure(f"reading {file} failed: {error.strerror}") from error
+            if got == 0:
+                raise EnvironmentFailure(f"{file} became shorter while it was read")
+            done += got
+
+
+class _Job:
+    """One run of the combiner, shared by its workers."""
+
+    def __init__(self, todo: Iterator[Piece], sinks: Sequence[Sink], free: SimpleQueue[Outputs | None]) -> None:
+        self.sinks = sinks
+        self.norms: list[tuple[int, Part, Norms]] = []
+        self.handled = 0
+        self._todo = zip(count(), todo, strict=False)
+        self._free = free
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def take(self) -> tuple[int, Piece, Outputs] | None:
+        """The next piece with buffers for it; None when there is none, or the run is stopped."""
+        # Buffers first: whoever holds the lowest unfinished number can then always go on.
+        outputs = self._free.get()
+        if outputs is None:
+            return None
+        with self._lock:
+            number, piece = (None, None) if self._stopped else next(self._todo, (None, None))
+        if number is None or piece is None:
+            self._free.put(outputs)
+            return None
+        outputs.lend(self._free)
+        return number, piece, outputs
+
+    def note(self, number: int, piece: Piece, norms: Norms, nbytes: int) -> None:
+        """A piece is combined."""
+        with self._lock:
+            self.norms.append((number, piece.part, norms))
+            self.handled += nbytes
+
+    def stop(self, workers: int) -> None:
+        """Let no worker take another piece."""
+        self._stopped = True
+        for _ in range(workers):
+            self._free.put(None)
+
+
+class Combiner:
+    """Turns parts of a plan into θ(α).
+
+    Args:
+        sources: The open files of the plan's sources.
+        pair_rules: The rules the plan was made with; one α per output.
+        device: Where the arithmetic runs.
+        workers: Threads; each has pieces of its own.
+        exact_norms: Whether the norms are what is wanted: all of them exact, and ‖θ_dpo‖² too. Otherwise they are a
+            check that costs little, `rules.sampled_norms`.
+    """
+
+    def __init__(
+        self,
+        sources: SourceFiles,
+        pair_rules: PairRules,
+        device: torch.device,
+        workers: int,
+        *,
+        exact_norms: bool = False,
+    ) -> None:
+        self._sources = sources
+        self._rules = pair_rules
+        self._exact_norms = exact_norms
+        self._workers = workers
+        outputs, sets = len(pair_rules.alphas), 2 * workers
+        wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
+        self._piece_bytes = min(wanted, max(MOST_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
+        self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
+        self._deltas = Deltas(sources.read, device, self._tile)
+        self._lanes = [Lane(self._piece_bytes, device) for _ in range(workers)]
+        pinned = device.type == "cuda"
+        self._outputs = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
+
+    def run(
+        self, parts: Iterable[tuple[Part, int]], sinks: Sequence[Sink], on_bytes: Callable[[int], object] | None = None
+    ) -> list[tuple[Part, Norms]]:
+        """Combine parts and hand the outputs' bytes to the sinks.
+
+        Args:
+            parts: Each with the offset of its first output byte; the offsets rise.
+            sinks: One per α.
+            on_bytes: Called now and then, from this thread, with the output bytes that are new (without sinks those
+                that one would have got).
+
+        Returns:
+            The norms of each extrapolated piece, in order.
+
+        Raises:
+            InputError: A value is not finite, or sides that must be equal are not.
+            EnvironmentFailure: Reading failed, or a sink.
+        """
+        free: SimpleQueue[Outputs | None] = SimpleQueue()
+        job = _Job(pieces(parts, self._piece_bytes, self._tile), sinks, free)
+        for outputs in self._outputs:
+            free.put(outputs)
+        threads, told = torch.get_num_threads(), 0
+        pool = ThreadPoolExecutor(self._workers, initializer=set_num_threads, initargs=(1,))
+        try:
+            running = {pool.submit(self._work, job, lane) for lane in self._lanes}
+            while running:
+                ended, running = wait(running, PROGRESS_S, FIRST_EXCEPTION)
+                for worker in ended:
+                    worker.result()
+                if on_bytes is not None and job.handled > told:
+                    on_bytes(job.handled - told)
+                    told = job.handled
+        finally:
+            job.stop(self._workers)
+            pool.shutdown(wait=True, cancel_futures=True)
+            set_num_threads(threads)  # a worker's setting reaches the whole process in part
+        return [(part, norms) for _, part, norms in sorted(job.norms, key=lambda entry: entry[0])]
+
+    def _work(self, job: _Job, lane: Lane) -> None:
+        with lane.running():
+            while (task := job.take()) is not None:
+                number, piece, outputs = task
+                dtype = unit_dtype(piece.part, piece.part.dtype)
+                nbytes = piece.length * dtype.itemsize
+                places = [buffer.to_write_from(piece.offset, nbytes, dtype) for buffer in outputs.buffers]
+                norms = self._combine(piece, lane, [tensor for tensor, _ in places])
+                job.note(number, piece, norms, nbytes * max(len(places), 1))
+                for sink, (_, data) in zip(job.sinks, places, strict=True):
+                    sink.put(number, piece.offset, data, outputs.done)
+
+    def _combine(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
+        part, norms = piece.part, Norms()
+        dpo = lane.load(self._read(piece, part.dpo, lane.dpo), 0)
+        if part.low_rank is not None:
+            norms = self._merge(piece, part.low_rank, dpo, outputs, lane)
+        elif part.sft is None:
+            self._copy(part, dpo, outputs, lane)
+        else:
+            sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
+            if part.is_raw:
+                _require_equal(part, sft, dpo)
+                self._copy(part, dpo, outputs, lane)
+            else:
+                norms = self._measure(sft, dpo, lane.scratch)
+                rule = partial(rules.extrapolate, sft, dpo, scratch=lane.scratch)
+                self._extrapolate(part, rule, norms, outputs, lane)
+        lane.finish()
+        return norms
+
+    def _merge(self, piece: Piece, pair: LowRank, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> Norms:
+        """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter stores another one for it."""
+        part, sft = piece.part, dpo
+        if part.sft not in (None, part.dpo):
+            sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
+        delta = self._deltas.delta(pair, piece.first, piece.length, rules.wider(sft, dpo), lane)
+        if sft is not dpo:
+            rules.add_difference(delta, sft, dpo, lane.scratch)
+        norms = rules.delta_norms(sft, delta, lane.scratch, of_dpo=self._exact_norms)
+        rule = partial(rules.add_delta, sft, delta, scratch=lane.scratch)
+        self._extrapolate(part, rule, norms, outputs, lane)
+        return norms if part.sft is not None else Norms()
+
+    def _measure(self, sft: Tensor, dpo: Tensor, scratch: rules.Scratch) -> Norms:
+        if self._exact_norms:
+            return rules.pair_norms(sft, dpo, scratch, of_dpo=True)
+        return rules.sampled_norms(sft, dpo, scratch)
+
+    def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
+        dtype = unit_dtype(piece.part, info.dtype)
+        position = info.start + piece.first * dtype.itemsize
+        tensor, view = buffer.to_read_into(position, piece.length * dtype.itemsize, dtype)
+        self._sources.read(info.file, position, view)
+        return tensor
+
+    def _extrapolate(
+        self, part: Part, rule: Callable[[float, Tensor], Tensor], norms: Norms, outputs: Sequence[Tensor], lane: Lane
+    ) -> None:
+        for alpha, out in zip(part.alphas, outputs, strict=True):
+            values = rule(alpha, lane.target(out))
+            if not (self._rules.allow_nonfinite or rules.stays_finite(norms, alpha, out.dtype)):
+                _require_finite(part, values)
+            lane.store(values, out)
+
+    def _copy(self, part: Part, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> None:
+        for out in outputs:
+            values = lane.target(out).copy_(dpo)
+            if part.action == "convert" and not self._rules.allow_nonfinite:
+                _require_finite(part, values)
+            lane.store(values, out)
+
+
+def _require_finite(part: Part, values: Tensor) -> None:
+    if not rules.is_finite(values):
+        raise InputError(
+            f"the result for tensor {part.dpo.name} holds NaN or infinity (from the inputs, or too large for "
+            f"{part.dtype}); --allow-nonfinite writes it all the same"
+        )
+
+
+def _require_equal(part: Part, sft: Tensor, dpo: Tensor) -> None:
+    if torch.equal(sft, dpo):
+        return
+    if part.sft is not None and part.sft.name != part.dpo.name:
+        raise InputError(
+            f"the head {part.dpo.name} is stored on one side only, where it differs from the embedding "
+            f"{part.sft.name} that it would be tied to: the checkpoints do not fit together"
+        )
+    raise InputError(
+        f"the {part.dpo.dtype} tensor {part.dpo.name} differs between SFT and DPO and cannot be "
+        f"extrapolated; --exclude '^{re.escape(part.dpo.name)}$' copies it from DPO"
+    )
+
+
+def total_norms(norms: Iterable[Norms]) -> Norms:
+    """The sum, the same whatever the order."""
+    pieces = list(norms)
+    delta, sft, dpo = (math.fsum(piece[which] for piece in pieces) for which in range(3))
+    return Norms(delta, sft, dpo, sampled=any(piece.sampled for piece in pieces))

@@ -1,0 +1,152 @@
+"""θ(α) tensor by tensor, for an engine that loads it: the plan of a pair, executed into memory instead of files.
+
+Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensor and not with the model: nothing of a
+tensor is kept once it was handed out. How tensors come to be is in `stream.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expo.errors import InputError
+from expo.theta.buffers import TORCH_DTYPES
+from expo.theta.pair_checks import question_change
+from expo.theta.plan import PairPlan, Part, TensorPlan
+from expo.theta.rules import Norms
+from expo.theta.stream import Combiner, SourceFiles, default_workers, total_norms
+
+CPU = torch.device("cpu")
+
+DTYPES = TORCH_DTYPES | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+"""What torch has for each type of a safetensors file."""
+
+
+class _Memory:
+    """A sink that puts pieces where they belong in a tensor."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._bytes = values.view(-1).view(torch.uint8).numpy()
+
+    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:  # noqa: ARG002
+        """Take a piece; pieces do not overlap, so several threads may bring theirs at once."""
+        self._bytes[offset : offset + len(data)] = np.frombuffer(data, np.uint8)  # numpy lets other threads run
+        done()
+
+
+class Theta:
+    """The tensors of θ(α), by name or one after the other; a context manager. Used by several threads.
+
+    Args:
+        plan: The pair's plan, for one α.
+        workers: Threads that read and combine. Default: the processors this process may use, at most four.
+
+    Raises:
+        InputError: A tensor is of a type that torch does not have.
+    """
+
+    def __init__(self, plan: PairPlan, workers: int | None = None) -> None:
+        self._plan = plan
+        self._tensors = {tensor.name: tensor for shard in plan.shards for tensor in shard.tensors}
+        for tensor in self._tensors.values():
+            _require_known(tensor)
+        self._workers = workers or default_workers()
+        self._lock = threading.Lock()  # a combiner runs one thing at a time
+        self._norms: dict[str, Norms] = {}
+        self._stack = ExitStack()
+        self._combiner: Combiner
+
+    def __enter__(self) -> Theta:
+        """Open the files, and compare what must be equal.
+
+        Raises:
+            InputError: A head that one side leaves out is not the other's embedding.
+            EnvironmentFailure: A file cannot be read.
+        """
+        with ExitStack() as opening, torch.inference_mode(False), CPU:  # whatever the engine has set
+            sources = opening.enter_context(SourceFiles(*self._plan.sources))
+            self._combiner = Combiner(sources, self._plan.rules, CPU, self._workers)
+            if self._plan.equal:
+                comparing = Combiner(sources, replace(self._plan.rules, alphas=()), CPU, self._workers)
+                comparing.run([(part, 0) for part in self._plan.equal], [])
+            self._stack = opening.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and values of every tensor, in the order of DPO's files; the last one is followed by `question`.
+
+        Raises:
+            InputError: A value is not finite, sides that must be equal are not, or nothing differs at all.
+            EnvironmentFailure: Reading failed.
+        """
+        for name in self._tensors:
+            yield name, self.tensor(name)
+        self.question()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors, in the order of DPO's files."""
+        return tuple(self._tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor."""
+        return DTYPES[self._tensors[name].dtype]
+
+    def tensor(self, name: str) -> Tensor:
+        """The values of one tensor, in memory of their own on the CPU.
+
+        Raises:
+            InputError: A value is not finite, or sides that must be equal are not.
+            EnvironmentFailure: Reading failed.
+        """
+        planned = self._tensors[name]
+        values = torch.empty(planned.shape, dtype=DTYPES[planned.dtype], device=CPU)
+        parts: list[tuple[Part, int]] = [(part, part.offset) for part in planned.parts]
+        with self._lock, torch.inference_mode(False), CPU:
+            pieces = self._combiner.run(parts, [_Memory(values)])
+            self._norms[name] = total_norms(norms for _, norms in pieces)
+        return values
+
+    def question(self) -> None:
+        """Look for a mistaken pair once every tensor was read; nothing where one was not, or α changes nothing.
+
+        Raises:
+            InputError: SFT and DPO hold the same values.
+        """
+        changes = self._plan.has_change and any(self._plan.rules.alphas)
+        if changes and len(self._norms) == len(self._tensors):
+            total = total_norms(self._norms.values())
+            delta, sft = total.delta, total.sft
+            known = math.isfinite(delta) and math.isfinite(sft)
+            question_change(math.sqrt(delta) if known else None, math.sqrt(delta / sft) if known and sft else None)
+
+
+def _require_known(tensor: TensorPlan) -> None:
+    if tensor.dtype not in DTYPES:
+        raise InputError(f"{tensor.name} is of type {tensor.dtype}, which no torch tensor has: it cannot be loaded")
