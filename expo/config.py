@@ -32,18 +32,14 @@ from expo.parts import read_part, require_one_way
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
+SeedMode: TypeAlias = Literal["row", "shared"]
 Vocab: TypeAlias = Literal["error", "common"]
-GenerateEngine: TypeAlias = Literal["auto", "vllm", "transformers", "openai"]
-ScoreEngine: TypeAlias = Literal["auto", "transformers"]
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 DEFAULT_TEMPERATURE = 0.7
 """The paper's, where neither the user nor the task says another."""
-
-ONE_ANSWER_TASKS = ("alpaca", "mtbench")
-"""The tasks whose files have room for one answer per prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +220,12 @@ class RowsConfig(CommonConfig):
     """A Jinja file used instead of the model's own chat template."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    data_parallel: int = 1
+    """Processes, each with an engine and GPUs of its own, that share the rows."""
+    part: str | None = None
+    """`i/N`: do the i-th of N parts of the rows; `slurm` takes both from the array job's environment."""
+    join: int | None = None
+    """Join the finished output of this many parts."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -237,6 +239,9 @@ class RowsConfig(CommonConfig):
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
         require_choice("--dtype", self.dtype, Dtype)
         require_device(self.device)
+        require_one_way(self.part, self.join, self.data_parallel)
+        if self.part is not None:
+            object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +261,7 @@ class GenerateConfig(RowsConfig, RulesConfig):
     """The extrapolation strength."""
     name: str | None = None
     """Name of the output files and of the generator in them. Default: the model's, or `<DPO name>-ExPO-a<alpha>`."""
-    engine: GenerateEngine = "auto"
+    engine: str = "auto"
     """auto takes vLLM where it is installed and can run, else transformers."""
     base_url: str | None = None
     """The openai engine's server, as `http://localhost:8000/v1`; the key is read from OPENAI_API_KEY alone."""
@@ -269,15 +274,9 @@ class GenerateConfig(RowsConfig, RulesConfig):
     system: str | None = None
     """A system message put before every prompt."""
     n: int = 1
-    """Samples per prompt; sample j has seed + j."""
+    """Samples per prompt."""
     tensor_parallel: int | None = None
     """GPUs one vLLM engine is spread over. Default: all."""
-    data_parallel: int = 1
-    """Processes, each with an engine and GPUs of its own, that share the rows."""
-    part: str | None = None
-    """`i/N`: do the i-th of N parts of the rows; `slurm` takes both from the array job's environment."""
-    join: int | None = None
-    """Join the finished output of this many parts."""
     batch_tokens: int = 16384
     """Token budget (prompt and answer, padding counted) of one batch of the transformers engine."""
     temperature: float | None = None
@@ -291,7 +290,10 @@ class GenerateConfig(RowsConfig, RulesConfig):
     frequency_penalty: float = 0.1
     """Subtracted from a token's logit once per time it was generated."""
     seed: int = 42
-    """Seed of every request."""
+    """Seed of all random numbers."""
+    seed_mode: SeedMode = "row"
+    """row: each row draws from a seed made of `seed`, its prompt's id and its sample, the same for every model and α;
+    shared: every request has `seed` itself (sample j has seed + j), as the paper's code does."""
     max_tokens: int = 2048
     """Most new tokens per answer."""
     stop_token_id: tuple[int, ...] = ()
@@ -305,7 +307,6 @@ class GenerateConfig(RowsConfig, RulesConfig):
         """
         super().__post_init__()
         self._require_source()
-        require_choice("--engine", self.engine, GenerateEngine)
         require_base_url(self.base_url)
         require(self.concurrency > 0, f"--concurrency must be positive, not {self.concurrency}")
         require(
@@ -319,21 +320,17 @@ class GenerateConfig(RowsConfig, RulesConfig):
             ("--frequency-penalty", self.frequency_penalty),
         ):
             require(-2 <= penalty <= 2, f"{flag} must lie in [-2, 2], not {penalty}")
+        require_choice("--seed-mode", self.seed_mode, SeedMode)
         require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         require(self.max_tokens > 0, f"--max-tokens must be positive, not {self.max_tokens}")
         require(min(self.stop_token_id, default=0) >= 0, f"--stop-token-id must be 0 or more, not {self.stop_token_id}")
         require(self.n > 0, f"--n must be positive, not {self.n}")
-        one_answer = self.n > 1 and self.task in ONE_ANSWER_TASKS
-        require(not one_answer, f"--n above 1 is not for {self.task}: one answer per row")
         require(self.batch_tokens > 0, f"--batch-tokens must be positive, not {self.batch_tokens}")
         tensor_parallel = self.tensor_parallel
         require(
             tensor_parallel is None or tensor_parallel > 0,
             f"--tensor-parallel must be positive, not {tensor_parallel}",
         )
-        require_one_way(self.part, self.join, self.data_parallel)
-        if self.part is not None:
-            object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
         bad = [pair for pair in self.engine_arg if not re.match(r"[A-Za-z_]\w*=", pair)]
         require(not bad, f"--engine-arg takes KEY=VALUE, not {bad[:1]}")
         require_name(self.name)
@@ -374,7 +371,7 @@ class ScoreConfig(RowsConfig):
     """The questions from elsewhere, for mtbench, whose answers come without them: a local file or a hub dataset id."""
     reward_model: str = "weqweasdas/RM-Mistral-7B"
     """The reward model: a directory, a hub id, or `id@revision`; one label."""
-    engine: ScoreEngine = "auto"
+    engine: str = "auto"
     """The engine that runs the reward model."""
     batch_tokens: int = 16384
     """Token budget of one batch, padding counted."""
@@ -388,7 +385,6 @@ class ScoreConfig(RowsConfig):
             InputError: A value is out of its range; the message names the flag.
         """
         super().__post_init__()
-        require_choice("--engine", self.engine, ScoreEngine)
         require(self.batch_tokens > 0, f"--batch-tokens must be positive, not {self.batch_tokens}")
         require(
             self.max_length is None or self.max_length > 0,

@@ -40,8 +40,8 @@ def rows_bar(total: int, label: str, initial: int = 0) -> Progress:
     return bar
 
 
-class AnswersProgress:
-    """Rows done of all, new tokens per second, the time left, and when the first row came.
+class RowsProgress:
+    """Rows done of all, tokens per second, the time left, and when the first row came.
 
     Args:
         bar: Shows it on a terminal; disabled elsewhere, where a line a minute says the same.
@@ -68,7 +68,7 @@ class AnswersProgress:
         self._logged_s = 0.0
 
     def update(self, rows: int, tokens: int) -> None:
-        """More rows are done, with so many new tokens."""
+        """More rows are done, with so many tokens."""
         elapsed_s = self._clock() - self._started
         self._first_row_s = elapsed_s if self._first_row_s is None else self._first_row_s
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
@@ -85,10 +85,10 @@ class AnswersProgress:
         self._bar.close()
 
 
-def answers_progress(total: int, initial: int = 0) -> AnswersProgress:
-    """The progress of `total` answers, of which `initial` are there already."""
+def rows_progress(label: str, total: int, initial: int = 0) -> RowsProgress:
+    """The progress of `total` rows, of which `initial` are there already."""
     from tqdm import tqdm
 
     layout = "{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
-    bar = tqdm(total=total, desc="generate", initial=initial, bar_format=layout, dynamic_ncols=True, disable=None)
-    return AnswersProgress(bar, total, initial)
+    bar = tqdm(total=total, desc=label, initial=initial, bar_format=layout, dynamic_ncols=True, disable=None)
+    return RowsProgress(bar, total, initial)

@@ -6,15 +6,15 @@ budget are then scored longest first, each durable before the next; the final fi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import time
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar, Self
 
 import xxhash
 
@@ -23,12 +23,15 @@ from expo.checkpoint.folder import read_config, read_json, source_fingerprint
 from expo.checkpoint.hub import Location, locate, refuse_inside
 from expo.config import ScoreConfig
 from expo.durable import Row, json_lines, texts_sha256
-from expo.engines import Scorer, ScorerSetup, load_scorer, token_batches
+from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
 from expo.engines.chat import ChatTokenizer, context_length
+from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
-from expo.journal import Journal
-from expo.progress import rows_bar
-from expo.rows.files import Columns, RowFiles, refuse_dropping, refuse_replacing, require_columns
+from expo.parts import Part, read_part
+from expo.rows import EngineKeeper
+from expo.rows import run as run_job
+from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
+from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.stats import mean_and_standard_error
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
@@ -51,53 +54,31 @@ class ScoreRow:
     """One row to score."""
 
     number: int
+    conversation: Conversation
     id: str
     sample: int
-    turn: int | None
-    """Which of the prompt's turns, where the task has several."""
     token_ids: tuple[int, ...]
     truncated: bool
     failed: bool
     """Whether there is no answer to score."""
 
-    @property
+    @cached_property
     def token_ids_xxh3(self) -> str:
         """Tells what the reward is of."""
         return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything `expo score` will do."""
-
-    config: ScoreConfig
-    engine: str
-    location: Location
-    outputs: Path
-    conversations: tuple[Conversation, ...]
-    rows: tuple[ScoreRow, ...]
-    setup: ScorerSetup
-    files: RowFiles
-    rows_file: Path
-    fingerprint: Row
-
-    @property
-    def items(self) -> list[object]:
-        """What each reward is made from."""
-        return _items(self.conversations)
-
-    def describe(self) -> Row:
-        """The plan as plain data."""
-        scored = [row for row in self.rows if not row.failed]
+    def journal_row(self, reward: float | None) -> Row:
+        """The row as the journal keeps it; without a reward it failed."""
+        turn = self.conversation.turn
         return {
-            "reward_model": str(self.location.path),
-            "engine": self.engine,
-            "outputs": str(self.outputs),
-            "rows": len(self.rows),
-            "rows_without_answer": len(self.rows) - len(scored),
-            "tokens": sum(len(row.token_ids) for row in scored),
-            "truncated": sum(row.truncated for row in scored),
-            "rewards": str(self.files.final),
+            "row": self.number,
+            "token_ids_xxh3": self.token_ids_xxh3,
+            "id": self.id,
+            "sample": self.sample,
+            **({} if turn is None else {"turn": turn}),
+            "reward": reward,
+            "tokens": len(self.token_ids),
+            "truncated": self.truncated,
         }
 
 
@@ -115,41 +96,191 @@ class Scored:
     failed: int
 
 
-def run(config: ScoreConfig) -> Scored:
+def run(config: ScoreConfig, keeper: EngineKeeper | None = None) -> Scored:
     """Score every row that is not scored yet.
+
+    Args:
+        config: The settings.
+        keeper: Has an engine that goes on after this run; without one it is closed at the end.
 
     Raises:
         InputError: The settings or inputs are at fault.
         EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
     """
-    work = plan(config)
-    journal = work.files.open(
-        work.fingerprint,
-        work.items,
-        overwrite=config.overwrite,
-        old_rows=lambda _: finished_rows(work),
-        hopeless=lambda _: sum(row.failed for row in work.rows),
-        beyond=lambda: _items(read_conversations(work.outputs, find_task(config.task), dataset=config.dataset)),
-    )
-    if journal is None:
-        return _result(work, "already complete", read_json(work.files.meta))
-    with work.files.holding(journal):
-        done = rewarded(work, journal.rows)
-        seconds, tokens, versions = _score(work, journal, done)
-        rows = [done.get(row.number) or _unscored(row) for row in work.rows]
-        meta = _meta(work, rows, seconds, tokens, versions)
-        rewards = json_lines(row["reward"] for row in rows)
-        work.files.finish(journal, rewards, meta, {work.rows_file: json_lines(map(_public, rows))})
-    return _result(work, "written", meta)
+    done = run_job(plan(config), keeper)
+    meta, files = done.meta, done.job.files
+    n, mean, error = meta.get("n", meta["rows"] - meta["failed"]), meta.get("mean"), meta.get("standard_error")
+    return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"])
 
 
-def plan(config: ScoreConfig) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob(RowJob):
+    """Everything `expo score` will do."""
+
+    verb: ClassVar[str] = "score"
+    columns: ClassVar[Columns] = {**ROW_COLUMNS, **JOURNAL_COLUMNS}
+    seconds_key: ClassVar[str] = "score_seconds"
+
+    config: ScoreConfig
+    spec: EngineSpec
+    location: Location
+    outputs: Path
+    rows: tuple[ScoreRow, ...]
+    setup: ScorerSetup
+
+    # --- its rows
+
+    @cached_property
+    def by_number(self) -> dict[Key, ScoreRow]:
+        """Row key → what is scored."""
+        return {(row.number,): row for row in self.rows}
+
+    @property
+    def keys(self) -> list[Key]:
+        """The rows' numbers."""
+        return list(self.by_number)
+
+    @property
+    def items(self) -> list[object]:
+        """The conversations that are scored."""
+        return [list(row.conversation.messages) for row in self.rows]
+
+    def items_beyond(self) -> list[object]:
+        """The conversations of the whole file: the fingerprint does not say what is in it."""
+        task = find_task(self.config.task)
+        whole = read_conversations(self.outputs, task, dataset=self.config.dataset)
+        return [list(conversation.messages) for conversation in whole]
+
+    def share(self, part: Part) -> Self:
+        """One part of the job."""
+        rows = tuple(part.of(self.rows))
+        return replace(self, rows=rows, files=self.files.part(part.file_stem), part=part, whole=self)
+
+    def key_of(self, row: Row) -> Key:
+        """The row's number."""
+        return (row["row"],)
+
+    def is_answered(self, row: Row) -> bool:
+        """Whether there is a reward."""
+        return row["reward"] is not None
+
+    def is_current(self, row: Row) -> bool:
+        """Whether it is the reward of what is there now: the outputs may have been made anew since."""
+        one = self.by_number.get(self.key_of(row))
+        return one is not None and row["token_ids_xxh3"] == one.token_ids_xxh3
+
+    def pending(self, done: Mapping[Key, Row]) -> bool:
+        """Whether any answer has no reward."""
+        return any(key not in done and not row.failed for key, row in self.by_number.items())
+
+    def impossible(self, done: Mapping[Key, Row]) -> Rows:
+        """The rows without an answer."""
+        return {key: row.journal_row(None) for key, row in self.by_number.items() if row.failed and key not in done}
+
+    # --- making them
+
+    def open_engine(self) -> Scorer:
+        """Start the engine."""
+        engine: Scorer = self.spec.load()(self.setup)
+        return engine
+
+    def execute(self, engine: Scorer, done: Rows) -> Iterator[list[Row]]:
+        """Score what is not scored, in batches that are a pure function of all rows."""
+        rows = [row for row in self.rows if not row.failed]
+        for numbers in token_batches([len(row.token_ids) for row in rows], self.config.batch_tokens):
+            batch = [rows[number] for number in numbers]
+            if all((row.number,) in done for row in batch):
+                continue
+            rewards = engine.score([row.token_ids for row in batch])
+            yield [
+                row.journal_row(reward if math.isfinite(reward) else None)
+                for row, reward in zip(batch, rewards, strict=True)
+            ]
+
+    def tokens(self, row: Row) -> int:
+        """The tokens of the conversation."""
+        return int(row["tokens"])
+
+    def worker_environments(self, count: int) -> list[dict[str, str]]:
+        """The GPUs of each worker, or its share of the CPU's threads."""
+        return worker_environments(self.engine, self.spec, self.config, count)
+
+    # --- writing them
+
+    def finished_rows(self, meta: Row) -> list[Row]:  # noqa: ARG002 - all is in the rows file
+        """The rows of the finished output, from its rows file; none, to be scored again, where it is damaged."""
+        file = rows_file(self.files) if self.part is None else self.files.final
+        try:
+            rows = require_columns(read_rows(file), ROW_COLUMNS, file)
+        except InputError:
+            log.warning("%s is missing or damaged: its rows are scored again", file)
+            return []
+        return [{**one.journal_row(None), **row} for one, row in zip(self.rows, rows, strict=False)]
+
+    def render(self, rows: Sequence[Row]) -> dict[Path, str]:
+        """The rewards, one number a line, and the file that says more of each."""
+        public = [{key: value for key, value in row.items() if key not in JOURNAL_COLUMNS} for row in rows]
+        return {
+            rows_file(self.files): json_lines(public),
+            self.files.final: json_lines(row["reward"] for row in rows),
+        }
+
+    def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
+        """What the meta file holds."""
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
+        mean, standard_error = mean_and_standard_error(rewards)
+        return {
+            "command": self.verb,
+            "name": self.name,
+            "config": self.recorded_config(),
+            "engine": self.engine,
+            "versions": {"expo": __version__, **figures.versions},
+            "reward_model": self.location.label,
+            "revision": self.location.revision,
+            "rows": len(rows),
+            "n": len(rewards),
+            "mean": mean,
+            "standard_error": standard_error,
+            "truncated": sum(row["truncated"] for row in rows),
+            "failed": len(rows) - len(rewards),
+            "rows_this_run": figures.rows,
+            "engine_start_seconds": round(figures.engine_start_seconds, 3),
+            "score_seconds": round(figures.seconds, 3),
+            "tokens_per_second": figures.tokens_per_second,
+            "prompts_sha256": texts_sha256(row.conversation.asked for row in self.rows),
+            "outputs_sha256": texts_sha256(self.items),
+            "fingerprint": self.fingerprint,
+        }
+
+    def describe(self) -> Row:
+        """The plan as plain data."""
+        scored = [row for row in self.rows if not row.failed]
+        return {
+            "reward_model": str(self.location.path),
+            "engine": self.engine,
+            "outputs": str(self.outputs),
+            **self.describe_parts(),
+            "rows": len(self.rows),
+            "rows_without_answer": len(self.rows) - len(scored),
+            "tokens": sum(len(row.token_ids) for row in scored),
+            "truncated": sum(row.truncated for row in scored),
+            "rewards": str(self.files.final),
+        }
+
+
+def rows_file(files: RowFiles) -> Path:
+    """The file beside the rewards that has a row's id, sample, tokens and whether it was cut."""
+    return files.final.with_name(f"{files.name}.rows.jsonl")
+
+
+def plan(config: ScoreConfig) -> ScoreJob:
     """Decide everything from the outputs and the reward model's small files; nothing is written.
 
     Raises:
         InputError: The outputs, the reward model or a setting is at fault.
         EnvironmentFailure: The hub cannot be reached.
     """
+    engine, spec = find_engine(SCORERS, config.engine)
     task = find_task(config.task)
     folder = Path(config.output_dir)
     outputs = Path(config.outputs or folder / f"outputs_{task.name}" / f"{config.name}{task.suffix}")
@@ -166,9 +297,7 @@ def plan(config: ScoreConfig) -> Plan:
     tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
     longest = min(config.max_length or context_length(location.path), context_length(location.path))
     files = RowFiles(folder / f"rewards_{task.name}" / f"{config.name}.jsonl", config.name, "outputs_sha256")
-    rows_file = files.final.with_name(f"{config.name}.rows.jsonl")
-    refuse_replacing(outputs, (files.final, files.meta, rows_file))
-    engine = "transformers" if config.engine == "auto" else config.engine
+    refuse_replacing(outputs, (files.final, files.meta, rows_file(files)))
     made_from = {
         "task": task.name,
         "reward_model": source_fingerprint(location),
@@ -178,22 +307,19 @@ def plan(config: ScoreConfig) -> Plan:
         "max_length": config.max_length,
         "batch_tokens": config.batch_tokens,
     }
-    return Plan(
+    whole = ScoreJob(
         config=config,
         engine=engine,
+        spec=spec,
+        name=config.name,
         location=location,
         outputs=outputs,
-        conversations=tuple(conversations),
         rows=tuple(_score_rows(conversations, tokenizer, longest, outputs)),
         setup=ScorerSetup(config, location.path, tokenizer.pad_id),
         files=files,
-        rows_file=rows_file,
         fingerprint=made_from,
     )
-
-
-def _items(conversations: Sequence[Conversation]) -> list[object]:
-    return [list(conversation.messages) for conversation in conversations]
+    return whole if config.part is None else whole.share(read_part(config.part, {}))
 
 
 def require_reward_model(model: Path) -> None:
@@ -227,9 +353,9 @@ def _score_rows(
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         yield ScoreRow(
             number=number,
+            conversation=conversation,
             id=name,
             sample=sample,
-            turn=conversation.turn,
             token_ids=tuple(row_ids[:longest]),
             truncated=len(row_ids) > longest,
             failed=conversation.failed or number in failed,
@@ -257,121 +383,3 @@ def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {advice}") from error
     return failed, keys
-
-
-def _score(work: Plan, journal: Journal, done: dict[int, Row]) -> tuple[float, int, dict[str, str]]:
-    """Score the rows that are not in `done`, adding them; gives seconds, tokens and library versions."""
-    rows = [row for row in work.rows if not row.failed]
-    batches = token_batches([len(row.token_ids) for row in rows], work.config.batch_tokens)
-    todo = [[rows[number] for number in batch] for batch in batches]
-    todo = [batch for batch in todo if any(row.number not in done for row in batch)]
-    if not todo:
-        return 0.0, 0, {}
-    log.info("%s: %d of %d rows to score with %s", work.config.name, sum(map(len, todo)), len(rows), work.engine)
-    engine = load_scorer(work.engine)(work.setup)
-    started, tokens = time.perf_counter(), 0
-    progress = rows_bar(len(rows), "score", initial=len(rows) - sum(map(len, todo)))
-    try:
-        for batch in todo:
-            scored = _score_batch(engine, batch)
-            journal.append(scored)
-            done |= {row["row"]: row for row in scored if row["reward"] is not None}
-            tokens += sum(row["tokens"] for row in scored)
-            progress.update(len(batch))
-    finally:
-        progress.close()
-    return time.perf_counter() - started, tokens, engine.versions()
-
-
-def _score_batch(engine: Scorer, batch: Sequence[ScoreRow]) -> list[Row]:
-    rewards = engine.score([row.token_ids for row in batch])
-    return [
-        {**_unscored(row), "reward": reward if math.isfinite(reward) else None}
-        for row, reward in zip(batch, rewards, strict=True)
-    ]
-
-
-def _unscored(row: ScoreRow) -> Row:
-    return {
-        "row": row.number,
-        "token_ids_xxh3": row.token_ids_xxh3,
-        "id": row.id,
-        "sample": row.sample,
-        **({} if row.turn is None else {"turn": row.turn}),
-        "reward": None,
-        "tokens": len(row.token_ids),
-        "truncated": row.truncated,
-    }
-
-
-def _public(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key not in JOURNAL_COLUMNS}
-
-
-def finished_rows(work: Plan) -> list[Row]:
-    """The journal rows of a finished output, from its rows file; none, to be scored again, where it is damaged."""
-    try:
-        rows = read_rows(work.rows_file)
-        require_columns(rows, ROW_COLUMNS, work.rows_file)
-    except InputError:
-        log.warning("%s is missing or damaged: its rows are scored again", work.rows_file)
-        return []
-    return [
-        {"row": one.number, "token_ids_xxh3": one.token_ids_xxh3, **row}
-        for one, row in zip(work.rows, rows, strict=False)
-    ]
-
-
-def rewarded(work: Plan, rows: Sequence[Row]) -> dict[int, Row]:
-    """Number → row of the journal's rows that have a reward for what is scored now.
-
-    The outputs may have been made anew since an interrupted run, whose rewards for other answers are dropped.
-
-    Raises:
-        InputError: A row is not as expo wrote it, or has no place in this run.
-    """
-    require_columns(rows, {**ROW_COLUMNS, **JOURNAL_COLUMNS}, work.files.journal)
-    there = {row["row"]: row for row in rows if row["reward"] is not None}
-    wanted = {row.number: row.token_ids_xxh3 for row in work.rows}
-    refuse_dropping(work.files.final, len(there.keys() - wanted.keys()), overwrite=work.config.overwrite)
-    return {number: row for number, row in there.items() if row["token_ids_xxh3"] == wanted.get(number)}
-
-
-def _meta(work: Plan, rows: Sequence[Row], seconds: float, tokens: int, versions: dict[str, str]) -> Row:
-    config = dataclasses.asdict(work.config)
-    for transient in ("overwrite", "dry_run", "output_dir"):
-        del config[transient]
-    rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    mean, standard_error = mean_and_standard_error(rewards)
-    return {
-        "command": "score",
-        "name": work.config.name,
-        "config": config,
-        "engine": work.engine,
-        "versions": {"expo": __version__, **versions},
-        "reward_model": work.location.label,
-        "revision": work.location.revision,
-        "rows": len(rows),
-        "n": len(rewards),
-        "mean": mean,
-        "standard_error": standard_error,
-        "truncated": sum(row["truncated"] for row in rows),
-        "failed": len(rows) - len(rewards),
-        "score_seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        "prompts_sha256": texts_sha256(one.asked for one in work.conversations),
-        "outputs_sha256": texts_sha256(work.items),
-        "fingerprint": work.fingerprint,
-    }
-
-
-def _result(work: Plan, status: str, meta: Row) -> Scored:
-    return Scored(
-        rewards=work.files.final,
-        meta=work.files.meta,
-        status=status,
-        n=meta["n"],
-        mean=meta["mean"],
-        standard_error=meta["standard_error"],
-        failed=meta["failed"],
-    )

@@ -22,8 +22,7 @@ from crashes import ended, forked
 
 from expo.cli import program as cli
 from expo.config import GenerateConfig
-from expo.engines import load_generator
-from expo.generate import loop, plan
+from expo.generate import GenerateJob, plan
 from expo.journal import LOCK_SUFFIX
 
 NAME = "mine"
@@ -78,8 +77,8 @@ def keep_engine(case: Case) -> None:
     """Start the engine here, so that every child has it."""
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in case.settings.items()}
     work = plan(GenerateConfig(name=NAME, **settings))
-    engine = load_generator(work.engine)(work.setup)
-    loop.load_generator = lambda _name: lambda _setup: engine  # type: ignore[assignment, return-value]
+    engine = work.open_engine()
+    GenerateJob.open_engine = lambda _job: engine  # type: ignore[method-assign]
 
 
 def whole_rows(journal: Path) -> list[bytes]:

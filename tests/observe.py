@@ -15,9 +15,8 @@ from typing import Any
 
 from expo.config import GenerateConfig
 from expo.durable import Row
-from expo.engines import Request, load_generator
-from expo.generate import Plan, plan
-from expo.generate.rows import journal_rows
+from expo.engines import Request
+from expo.generate import GenerateJob, plan
 
 Batches = list[list[Row]]
 
@@ -30,21 +29,25 @@ class Engine:
         self.settings = settings
         self.generator: Any = None
 
-    def plan(self, **others: Any) -> Plan:
+    def plan(self, **others: Any) -> GenerateJob:
         return plan(GenerateConfig(engine=self.name, **{**self.settings, **others}))
 
     def ask(
-        self, work: Plan, requests: Sequence[Request] | None = None, *, done: Collection = (), batches: int = 10**6
+        self,
+        work: GenerateJob,
+        requests: Sequence[Request] | None = None,
+        *,
+        done: Collection = (),
+        batches: int = 10**6,
     ) -> Batches:
         """The rows as they come; `batches` ends it early."""
-        if self.generator is not None and self.name == "vllm":
-            self.generator._setup = work.setup  # starting it again would take ten seconds
-        else:
-            self.generator = load_generator(self.name)(work.setup)
+        if self.generator is None:
+            self.generator = work.open_engine()
+        self.generator.load(work.setup)
         came: Batches = []
         with closing(self.generator.generate(work.requests if requests is None else requests, set(done))) as answers:
             for outcomes in answers:
-                came.append(journal_rows(work, outcomes))
+                came.append([work.journal_row(one) for one in outcomes])
                 if len(came) == batches:
                     break
         return came

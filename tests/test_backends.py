@@ -15,14 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expo.engines import GENERATORS, SCORERS, Request, load_generator, load_scorer, token_batches
+from expo.config import GenerateConfig
+from expo.engines import GENERATORS, SCORERS, Request, token_batches
 from expo.engines.transformers import PenaltyProcessor, SeededChoice, sampling_noise
 
 COMPARE = """
 import json, sys
-from expo.engines import load_generator
 from expo.config import GenerateConfig
 from expo.errors import InputError
+from expo.config import GenerateConfig
 from expo.generate import plan
 
 def main():
@@ -30,12 +31,12 @@ def main():
     settings["engine_arg"] = ()
     answers = {}
     try:
-        load_generator("vllm")(plan(GenerateConfig(**{**settings, "engine_arg": ("no_such=1",)}, engine="vllm")).setup)
+        plan(GenerateConfig(**{**settings, "engine_arg": ("no_such=1",)}, engine="vllm")).open_engine()
     except InputError as error:
         answers["refused"] = str(error)
     for engine in ("transformers", "vllm"):
         work = plan(GenerateConfig(engine=engine, **settings))
-        generator = load_generator(engine)(work.setup)
+        generator = work.open_engine()
         answers[engine] = {
             f"{one.request.id}-{one.request.sample}": [list(one.token_ids), one.finish_reason]
             for rows in generator.generate(work.requests, set()) for one in rows
@@ -91,12 +92,12 @@ def homogeneity(ours: Counter[int], theirs: Counter[int]) -> tuple[float, int]:
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_generator_in_the_table_is_there(name):
-    assert {"generate", "versions"} <= set(dir(load_generator(name)))
+    assert {"generate", "load", "close", "versions"} <= set(dir(GENERATORS[name].load()))
 
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_every_scorer_in_the_table_is_there(name):
-    assert {"score", "versions"} <= set(dir(load_scorer(name)))
+    assert {"score", "load", "close", "versions"} <= set(dir(SCORERS[name].load()))
 
 
 def test_penalties_are_counted_over_generated_tokens_only():
@@ -134,11 +135,12 @@ def test_choices_at_the_edges_are_possible_tokens(noise):
 
 def test_noise_depends_on_seed_row_sample_and_turn_only():
     def noise(seed: int, row: str, sample: int, tokens: int = 20) -> list[float]:
-        return sampling_noise(seed, Request(row, sample, (1, 2), tokens, 1.0)).tolist()
+        config = GenerateConfig(task="alpaca", model="m", seed=seed)
+        return sampling_noise(config, Request(row, sample, (1, 2), tokens, 1.0)).tolist()
 
     assert noise(42, "a", 0) == noise(42, "a", 0)
     assert noise(42, "a", 0, 5) == noise(42, "a", 0)[:5]
-    second = sampling_noise(42, Request("a", 0, (1, 2), 20, 1.0, turn=1)).tolist()
+    second = sampling_noise(GenerateConfig(task="alpaca", model="m"), Request("a", 0, (1, 2), 20, 1.0, turn=1)).tolist()
     others = [noise(43, "a", 0), noise(42, "b", 0), noise(42, "a", 1), noise(41, "a", 1), second]
     assert all(other != noise(42, "a", 0) for other in others)
 

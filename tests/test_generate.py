@@ -434,6 +434,19 @@ def test_values_out_of_range_name_their_flag(value, flag):
         GenerateConfig(**{"task": "alpaca", "model": "m", **value})
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"task": "alpaca", "n": 2}, "--n above 1 is not for alpaca: one answer per row"),
+        ({"task": "mtbench", "n": 2}, "--n above 1 is not for mtbench"),
+        ({"engine": "magic"}, "--engine is one of auto, vllm, transformers, openai, not 'magic'"),
+    ],
+)
+def test_what_the_tables_of_tasks_and_engines_refuse_names_its_flag(value, message):
+    with pytest.raises(InputError, match=message):
+        verb.plan(GenerateConfig(**{"task": "q.jsonl", "model": "m", "engine": "transformers", **value}))
+
+
 @pytest.mark.parametrize("source", ["model", "pair"])
 def test_an_output_inside_an_input_is_refused(llama_pair, prompt_file, tmp_path, source):
     (tmp_path / "link").symlink_to(llama_pair[1])

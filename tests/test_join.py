@@ -14,10 +14,11 @@ import pytest
 from test_generate import PROMPTS, prompt_file, rows_of, settings, write_rows  # noqa: F401 - a fixture
 
 from expo import generate as verb
-from expo.engines import Completion
+from expo.engines import Completion, EngineSpec
 from expo.errors import EnvironmentFailure, InputError
-from expo.generate import Generated, join, loop
+from expo.generate import Generated
 from expo.journal import Journal
+from expo.rows import files, parts
 
 SAME_IN_BOTH = (
     *("rows", "failed", "errors", "tokens_in", "tokens_out", "finish_reasons", "rows_this_run", "prompts_sha256"),
@@ -39,6 +40,12 @@ class Engine:
 
     def __init__(self, setup) -> None:
         self._seed = setup.config.seed
+
+    def load(self, setup) -> None:
+        self.__init__(setup)
+
+    def close(self) -> None:
+        pass
 
     def generate(self, requests, done):
         todo = [request for request in requests if request.key not in done]
@@ -62,7 +69,7 @@ class Engine:
 def engine(monkeypatch) -> type[Engine]:
     monkeypatch.setattr(Engine, "generated", [])
     monkeypatch.setattr(Engine, "dies_after", None)
-    monkeypatch.setattr(loop, "load_generator", lambda name: Engine)
+    monkeypatch.setattr(EngineSpec, "load", lambda spec: Engine)
     return Engine
 
 
@@ -148,7 +155,7 @@ def test_what_is_finished_is_left_alone(run, out, engine):
 
 
 def test_an_empty_part_loads_no_engine(run, monkeypatch):
-    monkeypatch.setattr(loop, "load_generator", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(EngineSpec, "load", lambda spec: pytest.fail("loaded"))
     assert run("13/15").rows == 0
     assert run("13/15").status == "already complete"
 
@@ -360,8 +367,8 @@ def test_a_join_that_is_stopped_anywhere_is_joined_by_a_rerun(run, out, monkeypa
         return counted
 
     with monkeypatch.context() as patch:
-        patch.setattr("expo.rows.files.write_atomic", stopping(verb.decide.RowFiles.finish.__globals__["write_atomic"]))
-        patch.setattr("expo.generate.gather._remove_part", stopping(join.remove_parts.__globals__["_remove_part"]))
+        patch.setattr(files, "write_atomic", stopping(files.write_atomic))
+        patch.setattr(parts, "_remove_part", stopping(parts._remove_part))
         if step < 5:
             with pytest.raises(KeyboardInterrupt):
                 run(join=3)

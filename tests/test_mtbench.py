@@ -11,9 +11,9 @@ import torch
 from expo import generate as verb
 from expo import score
 from expo.config import GenerateConfig, ScoreConfig
+from expo.engines import EngineSpec
 from expo.engines import transformers as backend
 from expo.errors import EnvironmentFailure, InputError
-from expo.generate import loop
 from expo.rows.files import RowFiles
 
 CATEGORIES = ("writing", "math", "stem", "roleplay", "coding", "humanities", "reasoning", "other")
@@ -270,7 +270,7 @@ def test_several_samples_are_refused():
 def test_a_template_that_refuses_a_second_turn_is_refused_before_any_work(llama_pair, tmp_path, monkeypatch):
     template = tmp_path / "t.jinja"
     template.write_text("{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}w1")
-    monkeypatch.setattr(loop, "load_generator", None)
+    monkeypatch.setattr(EngineSpec, "load", None)
     with pytest.raises(InputError, match="one turn only"):
         verb.run(settings(llama_pair[1], tmp_path / "a", chat_template=str(template)))
     assert not (tmp_path / "a").exists()

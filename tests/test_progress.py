@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from expo.progress import AnswersProgress, answers_progress
+from expo.progress import RowsProgress, rows_progress
 
 
 class Silent:
@@ -28,7 +28,7 @@ def test_a_terminal_shows_rows_tokens_per_second_the_time_left_and_when_the_firs
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     with open(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = answers_progress(40, initial=8)
+        progress = rows_progress("generate", 40, initial=8)
         progress.update(2, 100)
         progress.update(10, 900)
         progress.close()
@@ -43,7 +43,7 @@ def test_a_terminal_shows_rows_tokens_per_second_the_time_left_and_when_the_firs
 
 def test_a_log_file_gets_a_line_a_minute(caplog, capsys):
     now = [0.0]
-    progress = AnswersProgress(Silent(), 100, 20, clock=lambda: now[0])
+    progress = RowsProgress(Silent(), 100, 20, clock=lambda: now[0])
     with caplog.at_level(logging.INFO, "expo"):
         for second in range(1, 151):
             now[0] = float(second)
@@ -59,7 +59,7 @@ def test_a_log_file_gets_a_line_a_minute(caplog, capsys):
 
 @pytest.mark.parametrize("total", [0, 3])
 def test_a_short_run_says_nothing_in_a_log_file(total, caplog, capsys):
-    progress = answers_progress(total)
+    progress = rows_progress("generate", total)
     for _ in range(total):
         progress.update(1, 10)
     progress.close()

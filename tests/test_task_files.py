@@ -11,7 +11,7 @@ import pytest
 
 from expo.config import GenerateConfig
 from expo.errors import InputError
-from expo.generate.turns import require_one_system_message
+from expo.generate.requests import require_one_system_message
 from expo.tasks import Prompt, find_task, load_prompts, read_rows
 
 USER = {"role": "user", "content": "a?"}

@@ -66,14 +66,16 @@ def test_what_must_be_given_is_named() -> None:
 
 OFFLINE = """
 import gc, json, sys
-from expo.engines import load_generator
 from expo.config import GenerateConfig
 from expo.generate import plan
 
-def start(**settings):
+def planned(**settings):
     decoding = {"temperature": 0.0, "max_tokens": 8, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    work = plan(GenerateConfig(engine="vllm", **{**given["settings"], **decoding, **settings}))
-    return work, load_generator("vllm")(work.setup)
+    return plan(GenerateConfig(engine="vllm", **{**given["settings"], **decoding, **settings}))
+
+def start(**settings):
+    work = planned(**settings)
+    return work, work.open_engine()
 
 def ask(work, engine):
     found = {one.request.id: list(one.token_ids) for rows in engine.generate(work.requests, set()) for one in rows}
@@ -81,10 +83,7 @@ def ask(work, engine):
     return {"prompts": prompts, "answers": [found[key] for key in sorted(found)]}
 
 def switch(engine, alpha):
-    keys = {"model_loader_extra_config": {**pair, "alpha": alpha}}
-    engine._llm.collective_rpc("update_config", args=({"load_config": keys},))
-    engine._llm.collective_rpc("reload_weights")
-    engine._llm.reset_prefix_cache()
+    engine.load(planned(**{**pair, "alpha": alpha}).setup)
 
 def main():
     work, engine = start(**pair, alpha=0.5)

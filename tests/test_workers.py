@@ -18,10 +18,12 @@ from test_orphans import is_alive, wait_until_gone
 
 from expo import generate as verb
 from expo.config import GenerateConfig
+from expo.engines import GENERATORS, EngineSpec
+from expo.engines.torch_tools import worker_environments
 from expo.errors import EnvironmentFailure, InputError
-from expo.generate import workers
-from expo.generate.worker import LineCount, Worker
-from expo.generate.workers import MAX_STARTS, Crew, worker_environments
+from expo.rows import workers
+from expo.rows.worker import LineCount, Worker
+from expo.rows.workers import MAX_STARTS, Crew
 
 
 def config(**values) -> GenerateConfig:
@@ -42,7 +44,7 @@ GPUS = ["0", "1", "2", "3", "4", "5", "6", "7"]
     ],
 )
 def test_each_worker_has_gpus_of_its_own(engine, count, values, gpus, groups):
-    made = worker_environments(engine, config(data_parallel=count, **values), gpus)
+    made = worker_environments(engine, GENERATORS[engine], config(**values), count, gpus)
     assert made == [{"CUDA_VISIBLE_DEVICES": group} for group in groups]
 
 
@@ -62,14 +64,14 @@ def test_each_worker_has_gpus_of_its_own(engine, count, values, gpus, groups):
 )
 def test_what_cannot_be_dealt_out_is_refused(engine, values, gpus, message):
     with pytest.raises(InputError, match=message):
-        worker_environments(engine, config(data_parallel=2, **values), gpus)
+        worker_environments(engine, GENERATORS.get(engine, EngineSpec("")), config(**values), 2, gpus)
 
 
 @pytest.mark.parametrize("values", [{"device": "cpu"}, {}])
 def test_on_a_cpu_workers_share_its_threads(values, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    made = worker_environments("transformers", config(data_parallel=3, **values), GPUS if values else [])
+    made = worker_environments("transformers", GENERATORS["transformers"], config(**values), 3, GPUS if values else [])
     assert made == [{"OMP_NUM_THREADS": "2"}] * 3
 
 
@@ -102,18 +104,18 @@ def crew_of(llama_pair, tmp_path, monkeypatch):
 
     def make(*programs: str | list[str]) -> Crew:
         parts = workers.all_parts(len(programs))
-        return Crew([Program(verb.share(whole, part), texts) for part, texts in zip(parts, programs, strict=True)])
+        return Crew([Program(whole.share(part), texts) for part, texts in zip(parts, programs, strict=True)])
 
     return make
 
 
 class Program(Worker):
-    def __init__(self, work, texts: str | list[str]) -> None:
-        super().__init__(work, {})
+    def __init__(self, job, texts: str | list[str]) -> None:
+        super().__init__(job, {})
         self._texts = [texts] * 99 if isinstance(texts, str) else texts
 
-    def command(self) -> list[str]:
-        program = self._texts[self.starts - 1].replace("JOURNAL", repr(str(self.work.files.journal)))
+    def command(self, jobs: int, replies: int) -> list[str]:
+        program = self._texts[self.starts - 1].replace("JOURNAL", repr(str(self.job.files.journal)))
         return [sys.executable, "-c", f"import os, sys, time\n{program}"]
 
 
@@ -127,7 +129,7 @@ FAIL = "print('expo: error: the disk is full', file=sys.stderr); sys.exit(1)"
 
 def test_killed_workers_are_taken_up_again(crew_of, caplog):
     with crew_of(DONE, [KILLED, KILLED, "sys.exit(3)"]) as crew:
-        crew.watch(8, 0)
+        crew.watch("generate", 8, 0)
     assert [worker.starts for worker in crew._workers] == [1, 3]
 
 
@@ -144,14 +146,14 @@ def test_killed_workers_are_taken_up_again(crew_of, caplog):
 def test_a_part_that_fails_again_and_again_ends_the_run_with_its_last_words(crew_of, program, starts, words):
     """The others are let finish first."""
     with pytest.raises(EnvironmentFailure) as caught, crew_of("time.sleep(0.5)", program) as crew:
-        crew.watch(8, 0)
+        crew.watch("generate", 8, 0)
     assert str(caught.value) == f"{words}; the same command goes on with the rest"
     assert [worker.starts for worker in crew._workers] == [1, starts]
 
 
 def test_a_refusal_ends_all_at_once_with_its_one_line(crew_of):
     with pytest.raises(InputError) as caught, crew_of(HANG, REFUSE, HANG) as crew:
-        crew.watch(8, 0)
+        crew.watch("generate", 8, 0)
     assert str(caught.value) == "no such thing"
     assert [worker.exit_code() for worker in crew._workers] == [-signal.SIGTERM, 2, -signal.SIGTERM]
 
@@ -166,7 +168,7 @@ def test_no_process_is_left_when_the_run_is_stopped(crew_of, program, monkeypatc
     crew = crew_of(program, program)
     threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt), crew:
-        crew.watch(8, 0)
+        crew.watch("generate", 8, 0)
     for worker in crew._workers:
         assert worker.exit_code() in (-signal.SIGTERM, -signal.SIGKILL)
         group = worker._process.pid
@@ -190,7 +192,7 @@ def test_a_worker_ends_when_the_other_end_of_its_pipe_is_gone(llama_pair, tmp_pa
     prompts = tmp_path / "q.jsonl"
     prompts.write_text('{"prompt": "w1"}\n')
     whole = verb.plan(settings(llama_pair[1], prompts, tmp_path, max_tokens=100))
-    worker = Worker(verb.share(whole, workers.all_parts(1)[0]), {})
+    worker = Worker(whole.share(workers.all_parts(1)[0]), {})
     worker.start()
     worker._process.stdin.close()
     worker.wait(60)
@@ -214,7 +216,7 @@ def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, run_exp
         os.kill(holder(journal), signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    assert "part 1/2: killed by SIGKILL; it is taken up again" in stderr
+    assert "part 1/2: killed by SIGKILL; restarting" in stderr
     assert stdout == f"{folder / 'tiny-dpo.json'}\n"
     assert (folder / "tiny-dpo.json").read_bytes() == whole
     assert sorted(path.name for path in folder.iterdir()) == ["tiny-dpo.json", "tiny-dpo.meta.json"]

@@ -35,6 +35,7 @@ from expo.cli.options import (
 )
 from expo.cli.printing import exit_after, print_data, print_result
 from expo.config import DEFAULT_TEMPERATURE, RULES, GenerateConfig
+from expo.engines import GENERATORS
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ EXAMPLES = (
     "  sbatch --array=0-7 --gpus=1 --wrap 'expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --part slurm'\n"
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --join 8"
 )
+
+CHOICES = "|".join(["auto", *GENERATORS])
 
 PAIR = frozenset({"sft", "dpo", "alpha"})
 
@@ -84,7 +87,7 @@ def command(
         typer.Option(metavar="NAME", help="Name of the output. [default: the model's, or <DPO name>-ExPO-a<A>]"),
     ] = GenerateConfig.name,
     engine: Annotated[
-        config.GenerateEngine, typer.Option(help="auto: vLLM where it is installed and can run.")
+        str, typer.Option(metavar=CHOICES, help="auto: vLLM where it is installed and can run.")
     ] = GenerateConfig.engine,
     base_url: Annotated[
         str | None, typer.Option(metavar="URL", help="The openai engine's server; its key is in OPENAI_API_KEY.")
@@ -132,7 +135,11 @@ def command(
     frequency_penalty: Annotated[
         float, typer.Option(help="Off a token's logit per time it was generated.")
     ] = GenerateConfig.frequency_penalty,
-    seed: Annotated[int, typer.Option(help="Seed of every request.")] = GenerateConfig.seed,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = GenerateConfig.seed,
+    seed_mode: Annotated[
+        config.SeedMode,
+        typer.Option(help="row: a seed per row, the same for every model and α; shared: every request has --seed."),
+    ] = GenerateConfig.seed_mode,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = GenerateConfig.max_tokens,
     stop_token_id: Annotated[
         list[int] | None, typer.Option(metavar="ID", help="Further token id that ends an answer; repeatable.")

@@ -106,6 +106,13 @@ ChatTemplateOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="Jinja file used instead of the model's own chat template.")
 ]
 TrustRemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+DataParallelOption = Annotated[
+    int, typer.Option(metavar="N", help="Processes that share the rows, each with GPUs of its own.")
+]
+PartOption = Annotated[
+    str | None, typer.Option(metavar="i/N|slurm", help="Do the i-th of N parts of the rows, from 0.")
+]
+JoinOption = Annotated[int | None, typer.Option(metavar="N", help="Check that all N parts are there and join them.")]
 BatchTokensOption = Annotated[
     int, typer.Option(metavar="N", help="Token budget of one batch of the transformers engine.")
 ]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from expo import __version__
-from expo.cli import extrapolate, generate, inspect, recipes, score
+from expo.cli import extrapolate, generate, inspect, recipes, score, work
 from expo.cli.options import DebugOption, refused_value
 from expo.errors import ExpoError, Stopped
 from expo.orphans import end_with_parent
@@ -87,6 +87,7 @@ COMMANDS = {
 }
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(module.command)
+app.command("work", hidden=True)(work.command)
 
 
 # --- wiring -----------------------------------------------------------------------------------------------------

@@ -8,19 +8,21 @@ from typing import Annotated
 
 import typer
 
-from expo import config
 from expo.cli.options import (
     BatchTokensOption,
     ChatTemplateOption,
     ConfigOption,
+    DataParallelOption,
     DebugOption,
     DeviceOption,
     DryRunOption,
+    JoinOption,
     JsonOption,
     LimitOption,
     ModelDtypeOption,
     OutputDirOption,
     OverwriteOption,
+    PartOption,
     RecipeOption,
     TaskArgument,
     TrustRemoteCodeOption,
@@ -28,6 +30,7 @@ from expo.cli.options import (
 )
 from expo.cli.printing import exit_after, print_data, print_result
 from expo.config import ScoreConfig
+from expo.engines import SCORERS
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +55,16 @@ def command(
     reward_model: Annotated[
         str, typer.Option(metavar="RM", help="A directory, hub id, or id@revision; one label.")
     ] = ScoreConfig.reward_model,
-    engine: Annotated[config.ScoreEngine, typer.Option(help="What runs the reward model.")] = ScoreConfig.engine,
+    engine: Annotated[
+        str, typer.Option(metavar="|".join(["auto", *SCORERS]), help="What runs the reward model.")
+    ] = ScoreConfig.engine,
     limit: LimitOption = ScoreConfig.limit,
     output_dir: OutputDirOption = ScoreConfig.output_dir,
     device: DeviceOption = ScoreConfig.device,
     dtype: ModelDtypeOption = ScoreConfig.dtype,
+    data_parallel: DataParallelOption = ScoreConfig.data_parallel,
+    part: PartOption = ScoreConfig.part,
+    join: JoinOption = ScoreConfig.join,
     batch_tokens: BatchTokensOption = ScoreConfig.batch_tokens,
     max_length: Annotated[
         int | None, typer.Option(metavar="N", help="Longest conversation in tokens. [default: the model's own]")

@@ -1,23 +1,29 @@
-"""The engines behind `generate` and `score`: two small protocols and the table of who implements them.
+"""The engines behind `generate` and `score`: two small protocols, and the tables of who implements them.
 
-Only the modules in this folder import an engine. To add one, write a module with a class that satisfies
-`Generator` or `Scorer` and add a line to `GENERATORS` or `SCORERS`; the contract tests then run on it.
+Only the modules in this folder import an engine, and only here an engine is told from another by its name: what one can
+do, and what has to be known of it before it is imported, is in its line. To add one, write a module with a class that
+satisfies `Generator` or `Scorer` and add a line to `GENERATORS` or `SCORERS`; the contract tests then run on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from expo.errors import InputError
 from expo.tasks import Message
 
 if TYPE_CHECKING:
     from expo.config import GenerateConfig, ScoreConfig
     from expo.theta.pair import ThetaPlan
 
+
+log = logging.getLogger(__name__)
 
 Key = tuple[str, int, int]
 """Tells a row from every other: the prompt's id, the sample, the turn."""
@@ -34,13 +40,15 @@ class Request:
     prompt_ids: tuple[int, ...]
     """Token ids of the prompt, as the chat template gives them."""
     max_tokens: int
-    """Most new tokens; prompt and answer fit the model's context."""
+    """The maximum of new tokens; prompt and answer fit the model's context."""
     temperature: float
     """Softmax temperature; 0 decodes greedily. Rows of one run may have different ones."""
     messages: tuple[Message, ...] = ()
     """The conversation, for an engine that has the chat template itself."""
     turn: int = 0
     """Which of the prompt's turns."""
+    seed: int = 0
+    """Of its random numbers, 0 ≤ seed < 2³¹ with `--seed-mode row`; engines with noise of their own ignore it."""
 
     @property
     def key(self) -> Key:
@@ -103,8 +111,40 @@ class GeneratorSetup:
         """What messages call the model."""
         return self.model.name if self.theta is None else self.theta.name
 
+    @property
+    def _source(self) -> tuple[Path, ...]:
+        """The folders of the model; those of a θ(α) are the pair's, whatever α."""
+        return (self.model,) if self.theta is None else (self.theta.sft.path, self.theta.dpo.path)
 
-class Generator(Protocol):
+    def takes_over(self, started: GeneratorSetup) -> bool:
+        """Whether an engine that was started with another setup can go on with this one, given its weights."""
+        settings = ("device", "dtype", "engine_arg", "tensor_parallel", "trust_remote_code", "base_url", "concurrency")
+        return (
+            (self._source, self.stop_ids, self.pad_id) == (started._source, started.stop_ids, started.pad_id)
+            and self.context_length <= started.context_length
+            and all(getattr(self.config, name) == getattr(started.config, name) for name in settings)
+        )
+
+
+class Engine(Protocol):
+    """What every engine does: making it opens it."""
+
+    def load(self, setup: Any) -> None:  # noqa: ANN401 - a setup of the engine's kind
+        """Go on with another setup that takes over from the present one: other settings, other weights of θ(α).
+
+        Raises:
+            InputError: The weights do not fit.
+            EnvironmentFailure: Loading failed.
+        """
+
+    def close(self) -> None:
+        """Give back memory and processes; the engine is not used again."""
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of the libraries that did the work."""
+
+
+class Generator(Engine, Protocol):
     """Generates answers. Made from a `GeneratorSetup`; making it loads the model."""
 
     repeatable: bool
@@ -120,9 +160,6 @@ class Generator(Protocol):
             done: Keys of rows an earlier run finished; they are not yielded again.
         """
 
-    def versions(self) -> dict[str, str]:
-        """Names and versions of the libraries that did the work."""
-
 
 @dataclass(frozen=True)
 class ScorerSetup:
@@ -134,8 +171,15 @@ class ScorerSetup:
     pad_id: int | None
     """The tokenizer's padding token."""
 
+    def takes_over(self, started: ScorerSetup) -> bool:
+        """Whether an engine that was started with another setup can go on with this one."""
+        settings = ("device", "dtype", "trust_remote_code")
+        return (self.model, self.pad_id) == (started.model, started.pad_id) and all(
+            getattr(self.config, name) == getattr(started.config, name) for name in settings
+        )
 
-class Scorer(Protocol):
+
+class Scorer(Engine, Protocol):
     """Scores token sequences with a reward model. Made from a `ScorerSetup`; making it loads the model."""
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -145,31 +189,94 @@ class Scorer(Protocol):
             rows: One batch of token ids, of any lengths.
         """
 
-    def versions(self) -> dict[str, str]:
-        """Names and versions of the libraries that did the work."""
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What is known of an engine before it is imported. Functions are named as `module:function`."""
+
+    place: str
+    """Its class, as `module:class`."""
+    can: frozenset[str] = frozenset()
+    """What settings may ask of it (`Setting.needs`): `local` (it runs here, on a model folder), `server` (it asks one),
+    `engine_arg`, `tensor_parallel`."""
+    row_settings: tuple[str, ...] = ()
+    """Settings that change its rows, beside those that change every engine's."""
+    why_not: str | None = None
+    """Says why it cannot run here, None where it can; without one it always can."""
+    settle: str | None = None
+    """Resolves settings whose default hangs on this machine: (config, model folder) → config."""
+    context_limit: str | None = None
+    """The longest sequence that its arguments leave: config → tokens, or None."""
+    batches_matter: Callable[[GenerateConfig], bool] = lambda _config: False
+    """Whether rows depend on the batch they are generated in."""
+
+    def call(self, function: str, *arguments: object) -> Any:  # noqa: ANN401 - as the function says
+        """Call one of the functions that are named here; None where there is none."""
+        place = getattr(self, function)
+        return None if place is None else _load(place)(*arguments)
+
+    def load(self) -> Callable[[Any], Any]:
+        """The class; importing it imports the engine."""
+        found: Callable[[Any], Any] = _load(self.place)
+        return found
 
 
 GENERATORS = {
-    "vllm": "expo.engines.vllm:VllmGenerator",
-    "transformers": "expo.engines.transformers:TransformersGenerator",
-    "openai": "expo.engines.openai:OpenaiGenerator",
+    "vllm": EngineSpec(
+        "expo.engines.vllm:VllmGenerator",
+        can=frozenset({"local", "engine_arg", "tensor_parallel"}),
+        why_not="expo.engines.vllm:why_not",
+        context_limit="expo.engines.vllm:context_limit",
+    ),
+    "transformers": EngineSpec(
+        "expo.engines.transformers:TransformersGenerator",
+        can=frozenset({"local"}),
+        row_settings=("batch_tokens",),
+        settle="expo.engines.torch_tools:with_run_dtype",
+        batches_matter=lambda config: config.dtype != "float32",
+    ),
+    "openai": EngineSpec("expo.engines.openai:OpenaiGenerator", can=frozenset({"server"})),
 }
-SCORERS = {"transformers": "expo.engines.transformers_reward:TransformersScorer"}
+"""Engine → what is known of it; auto takes the first that can run here."""
+
+SCORERS = {"transformers": EngineSpec("expo.engines.transformers_reward:TransformersScorer", can=frozenset({"local"}))}
 
 
-def load_generator(name: str) -> Callable[[GeneratorSetup], Generator]:
-    """The generator class of that name; importing it imports the engine."""
-    factory: Callable[[GeneratorSetup], Generator] = _load(GENERATORS[name])
-    return factory
+def request_seed(config: GenerateConfig, key: Key) -> int:
+    """The seed of a row's random numbers, for engines whose requests have one.
+
+    With `--seed-mode row` it is made of `--seed` and the row's key, the same for every model and α, and 0 ≤ seed < 2³¹;
+    with `shared` all rows of a sample have one, as in the paper's code.
+    """
+    name, sample, turn = key
+    if config.seed_mode == "shared":
+        return config.seed + sample
+    digest = hashlib.sha256(f"{config.seed}:{sample}:{turn}:{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
-def load_scorer(name: str) -> Callable[[ScorerSetup], Scorer]:
-    """The scorer class of that name; importing it imports the engine."""
-    factory: Callable[[ScorerSetup], Scorer] = _load(SCORERS[name])
-    return factory
+def find_engine(engines: Mapping[str, EngineSpec], name: str) -> tuple[str, EngineSpec]:
+    """The engine that `--engine` names; auto is the first that can run, and it says which and why.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name in engines:
+        return name, engines[name]
+    if name != "auto":
+        raise InputError(f"--engine is one of auto, {', '.join(engines)}, not {name!r}")
+    reasons: list[str] = []
+    for candidate, spec in engines.items():
+        reason = spec.call("why_not")
+        if reason is None:
+            if len(engines) > 1:
+                log.info("engine: %s (%s)", candidate, reasons[-1] if reasons else "it is installed and can run")
+            return candidate, spec
+        reasons.append(reason)
+    raise InputError(f"no engine can run here: {'; '.join(reasons)}")
 
 
-def _load(place: str) -> Any:  # noqa: ANN401 - a class; its protocol is checked by the callers' types
+def _load(place: str) -> Any:  # noqa: ANN401 - a class or function, whose type the callers know
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
@@ -182,7 +289,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     Args:
         lengths: Tokens of each row.
-        budget: Most tokens of a batch, padding counted; a longer row is a batch of its own.
+        budget: Maximum tokens of a batch, padding counted; a longer row is a batch of its own.
 
     Returns:
         Row numbers, batch by batch.

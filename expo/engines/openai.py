@@ -171,7 +171,7 @@ class OpenaiGenerator:
             "top_p": config.top_p,
             "presence_penalty": config.presence_penalty,
             "frequency_penalty": config.frequency_penalty,
-            "seed": config.seed + request.sample,
+            "seed": request.seed,
             "max_tokens": request.max_tokens,
             "extra_body": {**vllms, **stop},
         }
@@ -229,6 +229,13 @@ class OpenaiGenerator:
         if status in RUN_AT_FAULT:
             return InputError(f"{self._name} {RUN_AT_FAULT[status]}: {reason}")
         return EnvironmentFailure(f"{self._name} cannot answer now: {reason}; the same command goes on with the rest")
+
+    def load(self, setup: GeneratorSetup) -> None:
+        """Go on with other settings."""
+        self._setup = setup
+
+    def close(self) -> None:
+        """Nothing is held between two runs."""
 
     def versions(self) -> dict[str, str]:
         """The version of the openai package."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
-from expo.config import Dtype
+from expo.config import Dtype, GenerateConfig, RowsConfig
+from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
 
 MISMATCH = "ignore_mismatched_sizes"
 """In what transformers says of weights that do not fit a model."""
+
+log = logging.getLogger(__name__)
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -106,3 +112,45 @@ def run_dtype(dtype: Dtype, device: str, weights_bytes: int) -> Dtype:
     is_fast = asked is None or asked()
     fits = 2 * weights_bytes <= psutil.virtual_memory().total // 2
     return "float32" if fits and not is_fast else "auto"
+
+
+def with_run_dtype(config: GenerateConfig, model: Path) -> GenerateConfig:
+    """The settings with the data type the transformers engine runs in, so that it is recorded and compared."""
+    weights_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    dtype = run_dtype(config.dtype, config.device, weights_bytes)
+    if dtype != config.dtype:
+        log.info("dtype: %s (this CPU has no bfloat16 arithmetic; --dtype bfloat16 takes half the memory)", dtype)
+    return replace(config, dtype=dtype)
+
+
+def worker_environments(
+    engine: str, spec: EngineSpec, config: RowsConfig, count: int, gpus: Sequence[str] | None = None
+) -> list[dict[str, str]]:
+    """What is set for each of several processes with an engine: the GPUs of its own, or its share of the CPU's threads.
+
+    Args:
+        engine: The engine's name.
+        spec: What it can do.
+        config: The run's settings.
+        count: How many processes.
+        gpus: The GPUs to share out; None takes those this process may use.
+
+    Raises:
+        InputError: There are not GPUs enough, or the engine does not run here.
+    """
+    if "local" not in spec.can:
+        raise InputError(f"--data-parallel is for engines that run here, and this run uses {engine}")
+    spreads = "tensor_parallel" in spec.can
+    if not spreads and config.device.startswith("cuda:"):
+        raise InputError(f"--data-parallel {count} gives each worker a GPU of its own; leave out --device")
+    gpus = visible_gpus() if gpus is None else gpus
+    if not gpus or (not spreads and config.device == "cpu"):
+        threads = max(1, (os.cpu_count() or 1) // count)
+        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * count
+    size = (getattr(config, "tensor_parallel", None) or max(1, len(gpus) // count)) if spreads else 1
+    if count * size > len(gpus):
+        raise InputError(
+            f"--data-parallel {count} with --tensor-parallel {size} needs {count * size} GPUs, and there are "
+            f"{len(gpus)}"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * size : (i + 1) * size])} for i in range(count)]

@@ -134,11 +134,18 @@ class RowLimits(StoppingCriteria):
         return done.to(input_ids.device)
 
 
-def sampling_noise(seed: int, request: Request) -> Tensor:
-    """One row's uniform numbers, (max_tokens,) float64 in [0, 1), from the seed and the row's key only."""
-    row = f"{seed + request.sample}:{request.sample}:{request.id}"
-    digest = hashlib.sha256((f"turn {request.turn}:{row}" if request.turn else row).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+def sampling_noise(config: GenerateConfig, request: Request) -> Tensor:
+    """One row's uniform numbers, (max_tokens,) float64 in [0, 1).
+
+    With `--seed-mode row` they come from `--seed` and the row's key only; with `shared` all rows of a sample have the
+    same ones, whose seed is `--seed` plus the sample's number.
+    """
+    seed = config.seed + request.sample
+    if config.seed_mode == "row":
+        row = f"{seed}:{request.sample}:{request.id}"
+        digest = hashlib.sha256((f"turn {request.turn}:{row}" if request.turn else row).encode()).digest()
+        seed = int.from_bytes(digest[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(seed)
     return torch.rand(request.max_tokens, dtype=torch.float64, generator=generator)
 
 
@@ -154,8 +161,15 @@ class TransformersGenerator:
     """
 
     def __init__(self, setup: GeneratorSetup) -> None:
-        self._setup = setup
         self._device = model_device(setup.config.device)
+        self.repeatable = self._device == "cpu"
+        self.step_seconds = 0.0
+        self._setup = setup
+        self._model: Any = None
+        self._load_model()
+
+    def _load_model(self) -> None:
+        setup = self._setup
         with loading(setup.name):
             model = _load(setup, self._device)
         self._model = model.eval()
@@ -163,8 +177,17 @@ class TransformersGenerator:
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, eos_token_id=list(setup.stop_ids) or None, pad_token_id=setup.pad_id
         )
-        self.repeatable = self._device == "cpu"
-        self.step_seconds = 0.0
+
+    def load(self, setup: GeneratorSetup) -> None:
+        """Go on with other settings, and with the weights of another θ(α)."""
+        other_weights, self._setup = setup.theta is not self._setup.theta, setup
+        if other_weights:
+            self.close()
+            self._load_model()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows batch by batch."""
@@ -237,6 +260,6 @@ def _sampling(config: GenerateConfig, batch: list[Request], width: int) -> Logit
         processors.append(TopKLogitsWarper(config.top_k))
     if config.top_p < 1:
         processors.append(TopPLogitsWarper(config.top_p))
-    noise = [sampling_noise(config.seed, request) for request in batch]
+    noise = [sampling_noise(config, request) for request in batch]
     processors.append(SeededChoice(width, torch.nn.utils.rnn.pad_sequence(noise, batch_first=True)))
     return processors

@@ -58,6 +58,13 @@ class TransformersScorer:
     def _padded_with(self, rows: Sequence[Sequence[int]]) -> _PadId:
         return _PadId(self._model.config, rows)
 
+    def load(self, setup: ScorerSetup) -> None:
+        """Go on with other settings; none of them is the model's."""
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
     def versions(self) -> dict[str, str]:
         """The versions of transformers and torch."""
         return {name: version(name) for name in ("transformers", "torch")}

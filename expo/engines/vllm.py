@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import os
@@ -181,7 +182,7 @@ class VllmGenerator:
     def __init__(self, setup: GeneratorSetup) -> None:
         if find_spec("vllm") is None:
             raise MissingExtra("vLLM is not installed: pip install 'llm-expo[vllm]', or use --engine transformers")
-        self._setup = setup
+        self._setup = self._started = setup  # what it was started with lives as long: a θ(α) has links to its files
         _prepare_environment()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -199,9 +200,9 @@ class VllmGenerator:
 
         todo = [request for request in requests if request.key not in done]
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo]
-        params_of = functools.cache(self._params)  # rows share them: vLLM copies them for each request
+        params_of = functools.cache(self._params)  # rows of one seed share them: vLLM copies them for each request
         with _refusing("the sampling settings"):
-            params = [params_of(request.temperature, request.sample, request.max_tokens) for request in todo]
+            params = [params_of(request.temperature, request.seed, request.max_tokens) for request in todo]
         with _running(), _refusing(f"the prompts of {self._setup.name}"):
             engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
         by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
@@ -221,7 +222,7 @@ class VllmGenerator:
                     engine.abort_request(list(by_id))
                     raise
 
-    def _params(self, temperature: float, sample: int, max_tokens: int) -> object:
+    def _params(self, temperature: float, seed: int, max_tokens: int) -> object:
         from vllm import SamplingParams
 
         config = self._setup.config
@@ -231,11 +232,30 @@ class VllmGenerator:
             top_p=config.top_p,
             presence_penalty=config.presence_penalty,
             frequency_penalty=config.frequency_penalty,
-            seed=config.seed + sample,
+            seed=seed,
             max_tokens=max_tokens,
             stop_token_ids=list(self._setup.stop_ids),
             detokenize=False,
         )
+
+    def load(self, setup: GeneratorSetup) -> None:
+        """Go on with other settings, and with the weights of another θ(α) in the live engine."""
+        if setup.theta is not None and setup.theta is not self._setup.theta:
+            keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(setup.theta.config)}
+            with _running(), heard():
+                self._llm.collective_rpc("update_config", args=({"load_config": keys},))
+                self._llm.collective_rpc("reload_weights")
+            self._llm.reset_prefix_cache()  # it holds what the old weights made of prompts
+        self._setup = setup
+        self.repeatable = is_repeatable(setup.config)
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+        del self._llm, self._step
+        gc.collect()
 
     def versions(self) -> dict[str, str]:
         """The versions of vLLM and torch."""
@@ -292,6 +312,12 @@ def given_arguments(config: GenerateConfig) -> dict[str, Any]:
                 f"--engine-arg {key} would let another model answer than the one the output is named after"
             )
     return given
+
+
+def context_limit(config: GenerateConfig) -> int | None:
+    """The longest sequence that `--engine-arg max_model_len` leaves the engine."""
+    given = given_arguments(config).get("max_model_len")
+    return given if type(given) is int and given > 0 else None
 
 
 def is_repeatable(config: GenerateConfig) -> bool:

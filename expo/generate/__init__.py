@@ -1,11 +1,9 @@
 """`expo generate`: answer a task's prompts with a model.
 
-The plan is made from the prompts and the model's small files (`plan`); the engine then yields rows as they
-finish, each durable before the next is waited for; the final file is written when all are there.
+`job.py` decides what is to be done from the prompts and the model's small files, and how rows are made and written;
+`model.py` finds the model, `requests.py` makes what the engine is asked. The loop that runs the job is in `rows/`.
 """
 
-from expo.generate.decide import Plan, plan, share
-from expo.generate.dispatch import run
-from expo.generate.loop import Generated
+from expo.generate.job import Generated, GenerateJob, plan, run
 
-__all__ = ["Generated", "Plan", "plan", "run", "share"]
+__all__ = ["GenerateJob", "Generated", "plan", "run"]

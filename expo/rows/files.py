@@ -1,17 +1,19 @@
-"""The files of an output that is made row by row, and what state they are in."""
+"""The files of an output that is made row by row, and the one reader of what state they are in."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 
-from expo.durable import Row, json_text, texts_sha256, write_atomic
+from expo.durable import Row, json_text, write_atomic
 from expo.errors import InputError
-from expo.fingerprint import require_same
-from expo.journal import Journal, header_fingerprint, read_journal
+from expo.journal import LOCK_SUFFIX, Journal, read_journal
+from expo.lock import RunLock
 
 Columns = Mapping[str, type | tuple[type, ...]]
 """Column → what its values are."""
@@ -19,45 +21,28 @@ Columns = Mapping[str, type | tuple[type, ...]]
 ROW_SYNC_SECONDS = 1.0
 
 
-def require_columns(rows: Sequence[Row], columns: Columns, path: Path) -> None:
-    """Refuse rows that are not as expo wrote them.
+class State(Enum):
+    """What there is of an output."""
 
-    Raises:
-        InputError: A row lacks a column, or has another kind of value there.
-    """
-    for row in rows:
-        if columns.keys() <= row.keys() and all(isinstance(row[name], kind) for name, kind in columns.items()):
-            continue
-        raise InputError(f"{path} is damaged: remove it to start anew")
-
-
-def refuse_dropping(final: Path, rows: int, *, overwrite: bool) -> None:
-    """Refuse to end a run without rows that its journal has.
-
-    Args:
-        final: The output.
-        rows: How many rows have no place in it, as with a smaller `--limit` than the run was begun with.
-        overwrite: Whether they may go.
-
-    Raises:
-        InputError: They may not.
-    """
-    if rows and not overwrite:
-        raise InputError(
-            f"the unfinished {final} has {rows} rows that this run has no place for (a smaller --limit?): finish it as "
-            "it was begun, or drop them with --overwrite"
-        )
+    ABSENT = "not begun"
+    UNFINISHED = "being made, or stopped while it was"
+    FINISHED = "whole"
+    WITHOUT_META = "a final file without its meta file: somebody else's"
+    WITHOUT_FINAL = "a meta file without its final file"
+    DAMAGED = "a meta file that is not as expo wrote it"
 
 
-def refuse_replacing(file: Path, outputs: Iterable[Path]) -> None:
-    """Refuse outputs that would take an input file's place, also through links.
+@dataclass(frozen=True)
+class Found:
+    """What there is of an output, read once."""
 
-    Raises:
-        InputError: One is the file.
-    """
-    for output in outputs:
-        if file.exists() and output.exists() and output.samefile(file):
-            raise InputError(f"the output {output} is the input {file}; choose another --name or --output-dir")
+    state: State
+    meta: Row = field(default_factory=dict)
+    """Of a finished output."""
+    journal: Sequence[Row] = ()
+    """Of an unfinished one: the rows of its journal, without the header."""
+    fingerprint: Row | None = None
+    """What it was made from; None where nothing says so."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +51,7 @@ class RowFiles:
 
     While it is made there is a hidden journal, `.<name>.journal.jsonl`; what is under a final name is whole. The
     meta file goes with it: its `fingerprint`, the number of `rows`, how many `failed`, and a hash of the items the
-    rows were made from.
+    rows were made from. Where it is made in parts, a folder `<name>.parts` beside it has their files.
     """
 
     final: Path
@@ -86,27 +71,39 @@ class RowFiles:
         """The journal of an unfinished run."""
         return self.final.with_name(f".{self.name}.journal.jsonl")
 
-    def finished(self) -> Row | None:
-        """The meta of a whole output; None where there is none or it is being made again.
+    @property
+    def parts_folder(self) -> Path:
+        """Where the parts of a run lie until they are joined."""
+        return self.final.with_name(f"{self.name}.parts")
+
+    def part(self, stem: str) -> RowFiles:
+        """The files of a part."""
+        return RowFiles(self.parts_folder / f"{stem}.jsonl", stem, self.items_key)
+
+    def look(self) -> Found:
+        """Read what there is of the output.
 
         Raises:
-            InputError: There is an output that expo did not write.
+            InputError: The journal's header does not say what its rows were made from.
         """
         if self.journal.exists():
-            return None
-        if self.final.exists() and not self.meta.exists():
-            raise InputError(f"{self.final} exists and expo did not write it: move it away, or choose another --name")
-        if not self.final.exists() or not self.meta.exists():
-            return None
+            header, *rows = read_journal(self.journal) or [{}]
+            if rows and not isinstance(header.get("fingerprint"), dict):
+                raise InputError(f"{self.journal} is damaged: remove it to start anew")
+            return Found(State.UNFINISHED, journal=rows, fingerprint=header.get("fingerprint") if rows else None)
+        if not self.meta.exists():
+            return Found(State.WITHOUT_META if self.final.exists() else State.ABSENT)
+        if not self.final.exists():
+            return Found(State.WITHOUT_FINAL)
         try:
-            content = json.loads(self.meta.read_bytes())
+            meta = json.loads(self.meta.read_bytes())
         except ValueError:
-            content = None
-        if not self.is_meta(content):
-            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away")
-        return dict(content)
+            meta = None
+        if not self._is_meta(meta):
+            return Found(State.DAMAGED)
+        return Found(State.FINISHED, meta=meta, fingerprint=meta["fingerprint"])
 
-    def is_meta(self, content: object) -> bool:
+    def _is_meta(self, content: object) -> bool:
         """Whether a meta file's content says what a rerun goes by."""
         if not isinstance(content, dict):
             return False
@@ -114,58 +111,32 @@ class RowFiles:
         known = isinstance(content.get("fingerprint"), dict) and self.items_key in content
         return known and all(isinstance(count, int) for count in counts)
 
-    def open(
-        self,
-        fingerprint: Row,
-        items: Sequence[object],
-        *,
-        overwrite: bool,
-        old_rows: Callable[[Row], list[Row]],
-        hopeless: Callable[[Row], int] = lambda _meta: 0,
-        beyond: Callable[[], Sequence[object]] | None = None,
-    ) -> Journal | None:
-        """Start or continue the run; None where the output is complete.
-
-        Args:
-            fingerprint: Every setting and source that changes the rows.
-            items: What each row is made from, in order; an old output must be made from a prefix of them, or
-                the other way round.
-            overwrite: Whether an output with other settings may be replaced.
-            old_rows: Gives the journal rows of a finished output (from its meta) that a longer run keeps.
-            hopeless: Of a finished output (from its meta) how many items fail whenever they are tried; where no others
-                failed it is complete.
-            beyond: Gives the items that a run without `--limit` has, to compare a longer old output with; None where
-                the fingerprint says that those are the same.
+    def require_own(self) -> Found:
+        """What there is, where a run may go on from it.
 
         Raises:
-            InputError: There is an output with other settings or from other items, or another run is writing it.
+            InputError: It is somebody else's, or damaged.
         """
-        meta = self.finished()
-        rows: list[Row] = []
-        if meta is not None:
-            problem = self._difference(meta, fingerprint, items, beyond)
-            more = meta["rows"] - len(items)
-            if problem is None and (more > 0 or (more == 0 and self._is_settled(meta, hopeless))):
-                return None
-            if problem is None:
-                rows = old_rows(meta)
-            elif not overwrite:
-                raise problem
-        elif not overwrite and len(lines := read_journal(self.journal)) > 1:
-            require_same(self.final, header_fingerprint(self.journal, lines), fingerprint)
+        found = self.look()
+        if found.state is State.WITHOUT_META:
+            raise InputError(f"{self.final} exists and expo did not write it: move it away, or choose another --name")
+        if found.state is State.DAMAGED:
+            raise InputError(f"{self.meta} is damaged: move it and {self.final.name} away")
+        return found
+
+    # --- writing
+
+    def open_journal(self, fingerprint: Row) -> Journal:
+        """Begin or continue the journal, for one process at a time.
+
+        Raises:
+            InputError: Another run is writing this output, or its folder cannot be one.
+        """
         try:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"{self.journal.parent} cannot be a folder: choose another --output-dir") from error
-        journal = Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
-        if rows:
-            journal.append(rows)
-            journal.rows = rows
-        return journal
-
-    @staticmethod
-    def _is_settled(meta: Row, hopeless: Callable[[Row], int]) -> bool:
-        return not meta["failed"] or meta["failed"] <= hopeless(meta)
+        return Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
 
     @contextmanager
     def holding(self, journal: Journal) -> Iterator[None]:
@@ -179,34 +150,55 @@ class RowFiles:
             if self.final.parent.exists() and not any(self.final.parent.iterdir()):
                 self.final.parent.rmdir()
 
-    def _difference(
-        self, meta: Row, fingerprint: Row, items: Sequence[object], beyond: Callable[[], Sequence[object]] | None
-    ) -> InputError | None:
-        try:
-            require_same(self.final, meta.get("fingerprint", {}), fingerprint)
-        except InputError as error:
-            return error
-        count = meta["rows"]
-        if len(items) < count:
-            if beyond is None:
-                return None
-            items = beyond()
-        if texts_sha256(items[:count]) != meta[self.items_key]:
-            return InputError(f"{self.final} was made from other rows; --overwrite replaces it")
-        return None
-
-    def finish(self, journal: Journal, final_text: str, meta: Row, others: dict[Path, str]) -> None:
-        """Write the final files, the meta file last, and end the run.
-
-        Args:
-            journal: The open journal; closed and removed.
-            final_text: Content of the final file.
-            meta: Content of the meta file.
-            others: Further files and their contents.
-        """
+    def finish(self, journal: Journal, contents: Mapping[Path, str], meta: Row) -> None:
+        """Write the final files, the meta file last, and end the run; the journal is closed and removed."""
         journal.is_empty = False  # from here on it says that the files under final names may not belong together
-        for path, text in {**others, self.final: final_text}.items():
+        for path, text in contents.items():
             write_atomic(path, text)
         write_atomic(self.meta, json_text(meta, indent=2) + "\n")
         self.journal.unlink()
         journal.close()
+
+    def lock(self) -> RunLock | None:
+        """The right to write these files; None where another run has it, or may."""
+        try:
+            return RunLock(self.journal.with_name(self.journal.name + LOCK_SUFFIX), alone_here=False)
+        except InputError:
+            return None
+
+    def remove(self) -> None:
+        """Remove all of them; the caller holds the lock."""
+        for path in (self.journal, self.final, self.meta):
+            path.unlink(missing_ok=True)
+
+
+def checksum(text: bytes) -> str:
+    """SHA-256 of a file's content, as the meta file of a part has it."""
+    return sha256(text).hexdigest()
+
+
+def require_columns(rows: Sequence[Row], columns: Columns, path: Path) -> Sequence[Row]:
+    """Refuse rows that are not as expo wrote them.
+
+    Returns:
+        The rows.
+
+    Raises:
+        InputError: A row lacks a column, or has another kind of value there.
+    """
+    for row in rows:
+        if columns.keys() <= row.keys() and all(isinstance(row[name], kind) for name, kind in columns.items()):
+            continue
+        raise InputError(f"{path} is damaged: remove it to start anew")
+    return rows
+
+
+def refuse_replacing(file: Path, outputs: Iterable[Path]) -> None:
+    """Refuse outputs that would take an input file's place, also through links.
+
+    Raises:
+        InputError: One is the file.
+    """
+    for output in outputs:
+        if file.exists() and output.exists() and output.samefile(file):
+            raise InputError(f"the output {output} is the input {file}; choose another --name or --output-dir")

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from expo.durable import Row
 from expo.errors import InputError
-from expo.tasks.prompts import Answer, Prompt, user
+from expo.tasks.task import Answer, Prompt, user
 
 TEMPERATURES = {
     **dict.fromkeys(("writing", "roleplay"), 0.7),
@@ -69,6 +69,11 @@ def answer_id(generator: str, question: int | str, turns: Sequence[str]) -> str:
     return letters
 
 
-def outputs(row: Row) -> list[str]:
+def answers(row: Row) -> list[str]:
     """The answers of a line, one per turn."""
     return list(row["choices"][0]["turns"])
+
+
+def prompt_id(row: Row) -> object:
+    """The question that a line answers."""
+    return row.get("question_id")

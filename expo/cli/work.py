@@ -1,0 +1,39 @@
+"""What a worker process does: jobs that come as lines on a pipe, with one engine for all (`expo.rows.worker`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import closing
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from expo.config import COMMANDS
+from expo.errors import PARTLY_FAILED
+from expo.rows import EngineKeeper
+
+EXAMPLES = ""
+
+
+def command(
+    jobs: Annotated[int, typer.Option(help="The pipe that jobs come from.")],
+    replies: Annotated[int, typer.Option(help="The pipe that takes a line for each.")],
+) -> None:
+    """Do jobs for the process that started this one."""
+    with closing(EngineKeeper()) as keeper, os.fdopen(jobs) as lines, os.fdopen(replies, "w") as told:
+        for line in lines:
+            code = _do(json.loads(line), keeper)
+            told.write(json.dumps({"exit_code": code}) + "\n")
+            told.flush()
+
+
+def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in job["settings"].items()
+    }
+    kind: Any = COMMANDS[job["verb"]]
+    verb = import_module(f"expo.{job['verb']}")
+    result = verb.run(kind(**settings), keeper)
+    return PARTLY_FAILED if result.failed else 0

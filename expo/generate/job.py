@@ -1,0 +1,349 @@
+"""What `expo generate` will do, decided from the prompts and the model's small files; and how its rows are made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+from expo import __version__
+from expo.checks import require_name
+from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
+from expo.durable import Row, texts_sha256
+from expo.engines import (
+    GENERATORS,
+    Completion,
+    EngineSpec,
+    Failure,
+    Generator,
+    GeneratorSetup,
+    Outcome,
+    Request,
+    find_engine,
+)
+from expo.engines.torch_tools import worker_environments
+from expo.errors import InputError
+from expo.generate.model import Model, find_model, plain, require_fitting
+from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
+from expo.parts import Part, read_part
+from expo.redact import without_secrets
+from expo.rows import EngineKeeper
+from expo.rows import run as run_job
+from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
+from expo.rows.job import Figures, Key, RowJob, Rows
+from expo.tasks import Answer, Prompt, Task, find_task, load_prompts, read_outputs, read_rows
+
+RESULT_SETTINGS = (
+    *("dtype", "engine_arg", "system", "n", "temperature", "top_k", "top_p", "presence_penalty"),
+    *("frequency_penalty", "seed", "seed_mode", "max_tokens", "stop_token_id"),
+)
+"""The settings that change the rows, beside the model, the task and the engine."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run made."""
+
+    output: Path
+    meta: Path
+    status: str
+    """"written" or "already complete"."""
+    rows: int
+    failed: int
+
+
+def run(config: GenerateConfig, keeper: EngineKeeper | None = None) -> Generated:
+    """Generate every row that is not there yet.
+
+    Args:
+        config: The settings.
+        keeper: Has an engine that goes on after this run; without one it is closed at the end.
+
+    Raises:
+        InputError: The settings or inputs are at fault.
+        EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
+    """
+    done = run_job(plan(config), keeper)
+    files = done.job.files
+    return Generated(files.final, files.meta, done.status, done.meta["rows"], done.meta["failed"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateJob(RowJob):
+    """Everything `expo generate` will do."""
+
+    verb: ClassVar[str] = "generate"
+    columns: ClassVar[Columns] = {
+        "id": str,
+        "sample": int,
+        "output": str,
+        "length": int,
+        "finish_reason": str,
+        "prompt_tokens": int,
+    }
+    seconds_key: ClassVar[str] = "generate_seconds"
+
+    config: GenerateConfig
+    spec: EngineSpec
+    model: Model
+    task: Task
+    prompts: tuple[Prompt, ...]
+    builder: RequestBuilder
+    first: Turn
+    """What is asked first; later turns are made of its answers."""
+    setup: GeneratorSetup
+
+    # --- its rows
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The first turn's requests."""
+        return self.first.requests
+
+    @property
+    def turns(self) -> int:
+        """The maximum of turns a prompt has."""
+        return max((prompt.turns for prompt in self.prompts), default=1)
+
+    @property
+    def keys(self) -> list[Key]:
+        """All rows, in output order: prompt-major, then samples, then turns."""
+        return [(prompt.id, sample, turn) for prompt, sample, turn in self._rows()]
+
+    @property
+    def items(self) -> list[object]:
+        """The conversations that are answered, answers left out."""
+        return [prompt.asked(turn) for prompt, _, turn in self._rows()]
+
+    def _rows(self) -> Iterator[tuple[Prompt, int, int]]:
+        for prompt in self.prompts:
+            yield from ((prompt, sample, turn) for sample in range(self.config.n) for turn in range(prompt.turns))
+
+    def share(self, part: Part) -> Self:
+        """One part of the job; all samples of a prompt are in one part."""
+        prompts = tuple(part.of(self.prompts))
+        ids = {prompt.id for prompt in prompts}
+        files = self.files.part(part.file_stem)
+        return replace(self, prompts=prompts, first=self.first.of(ids), files=files, part=part, whole=self)
+
+    def key_of(self, row: Row) -> Key:
+        """The prompt's id, the sample and the turn."""
+        return row["id"], row["sample"], row.get("turn", 0)
+
+    def is_answered(self, row: Row) -> bool:
+        """Whether there is an answer."""
+        return bool(row["finish_reason"] != "error")
+
+    def pending(self, done: Mapping[Key, Row]) -> bool:
+        """Whether any prompt has no answer that can have one."""
+        return any(request.key not in done for turn in self._each_turn(done) for request in turn.requests)
+
+    def impossible(self, done: Mapping[Key, Row]) -> Rows:
+        """The rows whose prompt the model cannot take, or whose turn before failed."""
+        return {key: failed_row(key, why) for turn in self._each_turn(done) for key, why in turn.unanswerable.items()}
+
+    def _each_turn(self, done: Mapping[Key, Row]) -> Iterator[Turn]:
+        """Every turn, one after the other, from the answers that are there when it is come to."""
+        yield self.first
+        for number in range(1, self.turns):
+            yield self.builder.turn(self.prompts, number, done)
+
+    # --- making them
+
+    def open_engine(self) -> Generator:
+        """Start the engine."""
+        engine: Generator = self.spec.load()(self.setup)
+        return engine
+
+    def execute(self, engine: Generator, done: Rows) -> Iterator[list[Row]]:
+        """Ask for what is not answered, turn by turn."""
+        for turn in self._each_turn(done):
+            finished = {key for key, row in done.items() if self.is_answered(row)}
+            if all(request.key in finished for request in turn.requests):
+                continue
+            for outcomes in engine.generate(turn.requests, finished):
+                yield [self.journal_row(one) for one in outcomes]
+
+    def tokens(self, row: Row) -> int:
+        """Its generated tokens."""
+        return int(row["length"])
+
+    def worker_environments(self, count: int) -> list[dict[str, str]]:
+        """The GPUs of each worker, or its share of the CPU's threads."""
+        return worker_environments(self.engine, self.spec, self.config, count)
+
+    def journal_row(self, one: Outcome) -> Row:
+        """An answer as the journal keeps it; its text is without the stop token."""
+        if isinstance(one, Failure):
+            return failed_row(one.request.key, one.reason)
+        if isinstance(one, Completion):
+            ids = one.token_ids
+            stopped = bool(ids) and ids[-1] in self.setup.stop_ids
+            text, length = self.model.decode(ids[:-1] if stopped else ids), len(ids)
+            prompt_tokens = len(one.request.prompt_ids)
+        else:
+            text, length, prompt_tokens = one.text, one.length, one.prompt_tokens
+        return {
+            **self._named(one.request.key),
+            "output": text,
+            "length": length,
+            "finish_reason": one.finish_reason,
+            "prompt_tokens": prompt_tokens,
+        }
+
+    def _named(self, key: Key) -> Row:
+        """A key's columns; the turn is one where the task has several."""
+        prompt, sample, turn = key
+        return {"id": prompt, "sample": sample, **({"turn": turn} if self.turns > 1 else {})}
+
+    # --- writing them
+
+    def finished_rows(self, meta: Row) -> list[Row]:
+        """The rows of the finished output, from its final file and the per-row figures in its meta file.
+
+        Raises:
+            InputError: The two do not belong together.
+        """
+        files = self.files
+        if self.part is not None:
+            return list(require_columns(read_rows(files.final), self.columns, files.final))
+        try:
+            columns = {**meta["per_row"], "output": read_outputs(files.final, self.task)}
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            require_columns(rows, self.columns, files.final)
+        except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
+            raise InputError(f"{files.final} is damaged, or {files.meta.name} is another's: move both away") from error
+        return rows
+
+    def render(self, rows: Sequence[Row]) -> dict[Path, str]:
+        """The output file, in the task's format."""
+        prompts = {prompt.id: prompt for prompt in self.prompts}
+        answers = [Answer(prompts[row["id"]], row["output"], row["length"], row["finish_reason"]) for row in rows]
+        return {self.files.final: self.task.write(answers, self.name)}
+
+    def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:
+        """What the meta file holds."""
+        config = self.recorded_config()
+        if self.config.base_url is not None:
+            config["base_url"] = without_secrets(self.config.base_url)
+        names = [self._named(self.key_of(row)) for row in rows]
+        errors = [
+            {"row": number, **names[number], "reason": row["reason"]}
+            for number, row in enumerate(rows)
+            if not self.is_answered(row)
+        ]
+        # A longer run batches its rows otherwise than the one it extends.
+        repeatable = figures.repeatable and not (extends and self.spec.batches_matter(self.config))
+        return {
+            "command": self.verb,
+            "name": self.name,
+            "config": config,
+            "engine": self.engine,
+            "versions": {"expo": __version__, **figures.versions},
+            **self.model.record,
+            "rows": len(rows),
+            "failed": len(errors),
+            "errors": errors,
+            "tokens_in": sum(row["prompt_tokens"] for row in rows),
+            "tokens_out": sum(row["length"] for row in rows),
+            "finish_reasons": dict(sorted(Counter(row["finish_reason"] for row in rows).items())),
+            "rows_this_run": figures.rows,
+            "engine_start_seconds": round(figures.engine_start_seconds, 3),
+            "generate_seconds": round(figures.seconds, 3),
+            "engine_step_seconds": round(figures.engine_step_seconds, 3),
+            "tokens_per_second": figures.tokens_per_second,
+            "prompts_sha256": texts_sha256(self.items),
+            "repeatable": repeatable,
+            "fingerprint": self.fingerprint,
+            "per_row": {
+                **{column: [name[column] for name in names] for column in self._named(("", 0, 0))},
+                **{column: [row[column] for row in rows] for column in ("length", "finish_reason", "prompt_tokens")},
+            },
+        }
+
+    def describe(self) -> Row:
+        """The plan as plain data."""
+        known = self.model.tokenizer is not None
+        temperatures = Counter(self.builder.temperature(prompt) for prompt, _, _ in self._rows())
+        return {
+            **self.model.describe(),
+            "engine": self.engine,
+            "task": self.task.name,
+            **self.describe_parts(),
+            "rows": len(self.keys),
+            "rows_too_long": len(self.first.unanswerable),
+            "temperatures": {str(value): number for value, number in sorted(temperatures.items())},
+            "prompt_tokens": sum(len(request.prompt_ids) for request in self.requests) if known else None,
+            "context_length": self.setup.context_length if known else None,
+            "stop_token_ids": list(self.setup.stop_ids),
+            "output": str(self.files.final),
+        }
+
+
+def failed_row(key: Key, reason: str) -> Row:
+    """The row of a prompt that could not be answered."""
+    return {
+        "id": key[0],
+        "sample": key[1],
+        "turn": key[2],
+        "output": "",
+        "length": 0,
+        "finish_reason": "error",
+        "prompt_tokens": 0,
+        "reason": reason,
+    }
+
+
+def plan(config: GenerateConfig) -> GenerateJob:
+    """Decide everything from the prompts and the model's small files; nothing is written.
+
+    Raises:
+        InputError: The model, the task or a setting is at fault.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    engine, spec = find_engine(GENERATORS, config.engine)
+    require_fitting(config, engine, spec)
+    task = find_task(config.task)
+    if config.n > 1 and not task.samples:
+        raise InputError(f"--n above 1 is not for {task.name}: one answer per row")
+    if config.temperature is None and not task.temperatures:
+        config = replace(config, temperature=DEFAULT_TEMPERATURE)
+    model = find_model(config, spec)
+    config = spec.call("settle", config, model.path) or config
+    prompts = load_prompts(task, config.dataset)
+    require_one_system_message(prompts, config)
+    dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
+    prompts = prompts[: config.limit]
+    builder, first = RequestBuilder.begin(config, task, model, prompts)
+    stop_ids = model.stop_ids(config.stop_token_id)
+    needed = max((builder.token_budgets[request.id] for request in first.requests), default=1)
+    name = config.name or model.name
+    require_name(name)
+    files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
+    if isinstance(file := config.dataset or task.source, str | Path):
+        refuse_replacing(Path(file), (files.final, files.meta))
+    made_from = {
+        "task": task.name,
+        "dataset_sha256": dataset_sha256,
+        "engine": engine,
+        **model.fingerprint,
+        **{key: plain(getattr(config, key)) for key in (*RESULT_SETTINGS, *spec.row_settings)},
+        **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
+    }
+    whole = GenerateJob(
+        config=config,
+        engine=engine,
+        spec=spec,
+        model=model,
+        task=task,
+        prompts=tuple(prompts),
+        builder=builder,
+        first=first,
+        setup=GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta),
+        files=files,
+        name=name,
+        fingerprint=made_from,
+    )
+    return whole if config.part is None else whole.share(read_part(config.part, {}))

@@ -1,0 +1,228 @@
+"""The model that answers: a checkpoint, the θ(α) that an engine makes of a pair while it loads, or one a server has."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from expo.checkpoint.folder import CONFIG_FILE, PARTIAL_FOLDER, read_config, source_fingerprint
+from expo.checkpoint.hub import Location, locate, refuse_inside
+from expo.config import GenerateConfig, ThetaConfig
+from expo.durable import Row
+from expo.engines import GENERATORS, EngineSpec
+from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
+from expo.errors import InputError
+from expo.tasks import Message
+from expo.theta.adapter.folders import is_adapter
+from expo.theta.pair import ThetaPlan, plan_theta
+
+NEEDS = {
+    **dict.fromkeys(("chat_template", "device", "dtype", "trust_remote_code", "sft", "dpo", "alpha"), "local"),
+    **dict.fromkeys(("base_url", "concurrency"), "server"),
+    "engine_arg": "engine_arg",
+    "tensor_parallel": "tensor_parallel",
+}
+"""What a setting asks of the engine, where not every one has it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan knows of the model."""
+
+    path: Path
+    """Its folder; where a server has it, the name it has there."""
+    name: str
+    """Its short name, which the output has by default."""
+    record: Row
+    """What the meta file says of it."""
+    fingerprint: Row
+    """What tells its rows from another model's."""
+    tokenizer: ChatTokenizer | None = None
+    """None where the server has it."""
+    context_length: int = UNLIMITED
+    """The longest sequence it takes, in tokens, as far as is known here."""
+    theta: ThetaPlan | None = None
+    """The θ(α) that is made of a pair while the engine loads, where that answers."""
+
+    def describe(self) -> Row:
+        """The model as plain data."""
+        return describe_theta(self.theta) if self.theta is not None else {"model": str(self.path)}
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int]]:
+        """The prompts' token ids; empty ones where the server has the tokenizer."""
+        if self.tokenizer is None:
+            return [()] * len(conversations)
+        return self.tokenizer.encode(conversations, generation_prompt=True)
+
+    def encode_each(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int] | str]:
+        """The prompts' token ids, or why the chat template gives one none."""
+        return self.encode(conversations) if self.tokenizer is None else self.tokenizer.encode_each(conversations)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's token ids; an engine that gives ids has a tokenizer beside it."""
+        return self.tokenizer.decode([ids])[0] if self.tokenizer is not None else ""
+
+    def stop_ids(self, further: Sequence[int]) -> tuple[int, ...]:
+        """Token ids that end an answer, beside those that the server knows."""
+        own = self.tokenizer.stop_ids() if self.tokenizer is not None else ()
+        return tuple(sorted({*own, *further}))
+
+    def pad_id(self, stop_ids: Sequence[int]) -> int:
+        """An id to fill batches with."""
+        own = self.tokenizer.pad_id if self.tokenizer is not None else None
+        return own if own is not None else (*stop_ids, 0)[0]
+
+
+def find_model(config: GenerateConfig, spec: EngineSpec) -> Model:
+    """The model a run uses.
+
+    Raises:
+        InputError: There is no such model, or it cannot answer.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    return _local(config, spec) if "local" in spec.can else _served(config)
+
+
+def _local(config: GenerateConfig, spec: EngineSpec) -> Model:
+    source = find_source(config)
+    tokenizer = ChatTokenizer(source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    return Model(
+        path=source.folder,
+        name=source.name,
+        record=source.record,
+        fingerprint={**source.fingerprint, "chat_template": sha256(tokenizer.template.encode()).hexdigest()},
+        tokenizer=tokenizer,
+        context_length=min(context_length(source.folder), spec.call("context_limit", config) or UNLIMITED),
+        theta=source.theta,
+    )
+
+
+def _served(config: GenerateConfig) -> Model:
+    """The server's word is taken for what its model is: under one name it is one model, at any URL."""
+    model = config.model or ""
+    name = model.rstrip("/").split("/")[-1]
+    if not name.strip(".") and config.name is None:
+        raise InputError(f"--model {model!r} gives the output no name; pass --name")
+    record: Row = {"model": {"name": model, "revision": None}}
+    return Model(path=Path(model), name=name, record=record, fingerprint={"model": model})
+
+
+def require_fitting(config: GenerateConfig, engine: str, spec: EngineSpec) -> None:
+    """Refuse settings that go with another engine.
+
+    Raises:
+        InputError: There is one, or an engine that asks a server has no URL.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, needed in NEEDS.items():
+        if needed not in spec.can and getattr(config, name) != defaults[name]:
+            engines = [other for other, its in GENERATORS.items() if needed in its.can]
+            flag = f"--{name.replace('_', '-')}"
+            plural = "s" if len(engines) > 1 else ""
+            raise InputError(f"{flag} is for the {' and '.join(engines)} engine{plural}, and this run uses {engine}")
+    if "server" in spec.can and config.base_url is None:
+        raise InputError(f"--engine {engine} needs the server's --base-url, such as http://localhost:8000/v1")
+
+
+# --- what it is made of -------------------------------------------------------------------------------------------
+
+RESULT_RULES = ("alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
+"""The rules that change θ(α)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that answers."""
+
+    folder: Path
+    """Where its config, tokenizer and code are, and its weights unless it is a θ(α)."""
+    name: str
+    """What its outputs are called."""
+    fingerprint: Row
+    record: Row
+    """What the meta file says of it."""
+    theta: ThetaPlan | None = None
+
+
+def describe_theta(theta: ThetaPlan) -> Row:
+    """A θ(α) as plain data."""
+    return {
+        "sft": str(theta.sft.path),
+        "dpo": str(theta.dpo.path),
+        "alpha": theta.config.alpha,
+        "tensors": theta.pair.tensor_counts(),
+    }
+
+
+def find_source(config: GenerateConfig) -> Source:
+    """Find the model and plan its weights; nothing is read of them but their headers.
+
+    Raises:
+        InputError: It is not there, cannot answer, or the pair does not fit together.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    if config.theta is not None:
+        return _theta_source(config.theta, Path(config.output_dir))
+    location = locate(config.model or "")
+    if is_adapter(location.path) and not (location.path / CONFIG_FILE).is_file():
+        raise InputError(
+            f"--model {location.label} is an adapter: give it as --dpo, the model it was trained on as --sft, and "
+            "--alpha 0"
+        )
+    require_generator(location.path)
+    refuse_inside(Path(config.output_dir), location, flag="--output-dir")
+    return Source(location.path, location.name, {"model": source_fingerprint(location)}, {"model": _record(location)})
+
+
+def _theta_source(config: ThetaConfig, output: Path) -> Source:
+    theta = plan_theta(config)
+    for location in (theta.sft, theta.dpo):
+        require_generator(location.path)
+    refuse_inside(output, theta.sft, theta.dpo, flag="--output-dir")
+    folder = _linked(theta) if is_adapter(theta.dpo.path) else theta.dpo.path
+    sides = {"sft": theta.sft, "dpo": theta.dpo}
+    fingerprint = {
+        **{side: source_fingerprint(location) for side, location in sides.items()},
+        "alpha": config.alpha,
+        **{name: plain(getattr(config, name)) for name in RESULT_RULES},
+    }
+    record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha}
+    return Source(folder, theta.name, fingerprint, record, theta)
+
+
+def plain(value: object) -> object:
+    """A setting as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _record(location: Location) -> Row:
+    return {"name": location.label, "revision": location.revision}
+
+
+def _linked(theta: ThetaPlan) -> Path:
+    """A folder of links to the side files, which are SFT's and the adapter's; it lives as long as the plan."""
+    folder = Path(tempfile.mkdtemp(prefix="expo-"))
+    weakref.finalize(theta, shutil.rmtree, folder, ignore_errors=True)
+    for name, file in theta.side_files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(file.resolve())
+    return folder
+
+
+def require_generator(path: Path) -> None:
+    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    for architecture in read_config(path).get("architectures") or []:
+        if str(architecture).endswith("ForSequenceClassification"):
+            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
+    if (path / PARTIAL_FOLDER).exists():
+        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")

@@ -1,0 +1,166 @@
+"""What an engine is asked: the first turn's requests from the prompts alone, later ones from the answers before them.
+
+A later turn's prompt is `apply_chat_template` of the conversation so far. What it asks for depends on its own earlier
+answers only, so that a run may be stopped between any two rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
+from expo.durable import Row
+from expo.engines import Key, Request, request_seed
+from expo.errors import InputError
+from expo.generate.model import Model
+from expo.tasks import Message, Prompt, Task, assistant
+
+ANSWER = assistant(".")
+"""Stands for an answer that is not there yet, where the length of a conversation is estimated."""
+
+FAILED = {"finish_reason": "error"}
+NO_ANSWER_BEFORE = "the turn before it has no answer"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of all rows."""
+
+    requests: tuple[Request, ...] = ()
+    """Prompt-major, one per sample; rows without one do not fit the context."""
+    unanswerable: dict[Key, str] = field(default_factory=dict)
+    """Row key → why it has no request: its prompt is too long, or the chat template refuses it."""
+
+    def of(self, ids: Container[str]) -> Turn:
+        """The same turn of some prompts only."""
+        return Turn(
+            tuple(request for request in self.requests if request.id in ids),
+            {key: reason for key, reason in self.unanswerable.items() if key[0] in ids},
+        )
+
+
+@dataclass(frozen=True)
+class RequestBuilder:
+    """Makes requests of prompts."""
+
+    config: GenerateConfig
+    task: Task
+    model: Model
+    token_budgets: Mapping[str, int]
+    """Prompt id → the tokens its whole conversation may take; a function of that prompt alone."""
+
+    @classmethod
+    def begin(cls, config: GenerateConfig, task: Task, model: Model, prompts: Sequence[Prompt]) -> tuple[Self, Turn]:
+        """The builder for some prompts, and their first turn.
+
+        Raises:
+            InputError: The chat template refuses all prompts, or a conversation of several turns.
+        """
+        opening = cls(config, task, model, {})
+        ids = model.encode_each([opening.opening(prompt) for prompt in prompts])
+        builder = cls(config, task, model, opening.budgets(prompts, ids))
+        asked = [
+            ((prompt.id, sample, 0), prompt, builder.opening(prompt), row)
+            for prompt, row in zip(prompts, ids, strict=True)
+            for sample in range(config.n)
+        ]
+        return builder, builder.build(asked)
+
+    def opening(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The conversation to answer first."""
+        if self.config.system is None:
+            return prompt.messages
+        return ({"role": "system", "content": self.config.system}, *prompt.messages)
+
+    def temperature(self, prompt: Prompt) -> float:
+        """The user's temperature, else that of the row's category, else the paper's."""
+        if self.config.temperature is not None:
+            return self.config.temperature
+        return self.task.temperatures.get(str(prompt.columns.get("category")), DEFAULT_TEMPERATURE)
+
+    def budgets(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int] | str]) -> dict[str, int]:
+        """The tokens each prompt's conversation may take, at most the model's own limit.
+
+        An answer in a later prompt is text that is tokenized again, which may take more tokens than it was generated
+        with: it is given twice the room.
+
+        Args:
+            prompts: The prompts.
+            ids: Their first turns' token ids, or why there are none.
+
+        Raises:
+            InputError: The chat template refuses a conversation of several turns.
+        """
+        several = [prompt for prompt in prompts if prompt.followups]
+        asked = {prompt.id: len(row) for prompt, row in zip(prompts, ids, strict=True)}
+        if several:
+            whole = [(*self.opening(prompt), *(m for f in prompt.followups for m in (ANSWER, f))) for prompt in several]
+            asked |= {prompt.id: len(row) for prompt, row in zip(several, self.model.encode(whole), strict=True)}
+        most = self.config.max_tokens
+        return {
+            prompt.id: min(self.model.context_length, asked[prompt.id] + (2 * len(prompt.followups) + 1) * most)
+            for prompt in prompts
+        }
+
+    def turn(self, prompts: Sequence[Prompt], number: int, done: Mapping[Key, Row]) -> Turn:
+        """A later turn.
+
+        Args:
+            prompts: The prompts, of which those with so many turns are asked.
+            number: Which turn, from 1.
+            done: The answers there are, those of the turns before among them.
+        """
+        waiting = [(prompt, sample) for prompt in prompts if prompt.turns > number for sample in range(self.config.n)]
+        lost = {
+            (prompt.id, sample, number): NO_ANSWER_BEFORE
+            for prompt, sample in waiting
+            if done.get((prompt.id, sample, number - 1), FAILED)["finish_reason"] == "error"
+        }
+        asked = [one for one in waiting if (one[0].id, one[1], number) not in lost]
+        conversations = [self._so_far(prompt, sample, number, done) for prompt, sample in asked]
+        ids = self.model.encode_each(conversations) if conversations else []
+        rows = [
+            ((prompt.id, sample, number), prompt, conversation, row)
+            for (prompt, sample), conversation, row in zip(asked, conversations, ids, strict=True)
+        ]
+        this = self.build(rows)
+        return Turn(this.requests, {**lost, **this.unanswerable})
+
+    def _so_far(self, prompt: Prompt, sample: int, turn: int, done: Mapping[Key, Row]) -> tuple[Message, ...]:
+        answers = (assistant(done[prompt.id, sample, before]["output"]) for before in range(turn))
+        later = zip(answers, prompt.followups, strict=False)
+        return (*self.opening(prompt), *(message for pair in later for message in pair))
+
+    def build(self, asked: Sequence[tuple[Key, Prompt, tuple[Message, ...], Sequence[int] | str]]) -> Turn:
+        """The requests for conversations and their token ids, and why some have none."""
+        requests, unanswerable = [], {}
+        for key, prompt, messages, ids in asked:
+            budget = self.token_budgets[prompt.id]
+            if isinstance(ids, str):
+                unanswerable[key] = ids
+                continue
+            if len(ids) >= budget:
+                takes = "the model takes" if budget == self.model.context_length else "its conversation has room for"
+                unanswerable[key] = f"the prompt has {len(ids)} tokens, {takes} {budget}"
+                continue
+            most = min(self.config.max_tokens, budget - len(ids))
+            name, sample, turn = key
+            seed = request_seed(self.config, key)
+            temperature = self.temperature(prompt)
+            requests.append(Request(name, sample, tuple(ids), most, temperature, messages, turn, seed))
+        return Turn(tuple(requests), unanswerable)
+
+
+def require_one_system_message(prompts: Sequence[Prompt], config: GenerateConfig) -> None:
+    """Refuse `--system` for conversations that begin with a system message: templates differ in what they do of two.
+
+    Raises:
+        InputError: A row has a system message of its own.
+    """
+    if config.system is None:
+        return
+    for number, prompt in enumerate(prompts):
+        if any(message["role"] == "system" for message in prompt.messages):
+            raise InputError(f"row {number} has a system message of its own: leave --system out, or take it from there")

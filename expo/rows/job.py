@@ -1,0 +1,403 @@
+"""What a row job is, and the one loop that runs it.
+
+`expo generate` and `expo score` are row jobs: each one's plan is a subclass of `RowJob`, which is all that the loop,
+the parts and the workers know of it. The loop makes rows as the engine finishes them, each durable before the next is
+waited for, and writes the final files when all are there. To add a job, write a subclass; nothing is listed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+from expo.config import RowsConfig
+from expo.durable import Row, json_lines, texts_sha256
+from expo.errors import InputError
+from expo.fingerprint import require_same
+from expo.journal import Journal
+from expo.parts import Part
+from expo.progress import rows_progress
+from expo.rows.files import Columns, Found, RowFiles, State, checksum, require_columns
+
+log = logging.getLogger(__name__)
+
+Key = tuple[Any, ...]
+"""Tells a row from every other of its output."""
+Rows = dict[Key, Row]
+"""Row key → row, as the journal has it."""
+
+TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
+"""The settings that say how a run is done, not what."""
+
+
+class LiveEngine(Protocol):
+    """What the loop knows of an engine; see `expo.engines.Engine`."""
+
+    def load(self, setup: Any) -> None:  # noqa: ANN401 - the verb's
+        """Go on with another setup."""
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of the libraries that did the work."""
+
+
+class Setup(Protocol):
+    """What an engine is started with; see `expo.engines`."""
+
+    def takes_over(self, started: Any) -> bool:  # noqa: ANN401 - a setup of the same kind
+        """Whether an engine that was started with another setup can go on with this one."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run of the engine took."""
+
+    rows: int = 0
+    tokens: int = 0
+    engine_start_seconds: float = 0.0
+    seconds: float = 0.0
+    engine_step_seconds: float = 0.0
+    repeatable: bool = False
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The engine's speed, its start left out."""
+        return round(self.tokens / self.seconds, 1) if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job after its run."""
+
+    job: RowJob
+    meta: Row
+    status: str
+    """"written" or "already complete"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowJob(ABC):
+    """Everything a verb will do, decided: what its rows are, and how to make and to write them."""
+
+    verb: ClassVar[str]
+    """The command that does it."""
+    columns: ClassVar[Columns]
+    """What every row of the journal has."""
+    seconds_key: ClassVar[str]
+    """Under which name the meta file has the seconds that the engine worked."""
+
+    config: RowsConfig
+    engine: str
+    """The engine, chosen."""
+    name: str
+    """The output's name."""
+    files: RowFiles
+    fingerprint: Row
+    """Every setting and source that changes the rows."""
+    setup: Setup
+    """What the engine is started with."""
+    part: Part | None = None
+    """Which part of a job this is; None is the whole."""
+    whole: Self | None = None
+    """Of a part: the job it is a part of."""
+
+    # --- its rows
+
+    @property
+    @abstractmethod
+    def keys(self) -> Sequence[Key]:
+        """All rows, in output order."""
+
+    @property
+    @abstractmethod
+    def items(self) -> Sequence[object]:
+        """What the rows are made from, in output order."""
+
+    def items_beyond(self) -> Sequence[object] | None:
+        """What they would be made from without `--limit`; None where equal fingerprints say that it is the same."""
+        return None
+
+    @abstractmethod
+    def share(self, part: Part) -> Self:
+        """The same job with one part's rows; its files are those of the part."""
+
+    @abstractmethod
+    def key_of(self, row: Row) -> Key:
+        """Which row a row of the journal is."""
+
+    @abstractmethod
+    def is_answered(self, row: Row) -> bool:
+        """Whether a row of the journal is what was wanted, and no failure."""
+
+    def is_current(self, row: Row) -> bool:  # noqa: ARG002 - for those that can be outdated
+        """Whether a row of the journal was made from what it would be made from now."""
+        return True
+
+    @abstractmethod
+    def pending(self, done: Mapping[Key, Row]) -> bool:
+        """Whether any row is not done that can be made."""
+
+    @abstractmethod
+    def impossible(self, done: Mapping[Key, Row]) -> Rows:
+        """The rows that cannot be made, marked as failed, once all others are done."""
+
+    # --- making them
+
+    @abstractmethod
+    def open_engine(self) -> Any:  # noqa: ANN401 - of the verb's kind
+        """Start the engine."""
+
+    @abstractmethod
+    def execute(self, engine: Any, done: Rows) -> Iterator[list[Row]]:  # noqa: ANN401
+        """Make the rows that are not done, as the journal keeps them, and yield them as they finish.
+
+        Args:
+            engine: The engine, with this job's setup.
+            done: The rows that are there; the caller adds each that is yielded.
+        """
+
+    @abstractmethod
+    def tokens(self, row: Row) -> int:
+        """The tokens whose number per second tells how fast rows are made."""
+
+    def worker_environments(self, count: int) -> list[dict[str, str]]:
+        """What is set for each of several processes that share the job: the GPUs of its own, or its share of threads.
+
+        Raises:
+            InputError: There are not GPUs enough, or the engine does not run here.
+        """
+        raise NotImplementedError
+
+    # --- writing them
+
+    @abstractmethod
+    def finished_rows(self, meta: Row) -> list[Row]:
+        """The rows of the finished output, as the journal has them.
+
+        Raises:
+            InputError: It is damaged.
+        """
+
+    @abstractmethod
+    def render(self, rows: Sequence[Row]) -> dict[Path, str]:
+        """The final files and their contents, from all rows in output order."""
+
+    @abstractmethod
+    def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:
+        """What the meta file holds; `rows`, `failed`, `fingerprint` and the hash of the items among it.
+
+        Args:
+            rows: All rows in output order.
+            figures: What this run took.
+            extends: Whether some of the rows are from an output that was finished before.
+        """
+
+    # --- what follows
+
+    def by_key(self, rows: Iterable[Row]) -> Rows:
+        """Rows under their keys."""
+        return {self.key_of(row): row for row in rows}
+
+    def answered(self, rows: Iterable[Row]) -> Rows:
+        """Those of the rows that need not be made again."""
+        return self.by_key(row for row in rows if self.is_answered(row) and self.is_current(row))
+
+    def describe_parts(self) -> Row:
+        """What the plan says of parts."""
+        config = self.config
+        return {
+            **({"part": str(self.part)} if self.part else {}),
+            **({"workers": config.data_parallel} if config.data_parallel > 1 else {}),
+            **({"parts_to_join": config.join} if config.join else {}),
+        }
+
+    def recorded_config(self) -> Row:
+        """The settings as the meta file has them."""
+        values = dataclasses.asdict(self.config)
+        return {name: value for name, value in values.items() if name not in TRANSIENT}
+
+    def figures_in(self, meta: Row) -> Figures:
+        """What a run took, as its meta file says."""
+        seconds = meta[self.seconds_key]
+        return Figures(
+            rows=meta["rows_this_run"],
+            tokens=round(meta["tokens_per_second"] * seconds),
+            engine_start_seconds=meta["engine_start_seconds"],
+            seconds=seconds,
+            engine_step_seconds=meta.get("engine_step_seconds", 0.0),
+            repeatable=meta.get("repeatable", False),
+            versions={name: text for name, text in meta["versions"].items() if name != "expo"},
+        )
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
+class EngineKeeper:
+    """An engine that outlives a job: opened when it is first needed, and given the next job's settings and weights.
+
+    To be closed at the end (`contextlib.closing`).
+    """
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._setup: Setup | None = None
+
+    def engine_for(self, job: RowJob) -> Any:  # noqa: ANN401 - of the verb's kind
+        """The live engine where it can do this job, else a new one."""
+        if self._engine is not None and type(job.setup) is type(self._setup) and job.setup.takes_over(self._setup):
+            self._engine.load(job.setup)
+        else:
+            self.close()
+            self._engine = job.open_engine()
+        self._setup = job.setup
+        return self._engine
+
+    def close(self) -> None:
+        """Close the engine, where there is one."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
+@contextmanager
+def _kept(keeper: EngineKeeper | None) -> Iterator[EngineKeeper]:
+    if keeper is not None:
+        yield keeper
+        return
+    with closing(EngineKeeper()) as own:
+        yield own
+
+
+def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Done:
+    """Make every row of a job, or of one part of it, that is not there yet.
+
+    Args:
+        job: What to do.
+        kept: Of a part: its rows that the whole output has already.
+        keeper: Has an engine that goes on after this job; without one the job's engine is closed at its end.
+
+    Raises:
+        InputError: The inputs are at fault, or there is an output with other settings.
+        EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
+    """
+    if job.whole is not None and job.whole.files.look().state is State.FINISHED and not job.pending(kept):
+        return Done(job.whole, {"rows": len(job.keys), "failed": len(job.keys) - len(kept)}, "already complete")
+    found = job.files.require_own()
+    old = rows_to_extend(job, found)
+    if old is None:
+        return Done(job, found.meta, "already complete")
+    journal = job.files.open_journal(job.fingerprint)
+    with job.files.holding(journal):
+        if old:
+            journal.append(old)
+            journal.rows = old
+        done = _rows_of(job, journal)
+        extends = bool(kept) or (bool(done) and job.files.final.exists())
+        done |= kept
+        figures = _make(job, keeper, journal, done)
+        done |= job.impossible(done)
+        rows = [done[key] for key in job.keys]
+        meta = job.meta_of(rows, figures, extends=extends)
+        if job.part is None:
+            job.files.finish(journal, job.render(rows), meta)
+        else:
+            text = json_lines(rows)
+            meta |= {"part": str(job.part), "rows_sha256": checksum(text.encode())}
+            job.files.finish(journal, {job.files.final: text}, meta)
+    return Done(job, meta, "written")
+
+
+def rows_to_extend(job: RowJob, found: Found) -> list[Row] | None:
+    """The rows of a finished output that a longer run keeps; None where it is complete as it is.
+
+    Raises:
+        InputError: The output was made with other settings or from other rows, and `--overwrite` is not given.
+    """
+    overwrite = job.config.overwrite
+    if found.state is State.UNFINISHED and found.fingerprint is not None and not overwrite:
+        require_same(job.files.final, found.fingerprint, job.fingerprint)
+    if found.state is not State.FINISHED:
+        return []
+    problem = _difference(job, found.meta)
+    if problem is not None:
+        if not overwrite:
+            raise problem
+        return []
+    more, failed = found.meta["rows"] - len(job.keys), found.meta["failed"]
+    if more > 0 or (more == 0 and not failed):
+        return None
+    rows = job.finished_rows(found.meta)
+    return None if more == 0 and failed <= len(job.impossible(job.answered(rows))) else rows
+
+
+def _difference(job: RowJob, meta: Row) -> InputError | None:
+    try:
+        require_same(job.files.final, meta["fingerprint"], job.fingerprint)
+    except InputError as error:
+        return error
+    count, items = meta["rows"], job.items
+    if len(items) < count:
+        beyond = job.items_beyond()
+        if beyond is None:
+            return None
+        items = beyond
+    if texts_sha256(items[:count]) != meta[job.files.items_key]:
+        return InputError(f"{job.files.final} was made from other rows; --overwrite replaces it")
+    return None
+
+
+def _rows_of(job: RowJob, journal: Journal) -> Rows:
+    """What an earlier run left that is of use.
+
+    Raises:
+        InputError: A row has no place in this job, and `--overwrite` is not given.
+    """
+    rows = require_columns(journal.rows, job.columns, job.files.journal)
+    there = job.by_key(row for row in rows if job.is_answered(row))
+    dropped = len(there.keys() - set(job.keys))
+    if dropped and not job.config.overwrite:
+        raise InputError(
+            f"the unfinished {job.files.final} has {dropped} rows that this run has no place for (a smaller --limit?): "
+            "finish it as it was begun, or drop them with --overwrite"
+        )
+    return job.answered(rows)
+
+
+def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows) -> Figures:
+    """Run the engine over the rows that are not done, adding them to `done` and to the journal."""
+    if not job.pending(done):
+        return Figures()
+    total, there = len(job.keys), sum(key in done for key in job.keys)
+    log.info("%s: %d of %d rows to %s with %s", job.name, total - there, total, job.verb, job.engine)
+    clock = time.perf_counter()
+    with _kept(keeper) as kept_engine:
+        engine = kept_engine.engine_for(job)
+        started, before, count, tokens = time.perf_counter(), getattr(engine, "step_seconds", 0.0), 0, 0
+        with closing(rows_progress(job.verb, total, there)) as progress:
+            for rows in job.execute(engine, done):
+                journal.append(rows)
+                new = [row for row in rows if job.is_answered(row)]
+                done |= job.by_key(rows)
+                new_tokens = sum(map(job.tokens, new))
+                count, tokens = count + len(rows), tokens + new_tokens
+                progress.update(len(rows), new_tokens)
+        return Figures(
+            rows=count,
+            tokens=tokens,
+            engine_start_seconds=started - clock,
+            seconds=time.perf_counter() - started,
+            engine_step_seconds=getattr(engine, "step_seconds", 0.0) - before,
+            repeatable=getattr(engine, "repeatable", False),
+            versions=engine.versions(),
+        )

@@ -1,0 +1,254 @@
+"""A job in parts: what is there of the whole and of each part, and joining them into what one run makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from expo.arguments import shown
+from expo.durable import Row, texts_sha256
+from expo.errors import InputError, listed
+from expo.fingerprint import require_same
+from expo.journal import read_journal
+from expo.parts import FILE_NAME, all_parts, counts_in
+from expo.rows.files import Found, RowFiles, State, checksum, require_columns
+from expo.rows.job import Done, Figures, RowJob, Rows, rows_to_extend
+
+PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "tokens_per_second")
+"""What the joined meta file repeats of each part's, beside the seconds, where it is there."""
+
+
+@dataclass(frozen=True)
+class MadePart:
+    """A part that is finished."""
+
+    meta: Row
+    rows: Rows
+
+
+class NotMade(Exception):
+    """A part is not finished, or not as it was when it was; the text says in a few words what is the matter."""
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------
+
+
+def whole_rows(whole: RowJob) -> Rows:
+    """The rows that the whole output has, finished or not; a part does not make them again.
+
+    Raises:
+        InputError: The output is there, was made with other settings, and `--overwrite` is not given.
+    """
+    found = whole.files.require_own()
+    if found.fingerprint is None:
+        return {}
+    if found.fingerprint != whole.fingerprint:
+        if not whole.config.overwrite:
+            require_same(whole.files.final, found.fingerprint, whole.fingerprint)
+        return {}
+    if found.state is State.FINISHED:
+        return whole.answered(whole.finished_rows(found.meta))
+    return whole.answered(require_columns(found.journal, whole.columns, whole.files.journal))
+
+
+def kept_of_the_whole(job: RowJob) -> Rows:
+    """The rows of a part that the whole output has already; refuses a run that is cut otherwise."""
+    if job.whole is None or job.part is None:
+        require_same_cut(job, None)
+        return {}
+    rows = whole_rows(job.whole)
+    require_same_cut(job.whole, job.part.count)
+    return {key: rows[key] for key in job.keys if key in rows}
+
+
+def require_same_cut(whole: RowJob, count: int | None) -> None:
+    """Refuse to go on with a run that was begun in another number of parts.
+
+    Args:
+        whole: The job.
+        count: N; None for a run in one piece, which an output that is whole already does not hinder.
+
+    Raises:
+        InputError: There are parts of another number.
+    """
+    folder = whole.files.parts_folder
+    others = counts_in(_names_in(whole.files)) - {count}
+    if not others or whole.config.overwrite:
+        return
+    found = whole.files.require_own()
+    if count is None and found.state is State.FINISHED and found.meta["rows"] >= len(whole.keys):
+        return
+    there = min(others)
+    now = f", not of {count}" if count else ""
+    raise InputError(
+        f"{folder} holds parts of {there}{now}: go on with --part i/{there} or --data-parallel {there} and --join "
+        f"{there}, or start anew with --overwrite"
+    )
+
+
+def _names_in(files: RowFiles) -> list[str]:
+    folder = files.parts_folder
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+# --- a part --------------------------------------------------------------------------------------------------------
+
+
+def read_part(job: RowJob) -> MadePart:
+    """A finished part, checked.
+
+    Raises:
+        NotMade: It is not there, not finished, or damaged.
+        InputError: It was made with other settings or from other prompts.
+    """
+    files, found = job.files, job.files.look()
+    if found.state is not State.FINISHED:
+        raise NotMade(_why_not_made(files, found))
+    meta, text = found.meta, files.final.read_bytes()
+    require_same(files.final, meta["fingerprint"], job.fingerprint, advice="--part with --overwrite replaces it")
+    if checksum(text) != meta.get("rows_sha256"):
+        raise NotMade(f"damaged, remove {files.final}")
+    expected, there = len(job.keys), meta["rows"]
+    if there > expected:
+        raise InputError(f"{files.final} has {there} rows, made with a larger --limit; join with that one")
+    if texts_sha256(job.items[:there]) != meta[files.items_key]:
+        raise InputError(f"{files.final} was made from other prompts; --part with --overwrite replaces it")
+    if there < expected:
+        raise NotMade(f"unfinished, {there} of {expected} rows")
+    return MadePart(meta, job.by_key(map(json.loads, text.splitlines())))
+
+
+def _why_not_made(files: RowFiles, found: Found) -> str:
+    if found.state is State.UNFINISHED:
+        return "still running" if is_held(files) else f"unfinished, {len(found.journal)} rows"
+    return {
+        State.ABSENT: "not begun",
+        State.WITHOUT_META: f"without its meta file, remove {files.final}",
+        State.WITHOUT_FINAL: "without its file",
+        State.DAMAGED: f"damaged, remove {files.meta} and {files.final.name}",
+    }[found.state]
+
+
+def is_held(files: RowFiles) -> bool:
+    """Whether a run is writing these rows now, or may be."""
+    lock = files.lock()
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
+def is_made(job: RowJob) -> bool:
+    """Whether a part is finished, but for rows that cannot be made."""
+    try:
+        made = read_part(job)
+    except NotMade:
+        return False
+    return bool(made.meta["failed"] == len(job.impossible(job.answered(made.rows.values()))))
+
+
+# --- joining -------------------------------------------------------------------------------------------------------
+
+
+def join_parts(whole: RowJob, count: int) -> Done:
+    """Write the whole output from `count` parts and from what of it is there already; then remove the parts.
+
+    Raises:
+        InputError: A part is missing, unfinished, damaged or made otherwise; nothing is changed.
+        EnvironmentFailure: Writing failed; the parts are there still.
+    """
+    kept = whole_rows(whole)
+    require_same_cut(whole, count)
+    parts = _needed_parts(whole, count, kept)
+    found = whole.files.require_own()
+    if rows_to_extend(whole, found) is None:
+        done = Done(whole, found.meta, "already complete")
+    else:
+        journal = whole.files.open_journal(whole.fingerprint)
+        with whole.files.holding(journal):
+            rows: Rows = {key: row for part in parts for key, row in part.rows.items()} | kept
+            rows |= whole.impossible(whole.answered(rows.values()))
+            ordered = [rows[key] for key in whole.keys]
+            figures = _figures(whole, [part.meta for part in parts])
+            meta = whole.meta_of(ordered, figures, extends=len(parts) > 1 or bool(kept))
+            meta["parts"] = [_part_record(whole, part.meta) for part in parts]
+            whole.files.finish(journal, whole.render(ordered), meta)
+        done = Done(whole, meta, "written")
+    remove_parts(whole)
+    return done
+
+
+def _needed_parts(whole: RowJob, count: int, kept: Rows) -> list[MadePart]:
+    """The parts that have a row the output lacks.
+
+    Raises:
+        InputError: One of them cannot be joined; the message names those and the command that makes the first.
+    """
+    made, lacking = [], {}
+    for part in all_parts(count):
+        job = whole.share(part)
+        if job.pending(kept):
+            try:
+                made.append(read_part(job))
+            except NotMade as reason:
+                lacking[part] = str(reason)
+    if lacking:
+        first, *_ = lacking
+        command = shown(whole.verb, replace(whole.config, join=None, part=str(first)))
+        parts = listed("", (f"{part} ({reason})" for part, reason in lacking.items()))[0].removeprefix(": ")
+        raise InputError(f"{len(lacking)} of {count} parts cannot be joined yet: {parts}; to make one: {command}")
+    return made
+
+
+def _part_record(whole: RowJob, meta: Row) -> Row:
+    names = (*PART_FIGURES[:-1], whole.seconds_key, PART_FIGURES[-1])
+    return {"part": meta["part"], **{name: meta[name] for name in names if name in meta}}
+
+
+def _figures(whole: RowJob, metas: Sequence[Row]) -> Figures:
+    """What the run took: parts are made side by side, so it took as long as its slowest."""
+    made = [whole.figures_in(meta) for meta in metas]
+    working = [one for one in made if one.rows]
+    agree = all(one.versions == other.versions for one in made for other in made if one.versions and other.versions)
+
+    def longest(name: str) -> float:
+        return max((getattr(one, name) for one in made), default=0.0)
+
+    return Figures(
+        rows=sum(one.rows for one in made),
+        tokens=sum(one.tokens for one in made),
+        engine_start_seconds=longest("engine_start_seconds"),
+        seconds=longest("seconds"),
+        engine_step_seconds=longest("engine_step_seconds"),
+        repeatable=bool(working) and agree and all(one.repeatable for one in working),
+        versions={name: text for one in reversed(made) for name, text in one.versions.items()},
+    )
+
+
+def remove_parts(whole: RowJob) -> None:
+    """Remove the parts whose rows are all in the finished output, and the folder when it is empty.
+
+    A part that is being made, or has a row that the output has not, stays; with `--overwrite` one that was made with
+    other settings goes.
+    """
+    stems = {found[1] for found in map(FILE_NAME.fullmatch, _names_in(whole.files)) if found}
+    rows = whole_rows(whole) if stems else {}
+    for stem in sorted(stems):
+        files = whole.files.part(stem)
+        lock = files.lock()
+        if lock is not None:
+            try:
+                _remove_part(whole, files, rows)
+            finally:
+                lock.release()
+    folder = whole.files.parts_folder
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _remove_part(whole: RowJob, files: RowFiles, rows: Rows) -> None:
+    found = files.look()
+    there = whole.answered([*read_journal(files.final), *found.journal])
+    replaced = whole.config.overwrite and found.fingerprint != whole.fingerprint
+    if there.keys() <= rows.keys() or replaced:
+        files.remove()

@@ -1,0 +1,192 @@
+"""A process that does row jobs for this one: how it is given them, how far it has come, and its last error line.
+
+The protocol: jobs go to the process as lines of JSON on one pipe, and for each it answers a line on another; it ends
+where its first pipe does. So one that is given a single job ends with it, and one that stays takes the next, with its
+engine open. Its standard input is a third pipe, by which it notices that this process is gone (`expo.orphans`).
+`expo/cli/work.py` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from expo.orphans import environment_for_child
+from expo.rows.job import RowJob
+
+TAIL_BYTES = 1 << 16
+
+
+class LineCount:
+    """How many lines a growing file has, reading each byte once; none where there is no file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = self._lines = 0
+
+    def __call__(self) -> int:
+        """The lines so far."""
+        try:
+            with self._path.open("rb") as stream:
+                if os.fstat(stream.fileno()).st_size < self._offset:
+                    self._offset = self._lines = 0  # made anew
+                stream.seek(self._offset)
+                data = stream.read()
+        except FileNotFoundError:
+            return self._lines
+        self._offset += len(data)
+        self._lines += data.count(b"\n")
+        return self._lines
+
+
+def job_line(job: RowJob) -> str:
+    """A job as it goes to a process: the verb and every setting as it was resolved."""
+    part = None if job.part is None else str(job.part)
+    config = dataclasses.replace(job.config, data_parallel=1, join=None, part=part)
+    settings = {**dataclasses.asdict(config), "engine": job.engine}
+    return json.dumps({"verb": job.verb, "settings": settings}) + "\n"
+
+
+class Worker:
+    """A process, which can be started again, and the job it does.
+
+    Args:
+        job: Its first job, a part of the run.
+        environment: What its environment has beside this process's own: its GPUs, its threads.
+        kept: How many of the job's rows the whole output has already.
+        stays: Whether it waits for another job when it has done one.
+    """
+
+    def __init__(self, job: RowJob, environment: Mapping[str, str], kept: int = 0, *, stays: bool = False) -> None:
+        self.stays = stays
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._jobs: IO[bytes] | None = None
+        self._replies: IO[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self.take(job, kept)
+
+    def take(self, job: RowJob, kept: int = 0) -> None:
+        """Make a job its own; `start` sets it to work."""
+        self.job = job
+        self.starts = 0
+        self._kept = kept
+        self._lines = LineCount(job.files.journal)
+        self._rows_at_start = 0
+        self._reply: int | None = None
+
+    def start(self) -> None:
+        """Give the process its job; it is started where it does not run."""
+        self.starts += 1
+        self._rows_at_start = self.rows()
+        self._reply = None
+        if self._process is None or self._process.poll() is not None:
+            self._spawn()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and its exit code says how
+            if self._jobs is not None:
+                self._jobs.write(job_line(self.job).encode())
+                self._jobs.flush()
+        if not self.stays:
+            self._dismiss()
+
+    def _spawn(self) -> None:
+        """Start the process, in a session of its own: a Ctrl-C reaches it through its parent only."""
+        self._close_pipes()
+        self._log.seek(0)
+        self._log.truncate()
+        jobs, to_jobs = os.pipe()
+        replies, to_replies = os.pipe()
+        self._process = subprocess.Popen(
+            self.command(jobs, to_replies),
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=environment_for_child({**os.environ, **self._environment}),
+            start_new_session=True,
+            pass_fds=(jobs, to_replies),
+        )
+        os.close(jobs)
+        os.close(to_replies)
+        os.set_blocking(replies, False)
+        self._jobs, self._replies = os.fdopen(to_jobs, "wb"), os.fdopen(replies, "rb")
+
+    def command(self, jobs: int, replies: int) -> list[str]:
+        """The command line; the numbers are those of its two pipes."""
+        return [sys.executable, "-m", "expo", "work", f"--jobs={jobs}", f"--replies={replies}"]
+
+    def rows(self) -> int:
+        """The rows that are there, as far as this process knows."""
+        return min(len(self.job.keys), max(0, self._lines() - 1) + self._kept)
+
+    def has_come_further(self) -> bool:
+        """Whether a row was finished since the last start."""
+        return self.rows() > self._rows_at_start
+
+    def outcome(self) -> int | None:
+        """The exit code of its job; None while it is done. Where the process ended without a word, the process's."""
+        exit_code = self.exit_code()
+        if self._reply is None and self._replies is not None and (line := self._replies.readline()):
+            self._reply = int(json.loads(line)["exit_code"])
+        return exit_code if self._reply is None else self._reply
+
+    def exit_code(self) -> int | None:
+        """How the process ended; None while it runs."""
+        return self._process.poll() if self._process else None
+
+    def last_error_line(self) -> str:
+        """What an ended process said last: its error line where there is one."""
+        code = self.exit_code() or 0
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        errors = [line.removeprefix("expo: error: ") for line in lines if line.startswith("expo: error: ")]
+        said = (errors or lines or [f"exit code {code}"])[-1]
+        return re.sub(r"\s+", " ", said)
+
+    def ask_to_stop(self) -> None:
+        """Tell the process to unwind."""
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+
+    def wait(self, seconds: float) -> None:
+        """Give the process time to end."""
+        if self._process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+
+    def kill(self) -> None:
+        """Kill what is left of the process and of those it started: an engine's own may hold a GPU's memory."""
+        if self._process:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._close_pipes()
+
+    def _dismiss(self) -> None:
+        """Let the process end when it has done what it was given."""
+        _close(self._jobs)
+
+    def _close_pipes(self) -> None:
+        for pipe in (self._jobs, self._replies, self._process.stdin if self._process else None):
+            _close(pipe)
+
+    def close(self) -> None:
+        """Let go of the log; the process has ended."""
+        self._log.close()
+
+
+def _close(pipe: IO[Any] | None) -> None:
+    if pipe is not None:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()

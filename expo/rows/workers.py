@@ -1,0 +1,144 @@
+"""`--data-parallel N`: the parts of a job done by processes of their own, watched and restarted, then joined."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from expo.errors import PARTLY_FAILED, EnvironmentFailure, InputError
+from expo.parts import all_parts
+from expo.progress import rows_bar
+from expo.rows.job import Done, RowJob
+from expo.rows.parts import is_made, join_parts, require_same_cut, whole_rows
+from expo.rows.worker import Worker
+
+MAX_STARTS = 4
+"""How often the process of one part is started in one run."""
+POLL_SECONDS = 0.2
+STOP_SECONDS = 30.0
+"""How long workers that are told to stop may take to unwind."""
+
+FINISHED = (0, PARTLY_FAILED)
+
+log = logging.getLogger(__name__)
+
+
+def run_in_processes(whole: RowJob) -> Done:
+    """Make the rows in `data_parallel` processes.
+
+    Raises:
+        InputError: The settings or inputs are at fault, or a worker says so.
+        EnvironmentFailure: A part failed again and again; what was finished is kept.
+    """
+    count = whole.config.data_parallel
+    environments = whole.worker_environments(count)
+    kept = whole_rows(whole)
+    require_same_cut(whole, count)
+    shares = [whole.share(part) for part in all_parts(count)]
+    workers = [
+        Worker(job, environment, sum(key in kept for key in job.keys))
+        for job, environment in zip(shares, environments, strict=True)
+        if job.pending(kept) and not is_made(job)
+    ]
+    if workers:
+        log.info("%s: %d workers with %s", whole.name, len(workers), whole.engine)
+        elsewhere = len(whole.keys) - sum(len(worker.job.keys) for worker in workers)
+        with Crew(workers) as crew:
+            crew.watch(whole.verb, len(whole.keys), elsewhere)
+    return join_parts(whole, count)
+
+
+class Crew:
+    """The workers of a run, started together; at the end of the `with` none is left running.
+
+    Args:
+        workers: Each with the job it begins with.
+        waiting: Further jobs with the number of rows that are there, for whichever worker is done first.
+    """
+
+    def __init__(self, workers: Sequence[Worker], waiting: Iterable[tuple[RowJob, int]] = ()) -> None:
+        self._workers = workers
+        self._waiting = deque(waiting)
+        self._finished_rows = 0
+        self._running: list[Worker] = []
+        self._lost: list[str] = []
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._running:
+            worker.ask_to_stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._running:
+            worker.wait(max(0.0, deadline - time.monotonic()))
+        for worker in self._workers:
+            worker.kill()
+            worker.close()
+
+    def watch(self, label: str, total: int, elsewhere: int) -> None:
+        """Start the workers and wait until all jobs are done, with one bar over the rows of all.
+
+        Args:
+            label: What the bar says.
+            total: All rows of the run.
+            elsewhere: Those of parts that are made already.
+
+        Raises:
+            InputError: A worker refuses its settings or inputs.
+            EnvironmentFailure: A part failed again and again.
+        """
+        for worker in self._workers:
+            self._start(worker)
+        shown = elsewhere + sum(worker.rows() for worker in self._workers)
+        progress = rows_bar(total, label, initial=shown)
+        try:
+            while self._running:
+                time.sleep(POLL_SECONDS)
+                for worker in list(self._running):
+                    self._look_at(worker)
+                now = elsewhere + self._finished_rows + sum(worker.rows() for worker in self._running)
+                progress.update(max(0, now - shown))
+                shown = max(shown, now)
+        finally:
+            progress.close()
+        if self._lost:
+            raise EnvironmentFailure(f"{'; '.join(self._lost)}; the same command goes on with the rest")
+
+    def _start(self, worker: Worker) -> None:
+        self._running.append(worker)
+        worker.start()
+
+    def _look_at(self, worker: Worker) -> None:
+        code = worker.outcome()
+        if code is None:
+            return
+        self._running.remove(worker)
+        if code in FINISHED:
+            self._finished_rows += len(worker.job.keys)
+            if not worker.stays:
+                worker.wait(STOP_SECONDS)
+                worker.kill()
+            if self._waiting:
+                worker.take(*self._waiting.popleft())
+                self._start(worker)
+            return
+        worker.kill()
+        if code == InputError.exit_code:
+            raise InputError(worker.last_error_line())
+        self._restart(worker, code)
+
+    def _restart(self, worker: Worker, code: int) -> None:
+        """Start a part again whose process died; one that fails before its first row would only do so again."""
+        part, reason = worker.job.part, worker.last_error_line()
+        if worker.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or worker.has_come_further()):
+            log.warning("part %s: %s; restarting", part, reason)
+            self._start(worker)
+        else:
+            log.warning("part %s: %s", part, reason)
+            self._lost.append(f"part {part}: {reason}")

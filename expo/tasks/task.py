@@ -1,0 +1,293 @@
+"""What a task is: prompts and where they come from, the answers to them, and the conversations that both make.
+
+`table.py` lists the tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
+from expo.durable import Row
+from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
+from expo.files import is_utf8, repeated
+from expo.tasks.files import SUFFIXES, read_rows
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
+"""`role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a task."""
+
+    id: str
+    messages: tuple[Message, ...]
+    """The conversation to answer; it ends with the user's turn."""
+    columns: Row = field(default_factory=dict)
+    """What the output row repeats of the task's row, and its category where the task has some."""
+    followups: tuple[Message, ...] = ()
+    """Further turns of the user, each asked after the answer to the one before."""
+
+    @property
+    def turns(self) -> int:
+        """How many answers it takes."""
+        return 1 + len(self.followups)
+
+    def asked(self, turn: int) -> object:
+        """What the answer of a turn is made from, the answers before it left out."""
+        return prompt_item((*self.messages, *self.followups[:turn]))
+
+    @property
+    def source(self) -> object:
+        """All that an output takes from the task's row."""
+        return {**self.columns, "asked": self.asked(len(self.followups))}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated row; a prompt of several turns has one for each, in order."""
+
+    prompt: Prompt
+    output: str
+    length: int
+    """Generated tokens, the stop token included."""
+    finish_reason: str
+    """stop, length or error."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One answer of an output file with what came before it, as a reward model reads it."""
+
+    messages: tuple[Message, ...]
+    """The prompt's turns and the answer; no answer where the row failed."""
+    asked: object
+    """What the prompt is hashed as; equal for equal prompts, whatever was answered before."""
+    failed: bool = False
+    id: str | None = None
+    """The prompt's id, where the file has one."""
+    turn: int | None = None
+    """Which of the prompt's turns, where the task has several."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows are on the hub."""
+
+    repository: str
+    split: str = "train"
+    file: str | None = None
+    """One file of the repository, where it has no data set that loads without code."""
+    kind: str = "dataset"
+    """dataset or space."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt set, and its output format in both directions."""
+
+    name: str
+    """Names the folders `outputs_<name>` and `rewards_<name>`."""
+    source: Source | Path
+    suffix: str
+    """Of the output file: .jsonl, or .json for a list of objects."""
+    read: Callable[[Row], Prompt]
+    """A row's prompt (its id empty where the row has none).
+
+    Raises `InputError` where it has none, with the rest of a sentence that begins "row 7 of questions.jsonl".
+    """
+    write: Callable[[Sequence[Answer], str], str]
+    """The output file's text, from the answers and the generator's name."""
+    answers: Callable[[Row], list[str]]
+    """The answers in a row of the output file, one per turn; `KeyError` or the like where it has another shape."""
+    asked: Callable[[Row], Sequence[object]] | None = None
+    """The messages that a row of the output file answers; None where the file has no prompts, but `prompt_id`."""
+    prompt_id: Callable[[Row], object] = lambda row: row.get("id")
+    """The id of the prompt that a row of the output file answers; used where the file has no prompts."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """The category of a row → its temperature, unless the user gives one."""
+    samples: bool = False
+    """Whether the output file has room for several answers to one prompt (`--n`)."""
+
+    @property
+    def by_id(self) -> bool:
+        """Whether answers are matched with prompts by id, because their file has no prompts: ids must differ."""
+        return self.asked is None
+
+
+def prompt_item(messages: Sequence[Message]) -> object:
+    """What a prompt is hashed as: its text, or the messages where there are several."""
+    return messages[0]["content"] if len(messages) == 1 else list(messages)
+
+
+def user(text: str) -> Message:
+    """A user turn."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    """An answer."""
+    return {"role": "assistant", "content": text}
+
+
+def is_message(value: object) -> bool:
+    """Whether a value is a turn of a conversation."""
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def load_prompts(task: Task, dataset: str | None = None) -> list[Prompt]:
+    """All of a task's prompts.
+
+    Args:
+        task: The task.
+        dataset: A local file, or a hub data set (`id` or `id@revision`), to read instead of the task's own.
+
+    Raises:
+        InputError: No such file, or a row without a prompt.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    source, name = _source(task, dataset)
+    rows = read_rows(source) if isinstance(source, Path) else _load_from_hub(source)
+    prompts = list(_prompts(task, rows, name))
+    if not prompts:
+        raise InputError(f"{name} holds no prompts")
+    return _with_ids(task, prompts, name)
+
+
+def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
+    for number, row in enumerate(rows):
+        try:
+            prompt = task.read(row)
+        except InputError as error:
+            raise InputError(f"row {number} of {name} {error}") from error
+        turns = (*prompt.messages, *prompt.followups)
+        if not all(is_utf8(text) for text in (prompt.id, *(turn["content"] for turn in turns))):
+            raise InputError(f"row {number} of {name} holds half of a surrogate pair, which is no text")
+        yield prompt
+
+
+def _source(task: Task, dataset: str | None) -> tuple[Source | Path, str]:
+    if dataset is None:
+        return task.source, task.name if isinstance(task.source, Source) else str(task.source)
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return path, dataset
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or path.is_dir():
+        raise InputError(f"no such prompt file: {dataset}")
+    if not isinstance(task.source, Source):
+        return Source(dataset), dataset
+    if dataset.partition("@")[0] == task.source.repository:  # another revision of the task's own
+        return replace(task.source, repository=dataset), dataset
+    return Source(dataset, task.source.split), dataset
+
+
+def _with_ids(task: Task, prompts: list[Prompt], name: str) -> list[Prompt]:
+    """The rows' own ids where all have one of their own, else their numbers."""
+    again = repeated(prompt.id for prompt in prompts)
+    if again is None and all(prompt.id for prompt in prompts):
+        return prompts
+    if task.by_id:
+        raise InputError(f"{name} has two rows with the id {again}; answers are told apart by their ids")
+    if again:
+        log.warning("%s has two rows with the id %s: rows go by their numbers instead", name, again)
+    return [replace(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
+
+
+def _load_from_hub(source: Source) -> list[Row]:
+    repository, _, revision = source.repository.partition("@")
+    try:
+        if source.file is not None:
+            return read_rows(fetch_file(repository, source.file, revision or None, kind=source.kind))
+        return _load_dataset(repository, source.split, revision or None)
+    except ExpoError as error:
+        raise type(error)(f"the data set cannot be loaded: {error}; --dataset FILE reads a copy") from error
+
+
+def _load_dataset(repository: str, split: str, revision: str | None) -> list[Row]:
+    from datasets import exceptions, load_dataset
+
+    require_usable_token()
+    try:
+        return list(load_dataset(repository, split=split, revision=revision))
+    except (exceptions.DatasetsError, ValueError, *network_errors()) as error:
+        # A repository that needs its own loading script is refused with a RuntimeError.
+        if isinstance(error, (exceptions.DatasetsError, ValueError)) or "scripts" in str(error):
+            raise InputError(f"{repository}: {first_line(error)}") from error
+        if isinstance(error, FileNotFoundError) and not is_offline():
+            raise EnvironmentFailure(f"{repository} is not in the hub cache, and the hub cannot be reached") from error
+        raise explain(error, repository, revision) from error
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+def read_outputs(path: Path, task: Task) -> list[str]:
+    """Every answer of a generated file, in order, turn by turn."""
+    return [text for row in read_rows(path) for text in task.answers(row)]
+
+
+def read_conversations(
+    path: Path, task: Task, *, dataset: str | None = None, limit: int | None = None
+) -> list[Conversation]:
+    """The answers of a generated file, in its order, each with the conversation before it.
+
+    Args:
+        path: The file.
+        task: Its task.
+        dataset: Where the questions are, for a file that holds answers only.
+        limit: Take only the file's first rows.
+
+    Raises:
+        InputError: The file is missing or not in a format `expo generate` writes, or its questions are elsewhere.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    rows = read_rows(path)[:limit]
+    if task.asked is not None:
+        return [_conversation(number, row, path, task) for number, row in enumerate(rows)]
+    prompts = {prompt.id: prompt for prompt in load_prompts(task, dataset)}
+    return [one for number, row in enumerate(rows) for one in _turns(number, row, path, task, prompts)]
+
+
+def _conversation(number: int, row: Row, path: Path, task: Task) -> Conversation:
+    try:
+        asked = task.asked(row) if task.asked is not None else ()
+        messages = [*asked, *({"role": "assistant", "content": text} for text in task.answers(row))]
+    except (KeyError, IndexError, TypeError):
+        asked, messages = (), [None]
+    if not asked or not all(map(is_message, messages)):
+        raise InputError(f"row {number} of {path} lacks a prompt (or instruction) or an output")
+    turns: tuple[Message, ...] = tuple(messages)  # type: ignore[arg-type]  # checked just now
+    return Conversation(turns, prompt_item(turns[: len(asked)]), failed=row.get("finish_reason") == "error")
+
+
+def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Prompt]) -> Iterator[Conversation]:
+    prompt = prompts.get(str(task.prompt_id(row)))
+    if prompt is None:
+        raise InputError(f"row {number} of {path} answers no question of {task.name}: {row.get('question_id')!r}")
+    answers = _answers(number, row, path, task)
+    if len(answers) != prompt.turns:
+        raise InputError(f"row {number} of {path} has {len(answers)} answers to a question of {prompt.turns} turns")
+    messages = prompt.messages
+    for turn, text in enumerate(answers):
+        messages = (*messages, assistant(text))
+        yield Conversation(messages, prompt.asked(turn), id=prompt.id, turn=turn)
+        messages = (*messages, *prompt.followups[turn : turn + 1])
+
+
+def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
+    try:
+        answers = task.answers(row)
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(f"row {number} of {path} is no {task.name} answer: it has no choices with turns") from error
+    if not all(isinstance(text, str) for text in answers):
+        raise InputError(f"row {number} of {path} is no {task.name} answer: its turns are not all text")
+    return answers
