@@ -26,9 +26,11 @@ from expo.durable import Row, json_lines, texts_sha256
 from expo.engines import Scorer, ScorerSetup, load_scorer, token_batches
 from expo.engines.chat import ChatTokenizer, context_length
 from expo.errors import InputError
+from expo.fingerprint import Fingerprint
 from expo.journal import Journal
 from expo.progress import rows_bar
 from expo.rows.files import Columns, RowFiles, refuse_dropping, refuse_replacing, require_columns
+from expo.settings import absent_values, recorded
 from expo.stats import mean_and_standard_error
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
@@ -174,9 +176,7 @@ def plan(config: ScoreConfig) -> Plan:
         "reward_model": source_fingerprint(location),
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
-        "dtype": config.dtype,
-        "max_length": config.max_length,
-        "batch_tokens": config.batch_tokens,
+        **recorded(config, "rows", "batches"),
     }
     return Plan(
         config=config,
@@ -188,7 +188,7 @@ def plan(config: ScoreConfig) -> Plan:
         setup=ScorerSetup(config, location.path, tokenizer.pad_id),
         files=files,
         rows_file=rows_file,
-        fingerprint=made_from,
+        fingerprint=Fingerprint(made_from, absent_values(ScoreConfig, "rows", "batches", engine=engine)),
     )
 
 

@@ -14,18 +14,13 @@ from expo.durable import Row, texts_sha256
 from expo.engines import GeneratorSetup, Key, Request
 from expo.engines.torch_tools import run_dtype
 from expo.engines.vllm import why_not
+from expo.fingerprint import Fingerprint
 from expo.generate.models import Model, find_model, require_fitting
-from expo.generate.source import plain
 from expo.generate.turns import Asking, Turn, first_turn, require_one_system_message, rooms_of
 from expo.parts import Part, folder_name, read_part
 from expo.rows.files import RowFiles, refuse_replacing
+from expo.settings import absent_values, recorded
 from expo.tasks import Prompt, Task, find_task, load_prompts
-
-RESULT_SETTINGS = (
-    *("dtype", "engine_arg", "system", "n", "temperature", "top_k", "top_p", "presence_penalty"),
-    *("frequency_penalty", "seed", "max_tokens", "stop_token_id"),
-)
-"""The settings that change the rows, beside the model, the task and the engine."""
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +130,8 @@ def plan(config: GenerateConfig) -> Plan:
         "dataset_sha256": dataset_sha256,
         "engine": engine,
         **model.fingerprint,
-        **({"batch_tokens": config.batch_tokens} if engine == "transformers" else {}),
-        **{key: plain(getattr(config, key)) for key in RESULT_SETTINGS},
+        **(recorded(config, "batches") if engine == "transformers" else {}),
+        **recorded(config, "rows"),
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
     whole = Plan(
@@ -150,7 +145,7 @@ def plan(config: GenerateConfig) -> Plan:
         setup=setup,
         files=files,
         name=name,
-        fingerprint=made_from,
+        fingerprint=Fingerprint(made_from, absent_values(GenerateConfig, "rows", "batches", "weights", engine=engine)),
     )
     return whole if config.part is None else share(whole, read_part(config.part, {}))
 

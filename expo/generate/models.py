@@ -1,6 +1,6 @@
 """The model that answers: one whose folder is here, or one that a server has and only the server knows.
 
-A setting that goes with some engines only has a line in `GOES_WITH`.
+Which engines have what a setting `needs` is in `CAPABLE`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,12 @@ from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
 from expo.engines.vllm import given_arguments
 from expo.errors import InputError
 from expo.generate.source import describe_theta, find_source
+from expo.settings import flag, settings_of
 from expo.tasks import Message
 from expo.theta.pair import ThetaPlan
 
-LOCAL_ENGINES = ("vllm", "transformers")
-_LOCAL = ("chat_template", "device", "dtype", "tensor_parallel", "trust_remote_code", "sft", "dpo", "alpha")
-GOES_WITH = {
-    "engine_arg": ("vllm",),
-    **dict.fromkeys(_LOCAL, LOCAL_ENGINES),
-    **dict.fromkeys(("base_url", "concurrency"), ("openai",)),
-}
-"""Settings that not every engine has, and the engines that have them."""
+CAPABLE = {"local": ("vllm", "transformers"), "engine_arg": ("vllm",), "server": ("openai",)}
+"""What a setting may need of an engine → the engines that have it."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +120,12 @@ def require_fitting(config: GenerateConfig, engine: str) -> None:
         InputError: There is one, or the openai engine has no URL.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, engines in GOES_WITH.items():
+    for name, setting in settings_of(GenerateConfig).items():
+        engines = CAPABLE[setting.needs] if setting.needs else (engine,)
         if engine not in engines and getattr(config, name) != defaults[name]:
-            flag = f"--{name.replace('_', '-')}"
             plural = "s" if len(engines) > 1 else ""
-            raise InputError(f"{flag} is for the {' and '.join(engines)} engine{plural}, and this run uses {engine}")
+            raise InputError(
+                f"{flag(name)} is for the {' and '.join(engines)} engine{plural}, and this run uses {engine}"
+            )
     if engine == "openai" and config.base_url is None:
         raise InputError("--engine openai needs the server's --base-url, such as http://localhost:8000/v1")

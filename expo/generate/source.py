@@ -13,11 +13,9 @@ from expo.checkpoint.hub import Location, locate, refuse_inside
 from expo.config import GenerateConfig, ThetaConfig
 from expo.durable import Row
 from expo.errors import InputError
+from expo.settings import recorded
 from expo.theta.adapter.folders import is_adapter
 from expo.theta.pair import ThetaPlan, plan_theta
-
-RESULT_RULES = ("alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
-"""The rules that change θ(α)."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,10 @@ def _theta_source(config: ThetaConfig, output: Path) -> Source:
     fingerprint = {
         **{side: source_fingerprint(location) for side, location in sides.items()},
         "alpha": config.alpha,
-        **{name: plain(getattr(config, name)) for name in RESULT_RULES},
+        **recorded(config, "weights"),
     }
     record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha}
     return Source(folder, theta.name, fingerprint, record, theta)
-
-
-def plain(value: object) -> object:
-    """A setting as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _record(location: Location) -> Row:
