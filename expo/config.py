@@ -144,8 +144,8 @@ class ThetaConfig(RulesConfig):
     """One θ(α) that an engine makes while it loads, without a checkpoint of it on the disk."""
 
     sft: Sft
-    dpo: Dpo
     alpha: Annotated[float, Setting("Extrapolation strength α; 0 is DPO itself, −1 is SFT.", metavar="A")]
+    dpo: Dpo
 
     def __post_init__(self) -> None:
         """Check the values.

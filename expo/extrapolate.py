@@ -207,7 +207,7 @@ def _plan_output(
     config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
 ) -> Output:
     values = {"format": FORMAT, "alpha": alpha, **recorded(config, "weights"), **sources}
-    made_from = Fingerprint(values, absent_values(ExtrapolateConfig, "weights"))
+    made_from = Fingerprint(values, absent_values(config, "weights"))
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)

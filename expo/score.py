@@ -188,7 +188,7 @@ def plan(config: ScoreConfig) -> Plan:
         setup=ScorerSetup(config, location.path, tokenizer.pad_id),
         files=files,
         rows_file=rows_file,
-        fingerprint=Fingerprint(made_from, absent_values(ScoreConfig, "rows", "batches", engine=engine)),
+        fingerprint=Fingerprint(made_from, absent_values(config, "rows", "batches", engine=engine)),
     )
 
 

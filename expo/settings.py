@@ -65,15 +65,15 @@ def recorded(config: object, *what: Change) -> Row:
     return {name: _plain(getattr(config, name)) for name in changing(type(config), *what)}
 
 
-def absent_values(kind: type, *what: Change, engine: str | None = None) -> Row:
+def absent_values(config: object, *what: Change, engine: str | None = None) -> Row:
     """What outputs were made with that say nothing of the settings that change something of these.
 
     Args:
-        kind: The config class.
+        config: The config.
         what: What the settings change.
         engine: The engine that made the output, for settings whose `absent` depends on it.
     """
-    found = {name: settings_of(kind)[name].absent for name in changing(kind, *what)}
+    found = {name: one.absent for name, one in settings_of(type(config)).items() if one.changes in what}
     return {
         name: _plain(value.get(engine, value["default"]) if isinstance(value, Mapping) else value)
         for name, value in found.items()

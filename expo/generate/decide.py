@@ -145,7 +145,7 @@ def plan(config: GenerateConfig) -> Plan:
         setup=setup,
         files=files,
         name=name,
-        fingerprint=Fingerprint(made_from, absent_values(GenerateConfig, "rows", "batches", "weights", engine=engine)),
+        fingerprint=Fingerprint(made_from, absent_values(config, "rows", "batches", "weights", engine=engine)),
     )
     return whole if config.part is None else share(whole, read_part(config.part, {}))
 
