@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 
 from expo.config import CommonConfig
-from expo.settings import POSITIONAL, flag
+from expo.settings import POSITIONAL, flag, settings_of
 
 
 def arguments_of(settings: CommonConfig) -> list[str]:
@@ -15,12 +15,13 @@ def arguments_of(settings: CommonConfig) -> list[str]:
     A value that begins with a dash goes as `--flag=value`, so that it stays a value.
     """
     arguments: list[str] = []
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name == POSITIONAL:
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name in settings_of(type(settings)):
+        value = getattr(settings, name)
+        if name == POSITIONAL:
             arguments.insert(0, value)
-        elif value is not None and value != field.default:
-            arguments += _words(flag(field.name), value)
+        elif value is not None and value != defaults[name]:
+            arguments += _words(flag(name), value)
     return arguments
 
 

@@ -115,10 +115,10 @@ PAIR = f"{SHARED} --aligned --allow-pickle --device --dpo --sft"
 RULES = "--allow-nonfinite --alpha --alpha-for --exclude --missing --vocab"
 ROWS = f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
 FLAGS = {
-    "extrapolate": f"{PAIR} {RULES} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub --verify"
-    " --workers",
-    "generate": f"{PAIR} {RULES} {ROWS} --base-url --concurrency --data-parallel --engine-arg --frequency-penalty --join"
-    " --max-tokens --model --n --part --presence-penalty --seed --stop-token-id --system --temperature"
+    "extrapolate": f"{PAIR} {RULES} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub"
+    " --verify --workers",
+    "generate": f"{PAIR} {RULES} {ROWS} --base-url --concurrency --data-parallel --engine-arg --frequency-penalty"
+    " --join --max-tokens --model --n --part --presence-penalty --seed --stop-token-id --system --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
     "score": f"{ROWS} --max-length --outputs --reward-model --trust-remote-code",
     "inspect": f"{PAIR} --output --workers",
