@@ -6,29 +6,31 @@ import dataclasses
 import shlex
 
 from expo.config import CommonConfig
-
-POSITIONAL = "task"
+from expo.settings import POSITIONAL, flag, settings_of
 
 
 def arguments_of(settings: CommonConfig) -> list[str]:
     """The arguments after `expo <command>` that make these settings, whatever file or recipe they came from.
 
-    Every value goes as `--flag=value`, so that one that begins with a dash stays a value.
+    A value that begins with a dash goes as `--flag=value`, so that it stays a value.
     """
     arguments: list[str] = []
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name == POSITIONAL:
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name in settings_of(type(settings)):
+        value = getattr(settings, name)
+        if name == POSITIONAL:
             arguments.insert(0, value)
-        elif value is not None and value != field.default:
-            arguments += _flags(field.name.replace("_", "-"), value)
+        elif value is not None and value != defaults[name]:
+            arguments += _words(flag(name), value)
     return arguments
 
 
-def _flags(name: str, value: object) -> list[str]:
+def _words(spelling: str, value: object) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}={one}" for one in (value if isinstance(value, tuple) else (value,))]
+        return [spelling if value else f"--no-{spelling[2:]}"]
+    if isinstance(value, tuple):
+        return [word for one in value for word in _words(spelling, one)]
+    return [f"{spelling}={value}"] if str(value).startswith("-") else [spelling, str(value)]
 
 
 def shown(command: str, settings: CommonConfig) -> str:

@@ -1,8 +1,9 @@
 """The settings of every command, one frozen dataclass each; `config_files.py` reads them from files.
 
-Every default exists here and only here: the command line takes its defaults from these classes. A value is
-validated in `__post_init__`, so that Python users are checked as flags are.
-To add a setting, add a field with its docstring here and one option in `commands/`.
+Everything about a setting is said here and only here: its type, default and description, what it changes, and which
+engines have it (`settings.py`). Options, config files and fingerprints follow from that. A value is validated in
+`__post_init__`, so that Python users are checked as flags are.
+To add a setting, add a field, and its check where not every value will do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from expo.checks import (
     read_alpha_for,
@@ -29,11 +30,12 @@ from expo.checks import (
 )
 from expo.files import is_utf8, shown
 from expo.parts import read_part, require_one_way
+from expo.settings import Setting, flag
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
-SeedMode: TypeAlias = Literal["row", "shared"]
 Vocab: TypeAlias = Literal["error", "common"]
+SeedMode: TypeAlias = Literal["row", "shared"]
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -41,33 +43,82 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 DEFAULT_TEMPERATURE = 0.7
 """The paper's, where neither the user nor the task says another."""
 
+Sft: TypeAlias = Annotated[
+    str, Setting("The SFT checkpoint θ_sft: a directory, hub id, or id@revision.", metavar="SFT")
+]
+Dpo: TypeAlias = Annotated[
+    str,
+    Setting(
+        "The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.",
+        metavar="DPO",
+        flags=("--aligned",),
+    ),
+]
+AllowPickle: TypeAlias = Annotated[
+    bool, Setting("Read weights that exist only as pickles (.bin), with torch's weights_only loader.")
+]
+Workers: TypeAlias = Annotated[
+    int | None, Setting("Number of threads. [default: the CPU count, at most 4]", metavar="N")
+]
+BatchTokens: TypeAlias = Annotated[
+    int,
+    Setting(
+        "Token budget of one batch of the transformers engine, padding included.",
+        metavar="N",
+        changes="batches",
+        absent=16384,
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
     """What every command that writes something shares."""
 
-    overwrite: bool = False
-    """Replace an output made with other settings; the old one stays until the new one is whole."""
-    dry_run: bool = False
-    """Print the plan and write nothing."""
+    overwrite: Annotated[bool, Setting("Replace an output made with other settings, once the new one is complete.")] = (
+        False
+    )
+    dry_run: Annotated[bool, Setting("Print the plan and write nothing.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
     """How θ_sft and θ_dpo are combined, beside α."""
 
-    alpha_for: tuple[str, ...] = ()
-    """`REGEX=A`: tensors (the pattern is searched in their names) with an α of their own; the first match wins."""
-    exclude: tuple[str, ...] = ()
-    """Regular expressions of tensors that are copied from DPO, whatever `alpha_for` says."""
-    missing: Missing = "error"
-    """What to do with a tensor that SFT lacks: refuse, or copy it from DPO."""
-    vocab: Vocab = "error"
-    """Where vocabularies differ in size: refuse, or extrapolate the common rows and copy DPO's further rows."""
-    allow_pickle: bool = False
-    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
-    allow_nonfinite: bool = False
-    """Take NaN and infinity in the result instead of refusing them."""
+    alpha_for: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Give matching tensors an α of their own; repeatable, the first match wins.",
+            metavar="REGEX=A",
+            changes="weights",
+            absent=(),
+        ),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Copy matching tensors from DPO, whatever --alpha-for says; repeatable.",
+            metavar="REGEX",
+            changes="weights",
+            absent=(),
+        ),
+    ] = ()
+    missing: Annotated[
+        Missing,
+        Setting("Tensors that SFT lacks: refuse the pair, or copy them from DPO.", changes="weights", absent="error"),
+    ] = "error"
+    vocab: Annotated[
+        Vocab,
+        Setting(
+            "Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy DPO's others.",
+            changes="weights",
+            absent="error",
+        ),
+    ] = "error"
+    allow_pickle: AllowPickle = False
+    allow_nonfinite: Annotated[
+        bool, Setting("Accept NaN and infinity in θ(α) instead of refusing them.", changes="weights", absent=False)
+    ] = False
 
     def _require_rules(self) -> None:
         require_choice("--missing", self.missing, Missing)
@@ -88,12 +139,9 @@ RULES = tuple(field.name for field in fields(RulesConfig))
 class ThetaConfig(RulesConfig):
     """One θ(α) that an engine makes while it loads, without a checkpoint of it on the disk."""
 
-    sft: str
-    """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
-    dpo: str
-    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
-    alpha: float
-    """The extrapolation strength; 0 is DPO itself, −1 is SFT."""
+    sft: Sft
+    alpha: Annotated[float, Setting("Extrapolation strength α; 0 is DPO itself, −1 is SFT.", metavar="A")]
+    dpo: Dpo
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -101,42 +149,59 @@ class ThetaConfig(RulesConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
-        for flag, path in (("--sft", self.sft), ("--dpo", self.dpo)):
-            require(is_utf8(path), f"{flag} {shown(path)} is not UTF-8; rename the folder")
+        for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo)):
+            require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
         require_alpha(self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha) + 0.0)  # −0.0 becomes 0.0
         self._require_rules()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtrapolateConfig(CommonConfig, RulesConfig):
+class ExtrapolateConfig(RulesConfig, CommonConfig):
     """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft)."""
 
-    sft: str
-    """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
-    dpo: str
-    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
-    alpha: tuple[float, ...] = ()
-    """The extrapolation strengths, one output folder each; 0 is DPO itself, −1 is SFT."""
-    output: str | None = None
-    """Output folder; may hold `{alpha}`. Default `checkpoints/<DPO name>-ExPO-a<alpha>`."""
-    device: str = "auto"
-    """Where the arithmetic runs: auto, cpu, cuda or cuda:N (auto: the CPU, which keeps up with the disk)."""
-    dtype: Dtype = "auto"
-    """Data type of the written floating-point tensors; auto keeps each DPO tensor's own."""
-    workers: int | None = None
-    """Threads that read, combine and write pieces. Default: the CPU count, at most 4."""
-    max_shard_size: str = "keep"
-    """Most bytes of one output file, such as 500MB or 5GB; keep has DPO's files."""
-    verify: bool = False
-    """Read all weights once more: of the inputs, whose checksums are recorded, and of an output that is complete; they
-    are compared with what its expo.json says."""
-    fsync: bool = True
-    """Force every file to the disk before it gets its final name."""
-    push_to_hub: str | None = None
-    """Upload the finished output to this model repository; with several α it holds `{alpha}`."""
-    private: bool = False
-    """Make that repository private where it does not exist yet."""
+    sft: Sft
+    dpo: Dpo
+    alpha: Annotated[
+        tuple[float, ...],
+        Setting(
+            "Extrapolation strength α; 0 is DPO itself, −1 is SFT; repeatable, one output each.  [required]",
+            metavar="A",
+        ),
+    ] = ()
+    output: Annotated[
+        str | None,
+        Setting("Output folder; may contain {alpha}. [default: checkpoints/<DPO name>-ExPO-a<A>]", metavar="DIR"),
+    ] = None
+    device: Annotated[
+        str,
+        Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Setting(
+            "Data type of the written weights; auto keeps each DPO tensor's own.", changes="weights", absent="auto"
+        ),
+    ] = "auto"
+    workers: Workers = None
+    max_shard_size: Annotated[
+        str,
+        Setting(
+            "Maximum size of an output file, such as 500MB or 5GB; keep preserves the DPO shard layout.",
+            metavar="keep|SIZE",
+            changes="weights",
+            absent="keep",
+        ),
+    ] = "keep"
+    verify: Annotated[
+        bool,
+        Setting("Checksum all weights: record the inputs' sums, and check finished outputs against their manifest."),
+    ] = False
+    fsync: Annotated[bool, Setting("Flush every file to disk before it gets its final name.")] = True
+    push_to_hub: Annotated[
+        str | None, Setting("Upload the finished output to this model repository; may contain {alpha}.", metavar="ID")
+    ] = None
+    private: Annotated[bool, Setting("Make that repository private if it does not exist yet.")] = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -144,8 +209,8 @@ class ExtrapolateConfig(CommonConfig, RulesConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
-        for flag, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
-            require(is_utf8(path), f"{flag} {shown(path)} is not UTF-8; rename the folder")
+        for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
+            require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
         require(len(self.alpha) > 0, "--alpha is missing: give at least one, such as --alpha 0.3")
         for alpha in self.alpha:
             require_alpha(alpha)
@@ -177,18 +242,17 @@ class ExtrapolateConfig(CommonConfig, RulesConfig):
 class InspectConfig(CommonConfig):
     """`expo inspect`: how far θ_dpo is from θ_sft, and whether the pair looks like one ExPO suits."""
 
-    sft: str
-    """The SFT checkpoint θ_sft: a directory, a hub id, or `id@revision`."""
-    dpo: str
-    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
-    output: str | None = None
-    """A picture (.png, .svg or .pdf) of ‖Δ‖/‖θ_sft‖ by layer and module; by default there is none."""
-    device: str = "auto"
-    """Where the norms are computed: auto, cpu, cuda or cuda:N (auto: the CPU, which keeps up with the disk)."""
-    workers: int | None = None
-    """Threads that read and measure pieces. Default: the CPU count, at most 4."""
-    allow_pickle: bool = False
-    """Read weights that exist as .bin files only, which are pickles, with torch's weights_only loader."""
+    sft: Sft
+    dpo: Dpo
+    output: Annotated[
+        str | None, Setting("Plot ‖Δ‖/‖θ_sft‖ by layer and module to this file (.png, .svg or .pdf).", metavar="FILE")
+    ] = None
+    device: Annotated[
+        str,
+        Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
+    ] = "auto"
+    workers: Workers = None
+    allow_pickle: AllowPickle = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -206,26 +270,40 @@ class InspectConfig(CommonConfig):
 class RowsConfig(CommonConfig):
     """What the commands that work row by row share."""
 
-    task: str
-    """`ultrafeedback`, `alpaca`, `mtbench`, or a prompt file (.jsonl, .json, .parquet, .csv)."""
-    output_dir: str = "."
-    """The folder that holds `outputs_<task>/` and `rewards_<task>/`."""
-    limit: int | None = None
-    """Use only the first rows; a larger limit later extends the run."""
-    device: str = "auto"
-    """Where the transformers engine runs: auto, cpu, cuda or cuda:N."""
-    dtype: Dtype = "auto"
-    """Data type the model runs in; auto keeps the checkpoint's own."""
-    chat_template: str | None = None
-    """A Jinja file used instead of the model's own chat template."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    data_parallel: int = 1
-    """Processes, each with an engine and GPUs of its own, that share the rows."""
-    part: str | None = None
-    """`i/N`: do the i-th of N parts of the rows; `slurm` takes both from the array job's environment."""
-    join: int | None = None
-    """Join the finished output of this many parts."""
+    task: Annotated[
+        str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
+    ]
+    output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
+    limit: Annotated[
+        int | None, Setting("Use only the first N prompts; a larger limit later extends the run.", metavar="N")
+    ] = None
+    device: Annotated[
+        str, Setting("Device of the transformers engine.", metavar="auto|cpu|cuda[:i]", needs="local")
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Setting(
+            "Data type the model runs in; auto keeps the checkpoint's own.",
+            changes="rows",
+            absent="auto",
+            needs="local",
+        ),
+    ] = "auto"
+    chat_template: Annotated[
+        str | None,
+        Setting("Jinja file to use instead of the model's own chat template.", metavar="FILE", needs="local"),
+    ] = None
+    trust_remote_code: Annotated[bool, Setting("Run Python code that comes with the model.", needs="local")] = False
+    data_parallel: Annotated[
+        int, Setting("Number of processes that share the rows, each with an engine and GPUs of its own.", metavar="N")
+    ] = 1
+    part: Annotated[
+        str | None,
+        Setting(
+            "Do the i-th of N parts of the rows (from 0); slurm takes both from the array job.", metavar="i/N|slurm"
+        ),
+    ] = None
+    join: Annotated[int | None, Setting("Check that all N parts are finished and join them.", metavar="N")] = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -235,7 +313,7 @@ class RowsConfig(CommonConfig):
         """
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), str):
-                require_text("TASK" if field.name == "task" else f"--{field.name}".replace("_", "-"), value)
+                require_text(flag(field.name), value)
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
         require_choice("--dtype", self.dtype, Dtype)
         require_device(self.device)
@@ -245,59 +323,116 @@ class RowsConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RowsConfig, RulesConfig):
+class GenerateConfig(RulesConfig, RowsConfig):
     """`expo generate`: answer a task's prompts. The decoding defaults are the paper's.
 
-    What answers is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads.
+    The model is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads.
     """
 
-    model: str | None = None
-    """The model that answers: a directory, a hub id, or `id@revision`; for openai the server's name for it."""
-    sft: str | None = None
-    """The SFT checkpoint θ_sft of the θ(α) that answers."""
-    dpo: str | None = None
-    """The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it."""
-    alpha: float | None = None
-    """The extrapolation strength."""
-    name: str | None = None
-    """Name of the output files and of the generator in them. Default: the model's, or `<DPO name>-ExPO-a<alpha>`."""
-    engine: str = "auto"
-    """auto takes vLLM where it is installed and can run, else transformers."""
-    base_url: str | None = None
-    """The openai engine's server, as `http://localhost:8000/v1`; the key is read from OPENAI_API_KEY alone."""
-    concurrency: int = 32
-    """Most requests the openai engine has under way at once."""
-    engine_arg: tuple[str, ...] = ()
-    """`KEY=VALUE` pairs handed to the engine as they are (VALUE read as JSON where it is JSON)."""
-    dataset: str | None = None
-    """The task's prompts from elsewhere: a local file or a hub dataset id."""
-    system: str | None = None
-    """A system message put before every prompt."""
-    n: int = 1
-    """Samples per prompt."""
-    tensor_parallel: int | None = None
-    """GPUs one vLLM engine is spread over. Default: all."""
-    batch_tokens: int = 16384
-    """Token budget (prompt and answer, padding counted) of one batch of the transformers engine."""
-    temperature: float | None = None
-    """Softmax temperature; 0 decodes greedily. Default: the row's category's where the task has some, else 0.7."""
-    top_k: int = 50
-    """Sample among the k likeliest tokens; −1 or 0 for all. −1 sends the openai engine's server no field of vLLM's."""
-    top_p: float = 0.9
-    """Sample within this probability mass."""
-    presence_penalty: float = 0.1
-    """Subtracted from the logit of every token generated before."""
-    frequency_penalty: float = 0.1
-    """Subtracted from a token's logit once per time it was generated."""
-    seed: int = 42
-    """Seed of all random numbers."""
-    seed_mode: SeedMode = "row"
-    """row: each row draws from a seed made of `seed`, its prompt's id and its sample, the same for every model and α;
-    shared: every request has `seed` itself (sample j has seed + j), as the paper's code does."""
-    max_tokens: int = 2048
-    """Most new tokens per answer."""
-    stop_token_id: tuple[int, ...] = ()
-    """Further token ids that end an answer."""
+    model: Annotated[
+        str | None,
+        Setting("The model: a directory, hub id, or id@revision; for openai, its name on the server.", metavar="MODEL"),
+    ] = None
+    sft: Annotated[
+        str | None,
+        Setting(
+            "Instead of --model, θ(α) made while the engine loads: the SFT checkpoint θ_sft.",
+            metavar="SFT",
+            needs="local",
+        ),
+    ] = None
+    dpo: Annotated[
+        str | None,
+        Setting(
+            "The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.",
+            metavar="DPO",
+            flags=("--aligned",),
+            needs="local",
+        ),
+    ] = None
+    alpha: Annotated[float | None, Setting("Extrapolation strength α.", metavar="A", needs="local")] = None
+    name: Annotated[
+        str | None,
+        Setting(
+            "Name of the output and its generator. [default: the model's, or <DPO name>-ExPO-a<A>]", metavar="NAME"
+        ),
+    ] = None
+    engine: Annotated[
+        str, Setting("Inference engine; auto is vLLM where it is installed and can run, else transformers.")
+    ] = "auto"
+    base_url: Annotated[
+        str | None,
+        Setting(
+            "URL of the openai engine's server, whose API key is read from OPENAI_API_KEY.",
+            metavar="URL",
+            needs="server",
+        ),
+    ] = None
+    concurrency: Annotated[
+        int, Setting("Maximum number of concurrent requests (openai).", metavar="N", needs="server")
+    ] = 32
+    engine_arg: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.",
+            metavar="KEY=VALUE",
+            changes="rows",
+            absent=(),
+            needs="engine_arg",
+        ),
+    ] = ()
+    dataset: Annotated[
+        str | None, Setting("Read the task's prompts from a local file or another hub dataset.", metavar="PATH|ID")
+    ] = None
+    system: Annotated[
+        str | None, Setting("System message put before every prompt.", metavar="TEXT", changes="rows", absent=None)
+    ] = None
+    n: Annotated[int, Setting("Number of samples per prompt.", metavar="N", changes="rows", absent=1)] = 1
+    tensor_parallel: Annotated[
+        int | None, Setting("Number of GPUs per engine (vllm). [default: all]", metavar="N", needs="tensor_parallel")
+    ] = None
+    batch_tokens: BatchTokens = 16384
+    temperature: Annotated[
+        float | None,
+        Setting(
+            f"Sampling temperature; 0 is greedy decoding. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]",
+            changes="rows",
+            absent=None,
+        ),
+    ] = None
+    top_k: Annotated[
+        int,
+        Setting(
+            "Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).",
+            changes="rows",
+            absent=50,
+        ),
+    ] = 50
+    top_p: Annotated[
+        float, Setting("Sample from the most likely tokens of this total probability.", changes="rows", absent=0.9)
+    ] = 0.9
+    presence_penalty: Annotated[float, Setting("Presence penalty on generated tokens.", changes="rows", absent=0.1)] = (
+        0.1
+    )
+    frequency_penalty: Annotated[
+        float, Setting("Frequency penalty on generated tokens.", changes="rows", absent=0.1)
+    ] = 0.1
+    seed: Annotated[int, Setting("Seed of all random numbers.", changes="rows", absent=42)] = 42
+    seed_mode: Annotated[
+        SeedMode,
+        Setting(
+            "row: each row has a seed of its own, the same for every model and α; shared: every request has --seed.",
+            changes="rows",
+            absent="shared",
+        ),
+    ] = "row"
+    max_tokens: Annotated[
+        int, Setting("Maximum number of new tokens per answer.", metavar="N", changes="rows", absent=2048)
+    ] = 2048
+    stop_token_id: Annotated[
+        tuple[int, ...],
+        Setting("Additional token id that ends an answer; repeatable.", metavar="ID", changes="rows", absent=()),
+    ] = ()
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -315,11 +450,9 @@ class GenerateConfig(RowsConfig, RulesConfig):
         )
         require(self.top_k >= -1, f"--top-k must be -1 or more, not {self.top_k}")
         require(0 < self.top_p <= 1, f"--top-p must lie in (0, 1], not {self.top_p}")
-        for flag, penalty in (
-            ("--presence-penalty", self.presence_penalty),
-            ("--frequency-penalty", self.frequency_penalty),
-        ):
-            require(-2 <= penalty <= 2, f"{flag} must lie in [-2, 2], not {penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            penalty = getattr(self, name)
+            require(-2 <= penalty <= 2, f"{flag(name)} must lie in [-2, 2], not {penalty}")
         require_choice("--seed-mode", self.seed_mode, SeedMode)
         require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
         require(self.max_tokens > 0, f"--max-tokens must be positive, not {self.max_tokens}")
@@ -337,16 +470,16 @@ class GenerateConfig(RowsConfig, RulesConfig):
 
     def _require_source(self) -> None:
         pair = {"--sft": self.sft, "--dpo": self.dpo, "--alpha": self.alpha}
-        given = [flag for flag, value in pair.items() if value is not None]
+        given = [name for name, value in pair.items() if value is not None]
         if self.model is None:
-            lacking = ", ".join(flag for flag in pair if flag not in given)
-            require(bool(given), "what answers is missing: give --model, or --sft, --dpo and --alpha")
+            lacking = ", ".join(name for name in pair if name not in given)
+            require(bool(given), "no model given: pass --model, or --sft, --dpo and --alpha")
             require(not lacking, f"θ(α) is made from --sft, --dpo and --alpha: {lacking} is missing")
         else:
-            rules = [
-                f"--{name}".replace("_", "-") for name in RULES if getattr(self, name) != getattr(RulesConfig, name)
-            ]
-            require(not given, f"--model answers as it is, and {', '.join(given)} make another model: give either")
+            rules = [flag(name) for name in RULES if getattr(self, name) != getattr(RulesConfig, name)]
+            require(
+                not given, f"--model and {', '.join(given)} are two models: give --model, or --sft, --dpo and --alpha"
+            )
             require(not rules, f"{', '.join(rules)} is for --sft, --dpo and --alpha, not for --model")
         _ = self.theta  # made once, so that it is checked
 
@@ -363,20 +496,29 @@ class GenerateConfig(RowsConfig, RulesConfig):
 class ScoreConfig(RowsConfig):
     """`expo score`: rate a generate output with a reward model."""
 
-    name: str
-    """Name of the output to score, as given to (or made by) `expo generate`."""
-    outputs: str | None = None
-    """The file to score, where it is not `outputs_<task>/<name>`."""
-    dataset: str | None = None
-    """The questions from elsewhere, for mtbench, whose answers come without them: a local file or a hub dataset id."""
-    reward_model: str = "weqweasdas/RM-Mistral-7B"
-    """The reward model: a directory, a hub id, or `id@revision`; one label."""
-    engine: str = "auto"
-    """The engine that runs the reward model."""
-    batch_tokens: int = 16384
-    """Token budget of one batch, padding counted."""
-    max_length: int | None = None
-    """Longest conversation in tokens; longer ones lose their end and are marked. Default: the model's own."""
+    name: Annotated[
+        str, Setting("Name of the output to score, as given to or chosen by `expo generate`.", metavar="NAME")
+    ]
+    outputs: Annotated[
+        str | None, Setting("The file to score, if it is not outputs_<task>/<name>.", metavar="FILE")
+    ] = None
+    dataset: Annotated[
+        str | None, Setting("Read mtbench's questions from a local file or another hub dataset.", metavar="PATH|ID")
+    ] = None
+    reward_model: Annotated[
+        str, Setting("The reward model, which has one label: a directory, hub id, or id@revision.", metavar="RM")
+    ] = "weqweasdas/RM-Mistral-7B"
+    engine: Annotated[str, Setting("Engine that runs the reward model.")] = "auto"
+    batch_tokens: BatchTokens = 16384
+    max_length: Annotated[
+        int | None,
+        Setting(
+            "Maximum conversation length in tokens; longer ones lose their end. [default: the model's own]",
+            metavar="N",
+            changes="rows",
+            absent=None,
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -9,10 +9,11 @@ import dataclasses
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_origin, get_type_hints
 
 from expo.config import COMMANDS, ThetaConfig
 from expo.errors import InputError
+from expo.settings import settings_of
 
 Tables: TypeAlias = dict[str, dict[str, Any]]
 
@@ -71,7 +72,7 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
         if any(isinstance(one, str) and "\0" in one for one in each):
             raise InputError(f"{path}: {key!r} in [{table}] holds a NUL character, which no path or name may have")
         if any(isinstance(one, bool) for one in each) and key not in switches:
-            raise InputError(f"{path}: {key!r} in [{table}] is no switch: it takes a value, not true or false")
+            raise InputError(f"{path}: {key!r} in [{table}] expects a value, not true or false")
         values[key] = [value] if repeatable and not isinstance(value, list) else value
     return values
 
@@ -95,17 +96,15 @@ def values_for(command: str, tables: Tables) -> dict[str, Any]:
     return {**shared, **tables.get(command, {})}
 
 
-LOADER_KEYS: dict[str, tuple[type, ...]] = {
-    "sft": (str,),
-    "alpha": (int, float),
-    "dpo": (str,),
-    "alpha_for": (list, tuple),
-    "exclude": (list, tuple),
-    "missing": (str,),
-    "vocab": (str,),
-    "allow_pickle": (bool,),
-    "allow_nonfinite": (bool,),
-}
+def _types_in_json(kind: Any) -> tuple[type, ...]:  # noqa: ANN401 - a type
+    if get_origin(kind) is tuple:
+        return list, tuple
+    if get_origin(kind) is Literal:
+        return (str,)
+    return (int, float) if kind is float else (kind,)
+
+
+LOADER_KEYS = {name: _types_in_json(get_type_hints(ThetaConfig)[name]) for name in settings_of(ThetaConfig)}
 """What `--model-loader-extra-config` of vLLM's `--load-format expo` may hold, and of which type."""
 
 

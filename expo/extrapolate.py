@@ -28,7 +28,8 @@ from expo.config import ExtrapolateConfig
 from expo.disk import Background, reading_ahead
 from expo.durable import Row
 from expo.errors import EnvironmentFailure, InputError
-from expo.output.manifest import Origin, card, delta_figures, manifest, result_settings, vocabulary_rows
+from expo.fingerprint import Fingerprint
+from expo.output.manifest import Origin, card, delta_figures, manifest, vocabulary_rows
 from expo.output.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.output.writer import (
     CARD_FILE,
@@ -41,6 +42,7 @@ from expo.output.writer import (
     is_complete,
 )
 from expo.progress import Progress, bytes_bar
+from expo.settings import absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
 from expo.theta.layout import index_json
 from expo.theta.pair import find_pair, pair_rules, plan_located
@@ -204,7 +206,8 @@ def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
 def _plan_output(
     config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
 ) -> Output:
-    made_from = {"format": FORMAT, **result_settings(config, alpha), **sources}
+    values = {"format": FORMAT, "alpha": alpha, **recorded(config, "weights"), **sources}
+    made_from = Fingerprint(values, absent_values(config, "weights"))
     complete = is_complete(folder, made_from, overwrite=config.overwrite)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)

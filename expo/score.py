@@ -27,11 +27,13 @@ from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, 
 from expo.engines.chat import ChatTokenizer, context_length
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
+from expo.fingerprint import Fingerprint
 from expo.parts import Part, read_part
 from expo.rows import EngineKeeper
 from expo.rows import run as run_job
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
+from expo.settings import absent_values, recorded
 from expo.stats import mean_and_standard_error
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
@@ -303,9 +305,7 @@ def plan(config: ScoreConfig) -> ScoreJob:
         "reward_model": source_fingerprint(location),
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
-        "dtype": config.dtype,
-        "max_length": config.max_length,
-        "batch_tokens": config.batch_tokens,
+        **recorded(config, "rows", "batches"),
     }
     whole = ScoreJob(
         config=config,
@@ -317,7 +317,7 @@ def plan(config: ScoreConfig) -> ScoreJob:
         rows=tuple(_score_rows(conversations, tokenizer, longest, outputs)),
         setup=ScorerSetup(config, location.path, tokenizer.pad_id),
         files=files,
-        fingerprint=made_from,
+        fingerprint=Fingerprint(made_from, absent_values(config, "rows", "batches")),
     )
     return whole if config.part is None else whole.share(read_part(config.part, {}))
 

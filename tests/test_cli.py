@@ -110,6 +110,30 @@ def test_a_refused_value_is_named(run: Callable[..., Result], args: tuple[str, .
     assert result.stderr.endswith(f"; it is {value} (see `expo extrapolate --help`)\n")
 
 
+SHARED = "--config --debug --dry-run --json --overwrite --recipe"
+PAIR = f"{SHARED} --aligned --allow-pickle --device --dpo --sft"
+RULES = "--allow-nonfinite --alpha --alpha-for --exclude --missing --vocab"
+ROWS = f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
+FLAGS = {
+    "extrapolate": f"{PAIR} {RULES} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub"
+    " --verify --workers",
+    "generate": f"{PAIR} {RULES} {ROWS} --base-url --concurrency --data-parallel --engine-arg --frequency-penalty"
+    " --join --max-tokens --model --n --part --presence-penalty --seed --seed-mode --stop-token-id --system --temperature"
+    " --tensor-parallel --top-k --top-p --trust-remote-code",
+    "score": f"{ROWS} --data-parallel --join --part --max-length --outputs --reward-model --trust-remote-code",
+    "inspect": f"{PAIR} --output --workers",
+    "recipes": "--debug --json",
+}
+ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "recipes": {"names"}}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_of_every_command(command: str) -> None:
+    params = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    spellings = {word for param in params for word in (*param.opts, *param.secondary_opts)}
+    assert spellings == {*FLAGS[command].split(), *ARGUMENTS.get(command, ())}
+
+
 # --- exit codes ---------------------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ def test_a_flag_can_turn_off_what_a_file_turns_on(resolve: Callable[..., Extrapo
         ('[extrapolate]\nexclude = ["a", "a\\u0000b"]', "'exclude' in [extrapolate] holds a NUL character"),
         (
             "[extrapolate]\nalpha = [0.1, true]",
-            "'alpha' in [extrapolate] is no switch: it takes a value, not true or false",
+            "'alpha' in [extrapolate] expects a value, not true or false",
         ),
         ("[extrapolate]\noutput = ['a', 'b']", "'output' in [extrapolate] takes one value, not ['a', 'b']"),
         ("[extrapolate]\nsft.path = 'a'", "'sft' in [extrapolate] takes one value"),

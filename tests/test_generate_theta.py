@@ -186,10 +186,10 @@ def test_the_same_weights_twice_are_refused(llama_pair, task, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "what answers is missing: give --model, or --sft, --dpo and --alpha"),
+        ({}, "no model given: pass --model, or --sft, --dpo and --alpha"),
         ({"sft": "s"}, "θ(α) is made from --sft, --dpo and --alpha: --dpo, --alpha is missing"),
         ({"sft": "s", "dpo": "d"}, "--alpha is missing"),
-        ({"model": "m", "alpha": 0.3}, "--model answers as it is, and --alpha make another model: give either"),
+        ({"model": "m", "alpha": 0.3}, "--model and --alpha are two models: give --model, or --sft, --dpo and --alpha"),
         ({"model": "m", "exclude": ("a",)}, "--exclude is for --sft, --dpo and --alpha, not for --model"),
         ({"model": "m", "allow_pickle": True}, "--allow-pickle is for --sft, --dpo and --alpha"),
         ({"sft": "s", "dpo": "d", "alpha": float("inf")}, "--alpha must be a finite number, not inf"),
@@ -262,4 +262,4 @@ def test_what_counts_most_decides_what_answers(resolve, flags: str, toml: str, e
 
 def test_a_flag_for_each_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", "alpaca", "--model", "m", "--alpha", "0.5", "--recipe", "zephyr-7b-beta"]) == 2
-    assert "--model answers as it is, and --alpha" in capsys.readouterr().err
+    assert "--model and --alpha are two models" in capsys.readouterr().err

@@ -368,7 +368,7 @@ def test_the_plan_asks_no_server(server, prompt_file, tmp_path, capsys):
 
 def test_a_key_that_cannot_be_sent_is_refused_unseen(generate, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-first-half\nsk-second-half")
-    with pytest.raises(InputError, match=r"OPENAI_API_KEY holds a character that no key has$"):
+    with pytest.raises(InputError, match=r"OPENAI_API_KEY contains invalid characters$"):
         generate()
 
 

@@ -211,7 +211,7 @@ def require_usable_token() -> None:
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"[!-~]*", get_token() or ""):
-        raise InputError(f"the hub token holds a character that no token has; {TOKEN_ADVICE}")
+        raise InputError(f"the hub token contains invalid characters; {TOKEN_ADVICE}")
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:

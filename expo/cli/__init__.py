@@ -1,4 +1,4 @@
-"""The program: a module per command, which declares its options; `program.py` wires them together."""
+"""The program: a module per command; `options.py` makes their options of the config classes, `program.py` wires all."""
 
 from expo.cli.program import main, run
 

@@ -6,21 +6,7 @@ import logging
 
 import typer
 
-from expo.cli.options import (
-    AllowPickleOption,
-    ConfigOption,
-    DebugOption,
-    DeviceOption,
-    DpoOption,
-    DryRunOption,
-    JsonOption,
-    OverwriteOption,
-    PictureOption,
-    RecipeOption,
-    SftOption,
-    WorkersOption,
-    settings_from,
-)
+from expo.cli.options import options_of, settings_from
 from expo.cli.printing import print_data, print_result
 from expo.config import InspectConfig
 
@@ -33,22 +19,8 @@ EXAMPLES = (
 )
 
 
-def command(
-    ctx: typer.Context,
-    *,
-    sft: SftOption,
-    dpo: DpoOption,
-    output: PictureOption = InspectConfig.output,
-    device: DeviceOption = InspectConfig.device,
-    workers: WorkersOption = InspectConfig.workers,
-    allow_pickle: AllowPickleOption = InspectConfig.allow_pickle,
-    overwrite: OverwriteOption = InspectConfig.overwrite,
-    dry_run: DryRunOption = InspectConfig.dry_run,
-    as_json: JsonOption = False,
-    config_file: ConfigOption = None,
-    recipe: RecipeOption = None,
-    debug: DebugOption = False,
-) -> None:
+@options_of(InspectConfig)
+def command(ctx: typer.Context, *, as_json: bool) -> None:
     """Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits."""
     settings = settings_from(ctx, InspectConfig)
     from expo import inspection as verb

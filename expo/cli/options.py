@@ -1,6 +1,6 @@
-"""Options that several commands share, declared once; `commands/` has those of one command alone.
+"""The options of the commands: made of the fields of their config classes, and those that are no settings.
 
-Options are read from the context (`settings_from`), by the names of the config fields they fill.
+They are read from the context again (`settings_from`), by the names of the fields.
 
 A config file's and a recipe's values become typer's defaults, so that they are checked as flags are.
 """
@@ -8,16 +8,21 @@ A config file's and a recipe's values become typer's defaults, so that they are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from expo import config, config_files, recipes
 from expo.files import shown
+from expo.settings import POSITIONAL, Setting, flag, settings_of
 
+Command: TypeAlias = Callable[..., None]
+"""What a command does: takes the context and `as_json`."""
 Config = TypeVar("Config", bound=config.CommonConfig)
 
 log = logging.getLogger("expo")
@@ -59,63 +64,78 @@ ConfigOption = Annotated[
         metavar="FILE.toml",
         is_eager=True,
         callback=_use_config,
-        help="Settings from a file: one table per command, and [common].",
+        help="Read settings from a file with a table per command, and [common].",
     ),
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Settings of a known model."),
+    typer.Option(
+        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Take the settings of a known model."
+    ),
 ]
 DebugOption = Annotated[
-    bool, typer.Option("--debug", is_eager=True, callback=_set_debug, help="Tracebacks and the engines' logs.")
+    bool, typer.Option("--debug", is_eager=True, callback=_set_debug, help="Show tracebacks and the engines' logs.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output made with other settings, once the new one is whole.")
-]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where tensors are computed.")]
-SftOption = Annotated[str, typer.Option(metavar="SFT", help="θ_sft: a directory, hub id, or id@revision.")]
-DpoOption = Annotated[
-    str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft, or its LoRA adapter.")
-]
-WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")]
-AlphaForOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="REGEX=A", help="Tensors with an α of their own; repeatable, first match wins."),
-]
-ExcludeOption = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Tensors copied from DPO; repeatable.")]
-MissingOption = Annotated[config.Missing, typer.Option(help="Tensors that SFT lacks: refuse, or copy from DPO.")]
-VocabOption = Annotated[
-    config.Vocab, typer.Option(help="Vocabularies of different size: refuse, or extrapolate the common rows.")
-]
-AllowNonfiniteOption = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Take NaN and infinity in θ(α) instead of refusing them.")
-]
-AllowPickleOption = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .bin weights (pickles) where there are no others.")
-]
-PictureOption = Annotated[str | None, typer.Option(metavar="FILE", help="A picture to draw: .png, .svg or .pdf.")]
-TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.")
-]
-OutputDirOption = Annotated[str, typer.Option(metavar="DIR", help="Holds outputs_<task>/ and rewards_<task>/.")]
-LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Only the first N prompts; extends later.")]
-ModelDtypeOption = Annotated[config.Dtype, typer.Option(help="Data type the model runs in.")]
-ChatTemplateOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Jinja file used instead of the model's own chat template.")
-]
-TrustRemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
-DataParallelOption = Annotated[
-    int, typer.Option(metavar="N", help="Processes that share the rows, each with GPUs of its own.")
-]
-PartOption = Annotated[
-    str | None, typer.Option(metavar="i/N|slurm", help="Do the i-th of N parts of the rows, from 0.")
-]
-JoinOption = Annotated[int | None, typer.Option(metavar="N", help="Check that all N parts are there and join them.")]
-BatchTokensOption = Annotated[
-    int, typer.Option(metavar="N", help="Token budget of one batch of the transformers engine.")
-]
+
+NO_SETTINGS: dict[str, tuple[Any, object]] = {
+    "as_json": (JsonOption, False),
+    "config_file": (ConfigOption, None),
+    "recipe": (RecipeOption, None),
+    "debug": (DebugOption, False),
+}
+"""The options of every command with settings that are none themselves, and their defaults."""
+
+
+def options_of(
+    kind: type[config.CommonConfig], engines: Iterable[str] = ()
+) -> Callable[[Command], Callable[..., None]]:
+    """Give a command an option (or argument) for every setting of a config class, and those of `NO_SETTINGS`.
+
+    Args:
+        kind: The config class.
+        engines: What `--engine` takes beside auto, where there is one.
+
+    Returns:
+        A decorator for the command, which takes the context, to make the settings from, and whether to print JSON.
+        Typer reads a function's signature: that of the result has a parameter per option.
+    """
+
+    def decorate(command: Command) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_options(ctx: typer.Context, as_json: bool, **_others: object) -> None:
+            command(ctx, as_json=as_json)
+
+        kinds, defaults = get_type_hints(kind), {field.name: field.default for field in dataclasses.fields(kind)}
+        known = settings_of(kind)
+        if "engine" in known:
+            known = {**known, "engine": dataclasses.replace(known["engine"], metavar="|".join(["auto", *engines]))}
+        settings = {name: _option(name, one, kinds[name], defaults[name]) for name, one in known.items()}
+        with_options.__signature__ = Signature(  # type: ignore[attr-defined]
+            [
+                Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+                *(
+                    Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=default)
+                    for name, (hint, default) in {**settings, **NO_SETTINGS}.items()
+                ),
+            ]
+        )
+        with_options.__annotations__ = {}
+        return with_options
+
+    return decorate
+
+
+def _option(name: str, setting: Setting, kind: Any, default: object) -> tuple[Any, object]:  # noqa: ANN401 - a type
+    """A setting as typer has it: an annotation, and a default; booleans are switches, tuples are repeatable."""
+    default = Parameter.empty if default is dataclasses.MISSING else default
+    text: dict[str, Any] = {"metavar": setting.metavar, "help": setting.help}
+    if name == POSITIONAL:
+        return Annotated[kind, typer.Argument(**text)], default
+    if get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+    spelling = f"{flag(name)}/--no-{flag(name)[2:]}" if default is True else flag(name)
+    return Annotated[kind, typer.Option(spelling, *setting.flags, **text)], default
 
 
 def given_names(ctx: typer.Context) -> tuple[set[str], set[str], set[str], set[str]]:

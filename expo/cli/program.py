@@ -1,4 +1,4 @@
-"""The command line: wiring, streams, exit codes. `commands/` declares; the verbs decide.
+"""The command line: wiring, streams, exit codes. Config classes declare; the verbs decide.
 
 stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr.
 To add a command, write its module and config class, name it in `config.COMMANDS`, and add it to COMMANDS.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -199,16 +199,16 @@ class EngineSpec:
     can: frozenset[str] = frozenset()
     """What settings may ask of it (`Setting.needs`): `local` (it runs here, on a model folder), `server` (it asks one),
     `engine_arg`, `tensor_parallel`."""
-    row_settings: tuple[str, ...] = ()
-    """Settings that change its rows, beside those that change every engine's."""
+    pads: bool = False
+    """Whether it pads rows to batches, so that what changes batches changes rows in their last bits."""
+    absent: Mapping[str, object] = field(default_factory=dict)
+    """Setting → the value that its outputs without it were made with, where that is not `Setting.absent`."""
     why_not: str | None = None
     """Says why it cannot run here, None where it can; without one it always can."""
     settle: str | None = None
     """Resolves settings whose default hangs on this machine: (config, model folder) → config."""
     context_limit: str | None = None
     """The longest sequence that its arguments leave: config → tokens, or None."""
-    batches_matter: Callable[[GenerateConfig], bool] = lambda _config: False
-    """Whether rows depend on the batch they are generated in."""
 
     def call(self, function: str, *arguments: object) -> Any:  # noqa: ANN401 - as the function says
         """Call one of the functions that are named here; None where there is none."""
@@ -231,9 +231,9 @@ GENERATORS = {
     "transformers": EngineSpec(
         "expo.engines.transformers:TransformersGenerator",
         can=frozenset({"local"}),
-        row_settings=("batch_tokens",),
+        pads=True,
+        absent={"seed_mode": "row"},
         settle="expo.engines.torch_tools:with_run_dtype",
-        batches_matter=lambda config: config.dtype != "float32",
     ),
     "openai": EngineSpec("expo.engines.openai:OpenaiGenerator", can=frozenset({"server"})),
 }

@@ -270,7 +270,7 @@ def api_key() -> str:
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise InputError("OPENAI_API_KEY holds a character that no key has")
+        raise InputError("OPENAI_API_KEY contains invalid characters")
     return key or NO_KEY
 
 

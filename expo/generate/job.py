@@ -25,7 +25,8 @@ from expo.engines import (
 )
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
-from expo.generate.model import Model, find_model, plain, require_fitting
+from expo.fingerprint import Fingerprint
+from expo.generate.model import Model, find_model, require_fitting
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
 from expo.redact import without_secrets
@@ -33,13 +34,8 @@ from expo.rows import EngineKeeper
 from expo.rows import run as run_job
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
+from expo.settings import absent_values, recorded
 from expo.tasks import Answer, Prompt, Task, find_task, load_prompts, read_outputs, read_rows
-
-RESULT_SETTINGS = (
-    *("dtype", "engine_arg", "system", "n", "temperature", "top_k", "top_p", "presence_penalty"),
-    *("frequency_penalty", "seed", "seed_mode", "max_tokens", "stop_token_id"),
-)
-"""The settings that change the rows, beside the model, the task and the engine."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +230,9 @@ class GenerateJob(RowJob):
             for number, row in enumerate(rows)
             if not self.is_answered(row)
         ]
-        # A longer run batches its rows otherwise than the one it extends.
-        repeatable = figures.repeatable and not (extends and self.spec.batches_matter(self.config))
+        # A longer run batches its rows otherwise than the one it extends, which padded rows show below float32.
+        batches_matter = self.spec.pads and self.config.dtype != "float32"
+        repeatable = figures.repeatable and not (extends and batches_matter)
         return {
             "command": self.verb,
             "name": self.name,
@@ -329,7 +326,8 @@ def plan(config: GenerateConfig) -> GenerateJob:
         "dataset_sha256": dataset_sha256,
         "engine": engine,
         **model.fingerprint,
-        **{key: plain(getattr(config, key)) for key in (*RESULT_SETTINGS, *spec.row_settings)},
+        **recorded(config, "rows"),
+        **(recorded(config, "batches") if spec.pads else {}),
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
     whole = GenerateJob(
@@ -344,6 +342,6 @@ def plan(config: GenerateConfig) -> GenerateJob:
         setup=GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta),
         files=files,
         name=name,
-        fingerprint=made_from,
+        fingerprint=Fingerprint(made_from, {**absent_values(config, "rows", "batches", "weights"), **spec.absent}),
     )
     return whole if config.part is None else whole.share(read_part(config.part, {}))

@@ -18,17 +18,10 @@ from expo.durable import Row
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
 from expo.errors import InputError
+from expo.settings import flag, recorded, settings_of
 from expo.tasks import Message
 from expo.theta.adapter.folders import is_adapter
 from expo.theta.pair import ThetaPlan, plan_theta
-
-NEEDS = {
-    **dict.fromkeys(("chat_template", "device", "dtype", "trust_remote_code", "sft", "dpo", "alpha"), "local"),
-    **dict.fromkeys(("base_url", "concurrency"), "server"),
-    "engine_arg": "engine_arg",
-    "tensor_parallel": "tensor_parallel",
-}
-"""What a setting asks of the engine, where not every one has it."""
 
 
 @dataclass(frozen=True)
@@ -120,20 +113,16 @@ def require_fitting(config: GenerateConfig, engine: str, spec: EngineSpec) -> No
         InputError: There is one, or an engine that asks a server has no URL.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, needed in NEEDS.items():
-        if needed not in spec.can and getattr(config, name) != defaults[name]:
-            engines = [other for other, its in GENERATORS.items() if needed in its.can]
-            flag = f"--{name.replace('_', '-')}"
-            plural = "s" if len(engines) > 1 else ""
-            raise InputError(f"{flag} is for the {' and '.join(engines)} engine{plural}, and this run uses {engine}")
+    for name, setting in settings_of(GenerateConfig).items():
+        if setting.needs not in (None, *spec.can) and getattr(config, name) != defaults[name]:
+            able = [other for other, its in GENERATORS.items() if setting.needs in its.can]
+            plural = "s" if len(able) > 1 else ""
+            raise InputError(f"{flag(name)} is for the {' and '.join(able)} engine{plural}, and this run uses {engine}")
     if "server" in spec.can and config.base_url is None:
         raise InputError(f"--engine {engine} needs the server's --base-url, such as http://localhost:8000/v1")
 
 
 # --- what it is made of -------------------------------------------------------------------------------------------
-
-RESULT_RULES = ("alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
-"""The rules that change θ(α)."""
 
 
 @dataclass(frozen=True)
@@ -190,15 +179,10 @@ def _theta_source(config: ThetaConfig, output: Path) -> Source:
     fingerprint = {
         **{side: source_fingerprint(location) for side, location in sides.items()},
         "alpha": config.alpha,
-        **{name: plain(getattr(config, name)) for name in RESULT_RULES},
+        **recorded(config, "weights"),
     }
     record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha}
     return Source(folder, theta.name, fingerprint, record, theta)
-
-
-def plain(value: object) -> object:
-    """A setting as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _record(location: Location) -> Row:

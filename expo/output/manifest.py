@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from expo import __version__
+from expo.arguments import shown
 from expo.checkpoint.hub import Location
 from expo.config import ExtrapolateConfig
 from expo.durable import Row
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
+from expo.settings import changing, recorded
 from expo.theta.plan import PairPlan
-
-RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
-"""Settings that change the result, beside α and the sources."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,6 @@ def vocabulary_rows(pair: PairPlan) -> Row:
     return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
 
 
-def result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
-    """The settings that change one output, as plain data."""
-    values = {name: getattr(config, name) for name in RESULT_SETTINGS}
-    return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
-
-
 def _source_names(work: Origin) -> Row:
     """The sources as they were given; of a path its last part, since the rest says nothing to others."""
     config = work.config
@@ -77,7 +69,7 @@ def manifest(
     content = {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": {**_source_names(work), **result_settings(work.config, alpha)},
+        "config": {**_source_names(work), "alpha": alpha, **recorded(work.config, "weights")},
         "alpha": alpha,
         "fingerprint": fingerprint,
         "sources": {
@@ -119,15 +111,8 @@ def card(work: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
 
 
 def _command(work: Origin, alpha: float) -> str:
-    words = ["expo", "extrapolate"]
-    for flag, location in (("--sft", work.sft), ("--dpo", work.dpo)):
-        words += [flag, f"{location.hub_id}@{location.revision}" if location.hub_id else location.name]
-    words += ["--alpha", repr(alpha)]
-    for name in RESULT_SETTINGS:
-        value, flag = getattr(work.config, name), "--" + name.replace("_", "-")
-        if isinstance(value, tuple):
-            words += [word for item in value for word in (flag, item)]
-        elif value != getattr(ExtrapolateConfig, name):
-            words += [flag] if value is True else [flag, value]
-    words += ["--allow-pickle"] if work.config.allow_pickle else []
-    return shlex.join(words)
+    """The command that makes this output of the same revisions, whatever else was made in the run."""
+    names = (*changing(ExtrapolateConfig, "weights"), "allow_pickle")
+    sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else one.name for one in (work.sft, work.dpo))
+    settings = {name: getattr(work.config, name) for name in names}
+    return shown("extrapolate", ExtrapolateConfig(sft=sft, dpo=dpo, alpha=(alpha,), **settings))
