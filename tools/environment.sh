@@ -1,6 +1,6 @@
 # Sourced by demo/run.sh and tests/run.sh: makes .venv with expo in it, once, and puts it first on PATH.
 # PYTHON chooses the interpreter (3.11 or later), EXPO_VENV the folder. Nothing outside that folder is changed. With uv
-# on PATH it installs, else pip does; each is configured as always (UV_INDEX_URL …, PIP_INDEX_URL …).
+# on PATH it installs, else pip does.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${EXPO_VENV:-$root/.venv}
@@ -22,6 +22,9 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
+# uv reads its own settings only; where they are not made, those of pip hold.
+if [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
+if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}; fi
 has_uv() { command -v uv >/dev/null; }
 
 make_venv() { # PYTHON; with pip in it, whoever makes it
