@@ -1,4 +1,4 @@
-"""Fixtures: the real trained trio, real data, and a tiny random Llama pair made offline."""
+"""Fixtures: a trained trio, data as others publish it, and a tiny random Llama pair, all made offline."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import helpers
+import made_inputs
 import pytest
 from hub_server import WRITER, FakeHub
+from made_inputs import Inputs
 
 from expo.cli import program as cli
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_configure() -> None:
@@ -24,12 +24,18 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need what this machine lacks skip themselves, saying so."""
+    """Tests that need what this machine lacks skip themselves, saying so; side by side, the long ones come first."""
     for item in items:
         for marker, reason in _lacking().items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            if "vllm" in item.keywords:
+                item.add_marker(pytest.mark.xdist_group("vllm"))  # they share engines, and each needs a core
+        items.sort(key=lambda item: ("vllm" not in item.keywords, "slow" not in item.keywords))
 
 
 @functools.cache
@@ -46,23 +52,22 @@ def _lacking() -> dict[str, str]:
     return lacking
 
 
-def _real(variable: str, default: Path, needed: str) -> Path:
-    folder = Path(os.environ.get(variable, default))
-    if not (folder / needed).exists():
-        pytest.skip(f"no {needed} in {folder}; set {variable}")
-    return folder
+@pytest.fixture(scope="session")
+def inputs(request: pytest.FixtureRequest) -> Inputs:
+    """The made inputs, or the real ones where a test asks for them, too (`on_real_inputs_too`)."""
+    return (made_inputs.real() if getattr(request, "param", "made") == "real" else None) or made_inputs.made()
 
 
 @pytest.fixture(scope="session")
-def trained() -> Path:
+def trained(inputs: Inputs) -> Path:
     """The folder of the trained trio: tiny-sft, tiny-dpo, tiny-rm."""
-    return _real("EXPO_TEST_MODELS", SHARED / "models", "tiny-rm")
+    return inputs.models
 
 
 @pytest.fixture(scope="session")
-def alpaca_data() -> Path:
-    """The folder of real AlpacaEval outputs and MT-Bench questions."""
-    return _real("EXPO_TEST_DATA", SHARED / "data", "alpaca_eval")
+def alpaca_data(inputs: Inputs) -> Path:
+    """The folder of AlpacaEval outputs and MT-Bench questions and answers."""
+    return inputs.data
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the contract of `expo.engines.Generator` speaks of, observed on engines: `observe.py SETTINGS ENGINE…`.
+"""What the contract of `expo.engines.Generator` speaks of, observed on engines: `observe.py SETTINGS STOP_IDS ENGINE…`.
 
 An engine is started once, and then asked in every way; the observations are rows as the journal has them, in the
 batches they came in. vLLM needs a process of its own, so they leave it as JSON.
@@ -53,8 +53,8 @@ class Engine:
         return came
 
 
-def observe(name: str, settings: dict[str, Any]) -> dict[str, Batches]:
-    """Ask one engine in every way."""
+def observe(name: str, settings: dict[str, Any], stop_ids: Sequence[int]) -> dict[str, Batches]:
+    """Ask one engine in every way; with `stop_ids` in one of them."""
     engine = Engine(name, settings)
     greedy, sampled = engine.plan(temperature=0.0), engine.plan(n=2)
     half = {request.key for request in sampled.requests[::2]}
@@ -69,13 +69,13 @@ def observe(name: str, settings: dict[str, Any]) -> dict[str, Batches]:
         "all done": engine.ask(sampled, done={request.key for request in sampled.requests}),
         "short": engine.ask(engine.plan(max_tokens=3, temperature=0.0)),
         "uneven": engine.ask(greedy, uneven),
-        "stopped": engine.ask(engine.plan(temperature=0.0, stop_token_id=tuple(range(260, 330)))),
+        "stopped": engine.ask(engine.plan(temperature=0.0, stop_token_id=tuple(stop_ids))),
     }
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    print(json.dumps({name: observe(name, settings) for name in sys.argv[2:]}))
+    settings, stop_ids = map(json.loads, sys.argv[1:3])
+    print(json.dumps({name: observe(name, settings, stop_ids) for name in sys.argv[3:]}))
 
 
 if __name__ == "__main__":

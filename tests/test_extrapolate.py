@@ -38,6 +38,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inputs import on_real_inputs_too
 from safetensors import safe_open
 
 from expo import extrapolate
@@ -361,6 +362,7 @@ def test_a_random_llama_loads_with_the_logits_of_one_made_in_memory(llama_pair: 
     assert text == "<s><|user|>w1</s><|assistant|>"
 
 
+@on_real_inputs_too
 def test_the_trained_pair(trained: Path, tmp_path: Path) -> None:
     pair = trained / "tiny-sft", trained / "tiny-dpo"
     write(pair, tmp_path / "{alpha}", 0.5, 0.0, -1.0)

@@ -13,7 +13,7 @@ from helpers import environment, run_python
 
 KILLS = Path(__file__).with_name("kills.py")
 ENGINES = {
-    "transformers": {"batch_tokens": 250},  # five batches
+    "transformers": {"batch_tokens": 150},  # five batches
     "vllm": {"engine_arg": ["max_num_seqs=4"]},
 }
 

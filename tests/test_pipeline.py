@@ -1,4 +1,4 @@
-"""The whole way on real input: a trained trio and real AlpacaEval instructions."""
+"""The whole way on trained models: extrapolate, generate, score, and the demo's curve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from made_inputs import on_real_inputs_too
 
 from expo import score
 from expo.config import ScoreConfig
@@ -17,6 +18,7 @@ from expo.config import ScoreConfig
 ROOT = Path(__file__).parents[1]
 
 
+@on_real_inputs_too
 def test_logits_are_those_of_a_model_extrapolated_in_memory(trained, tmp_path, run_expo):
     from transformers import AutoModelForCausalLM
 
@@ -29,7 +31,7 @@ def test_logits_are_those_of_a_model_extrapolated_in_memory(trained, tmp_path, r
         for s, d in zip(sft.parameters(), dpo.parameters(), strict=True):
             d.copy_((d + 0.5 * (d - s)).to(torch.bfloat16))  # float64, then one rounding to what the file holds
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
-    ids = torch.arange(1, 2000, 13)[None]
+    ids = torch.arange(1, dpo.config.vocab_size)[None]
     with torch.inference_mode():
         expected, logits = dpo(ids).logits, ours(ids).logits
     # the few weights beside a rounding boundary may lie one bfloat16 step off; without ExPO the gap is far larger
@@ -42,7 +44,7 @@ def test_logits_are_those_of_a_model_extrapolated_in_memory(trained, tmp_path, r
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_extrapolate_generate_score(trained, tmp_path, run_expo):
-    """θ(1) scores well above SFT on held-out real instructions, by more than three standard errors.
+    """θ(1) scores well above SFT on held-out prompts, by more than three standard errors.
 
     With vLLM, which auto takes here; the demo goes the same way with transformers.
 

