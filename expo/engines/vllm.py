@@ -27,7 +27,7 @@ import psutil
 from expo.checkpoint.folder import read_config
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Request
-from expo.engines.refusals import heard
+from expo.engines.refusals import LOAD_FORMAT, reraise_refusals
 from expo.engines.torch_tools import is_out_of_memory
 from expo.engines.watched import WatchedSteps
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
@@ -40,8 +40,6 @@ CPU_SETTINGS = {
 MIN_BATCHED_TOKENS = 2048
 SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization"})
 """Arguments that change how many rows run at once, and no row."""
-LOAD_FORMAT = "expo"
-"""Of `vllm_loader.py`, and the name of its entry point."""
 
 CLIENT_ERROR = "VLLMClientError"
 """Base class of vLLM's errors that the request causes."""
@@ -106,7 +104,7 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
     if setup.theta is not None:
         _make_loader_known(arguments)
     try:
-        with heard():
+        with reraise_refusals():
             return LLM(**arguments)
     except ExpoError:
         raise  # the loader's own

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from expo.engines.refusals import told
-from expo.engines.vllm import LOAD_FORMAT
+from expo.engines.refusals import LOAD_FORMAT, report_refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +58,7 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         from expo.theta.tensors import Theta
 
         self.counter_before_loading_weights = time.perf_counter()
-        with told():
+        with report_refusals():
             plan = self._plan(model_config).pair
             with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
                 for name, tensor in theta:
