@@ -44,7 +44,7 @@ SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gp
 CLIENT_ERROR = "VLLMClientError"
 """Base class of vLLM's errors about the request."""
 
-MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, reduces the memory needed"
+MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, needs less memory"
 
 MIN_CPU_KV_BYTES = 256 << 20
 CPU_SEQUENCES = 128
