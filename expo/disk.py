@@ -1,4 +1,4 @@
-"""What a disk is asked for beside plain reads and writes: room and bytes in advance, and work in the background."""
+"""Disk access beyond plain reads and writes: preallocation, read-ahead, and work in the background."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 
 MOST_PENDING = 8
-"""Tasks that may wait; each may hold a file open."""
+"""The maximum number of waiting tasks; each may hold a file open."""
 
 MOST_AHEAD_BYTES = 4 << 30
-"""Of one `reading_ahead`; what a disk gives in the seconds that torch takes to load."""
+"""For one `reading_ahead`: about what a disk reads in the seconds that importing torch takes."""
 AHEAD_STEP_BYTES = 32 << 20
 
 NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def preallocate(descriptor: int, nbytes: int) -> None:
-    """Take a file's room on the disk before it is written, where the file system can do that cheaply.
+    """Allocate a file's blocks before it is written, where the file system can do that cheaply.
 
-    A full disk shows at once, and writing into room that is there is faster. `os.posix_fallocate` is not used, since
-    where the file system has no such call the C library writes to every block instead.
+    A full disk is noticed at once, and writing to allocated blocks is faster. `os.posix_fallocate` is not used, since
+    on a file system without that call the C library writes to every block instead.
 
     Raises:
-        OSError: There is no room.
+        OSError: The disk is full.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
     if call is None or nbytes == 0:
@@ -41,7 +41,7 @@ def preallocate(descriptor: int, nbytes: int) -> None:
 
 @contextmanager
 def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
-    """Let the system read files into its cache, in order, while the body does something else; macOS cannot."""
+    """Have the system read files into its cache, in order, while the body does something else; not on macOS."""
     if not hasattr(os, "posix_fadvise"):
         yield
         return
@@ -58,7 +58,7 @@ def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
 def _read_ahead(files: Iterable[Path], ended: Event) -> None:
     left = MOST_AHEAD_BYTES
     for file in files:
-        with suppress(OSError), file.open("rb") as stream:  # whoever reads them in earnest says what is wrong
+        with suppress(OSError), file.open("rb") as stream:  # the code that needs the file reports what is wrong
             size = os.fstat(stream.fileno()).st_size
             for offset in range(0, min(size, left), AHEAD_STEP_BYTES):
                 if ended.is_set():
@@ -68,9 +68,9 @@ def _read_ahead(files: Iterable[Path], ended: Event) -> None:
 
 
 class Background:
-    """Work for the disk that goes on beside the rest, in order; a context manager that ends when it is done.
+    """Disk work that runs in a background thread, in order; a context manager that waits for it at the end.
 
-    What goes wrong in it is raised by the next `submit`, or at the end.
+    An error in it is raised by the next `submit`, or at the end.
     """
 
     def __init__(self) -> None:
@@ -87,13 +87,13 @@ class Background:
             task.result()
 
     def submit(self, action: Callable[..., object], *arguments: object) -> None:
-        """Do this next; waits while much is pending."""
+        """Queue a task; blocks while `MOST_PENDING` are waiting."""
         with self._lock:
             while self._pending and (self._pending[0].done() or len(self._pending) >= MOST_PENDING):
                 self._pending.popleft().result()
             self._pending.append(self._pool.submit(action, *arguments))
 
     def offer(self, action: Callable[..., object], *arguments: object) -> None:
-        """Do this if nothing else is pending."""
+        """Queue a task only if none is pending."""
         if all(task.done() for task in tuple(self._pending)):
             self.submit(action, *arguments)

@@ -1,6 +1,6 @@
-"""Files that are whole or absent, and text that is written the same each time: atomic writes, JSON, checksums.
+"""Files that are complete or absent, and text that is always written the same way: atomic writes, JSON, checksums.
 
-A final name only ever appears by `os.replace` of a file that is complete and on the disk.
+A final name only ever appears by `os.replace` of a file that is complete and on disk.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ HASH_BLOCK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
-    """Write a file (text as UTF-8) so that `path` holds the old content or the new one, never a part.
+    """Write a file (text as UTF-8) so that `path` has the old content or the new, never part of it.
 
     Raises:
-        EnvironmentFailure: Writing failed; `path` is as it was.
+        EnvironmentFailure: Writing failed; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -40,19 +40,19 @@ def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> Non
         if fsync:
             sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):  # of a folder that cannot be written this fails as well
+        with suppress(OSError):  # this fails as well in a read-only folder
             temporary.unlink()
         raise EnvironmentFailure(f"writing {path} failed: {error.strerror}") from error
 
 
 def sync(stream: IO[Any]) -> None:
-    """Force a file's content to the disk."""
+    """Flush a file's content to disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (renames) to the disk."""
+    """Flush a folder's entries (renames) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,23 +72,23 @@ def hash_file(file: Path) -> str | None:
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:
-    """A JSON value, text as it is (escaped only where UTF-8 cannot hold it)."""
+    """A JSON value; text is not escaped, except where UTF-8 cannot encode it."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return text if is_utf8(text) else json.dumps(value, indent=indent)
 
 
 def json_line(row: object) -> str:
-    """One JSON value on one line, written as `json_text` writes it."""
+    """One JSON value on one line, formatted as by `json_text`."""
     return json_text(row) + "\n"
 
 
 def json_lines(rows: Iterable[object]) -> str:
-    """One JSON value a line."""
+    """JSON values, one per line."""
     return "".join(map(json_line, rows))
 
 
 def texts_sha256(texts: Iterable[object]) -> str:
-    """SHA-256 over JSON values, one a line; equal for equal prompts wherever they came from."""
+    """SHA-256 over JSON values, one per line; the same prompts have the same hash wherever they came from."""
     hasher = hashlib.sha256()
     for text in texts:
         hasher.update(json_line(text).encode())

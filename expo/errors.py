@@ -1,8 +1,8 @@
-"""The error tree: everything expo refuses or fails at, with the exit code it ends in.
+"""The error tree: what expo rejects or fails at, with the exit code.
 
-A message is one line: what was wrong, with which value, and what to do next. The command line prints it
-without a traceback. Anything that is not an `ExpoError` is a bug and keeps its traceback.
-To add one, derive it from the class whose exit code it shares.
+A message is one line: what is wrong, with which value, and what to do next. The command line prints it without a
+traceback. Any exception that is not an `ExpoError` is a bug and keeps its traceback. To add an error, derive it from
+the class whose exit code it shares.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 PARTLY_FAILED = 3
-"""The exit code of a run that finished, but for rows that failed and are marked."""
+"""The exit code of a finished run with rows that failed and are marked."""
 
 
 class ExpoError(Exception):
-    """Base of all errors expo raises on purpose."""
+    """Base class of all errors that expo raises on purpose."""
 
     exit_code = 1
 
@@ -37,7 +37,7 @@ class Stopped(BaseException):
     """A termination signal arrived; raised in the main thread so that work unwinds and stays resumable.
 
     Args:
-        signal_number: The signal, 15 for SIGTERM; the process ends in 128 + this number.
+        signal_number: The signal, 15 for SIGTERM; the exit code is 128 + this number.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -46,15 +46,15 @@ class Stopped(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, cut to one line; its name where it says nothing."""
+    """The first line of an exception's message; its class name where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listed(title: str, items: Iterable[str]) -> list[str]:
-    """One part of a message that lists mismatches: the title, the first three items and the number of the others.
+    """Part of a message that lists mismatches: the title, the first three items and how many more there are.
 
     Returns:
-        That part, or nothing where there are no items.
+        A list with that part; empty where there are no items.
     """
     items = list(items)
     if not items:

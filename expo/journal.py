@@ -1,6 +1,6 @@
-"""A journal: rows that are durable as they are appended, for one writer at a time.
+"""A journal: rows that are durable as soon as they are appended, with one writer at a time.
 
-What is in progress is in a journal, under a hidden name, so that a rerun finds it and nobody takes it for a result.
+Unfinished work is in a journal, under a hidden name, so that a rerun finds it and nobody mistakes it for a result.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.lock import RunLock
 
 LOCK_SUFFIX = ".lock"
-"""Of the link beside a journal that says which process writes it."""
+"""Of the link beside a journal that names the process writing it."""
 
 
 class Journal:
-    """Rows appended as they are finished; a context manager that only one process at a time can hold.
+    """Rows appended as they are finished; a context manager that one process at a time can hold.
 
-    The first line is the header (with a fingerprint), each further line one row. A line torn by a crash is cut
-    off when the journal is opened again.
+    The first line is the header (with a fingerprint), each further line is one row. A line that a crash left incomplete
+    is removed when the journal is next opened.
 
     Args:
         path: The journal's file.
         header: Written first into a new journal.
-        sync_every_s: Rows are forced to the disk at most this often; always when the journal is closed.
+        sync_every_s: Rows are flushed to disk at most this often, and always when the journal is closed.
 
     Attributes:
-        rows: What an earlier run under the same fingerprint left; rows under another one are dropped.
-        is_empty: Whether there is no row, old or new.
+        rows: Those of an earlier run with the same fingerprint; rows with another one are dropped.
+        is_empty: Whether there are no rows, old or new.
 
     Raises:
         InputError: Another process is writing this output.
@@ -78,7 +78,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Force the rows to the disk and let the next process have the journal."""
+        """Flush the rows to disk and release the journal for the next process."""
         if self._stream.closed:
             return
         try:
@@ -88,10 +88,10 @@ class Journal:
             self._lock.release()
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add finished rows; a killed process loses none, a failing machine those of `sync_every_s`.
+        """Add finished rows; a killed process loses none, a crashed machine those of the last `sync_every_s`.
 
         Raises:
-            EnvironmentFailure: Writing failed; the rows before are kept.
+            EnvironmentFailure: Writing failed; earlier rows are kept.
         """
         self.is_empty = False
         try:
@@ -106,7 +106,7 @@ class Journal:
 
 
 def _alone_here(stream: IO[str], path: Path) -> bool:
-    """Whether the kernel says that no other process of this machine holds the file; False where it cannot say."""
+    """Whether `flock` shows that no other process on this machine holds the file; False where it does not work."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -117,7 +117,7 @@ def _alone_here(stream: IO[str], path: Path) -> bool:
 
 
 def read_journal(path: Path) -> list[Row]:
-    """A journal's whole lines, header first; empty where there is no journal."""
+    """A journal's complete lines, header first; empty where there is no journal."""
     if not path.is_file():
         return []
     rows: list[Row] = []
@@ -133,14 +133,14 @@ def read_journal(path: Path) -> list[Row]:
 
 
 def header_fingerprint(path: Path, lines: Sequence[Row]) -> Row:
-    """What the rows of a journal were made from.
+    """The fingerprint of the settings and inputs that a journal's rows were made with.
 
     Args:
         path: The journal's file.
         lines: Its lines, the header first.
 
     Raises:
-        InputError: The header does not say.
+        InputError: The header has none.
     """
     fingerprint = lines[0].get("fingerprint")
     if not isinstance(fingerprint, dict):

@@ -1,9 +1,14 @@
-"""One writer at a time, also where `flock` does nothing, as on some network file systems.
+"""One writer at a time, also where `flock` has no effect, as on some network file systems.
 
-A lock is a symbolic link whose target says who holds it. Making a link is atomic everywhere, NFS included, and it
-comes with its content, so that nobody ever sees a lock without a holder. A killed process leaves its lock behind; the
-next one on the same machine takes it over. The right to remove a dead holder's lock is a lock itself, named after the
-dead one, so that of several takers one wins and none removes a living one's.
+A lock is a symbolic link whose target names its holder. Creating a link is atomic everywhere, NFS included, and the
+link comes with its content, so that no lock is ever seen without a holder. A killed process leaves its lock behind; the
+next process on the same machine takes it over. The right to remove a dead holder's lock is itself a lock, named after
+the dead one, so that of several takers one wins and none removes a live lock.
+
+filelock 4.3.1 (`SoftFileLock`, `StrictSoftFileLock`) was tried in its place. The first takes a killed process whose
+parent has not reaped it for alive, takes over the live lock of another machine that has the same host name, refuses
+the lock of a killed container although `flock` shows that nobody holds it, and fails with an `IsADirectoryError` at a
+folder of the lock's name; the second never takes over a killed process's lock.
 """
 
 from __future__ import annotations
@@ -23,10 +28,10 @@ from expo.errors import InputError
 from expo.files import shown
 
 NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
-"""How a file system says that it has no symbolic links."""
+"""The errors of a file system that has no symbolic links."""
 
 ENDED = frozenset("ZX")
-"""The states of a process that only waits for its parent to ask how it ended."""
+"""The states of a process that has ended and may not have been reaped yet."""
 
 RETRY_SECONDS = 0.01
 
@@ -37,16 +42,16 @@ class Holder:
 
     host: str
     machine: str
-    """/etc/machine-id; two machines may have one name."""
+    """/etc/machine-id; two machines may have the same host name."""
     boot: str
-    """The running kernel's id, which a restart changes."""
+    """The kernel's boot id, which changes at every reboot."""
     pids: str
-    """The process namespace: in another one (a container) the same number is another process."""
+    """The pid namespace: in another one (a container), the same pid is another process."""
     pid: int
     born: str
-    """When the process started, in the kernel's ticks; numbers are used again."""
+    """When the process started, in clock ticks since boot; pids are reused."""
     nonce: str = ""
-    """Tells this lock from the same process's next one."""
+    """Distinguishes this lock from the same process's next one."""
 
 
 UNKNOWN = Holder("", "", "", "", 0, "")
@@ -60,9 +65,9 @@ def _content(path: str) -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process started, empty where there is none; "alive" where the system does not say."""
+    """When a process started; empty where there is none, "alive" where the system does not tell."""
     if Path("/proc/self/stat").exists():
-        fields = _content(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name, in (), may hold anything
+        fields = _content(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name, in (), may contain anything
         ended = len(fields) < 20 or fields[0] in ENDED
         return "" if ended else fields[19]
     try:
@@ -85,13 +90,13 @@ def this_process() -> Holder:
 
 
 def is_dead(held: Holder, me: Holder, last_sign: float, *, alone_here: bool) -> bool:
-    """Whether the holder of a lock is known to have ended; of one on another machine nothing is known.
+    """Whether the holder of a lock is known to have ended; nothing is known of a holder on another machine.
 
     Args:
         held: The holder.
         me: This process.
         last_sign: When the lock was last touched, in seconds since 1970.
-        alone_here: Whether the kernel has vouched (by `flock`) that no process of this machine holds the lock.
+        alone_here: Whether `flock` has shown that no process on this machine holds the lock.
     """
     if held.boot != me.boot:
         restarted = bool(me.machine) and (held.host, held.machine) == (me.host, me.machine)
@@ -102,14 +107,14 @@ def is_dead(held: Holder, me: Holder, last_sign: float, *, alone_here: bool) -> 
 
 
 class RunLock:
-    """The lock of a run, taken when it is made.
+    """The lock of a run, acquired when it is created.
 
     Args:
-        path: The lock's name; what it guards is the folder it lies in.
-        alone_here: Whether the kernel has vouched that no other process of this machine holds it.
+        path: The lock's path; it guards the folder that contains it.
+        alone_here: Whether `flock` has shown that no other process on this machine holds it.
 
     Raises:
-        InputError: Another run holds it, or may hold it; the message says which.
+        InputError: Another run holds it, or may hold it; the message names that run.
         OSError: The folder cannot be written.
     """
 
@@ -120,7 +125,7 @@ class RunLock:
         while not _create(path, self._me):
             held, last_sign = _holder(path), _last_sign(path)
             if held is None:
-                time.sleep(RETRY_SECONDS)  # released in this moment
+                time.sleep(RETRY_SECONDS)  # it has just been released
             elif is_dead(held, self._me, last_sign, alone_here=alone_here):
                 self._remove_dead(held)
             else:
@@ -129,30 +134,30 @@ class RunLock:
     def _remove_dead(self, held: Holder) -> None:
         right = RunLock(self._path.with_name(f"{self._path.name}.{held.nonce}"), alone_here=self._alone_here)
         try:
-            if _holder(self._path) == held:  # a slow taker comes when it is somebody else's already
+            if _holder(self._path) == held:  # another taker may have been faster, and a new run may hold it
                 self._path.unlink()
         finally:
             right.release()
 
     def beat(self) -> None:
-        """Give a sign of life, which others see as the lock's age."""
+        """Renew the lock's timestamp, from which others read when this run was last active."""
         with contextlib.suppress(OSError, NotImplementedError):
             os.utime(self._path, follow_symlinks=False)
 
     def release(self) -> None:
-        """Let the next one have it; nothing happens where it is not held any more."""
+        """Release the lock; does nothing if this process no longer holds it."""
         with contextlib.suppress(OSError):
             if _holder(self._path) == self._me:
                 self._path.unlink()
 
 
 def _create(path: Path, me: Holder) -> bool:
-    """Make the lock; whether this process holds it now."""
+    """Create the lock; returns whether this process holds it now."""
     content = json.dumps(asdict(me), separators=(",", ":"))
     try:
         path.symlink_to(content)
     except FileExistsError:
-        return _holder(path) == me  # NFS may repeat a request that had succeeded
+        return _holder(path) == me  # NFS may resend a request that had succeeded
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
@@ -170,7 +175,7 @@ def _create_file(path: Path, content: str) -> bool:
 
 
 def _holder(path: Path) -> Holder | None:
-    """Who holds a lock, None where nobody does."""
+    """The holder of a lock; None where nobody holds it."""
     try:
         text = str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
         held = Holder(**json.loads(text))
@@ -193,4 +198,4 @@ def _refusal(path: Path, held: Holder, me: Holder) -> str:
         return f"another run (process {held.pid}) is writing {path.parent}; wait for it, or choose another output"
     who = f"process {held.pid} on {shown(held.host)}" if held.host else "of unknown origin"
     ago = timedelta(seconds=max(0, int(time.time() - _last_sign(path))))
-    return f"another run ({who}, last heard of {ago} ago) is writing {path.parent}; if it is dead, remove {path}"
+    return f"another run ({who}, last active {ago} ago) is writing {path.parent}; if it is dead, remove {path}"

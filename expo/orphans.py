@@ -1,4 +1,4 @@
-"""A process that ends when the one that started it does, however that ended."""
+"""Child processes that end when their parent does, however the parent ended."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import time
 from collections.abc import Mapping
 
 VARIABLE = "EXPO_ENDS_WITH_PARENT"
-"""Set for a process whose standard input is a pipe that its parent holds open and never writes to."""
+"""Set for a process whose standard input is a pipe that the parent keeps open and never writes to."""
 GRACE_SECONDS = 20.0
 
 
 def environment_for_child(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is started with a pipe as standard input and shall not outlive this one."""
+    """The environment for a child process with a pipe as standard input that must not outlive this process."""
     return {**environment, VARIABLE: "1"}
 
 
 def end_with_parent() -> None:
-    """Where the parent asked for it, end this process as SIGTERM does as soon as the parent is gone.
+    """If the parent asked for it, end this process with SIGTERM as soon as the parent is gone.
 
-    The kernel closes a dead process's end of the pipe, also after SIGKILL, and no other process has that end.
+    The kernel closes a dead process's end of the pipe, also after SIGKILL, and no other process holds that end.
     """
     if os.environ.pop(VARIABLE, None) == "1":
         threading.Thread(target=_wait_for_the_end, args=(sys.stdin.fileno(),), daemon=True).start()
@@ -33,4 +33,4 @@ def _wait_for_the_end(pipe: int) -> None:
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
-    os._exit(128 + signal.SIGTERM)  # the main thread is in a call that does not return
+    os._exit(128 + signal.SIGTERM)  # the main thread is stuck in a call that does not return

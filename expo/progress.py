@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, and in a log file nothing, or a line a minute where rows take long."""
+"""Progress on stderr: bars on a terminal; in a log file nothing, or one line per minute while rows are generated."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """What a verb tells about its progress."""
+    """What a verb reports its progress to."""
 
     def update(self, count: int) -> object:
-        """`count` more units are done."""
+        """Add `count` finished units."""
 
     def close(self) -> object:
         """The work has ended."""
 
 
 def bytes_bar(total: int, label: str, *, shown: bool = True) -> Progress:
-    """A bar in bytes, with GB/s and the time left; also on a terminal nothing where it is not to be shown."""
+    """A bar in bytes, with GB/s and the time left; never drawn where `shown` is false."""
     from tqdm import tqdm
 
     off = None if shown else True
@@ -44,10 +44,10 @@ class RowsProgress:
     """Rows done of all, tokens per second, the time left, and when the first row came.
 
     Args:
-        bar: Shows it on a terminal; disabled elsewhere, where a line a minute says the same.
-        total: All rows.
-        initial: Those that are there already.
-        clock: Seconds that only grow.
+        bar: Shown on a terminal; disabled elsewhere, where one log line per minute says the same.
+        total: The number of all rows.
+        initial: The number of rows from earlier runs.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(

@@ -372,17 +372,19 @@ REFUSED: dict[str, Bad] = {
     ),
     "no tensors": Bad("sft holds no tensors", lambda root: header(root, {}, b"")),
     "a tensor called ../../etc/x": Bad(
-        "the name '../../etc/x' is a path out of its folder", lambda root: header(root, named("../../etc/x"))
+        "the name '../../etc/x' is a path that leaves its folder", lambda root: header(root, named("../../etc/x"))
     ),
-    "a tensor called /etc/x": Bad("the name '/etc/x' is a path out", lambda root: header(root, named("/etc/x"))),
-    "a tensor called ..\\x": Bad("the name '..\\\\x' is a path out", lambda root: header(root, named("..\\\\x"))),
+    "a tensor called /etc/x": Bad("name '/etc/x' is a path that leaves", lambda root: header(root, named("/etc/x"))),
+    "a tensor called ..\\x": Bad("name '..\\\\x' is a path that leaves", lambda root: header(root, named("..\\\\x"))),
     "a tensor without a name": Bad("the name '' is empty", lambda root: header(root, named(""))),
     "a tensor's name with a newline": Bad(
-        "the name 'a\\nb' holds control characters", lambda root: header(root, named("a\\nb"))
+        "the name 'a\\nb' contains control characters", lambda root: header(root, named("a\\nb"))
     ),
-    "a tensor's name with a zero": Bad("the name 'a\\x00' holds control", lambda root: header(root, named("a\\u0000"))),
+    "a tensor's name with a zero": Bad(
+        "the name 'a\\x00' contains control", lambda root: header(root, named("a\\u0000"))
+    ),
     "a tensor's name that writes to the terminal": Bad(
-        "the name '\\x1b[2J' holds control characters", lambda root: header(root, named("\\u001b[2J"))
+        "the name '\\x1b[2J' contains control characters", lambda root: header(root, named("\\u001b[2J"))
     ),
     "a tensor's name that is half a letter": Bad(
         "the name '\\ud800' cannot be written as UTF-8", lambda root: header(root, named("\\ud800"))

@@ -155,7 +155,7 @@ def test_a_run_on_another_machine_is_respected_and_named(
     (staging / "journal.jsonl.lock").symlink_to(json.dumps(other))
     refused = expo(pair, "--alpha", "0.3", "--output", tmp_path / "out")
     assert refused.code == 2
-    assert "(process 7 on 'node7', last heard of 0:00:0" in refused.stderr
+    assert "(process 7 on 'node7', last active 0:00:0" in refused.stderr
     assert f"if it is dead, remove {staging}/journal.jsonl.lock" in refused.stderr
     (staging / "journal.jsonl.lock").unlink()
     assert expo(pair, "--alpha", "0.3", "--output", tmp_path / "out").code == 0

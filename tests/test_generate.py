@@ -318,7 +318,7 @@ def test_rows_that_cannot_be_otherwise_are_marked_once_and_start_no_engine_again
     assert set(reasons) == {1, 2, 4}
     assert "the model takes 128" in reasons[1]
     assert reasons[2].endswith("refuses it: no w13")
-    assert reasons[4] == "the chat template makes no tokens of it"
+    assert reasons[4] == "the chat template renders it as an empty prompt"
     assert all((row["length"] > 0) == (number not in reasons) for number, row in enumerate(rows_of(final)))
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in (final, meta)]
     generated = count_rows(monkeypatch)
@@ -337,7 +337,7 @@ def test_too_little_memory_is_one_line_and_keeps_the_rows(llama_pair, prompt_fil
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "sampling_noise", greedy)
-        message = "^out of memory; --batch-tokens lowers the need, and the same command goes on$"
+        message = "^out of memory; a smaller --batch-tokens reduces memory use, and the same command goes on$"
         with pytest.raises(EnvironmentFailure, match=message):
             verb.run(settings(llama_pair[1], prompt_file, tmp_path))
     journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"

@@ -75,8 +75,8 @@ def answer(monkeypatch, result, *, files=("model.safetensors",)):
         (errors.LocalEntryNotFoundError("x"), EnvironmentFailure, "the hub cannot be reached"),
         (httpx.ConnectError("x"), EnvironmentFailure, "fetching org/name@v1 from the hub failed"),
         (errors.HfHubHTTPError("x", response=response(404)), EnvironmentFailure, "fetching org/name@v1 from the hub"),
-        (errors.HfHubHTTPError("x", response=response(401)), InputError, "does not take the token"),
-        (errors.HfHubHTTPError("x", response=response(403)), InputError, "does not give access to org/name@v1: x"),
+        (errors.HfHubHTTPError("x", response=response(401)), InputError, "does not accept the token"),
+        (errors.HfHubHTTPError("x", response=response(403)), InputError, "denies access to org/name@v1: x"),
         (RuntimeError("CAS Client Error"), EnvironmentFailure, "fetching org/name@v1 from the hub failed: CAS"),
         (
             OSError(28, "No space left"),
@@ -139,7 +139,7 @@ def test_of_sft_only_the_bin_weights_are_fetched_where_there_are_no_others(monke
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_bin_weights_that_are_not_wanted_are_not_fetched(monkeypatch, tmp_path, weights_only):
     calls = answer(monkeypatch, tmp_path, files=["pytorch_model.bin"])
-    with pytest.raises(InputError, match="org/name has no safetensors weights on the hub; --allow-pickle fetches"):
+    with pytest.raises(InputError, match="org/name has no safetensors weights on the hub; --allow-pickle downloads"):
         locate("org/name", weights_only=weights_only, pickled=False)
     assert calls == []
 
@@ -160,12 +160,12 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/name/", "no such directory: org/name/ (the hub's model is org/name)"),
-        ("https://huggingface.co/org/name", "(the hub's model is org/name)"),
-        ("https://huggingface.co/org/name/tree/main", "(the hub's model is org/name)"),
-        ("hf://org/name", "(the hub's model is org/name)"),
-        ("org/name@", "org/name@ names no revision: leave out the @, or put a branch, tag or commit behind it"),
-        ("./here/zephyr-7b-sftt", "no such directory: ./here/zephyr-7b-sftt (is it here/zephyr-7b-sft?)"),
+        ("org/name/", "no such directory: org/name/ (did you mean the hub's org/name?)"),
+        ("https://huggingface.co/org/name", "(did you mean the hub's org/name?)"),
+        ("https://huggingface.co/org/name/tree/main", "(did you mean the hub's org/name?)"),
+        ("hf://org/name", "(did you mean the hub's org/name?)"),
+        ("org/name@", "org/name@ names no revision: leave out the @, or add a branch, tag or commit after it"),
+        ("./here/zephyr-7b-sftt", "no such directory: ./here/zephyr-7b-sftt (did you mean here/zephyr-7b-sft?)"),
         ("./here/mistral", "no such directory: ./here/mistral"),
         ("", "a model's name is empty"),
         (" ", "a model's name is empty"),
@@ -188,7 +188,7 @@ def test_a_mistyped_folder_that_could_be_on_the_hub(monkeypatch, tmp_path):
     answer(monkeypatch, errors.RepositoryNotFoundError("x", response=response(404)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "zephyr-sft").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"neither a local directory \(is it models/zephyr-sft\?\) nor"):
+    with pytest.raises(InputError, match=r"neither a local directory \(did you mean models/zephyr-sft\?\) nor"):
         locate("models/zephyr-stf")
 
 
@@ -283,7 +283,7 @@ def test_a_pair_from_the_hub(
 
 def test_offline_and_not_cached(expo_on_hub: Callable[..., Result], on_hub: tuple[Path, Path], tmp_path: Path) -> None:
     done = expo_on_hub(*extrapolate_args(tmp_path), HF_HUB_OFFLINE="1")
-    message = "org/sft is neither a local directory nor whole in the hub cache, and HF_HUB_OFFLINE is set"
+    message = "org/sft is neither a local directory nor complete in the hub cache, and HF_HUB_OFFLINE is set"
     assert (done.code, done.stderr) == (2, f"expo: error: {message}\n")
 
 
@@ -301,7 +301,7 @@ REFUSED = {
     "org/private": (2, "org/private is neither a local directory nor a repository on the hub (a private one needs"),
     "org/sft@v9": (2, "org/sft has no revision 'v9' on the hub"),
     "org/sft@../../x": (2, "org/sft has no revision '../../x' on the hub"),
-    "org/denied": (2, "the hub does not give access to org/denied: 403 Forbidden: not from here"),
+    "org/denied": (2, "the hub denies access to org/denied: 403 Forbidden: not from here"),
     "org/busy": (1, "fetching org/busy from the hub failed: 429 Too Many Requests"),
     "org/down": (1, "fetching org/down from the hub failed: Server error '503 Service Unavailable'"),
     "org/gone": (1, "fetching org/gone from the hub failed: 404"),
@@ -333,7 +333,7 @@ def test_what_the_hub_refuses(hub: FakeHub, on_hub: tuple[Path, Path], locate_on
             2,
             "team/private is neither a local directory nor a repository on the hub (a private one needs HF_TOKEN)",
         ),
-        ("hf_anotherHubsToken", 2, "the hub does not take the token that it was sent for team/private; set HF_TOKEN"),
+        ("hf_anotherHubsToken", 2, "the hub does not accept the token that it was sent for team/private; set HF_TOKEN"),
     ],
 )
 def test_a_private_model_needs_its_owners_token(

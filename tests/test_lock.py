@@ -104,7 +104,7 @@ def test_a_process_number_that_is_used_again_is_not_the_holder(tmp_path: Path) -
 
 def test_a_run_on_another_machine_is_never_taken_over(tmp_path: Path) -> None:
     lock = held_by(tmp_path / "out/lock", ELSEWHERE, age_s=3 * 3600 + 61)
-    message = rf"process {ME.pid} on 'node7', last heard of 3:01:0\d ago\) is writing .*; if it is dead, remove {lock}$"
+    message = rf"process {ME.pid} on 'node7', last active 3:01:0\d ago\) is writing .*; if it is dead, remove {lock}$"
     with pytest.raises(InputError, match=message):
         RunLock(lock, alone_here=True)
     lock.unlink()

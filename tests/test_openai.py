@@ -205,15 +205,15 @@ FAILED = {
     "unprocessable": (reply(422, {"detail": [{"loc": ["body", "messages"], "msg": "no"}]}), "messages.*HTTP 422"),
     "filtered": (answer("", finish_reason="content_filter"), "ended the answer with 'content_filter'"),
     "a tool's": (answer(None, finish_reason="tool_calls"), "ended the answer with 'tool_calls'"),
-    "no text": (answer(None), "holds no text"),
+    "no text": (answer(None), "contains no text"),
     "no choices": (reply(200, {"choices": [], "usage": USAGE}), "gave no answer"),
     "choices of another kind": (reply(200, {"choices": {"0": {}}, "usage": USAGE}), "gave no answer"),
     "a choice of another kind": (reply(200, {"choices": ["text"], "usage": USAGE}), "ended the answer with None"),
     "no message": (
         reply(200, {"choices": [{"message": None, "finish_reason": "stop"}], "usage": USAGE}),
-        "the server's answer holds no text",
+        "the server's answer contains no text",
     ),
-    "half a pair in the reason": (error(400, "no \ud83d"), "refuses it: no \ud83d"),
+    "half a pair in the reason": (error(400, "no \ud83d"), "rejects it: no \ud83d"),
     "a field of another kind": (error(400, "not this one", param=["messages"]), "not this one"),
     "an error inside": (reply(200, {"error": {"message": "the provider fell over", "code": 502}}), "fell over"),
 }
@@ -245,7 +245,7 @@ def test_an_answer_that_cannot_be_sent_back_fails_the_next_turn(generate, server
     assert sorted(server.asked) == ["81?", "82!", "82?"]
     turns = [{"role": "user", "content": "82?"}, {"role": "assistant", "content": "82?"}]
     assert server.seen[-1]["messages"] == [*turns, {"role": "user", "content": "82!"}]
-    assert "UTF-8 cannot hold" in json.loads(result.meta.read_text())["errors"][0]["reason"]
+    assert "UTF-8 cannot encode" in json.loads(result.meta.read_text())["errors"][0]["reason"]
 
 
 def test_half_a_pair_in_an_answer_is_kept(generate, server):
@@ -257,20 +257,20 @@ def test_half_a_pair_in_an_answer_is_kept(generate, server):
 
 ENDS = {
     "another key": (error(401, f"Incorrect API key: {KEY}"), InputError, r"OPENAI_API_KEY: Incorrect API key: sk-… \("),
-    "no access": (error(403, "not you"), InputError, "does not give access with the key in OPENAI_API_KEY: not you"),
+    "no access": (error(403, "not you"), InputError, "denies access with the key in OPENAI_API_KEY: not you"),
     "another model": (error(404, "The model does not exist"), InputError, "does not know the model, .*does not exist"),
-    "another API": (reply(405, b""), InputError, "is no chat completions API"),
+    "another API": (reply(405, b""), InputError, "is not a chat completions API"),
     "vLLM's fields": (
         error(400, "Unrecognized request argument supplied: top_k"),
         InputError,
-        "refuses top_k: .*; --top-k -1 leaves out the fields that are vLLM's own",
+        "rejects top_k: .*; --top-k -1 omits the fields that only vLLM has",
     ),
     "FastAPI's refusal": (
         reply(422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "min_p"], "msg": "not permitted"}]}),
         InputError,
-        "refuses min_p: .*; --top-k -1",
+        "rejects min_p: .*; --top-k -1",
     ),
-    "a value": (error(400, "only 1 here", param="temperature"), InputError, "refuses temperature: .*--temperature"),
+    "a value": (error(400, "only 1 here", param="temperature"), InputError, "rejects temperature: .*--temperature"),
     "too many tokens": (
         error(400, "max_tokens=2048 cannot be greater than max_model_len=512", param="max_tokens"),
         InputError,
@@ -279,15 +279,19 @@ ENDS = {
     "no money": (error(402, "pay first"), EnvironmentFailure, "cannot answer now: pay first .*same command goes on"),
     "always busy": (BUSY, EnvironmentFailure, "cannot answer now: slow down .*the same command goes on with the rest"),
     "always cut": (cut, EnvironmentFailure, "did not answer in 11 tries: .*the same command goes on with the rest"),
-    "no JSON": (reply(200, b"<html>log in</html>"), EnvironmentFailure, r"gave no JSON object but <html>log in.*/v1\?"),
-    "too deep": (reply(200, b"[" * 200_000), EnvironmentFailure, r"gave no JSON object but \[\["),
-    "a count of another kind": (answer("text", usage=[2, 3]), EnvironmentFailure, "does not say how many tokens"),
+    "no JSON": (
+        reply(200, b"<html>log in</html>"),
+        EnvironmentFailure,
+        r"returned no JSON object but <html>log in.*/v1\?",
+    ),
+    "too deep": (reply(200, b"[" * 200_000), EnvironmentFailure, r"returned no JSON object but \[\["),
+    "a count of another kind": (answer("text", usage=[2, 3]), EnvironmentFailure, "does not report how many tokens"),
     "a count below 0": (
         answer("text", usage={**USAGE, "completion_tokens": -1}),
         EnvironmentFailure,
-        "does not say how many tokens",
+        "does not report how many tokens",
     ),
-    "no count": (answer("text", usage=None), EnvironmentFailure, "does not say how many tokens"),
+    "no count": (answer("text", usage=None), EnvironmentFailure, "does not report how many tokens"),
 }
 
 

@@ -199,7 +199,7 @@ def nothing(_: FakeHub) -> None:
 
 REFUSED = {
     "no token": (nothing, (), None, "pushing to me/model needs a hub token; set HF_TOKEN or run `hf auth login`"),
-    "a wrong token": (nothing, (), "hf_anotherHubsToken", "the hub does not take the token that it was sent; set HF_"),
+    "a wrong token": (nothing, (), "hf_anotherHubsToken", "the hub does not accept the token that it was sent; set H"),
     "a reader's token": (nothing, (), READER, "the hub token of me may only read; pushing to me/model needs one that"),
     "another's name": (
         nothing,

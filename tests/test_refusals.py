@@ -7,14 +7,14 @@ import os
 
 import pytest
 
-from expo.engines.refusals import VARIABLE, heard, told
+from expo.engines.refusals import VARIABLE, report_refusals, reraise_refusals
 from expo.errors import EnvironmentFailure, ExpoError, InputError
 
 VLLM_SAYS = "WorkerProc initialization failed due to an exception in a background process"
 
 
 def worker(error: Exception) -> None:
-    with told():
+    with report_refusals():
         raise error
 
 
@@ -31,25 +31,25 @@ def engine(*errors: Exception) -> None:
 
 @pytest.mark.parametrize("kind", [InputError, EnvironmentFailure])
 def test_what_every_process_refuses_is_raised_in_the_one_that_started_them(kind: type[ExpoError]) -> None:
-    with pytest.raises(kind, match="w holds NaN; τ") as caught, heard():
+    with pytest.raises(kind, match="w holds NaN; τ") as caught, reraise_refusals():
         engine(kind("w holds NaN; τ"), kind("w holds NaN; τ"))
     assert type(caught.value) is kind
     assert VARIABLE not in os.environ
 
 
 def test_what_is_no_refusal_stays_vllms_error() -> None:
-    with pytest.raises(RuntimeError, match=VLLM_SAYS), heard():
+    with pytest.raises(RuntimeError, match=VLLM_SAYS), reraise_refusals():
         engine(RuntimeError("out of memory"))
 
 
 def test_a_refusal_of_this_process_is_raised_as_it_is() -> None:
-    with pytest.raises(InputError, match="here"), heard(), told():
+    with pytest.raises(InputError, match="here"), reraise_refusals(), report_refusals():
         raise InputError("here")
 
 
 def test_nobody_waits_for_a_live_engine_that_loads_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="again"), told():
+    with pytest.raises(InputError, match="again"), report_refusals():
         raise InputError("again")
     monkeypatch.setenv(VARIABLE, "/no such folder/refusal")
-    with pytest.raises(InputError, match="again"), told():
+    with pytest.raises(InputError, match="again"), report_refusals():
         raise InputError("again")

@@ -39,7 +39,7 @@ def test_steps_are_made_in_order_and_what_they_raise_comes_through(process):
 
 
 def test_a_step_that_waits_for_a_dead_process_ends(process, monkeypatch):
-    monkeypatch.setattr(watched, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(watched, "CHECK_EVERY_S", 0.01)
     steps = WatchedSteps(threading.Event().wait, [process])
     threading.Timer(0.1, process.kill).start()
     with pytest.raises(
@@ -49,5 +49,5 @@ def test_a_step_that_waits_for_a_dead_process_ends(process, monkeypatch):
 
 
 def test_a_slow_step_of_living_processes_is_waited_for(process, monkeypatch):
-    monkeypatch.setattr(watched, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(watched, "CHECK_EVERY_S", 0.01)
     assert WatchedSteps(lambda: time.sleep(0.1) or "made", [process])() == "made"

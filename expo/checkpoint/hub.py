@@ -1,7 +1,7 @@
-"""Where a model is: a local directory, or a hub id (`org/name`, `org/name@revision`) fetched into the cache.
+"""Finding a model: a local directory, or a hub id (`org/name`, `org/name@revision`) downloaded to the cache.
 
-Only the files that are needed are fetched. Every request to the hub goes through `explain_hub_errors`, which turns
-what may go wrong into one line. Nothing here reads weights (`checkpoint.py`) or uploads (`publish.py`).
+Only the files that are needed are downloaded. Every request to the hub goes through `explain_hub_errors`, which turns
+its errors into one line each. Nothing here reads weights (`checkpoint.py`) or uploads (`publish.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HUB_TIMEOUT_S = 10.0
 TOKEN_ADVICE = "set HF_TOKEN or run `hf auth login`"
 
 ADDRESS = re.compile(r"(?:https?://[^/]+/|hf://(?:models/)?)(?P<id>[^/]+/[^/]+)(?:/.*)?")
-"""A model's page or its address for file systems."""
+"""A model's web page or its hf:// path."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -33,21 +33,21 @@ TOKENIZER_FILES = (
 )
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES)
-"""What is needed of a checkpoint whose weights are read, and whose token ids are compared with another's; by
-adapter_config.json it is known for an adapter."""
+"""The files needed to read a checkpoint's weights and compare its token ids with another's; adapter_config.json
+identifies an adapter."""
 
 PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", *TOKENIZER_FILES)
-"""The same where there are .bin weights only."""
+"""The same for a checkpoint that has only .bin weights."""
 
 NOT_WEIGHTS = (
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
     *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*"),
-    *("*/*.safetensors", "*/*.bin"),  # no loader looks for weights below the model's own folder
+    *("*/*.safetensors", "*/*.bin"),  # no loader looks for weights in subfolders
 )
-"""What is never needed of a checkpoint."""
+"""Files of a checkpoint that are never needed."""
 
 OTHER_FORMATS = (*NOT_WEIGHTS, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-"""What is not needed of a checkpoint that has safetensors weights."""
+"""Files that are not needed where there are safetensors weights."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Location:
 
     @property
     def label(self) -> str:
-        """How a person names the model: its hub id, else the directory's name."""
+        """How people refer to the model: its hub id, else the directory's name."""
         return self.hub_id or self.name
 
 
@@ -82,15 +82,15 @@ def refuse_inside(output: Path, *inputs: Location, flag: str = "--output") -> No
 
 
 def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
-    """Find a model, fetching it from the hub where it is not a local directory.
+    """Find a model, downloading it from the hub if it is not a local directory.
 
     Args:
         model: A directory, a hub id, or `id@revision`.
-        weights_only: Fetch the weights, config.json and the tokenizer alone.
-        pickled: Fetch .bin weights where the hub has no safetensors.
+        weights_only: Download only the weights, config.json and the tokenizer.
+        pickled: Download .bin weights where the hub has no safetensors.
 
     Raises:
-        InputError: No such directory or repository, no access to it, or .bin weights alone where they are not wanted.
+        InputError: No such directory or repository, no access to it, or only .bin weights where `pickled` is false.
         EnvironmentFailure: The hub cannot be reached.
     """
     if not model.strip():
@@ -104,7 +104,7 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> L
     if not is_hub_id(repository):
         raise InputError(f"no such directory: {model}{_hint(model)}")
     if at and not revision:
-        raise InputError(f"{model} names no revision: leave out the @, or put a branch, tag or commit behind it")
+        raise InputError(f"{model} names no revision: leave out the @, or add a branch, tag or commit after it")
     return _fetch(repository, revision or None, weights_only=weights_only, pickled=pickled)
 
 
@@ -116,11 +116,11 @@ def _expand(model: str) -> Path:
 
 
 def _hint(model: str) -> str:
-    """What a name that is neither a directory nor a hub id may have been meant as; empty where nothing is near."""
+    """A guess at what was meant by a name that is neither a directory nor a hub id; may be empty."""
     address = ADDRESS.fullmatch(model)
     meant = address["id"] if address else model.rstrip("/")
     if is_hub_id(meant):
-        return f" (the hub's model is {meant})"
+        return f" (did you mean the hub's {meant}?)"
     return _near_folder(model)
 
 
@@ -131,7 +131,7 @@ def _near_folder(model: str) -> str:
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, folders, n=1, cutoff=0.7)
-    return f" (is it {path.parent / near[0]}?)" if near else ""
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool) -> Location:
@@ -141,7 +141,7 @@ def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled
         safe = _has_safetensors(repository, revision)
         if not safe and not pickled:
             raise InputError(
-                f"{repository} has no safetensors weights on the hub; --allow-pickle fetches and reads .bin weights, "
+                f"{repository} has no safetensors weights on the hub; --allow-pickle downloads and reads .bin weights, "
                 "which are pickles, with torch's weights_only loader"
             )
         return snapshot_download(
@@ -156,7 +156,7 @@ def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled
 
 
 def _has_safetensors(repository: str, revision: str | None) -> bool:
-    """Whether the repository has safetensors weights; taken for granted where the hub cannot be asked."""
+    """Whether the repository has safetensors weights; assumed where the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -167,12 +167,12 @@ def _has_safetensors(repository: str, revision: str | None) -> bool:
 
 
 def fetch_file(repository: str, file: str, revision: str | None, *, kind: str) -> Path:
-    """One file of a repository, from the cache where it is there already.
+    """One file of a repository, downloaded unless it is cached.
 
     Args:
         repository: The hub id.
         file: The file's name in the repository.
-        revision: A branch, tag or commit; the main branch where it is None.
+        revision: A branch, tag or commit; None for the main branch.
         kind: model, dataset or space.
 
     Raises:
@@ -192,10 +192,10 @@ def fetch_file(repository: str, file: str, revision: str | None, *, kind: str) -
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What a call that talks to the hub may raise.
+    """The exceptions that a call to the hub may raise.
 
-    The HTTP library's errors, whichever library it is, `OSError`, and `RuntimeError`, by which hf_xet says that the
-    transfer of a large file broke.
+    The HTTP library's errors, whichever library it is, `OSError`, and `RuntimeError`, which hf_xet raises when the
+    transfer of a large file fails.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -203,10 +203,10 @@ def network_errors() -> tuple[type[Exception], ...]:
 
 
 def require_usable_token() -> None:
-    """Refuse a token that cannot be sent; the HTTP library's own error would show it.
+    """Refuse a token that no header can hold; the HTTP library's own error would show it.
 
     Raises:
-        InputError: The token holds white space, a control character or a letter outside ASCII.
+        InputError: The token contains white space, a control character or a letter outside ASCII.
     """
     from huggingface_hub import get_token
 
@@ -215,7 +215,7 @@ def require_usable_token() -> None:
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:
-    """Run `action`, turning the hub's errors into one line each.
+    """Run `action`, turning the hub's errors into messages of one line.
 
     Raises:
         InputError: The repository or revision does not exist, is gated, or is not cached while offline.
@@ -229,7 +229,7 @@ def explain_hub_errors(action: Callable[[], T], repository: str, revision: str |
 
 
 def explain(error: BaseException, repository: str, revision: str | None) -> ExpoError:
-    """The one line that an error of a call to the hub becomes, and whose fault it is."""
+    """The `ExpoError` for an exception of a call to the hub."""
     from huggingface_hub import errors
 
     wanted = repository if revision is None else f"{repository}@{revision}"
@@ -241,9 +241,9 @@ def explain(error: BaseException, repository: str, revision: str | None) -> Expo
         here = f"neither a local directory{_near_folder(repository)} nor a repository on the hub"
         return InputError(f"{wanted} is {here} (a private one needs HF_TOKEN)")
     if http_status(error) == 401:
-        return InputError(f"the hub does not take the token that it was sent for {wanted}; {TOKEN_ADVICE}")
+        return InputError(f"the hub does not accept the token that it was sent for {wanted}; {TOKEN_ADVICE}")
     if http_status(error) == 403:
-        return InputError(f"the hub does not give access to {wanted}: {first_line(error)}")
+        return InputError(f"the hub denies access to {wanted}: {first_line(error)}")
     if isinstance(error, errors.LocalEntryNotFoundError) or is_offline():
         return _explain_not_cached(error, repository, revision)
     return EnvironmentFailure(f"fetching {wanted} from the hub failed: {first_line(error)}")
@@ -253,7 +253,7 @@ def _explain_not_cached(error: BaseException, repository: str, revision: str | N
     wanted = repository if revision is None else f"{repository}@{revision}"
     cause = error.__cause__ or error
     if is_offline():
-        here = "neither a local directory nor whole in the hub cache"
+        here = "neither a local directory nor complete in the hub cache"
         return InputError(f"{wanted} is {here}, and HF_HUB_OFFLINE is set")
     if http_status(cause) is not None:
         return explain(cause, repository, revision)
@@ -262,14 +262,14 @@ def _explain_not_cached(error: BaseException, repository: str, revision: str | N
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE keeps the program from asking the hub."""
+    """Whether HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status of the answer an error was made from; None where there was no answer."""
+    """The HTTP status of an error's response; None where there was no response."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Key = tuple[str, int, int]
-"""Tells a row from every other: the prompt's id, the sample, the turn."""
+"""Identifies a row: the prompt's id, the sample, the turn."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Request:
     prompt_ids: tuple[int, ...]
     """Token ids of the prompt, as the chat template gives them."""
     max_tokens: int
-    """The maximum of new tokens; prompt and answer fit the model's context."""
+    """The maximum number of new tokens; prompt and answer together fit the model's context."""
     temperature: float
     """Softmax temperature; 0 decodes greedily. Rows of one run may have different ones."""
     messages: tuple[Message, ...] = ()
-    """The conversation, for an engine that has the chat template itself."""
+    """The conversation, for an engine that applies the chat template itself."""
     turn: int = 0
     """Which of the prompt's turns."""
     seed: int = 0
@@ -52,7 +52,7 @@ class Request:
 
     @property
     def key(self) -> Key:
-        """Tells a row from every other."""
+        """Identifies the row."""
         return self.id, self.sample, self.turn
 
 
@@ -69,7 +69,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class TextCompletion:
-    """One answer from an engine that keeps its tokens to itself."""
+    """One answer from an engine that returns text without token ids."""
 
     request: Request
     text: str
@@ -81,14 +81,14 @@ class TextCompletion:
 
 @dataclass(frozen=True)
 class Failure:
-    """One row that the engine could not answer, while the others can be; a rerun tries it again."""
+    """One row that the engine could not answer, although it can answer others; a rerun tries it again."""
 
     request: Request
     reason: str
 
 
 Outcome: TypeAlias = Completion | TextCompletion | Failure
-"""What becomes of a request."""
+"""The result of a request."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ class GeneratorSetup:
 
     config: GenerateConfig
     model: Path
-    """The model's folder. Where a server has the model there is none, and `config.model` is its name."""
+    """The model's folder; of no meaning where a server has the model, which `config.model` names."""
     stop_ids: tuple[int, ...]
     """Token ids that end an answer."""
     pad_id: int
     context_length: int
     """Longest prompt + answer of this run, in tokens; at most the model's own."""
     theta: ThetaPlan | None = None
-    """The θ(α) whose weights answer; None where the model's folder has them."""
+    """The θ(α) to load; None to load the weights in the model's folder."""
 
     @property
     def name(self) -> str:
-        """What messages call the model."""
+        """The model's name in messages."""
         return self.model.name if self.theta is None else self.theta.name
 
     @property
@@ -153,7 +153,7 @@ class Generator(Engine, Protocol):
     """Time spent inside the engine's own steps so far."""
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[Sequence[Outcome]]:
-        """Yield answers as they finish; closing the iterator gives up what is under way. Called once per turn.
+        """Yield answers as they finish; closing the iterator cancels unfinished ones. Called once per turn.
 
         Args:
             requests: All rows of the run's turn, in order.
@@ -284,12 +284,12 @@ def _load(place: str) -> Any:  # noqa: ANN401 - a class or function, whose type 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group rows into padded batches of at most `budget` tokens, longest rows first.
 
-    A pure function of all rows' lengths: a rerun groups them as the first run did. Longest first, so that what
-    does not fit into memory shows at once.
+    A pure function of all rows' lengths: a rerun groups them as the first run did. Longest first, so that a lack
+    of memory shows at once.
 
     Args:
         lengths: Tokens of each row.
-        budget: Maximum tokens of a batch, padding counted; a longer row is a batch of its own.
+        budget: The maximum number of tokens in a batch, including padding; a longer row is a batch of its own.
 
     Returns:
         Row numbers, batch by batch.

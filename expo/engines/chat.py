@@ -1,6 +1,6 @@
 """Conversations to token ids and back, with the model's own tokenizer and chat template.
 
-Prompts go to every engine as these ids: one leading BOS if the template writes one, the user's text untouched.
+Every engine gets prompts as these ids: one leading BOS if the template writes one, the user's text unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from expo.tasks import Message
 
 UNLIMITED = 1 << 30
 TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-"""What a template's own expressions raise, beside Jinja's errors."""
+"""Exceptions that a template's own expressions raise, besides Jinja's."""
 
 
 class ChatTokenizer:
@@ -24,7 +24,7 @@ class ChatTokenizer:
     Args:
         model: The model's folder.
         template: A Jinja file used instead of the model's own chat template.
-        trust_remote_code: Whether Python code in the folder may run.
+        trust_remote_code: Whether to run Python code in the folder.
 
     Raises:
         InputError: There is no tokenizer or no chat template.
@@ -64,10 +64,10 @@ class ChatTokenizer:
         return tuple(sorted(ids))
 
     def encode(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[list[int]]:
-        """Token ids of `apply_chat_template`, for all conversations at once.
+        """Token ids from `apply_chat_template`, for all conversations at once.
 
         Raises:
-            InputError: The template refuses a conversation (a system message, say).
+            InputError: The template refuses a conversation, for example one with a system message.
         """
         from jinja2 import TemplateError
 
@@ -94,7 +94,7 @@ class ChatTokenizer:
             rows = [self._encode_one(messages) for messages in conversations]
             if all(isinstance(row, str) for row in rows):
                 raise
-        return [row or "the chat template makes no tokens of it" for row in rows]
+        return [row or "the chat template renders it as an empty prompt" for row in rows]
 
     def _encode_one(self, messages: Sequence[Message]) -> list[int] | str:
         try:
@@ -111,7 +111,7 @@ class ChatTokenizer:
 
 
 def context_length(model: Path) -> int:
-    """The longest sequence a model takes, in tokens, from its config.json; very large where it does not say."""
+    """The longest sequence a model takes, in tokens, from its config.json; `UNLIMITED` where that has none."""
     config = read_config(model)
     tables = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")

@@ -1,7 +1,6 @@
-"""A coroutine's results in ordinary code: the event loop runs in a thread of its own, and an iterator yields.
+"""A coroutine's results in synchronous code: the event loop runs in its own thread, and an iterator yields.
 
-Work that waits for a network goes on while the caller is busy with what it got, and a signal reaches the caller, not
-the loop.
+Network requests proceed while the caller handles earlier results, and a signal reaches the caller, not the loop.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ T = TypeVar("T")
 
 
 def results(work: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]]) -> Generator[list[T], None, None]:
-    """Run a coroutine and yield what it hands over, as it does: all there is, at least one.
+    """Run a coroutine and yield its results in batches as they arrive: all that are there, at least one.
 
     Closing the generator cancels the coroutine and waits until it has ended.
 
     Args:
-        work: Makes the coroutine; it is given the function that hands a result over.
+        work: Makes the coroutine; its argument is the function that delivers a result.
 
     Raises:
-        Exception: What the coroutine raised, after everything it handed over before.
+        Exception: What the coroutine raised, after all results that it delivered before.
     """
-    handed: SimpleQueue[T | None] = SimpleQueue()
+    delivered: SimpleQueue[T | None] = SimpleQueue()
     loop = asyncio.new_event_loop()
-    task = loop.create_task(work(handed.put))
-    task.add_done_callback(lambda _: handed.put(None))  # the last of all
+    task = loop.create_task(work(delivered.put))
+    task.add_done_callback(lambda _: delivered.put(None))  # the end
     thread = Thread(target=_run, args=(loop, task), name="event loop", daemon=True)
     thread.start()
     try:
-        while batch := _take(handed):
+        while batch := _take(delivered):
             yield batch
         task.result()
     finally:
@@ -48,14 +47,14 @@ def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
     loop.run_until_complete(loop.shutdown_asyncgens())
 
 
-def _take(handed: SimpleQueue[T | None]) -> list[T]:
-    """Wait for a result, and take those that are there with it; empty at the end."""
-    taken = [handed.get()]
+def _take(delivered: SimpleQueue[T | None]) -> list[T]:
+    """Wait for a result and take all that are there by then; empty at the end."""
+    taken = [delivered.get()]
     while taken[-1] is not None:
         try:
-            taken.append(handed.get_nowait())
+            taken.append(delivered.get_nowait())
         except Empty:
             break
     if len(taken) > 1 and taken[-1] is None:
-        handed.put(None)
+        delivered.put(None)
     return [one for one in taken if one is not None]

@@ -1,11 +1,16 @@
-"""Generation by a server that speaks OpenAI's chat completions: vLLM's, another engine's, or a service's.
+"""Generation through a server's OpenAI-compatible chat completions API: vLLM's, another engine's, or a service's.
 
-The server has the model, its tokenizer and its chat template; it is sent conversations and gives text. The `openai`
-package sends them, and sends again what was refused for now (429, 5xx), timed out or broke off. What is here: the
-fields of a request, how many are under way at once, and whose fault it is when one fails.
+The server has the model, its tokenizer and its chat template: it receives conversations and returns text. The `openai`
+package sends the requests and retries those that failed temporarily (429, 5xx), timed out or were cut off. Here are
+the fields of a request, the concurrency, and whether a failure concerns one row or the whole run.
 
-Every sampling setting is sent, so that those a server takes from the model's generation_config.json do not matter.
-`top_k`, `min_p`, `repetition_penalty` and `stop_token_ids` are vLLM's own fields: OpenAI's servers refuse them.
+Every sampling setting is sent, so that a server's defaults from the model's generation_config.json do not matter.
+`top_k`, `min_p`, `repetition_penalty` and `stop_token_ids` are vLLM's own fields: OpenAI's servers reject them.
+
+The requests run on an event loop, since a thread that waits in the synchronous client cannot be cancelled. In a trial
+(openai 3.54) with a pool of 32 daemon threads, signals ended the program as fast, but after the first error the other
+requests stayed open and were retried for as long as the process lived. Nor was a response whose headers trickle in cut
+off at `TIMEOUT_S`: the synchronous client's timeout is for each read.
 """
 
 from __future__ import annotations
@@ -29,52 +34,52 @@ from expo.files import shown
 from expo.redact import without_secrets
 
 MAX_RETRIES = 10
-"""Further tries of one request. The waits between them double from 0.5 s to 8 s, a minute in all; where the server
-says Retry-After, that long (up to two minutes each)."""
+"""Retries of one request. The waits between them double from 0.5 s to 8 s, a minute in all, unless the server sends
+Retry-After (up to two minutes each)."""
 TIMEOUT_S = 600.0
-"""The longest wait for one answer."""
-FIRST_TIMEOUT_S = 30.0
-FIRST_RETRIES = 1
-"""Of the question whether anything answers at the URL: a wrong one is told at once."""
+"""The longest wait for one whole answer."""
+PROBE_TIMEOUT_S = 30.0
+PROBE_RETRIES = 1
+"""For the first request, which checks that a server is there: a wrong URL fails quickly."""
 NO_KEY = "none"
-"""Sent where there is no OPENAI_API_KEY; a server of one's own wants none."""
+"""Sent where OPENAI_API_KEY is not set; a local server needs no key."""
 
-ROW_AT_FAULT = (400, 413, 422)
-"""Statuses by which a server refuses one row: its prompt is too long, say."""
-RUN_AT_FAULT = {
-    401: "does not take the key in OPENAI_API_KEY",
-    403: "does not give access with the key in OPENAI_API_KEY",
-    404: "does not know the model, or is no chat completions API (does --base-url end in /v1?)",
-    405: "is no chat completions API (does --base-url end in /v1?)",
+ROW_STATUSES = (400, 413, 422)
+"""Statuses that reject one row, whose prompt is too long, for example."""
+RUN_STATUSES = {
+    401: "does not accept the key in OPENAI_API_KEY",
+    403: "denies access with the key in OPENAI_API_KEY",
+    404: "does not know the model, or is not a chat completions API (does --base-url end in /v1?)",
+    405: "is not a chat completions API (does --base-url end in /v1?)",
 }
-"""Statuses that every row would get, and what they say of the server."""
+"""Statuses that every row would get, and what they say about the server."""
 
-VLLMS_OWN = "--top-k -1 leaves out the fields that are vLLM's own"
+OMIT_VLLM_FIELDS = "--top-k -1 omits the fields that only vLLM has"
 ADVICE = {
-    "top_k": VLLMS_OWN,
-    "min_p": VLLMS_OWN,
-    "repetition_penalty": VLLMS_OWN,
+    "top_k": OMIT_VLLM_FIELDS,
+    "min_p": OMIT_VLLM_FIELDS,
+    "repetition_penalty": OMIT_VLLM_FIELDS,
     "stop_token_ids": "run without --stop-token-id",
     **{name: f"choose another --{name.replace('_', '-')}" for name in ("max_tokens", "top_p", "temperature", "seed")},
     "presence_penalty": "choose another --presence-penalty",
     "frequency_penalty": "choose another --frequency-penalty",
     "model": "choose another --model",
 }
-"""Fields that are the same in every row, and what to do where the server refuses one."""
+"""Fields that are the same in every row, and what to do where the server rejects one."""
 
-MAX_SAID_CHARACTERS = 300
+MAX_REASON_CHARACTERS = 300
 
 
 class OpenaiGenerator:
     """See `expo.engines.Generator`.
 
     Args:
-        setup: What to ask; of the model only `config.model` is used.
+        setup: What to generate with; of the model, only the name `config.model` is used.
 
     Raises:
         MissingExtra: The `openai` package is not installed.
-        InputError: The key cannot be sent.
-        EnvironmentFailure: Nothing answers at the URL.
+        InputError: The API key contains invalid characters.
+        EnvironmentFailure: No server answers at the URL.
     """
 
     repeatable = False
@@ -93,12 +98,12 @@ class OpenaiGenerator:
 
         try:
             with (
-                OpenAI(**self._client_settings, timeout=FIRST_TIMEOUT_S, max_retries=FIRST_RETRIES) as client,
+                OpenAI(**self._client_settings, timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES) as client,
                 client.models.with_streaming_response.list(),
             ):
-                return  # the list itself does not matter
+                return  # the list of models itself does not matter
         except APIStatusError:
-            return  # it answers; not every server has a list, nor does every key open it
+            return  # a server answers; not every one has a list of models, and not every key may read it
         except APIConnectionError as error:
             raise EnvironmentFailure(
                 f"no server answers at {self._name}: {_cause(error)}; start it, or correct --base-url"
@@ -111,15 +116,15 @@ class OpenaiGenerator:
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Outcome]]:
         """Yield rows as the server answers them."""
         todo = [request for request in requests if request.key not in done]
-        with closing(results(partial(self._ask_all, todo))) as answered:
-            asked = time.perf_counter()
-            for outcomes in answered:
-                self.step_seconds += time.perf_counter() - asked
+        with closing(results(partial(self._complete_all, todo))) as batches:
+            started = time.perf_counter()
+            for outcomes in batches:
+                self.step_seconds += time.perf_counter() - started
                 yield outcomes
-                asked = time.perf_counter()
+                started = time.perf_counter()
 
-    async def _ask_all(self, todo: Sequence[Request], finished: Callable[[Outcome], None]) -> None:
-        """Ask for every row, so many at once; the first error that is not one row's own ends all."""
+    async def _complete_all(self, todo: Sequence[Request], finished: Callable[[Outcome], None]) -> None:
+        """Request every row, `concurrency` at a time; the first error that is not a row's own cancels the others."""
         from asyncio import TaskGroup
 
         from openai import AsyncOpenAI
@@ -128,7 +133,7 @@ class OpenaiGenerator:
 
         async def worker(client: AsyncOpenAI) -> None:
             for request in waiting:
-                finished(await self._ask(client, request))
+                finished(await self._complete(client, request))
 
         settings = {**self._client_settings, "timeout": TIMEOUT_S, "http_client": bounded_client(TIMEOUT_S)}
         async with AsyncOpenAI(**settings, max_retries=MAX_RETRIES) as client:
@@ -137,15 +142,15 @@ class OpenaiGenerator:
                     for _ in range(min(self._setup.config.concurrency, len(todo))):
                         workers.create_task(worker(client))
             except ExceptionGroup as failed:
-                raise failed.exceptions[0]  # noqa: B904 - the group says no more
+                raise failed.exceptions[0]  # noqa: B904 - the group adds nothing
 
-    async def _ask(self, client: Any, request: Request) -> Outcome:  # noqa: ANN401 - openai.AsyncOpenAI
+    async def _complete(self, client: Any, request: Request) -> Outcome:  # noqa: ANN401 - openai.AsyncOpenAI
         from openai import APIConnectionError, APIStatusError
 
         try:
             answer = await client.chat.completions.with_raw_response.create(**self._fields(request))
         except UnicodeEncodeError:
-            return Failure(request, "the prompt holds half of a surrogate pair, which UTF-8 cannot hold")
+            return Failure(request, "the prompt contains half of a surrogate pair, which UTF-8 cannot encode")
         except APIStatusError as error:
             return self._refused(request, error)
         except APIConnectionError as error:
@@ -158,11 +163,11 @@ class OpenaiGenerator:
     def _fields(self, request: Request) -> dict[str, Any]:
         """The fields of a request.
 
-        `max_tokens` and not its successor `max_completion_tokens`: a server that does not know the second would
-        ignore it and answer without end.
+        `max_tokens`, not its successor `max_completion_tokens`: a server that does not know the latter would ignore
+        it and generate without a limit.
         """
         config = self._setup.config
-        vllms = {"top_k": config.top_k, "min_p": 0.0, "repetition_penalty": 1.0} if config.top_k != -1 else {}
+        vllm_fields = {"top_k": config.top_k, "min_p": 0.0, "repetition_penalty": 1.0} if config.top_k != -1 else {}
         stop = {"stop_token_ids": list(self._setup.stop_ids)} if self._setup.stop_ids else {}
         return {
             "model": config.model,
@@ -173,29 +178,29 @@ class OpenaiGenerator:
             "frequency_penalty": config.frequency_penalty,
             "seed": request.seed,
             "max_tokens": request.max_tokens,
-            "extra_body": {**vllms, **stop},
+            "extra_body": {**vllm_fields, **stop},
         }
 
     def _outcome(self, request: Request, content: bytes) -> Outcome:
-        """What the body of an answer says.
+        """The completion in a response's body, or why there is none.
 
         Raises:
-            EnvironmentFailure: It is no chat completion.
+            EnvironmentFailure: It is not a chat completion.
         """
         answer = self._read(content)
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
-            return Failure(request, f"the server gave no answer: {said(answer)}")
+            return Failure(request, f"the server gave no answer: {reason_in(answer)}")
         choice = _object(choices[0])
         if choice.get("finish_reason") not in ("stop", "length"):
             return Failure(request, f"the server ended the answer with {shown(choice.get('finish_reason'))}")
         text = _object(choice.get("message")).get("content")
         if not isinstance(text, str):
-            return Failure(request, "the server's answer holds no text")
+            return Failure(request, "the server's answer contains no text")
         usage = _object(answer.get("usage"))
         length, prompt_tokens = usage.get("completion_tokens"), usage.get("prompt_tokens")
         if not isinstance(length, int) or not isinstance(prompt_tokens, int) or min(length, prompt_tokens) < 0:
-            raise EnvironmentFailure(f"{self._name} does not say how many tokens an answer has (usage)")
+            raise EnvironmentFailure(f"{self._name} does not report how many tokens an answer has (usage)")
         return TextCompletion(request, text, length, prompt_tokens, choice["finish_reason"])
 
     def _read(self, content: bytes) -> dict[str, Any]:
@@ -205,29 +210,29 @@ class OpenaiGenerator:
             answer = None
         if not isinstance(answer, dict):
             raise EnvironmentFailure(
-                f"{self._name} gave no JSON object but {said(content.decode(errors='replace'))}; "
+                f"{self._name} returned no JSON object but {reason_in(content.decode(errors='replace'))}; "
                 "does --base-url end in /v1?"
             )
         return answer
 
     def _refused(self, request: Request, error: Any) -> Failure:  # noqa: ANN401 - openai.APIStatusError
-        """The failed row, where the status is one row's own.
+        """The failed row, where the status concerns only this row.
 
         Raises:
-            ExpoError: It is not.
+            ExpoError: It concerns the whole run.
         """
         status = int(error.status_code)
-        reason = f"{said(error.body)} (HTTP {status})"
-        if status not in ROW_AT_FAULT:
-            raise self._ended(status, reason) from error
-        field = refused_field(error.body)
+        reason = f"{reason_in(error.body)} (HTTP {status})"
+        if status not in ROW_STATUSES:
+            raise self._run_error(status, reason) from error
+        field = rejected_field(error.body)
         if field is not None:
-            raise InputError(f"{self._name} refuses {field}: {reason}; {ADVICE[field]}") from error
-        return Failure(request, f"the server refuses it: {reason}")
+            raise InputError(f"{self._name} rejects {field}: {reason}; {ADVICE[field]}") from error
+        return Failure(request, f"the server rejects it: {reason}")
 
-    def _ended(self, status: int, reason: str) -> ExpoError:
-        if status in RUN_AT_FAULT:
-            return InputError(f"{self._name} {RUN_AT_FAULT[status]}: {reason}")
+    def _run_error(self, status: int, reason: str) -> ExpoError:
+        if status in RUN_STATUSES:
+            return InputError(f"{self._name} {RUN_STATUSES[status]}: {reason}")
         return EnvironmentFailure(f"{self._name} cannot answer now: {reason}; the same command goes on with the rest")
 
     def load(self, setup: GeneratorSetup) -> None:
@@ -243,7 +248,7 @@ class OpenaiGenerator:
 
 
 def bounded_client(seconds: float) -> Any:  # noqa: ANN401 - openai.DefaultAsyncHttpxClient
-    """An HTTP client that waits so long for a whole answer; by itself it waits so long for each piece of one."""
+    """An HTTP client that limits the time for a whole response; the library's own timeout is for each read."""
     from asyncio import timeout
 
     from openai import DefaultAsyncHttpxClient
@@ -266,7 +271,7 @@ def api_key() -> str:
     """The key from the environment, or a placeholder.
 
     Raises:
-        InputError: It cannot be sent; the HTTP library's own error would show it.
+        InputError: It contains characters that no header can hold; the HTTP library's own error would show the key.
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):
@@ -274,21 +279,21 @@ def api_key() -> str:
     return key or NO_KEY
 
 
-def said(body: object) -> str:
-    """What a server's body says is wrong, on one line and without secrets."""
+def reason_in(body: object) -> str:
+    """The error message in a response's body, on one line and without secrets."""
     if isinstance(body, dict):
         error = body.get("error", body)
         found = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
         text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
     else:
-        text = str(body or "no reason is given")
+        text = str(body or "no reason given")
     text = " ".join(without_secrets(text).split())
-    return text if len(text) <= MAX_SAID_CHARACTERS else f"{text[:MAX_SAID_CHARACTERS]}…"
+    return text if len(text) <= MAX_REASON_CHARACTERS else f"{text[:MAX_REASON_CHARACTERS]}…"
 
 
-def refused_field(body: object) -> str | None:
-    """The field a server refuses whatever the row; None where it is the row that it refuses."""
-    text = said(body)
+def rejected_field(body: object) -> str | None:
+    """The field that the server rejects in every row; None where it rejects this row only."""
+    text = reason_in(body)
     if "context length" in text.lower():
         return None
     param = body.get("param") if isinstance(body, dict) else None
@@ -297,7 +302,7 @@ def refused_field(body: object) -> str | None:
 
 
 def _object(value: object) -> dict[str, Any]:
-    """A part of an answer that is an object; empty where it is none."""
+    """A JSON value that should be an object; empty where it is not."""
     return value if isinstance(value, dict) else {}
 
 

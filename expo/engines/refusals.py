@@ -1,7 +1,8 @@
-"""Why the loading of θ(α) was refused in a process of vLLM's, told to the one that started the engine.
+"""Brings the reason why a vLLM process refused to load θ(α) back to the process that started the engine.
 
-vLLM's own error there says only that one of its processes failed. The reason goes by a file that an environment
-variable names, which the processes inherit; where they run elsewhere, vLLM's word is all there is.
+vLLM's own error says only that one of its processes failed. The reason travels in a file that an environment variable
+names, which child processes inherit; where they run on another machine, only vLLM's error is left. Both sides import
+this module, and it imports neither.
 """
 
 from __future__ import annotations
@@ -15,31 +16,34 @@ from tempfile import TemporaryDirectory
 
 from expo.errors import EnvironmentFailure, ExpoError, InputError
 
+LOAD_FORMAT = "expo"
+"""The load format of `vllm_loader.py`, and the name of its entry point."""
+
 VARIABLE = "EXPO_REFUSAL"
 """Names the file; set while an engine starts."""
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Tell the process that waits in `heard` why this one refuses."""
+def report_refusals() -> Iterator[None]:
+    """Pass an `ExpoError` raised here on to the process that waits in `reraise_refusals`."""
     try:
         yield
     except ExpoError as error:
         if VARIABLE in os.environ:
-            _tell(error, Path(os.environ[VARIABLE]))
+            _write(error, Path(os.environ[VARIABLE]))
         raise
 
 
-def _tell(error: ExpoError, file: Path) -> None:
-    own = file.with_name(f"{file.name}-{os.getpid()}")  # ranks refuse at once
-    with suppress(OSError):  # nobody waits: it was a live engine that loads again
+def _write(error: ExpoError, file: Path) -> None:
+    own = file.with_name(f"{file.name}-{os.getpid()}")  # several ranks may refuse at the same time
+    with suppress(OSError):  # the folder is gone where an engine that has started loads other weights
         own.write_text(json.dumps({"input": isinstance(error, InputError), "reason": str(error)}), encoding="utf-8")
         own.replace(file)
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """While an engine starts: what one of its processes told is raised in the place of vLLM's error.
+def reraise_refusals() -> Iterator[None]:
+    """While an engine starts, raise what one of its processes reported in place of vLLM's error.
 
     Raises:
         InputError: The keys or the pair are at fault.
@@ -54,12 +58,12 @@ def heard() -> Iterator[None]:
             raise
         except Exception as error:
             if file.exists():
-                raise _refusal(file) from error
+                raise _read(file) from error
             raise
         finally:
             del os.environ[VARIABLE]
 
 
-def _refusal(file: Path) -> ExpoError:
+def _read(file: Path) -> ExpoError:
     content = json.loads(file.read_text(encoding="utf-8"))
     return (InputError if content["input"] else EnvironmentFailure)(content["reason"])

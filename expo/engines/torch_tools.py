@@ -1,4 +1,4 @@
-"""What the backends built on torch share: the device, and errors turned into one line."""
+"""What the engines built on torch share: devices, dtypes, and errors turned into messages of one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
 
 MISMATCH = "ignore_mismatched_sizes"
-"""In what transformers says of weights that do not fit a model."""
+"""Part of transformers' message about weights whose shapes do not match the model."""
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def model_device(name: str) -> str:
     """The torch device for a `--device` value; auto is the GPU where there is one.
 
     Raises:
-        EnvironmentFailure: CUDA is asked for and cannot be used.
+        EnvironmentFailure: CUDA is requested but not available.
     """
     import torch
 
@@ -38,7 +38,7 @@ def model_device(name: str) -> str:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; none is touched."""
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; no GPU is initialised."""
     import torch
 
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
@@ -48,7 +48,7 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn what transformers raises for an unusable model folder into an `InputError`.
+    """Turn the exceptions that transformers raises for an unusable model folder into an `InputError`.
 
     Args:
         name: The model's name, for the message.
@@ -66,27 +66,27 @@ def loading(name: str) -> Iterator[None]:
         except RuntimeError as error:
             if MISMATCH not in str(error):
                 raise
-            reason = "its weights do not have the shapes that its config.json says"
+            reason = "its weights do not have the shapes that its config.json specifies"
             raise InputError(f"transformers cannot load {name}: {reason}") from error
 
 
 @contextmanager
-def out_of_memory_hint(flag: str) -> Iterator[None]:
+def out_of_memory_hint(advice: str) -> Iterator[None]:
     """Turn an out-of-memory error into one line.
 
     Args:
-        flag: The option that lowers the need.
+        advice: What reduces memory use, as an option.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise EnvironmentFailure(f"out of memory; {flag} lowers the need, and the same command goes on") from error
+        raise EnvironmentFailure(f"out of memory; {advice} reduces memory use, and the same command goes on") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was lacking; torch has no class of its own for the CPU's."""
+    """Whether memory ran out; torch has no exception class for that on a CPU."""
     import torch
 
     kinds = (torch.OutOfMemoryError, MemoryError)
@@ -94,21 +94,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_dtype(dtype: Dtype, device: str, weights_bytes: int) -> Dtype:
-    """The data type the transformers engine runs in; what auto means is decided here, once for a run.
+    """The dtype that the transformers engine runs in; `auto` is resolved here, once per run.
 
-    A CPU without bfloat16 arithmetic multiplies float32 several times faster, and widening the weights changes none.
+    A CPU without bfloat16 arithmetic multiplies float32 several times faster, and widening changes no value.
 
     Args:
         dtype: As `--dtype` has it.
         device: As `--device` has it.
-        weights_bytes: Size of the checkpoint's weights; twice as much must be within half of the machine's memory.
+        weights_bytes: Size of the checkpoint's weights; twice that must fit in half of the memory.
     """
     import psutil
     import torch
 
     if dtype != "auto" or model_device(device) != "cpu":
         return dtype
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # how torch itself decides
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # as torch itself decides
     is_fast = asked is None or asked()
     fits = 2 * weights_bytes <= psutil.virtual_memory().total // 2
     return "float32" if fits and not is_fast else "auto"

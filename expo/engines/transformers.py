@@ -32,7 +32,7 @@ from expo.engines.torch_tools import loading, model_device, out_of_memory_hint
 from expo.engines.transformers_theta import load_theta
 
 LOWEST_TEMPERATURE = 0.01
-"""Of sampling; vLLM samples with it where it is given a lower one."""
+"""The lowest sampling temperature; vLLM raises lower ones to it."""
 
 
 class PenaltyProcessor(LogitsProcessor):
@@ -60,7 +60,7 @@ class PenaltyProcessor(LogitsProcessor):
 
 
 class RowTemperatures(LogitsProcessor):
-    """Divides each row's scores by the row's own temperature, or by vLLM's lowest: scores must stay finite.
+    """Divides each row's scores by the row's own temperature, at least vLLM's lowest, so that scores stay finite.
 
     Args:
         temperatures: One per row, above 0.
@@ -75,7 +75,7 @@ class RowTemperatures(LogitsProcessor):
 
 
 class SomeRows(LogitsProcessor):
-    """Processes some rows of a batch and leaves the others as they are, to the bit.
+    """Processes some rows of a batch and leaves the others bitwise unchanged.
 
     Args:
         rows: The rows' numbers.
@@ -84,7 +84,7 @@ class SomeRows(LogitsProcessor):
 
     def __init__(self, rows: Sequence[int], processors: LogitsProcessorList) -> None:
         self._rows = torch.tensor(rows)
-        self._processors: Any = processors  # its types ask for tensor classes that no tensor has
+        self._processors: Any = processors  # its annotations demand tensor classes that no tensor has
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The scores with these rows processed, (batch, vocabulary)."""
@@ -93,10 +93,10 @@ class SomeRows(LogitsProcessor):
 
 
 class SeededChoice(LogitsProcessor):
-    """Samples one token per row by inverting the distribution at a number drawn from the row's own generator.
+    """Samples one token per row by inverse transform sampling with a number from the row's own generator.
 
-    Leaves the chosen token alone finite, so that greedy decoding takes it. A row's numbers do not depend on the
-    rows beside it.
+    Only the chosen token keeps a finite score, so that greedy decoding takes it. A row's numbers do not depend on
+    the other rows of the batch.
 
     Args:
         prompt_length: Columns of the padded prompt.
@@ -121,7 +121,7 @@ class RowLimits(StoppingCriteria):
 
     Args:
         prompt_length: Columns of the padded prompt.
-        limits: Most new tokens of each row.
+        limits: The maximum number of new tokens of each row.
     """
 
     def __init__(self, prompt_length: int, limits: Sequence[int]) -> None:
@@ -173,7 +173,7 @@ class TransformersGenerator:
         with loading(setup.name):
             model = _load(setup, self._device)
         self._model = model.eval()
-        # The model's own sampling defaults must not leak in: everything is set by the processors below.
+        # The model's own sampling defaults must not interfere: the processors below do everything.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, eos_token_id=list(setup.stop_ids) or None, pad_token_id=setup.pad_id
         )
@@ -207,7 +207,7 @@ class TransformersGenerator:
         ids = [[self._setup.pad_id] * gap + list(row.prompt_ids) for gap, row in zip(padding, batch, strict=True)]
         mask = [[0] * gap + [1] * (width - gap) for gap in padding]
         limits = [request.max_tokens for request in batch]
-        with torch.inference_mode(), out_of_memory_hint("--batch-tokens"):
+        with torch.inference_mode(), out_of_memory_hint("a smaller --batch-tokens"):
             output = self._model.generate(
                 input_ids=torch.tensor(ids, device=self._device),  # (batch, width)
                 attention_mask=torch.tensor(mask, device=self._device),
@@ -254,7 +254,7 @@ def _processors(config: GenerateConfig, batch: list[Request], width: int) -> Log
 
 
 def _sampling(config: GenerateConfig, batch: list[Request], width: int) -> LogitsProcessorList:
-    """What chooses the tokens of sampled rows."""
+    """The processors that choose the tokens of sampled rows."""
     processors = LogitsProcessorList([RowTemperatures([request.temperature for request in batch])])
     if config.top_k > 0:
         processors.append(TopKLogitsWarper(config.top_k))

@@ -1,4 +1,4 @@
-"""Reward models with transformers: the raw logit, as the model gives it for the row alone."""
+"""Reward models with transformers: the raw logit, as the model gives it for the row without padding."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class TransformersScorer:
         self._model: Any = model.eval()
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The raw logit of each row; padding does not move it."""
+        """The raw logit of each row; padding does not affect it."""
         width = max(map(len, rows))
-        with torch.inference_mode(), out_of_memory_hint("--batch-tokens"), self._padded_with(rows) as pad_id:
+        with torch.inference_mode(), out_of_memory_hint("a smaller --batch-tokens"), self._padded_with(rows) as pad_id:
             ids = [list(row) + [pad_id] * (width - len(row)) for row in rows]
             mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
             logits = self._model(
@@ -74,8 +74,8 @@ class _PadId:
     """The padding id of one batch.
 
     The model takes the reward at the last token that is not `config.pad_token_id`. Where the config has that id,
-    it is used, so that a row's reward is the same alone and padded. Where it has none, a row alone is read at its
-    last token: then the batch is padded with an id that none of its rows holds.
+    it is used, so that a row's reward is the same alone and padded. Where it has none, a single row is read at
+    its last token: then the batch is padded with an id that is in none of its rows.
     """
 
     def __init__(self, config: Any, rows: Sequence[Sequence[int]]) -> None:  # noqa: ANN401 - a transformers config

@@ -1,7 +1,7 @@
 """A transformers model whose weights are θ(α), made tensor by tensor while it loads.
 
-transformers asks for the values of a tensor when it is about to use them, casts and fuses them as it does those of a
-file, and no second model is in memory.
+transformers reads a tensor's values when it is about to use them, and casts and fuses them like those of a file; there
+is never a second model in memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from expo.theta.tensors import Theta
 
 
 class _Slice:
-    """A tensor of θ(α) as transformers sees one of a safetensors file: made when it is indexed.
+    """A tensor of θ(α) with the interface of one in a safetensors file: computed when it is indexed.
 
     Args:
         theta: The open θ(α).
         name: The tensor's name.
-        failed: Takes what went wrong; transformers makes reports of its own of what its threads raise.
+        failed: Collects the errors; transformers turns those that its threads raise into reports of its own.
     """
 
     def __init__(self, theta: Theta, name: str, failed: list[ExpoError]) -> None:
@@ -34,7 +34,7 @@ class _Slice:
         self.dtype = theta.dtype(name)
 
     def is_floating_point(self) -> bool:
-        """Whether its type can be the model's."""
+        """Whether it is cast to the model's dtype."""
         return self.dtype.is_floating_point
 
     def __getitem__(self, index: object) -> Tensor:
@@ -49,7 +49,7 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: str) -> Any:  # n
     """The model whose weights are θ(α), as `from_pretrained` loads a checkpoint of it.
 
     Args:
-        setup: What to start; its folder has the config and the code.
+        setup: What to start; the model's folder has the config and the code.
         plan: The θ(α).
         device: Where the model goes.
 
@@ -59,7 +59,7 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: str) -> Any:  # n
     """
     trust = setup.config.trust_remote_code
     config = AutoConfig.from_pretrained(setup.model, trust_remote_code=trust)
-    with torch.device("meta"):  # a model without weights, which tells its class
+    with torch.device("meta"):  # a model without weights, only to find its class
         kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))  # type: ignore[no-untyped-call]
     failed: list[ExpoError] = []
     with Theta(plan.pair) as theta:

@@ -28,7 +28,7 @@ import psutil
 from expo.checkpoint.folder import read_config
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Request
-from expo.engines.refusals import heard
+from expo.engines.refusals import LOAD_FORMAT, reraise_refusals
 from expo.engines.torch_tools import is_out_of_memory
 from expo.engines.watched import WatchedSteps
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
@@ -40,18 +40,16 @@ CPU_SETTINGS = {
 }
 MIN_BATCHED_TOKENS = 2048
 SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization"})
-"""Arguments that change how many rows run at once, and no row."""
-LOAD_FORMAT = "expo"
-"""Of `vllm_loader.py`, and the name of its entry point."""
+"""Arguments that change how many rows run at once, but no row."""
 
 CLIENT_ERROR = "VLLMClientError"
-"""Base class of vLLM's errors that the request causes."""
+"""Base class of vLLM's errors about the request."""
 
-MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, lowers the need for memory"
+MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, needs less memory"
 
 MIN_CPU_KV_BYTES = 256 << 20
 CPU_SEQUENCES = 128
-"""How many rows at once a CPU's cache has room for, if memory allows."""
+"""The number of rows that fit in a CPU's KV cache at once, if memory allows."""
 
 
 def installed_version() -> tuple[str, str] | None:
@@ -65,7 +63,7 @@ def installed_version() -> tuple[str, str] | None:
 
 
 def why_not() -> str | None:
-    """Why vLLM cannot run here; None where it can. Does not import vLLM."""
+    """Why vLLM cannot run on this machine; None where it can. Does not import vLLM."""
     installed = installed_version()
     if installed is None or find_spec("vllm") is None:
         return "vLLM is not installed"
@@ -78,7 +76,7 @@ def why_not() -> str | None:
 
 
 def _prepare_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported; what is set already stays."""
+    """Set the environment variables that vLLM reads when it is imported; those that are already set stay."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     debug = logging.getLogger("expo").isEnabledFor(logging.DEBUG)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debug else "ERROR")
@@ -86,7 +84,7 @@ def _prepare_environment() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.DEBUG if debug else logging.ERROR)
     if not _has_gpu():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # With tensor parallelism vLLM would bind each worker to a memory node of its own, and refuses where there are
+        # With tensor parallelism, vLLM would bind each worker to a NUMA node of its own, and refuses to start with
         # fewer nodes than workers.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -107,7 +105,7 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
     if setup.theta is not None:
         _make_loader_known(arguments)
     try:
-        with heard():
+        with reraise_refusals():
             return LLM(**arguments)
     except ExpoError:
         raise  # the loader's own
@@ -119,7 +117,7 @@ def _start(setup: GeneratorSetup) -> Any:  # noqa: ANN401 - vllm.LLM
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether what vLLM was asked for is at fault; its own errors that say so are no `ValueError` since 0.32."""
+    """Whether the request or the arguments are at fault; since 0.32 vLLM's own errors for that are no `ValueError`."""
     return isinstance(error, (TypeError, ValueError)) or any(
         kind.__name__ == CLIENT_ERROR for kind in type(error).mro()
     )
@@ -127,7 +125,7 @@ def _is_refusal(error: Exception) -> bool:
 
 @contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Turn vLLM's refusal of what it is given into one line."""
+    """Turn vLLM's rejection of its input into one line."""
     try:
         yield
     except Exception as error:
@@ -138,7 +136,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """Turn whatever ends the engine's work into one line: it has died, and a new one is needed."""
+    """Turn any exception that ends the engine into one line: it is dead, and a new one is needed."""
     try:
         yield
     except InputError:
@@ -242,7 +240,7 @@ class VllmGenerator:
         """Go on with other settings, and with the weights of another θ(α) in the live engine."""
         if setup.theta is not None and setup.theta is not self._setup.theta:
             keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(setup.theta.config)}
-            with _running(), heard():
+            with _running(), reraise_refusals():
                 self._llm.collective_rpc("update_config", args=({"load_config": keys},))
                 self._llm.collective_rpc("reload_weights")
             self._llm.reset_prefix_cache()  # it holds what the old weights made of prompts
@@ -272,7 +270,7 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
     """The arguments of `vllm.LLM` for a setup; `--engine-arg` wins over all others.
 
     Raises:
-        InputError: An engine argument is no KEY=VALUE.
+        InputError: `--engine-arg` would change which model answers.
     """
     config = setup.config
     arguments: dict[str, Any] = {
@@ -299,7 +297,7 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
 
 
 def given_arguments(config: GenerateConfig) -> dict[str, Any]:
-    """What `--engine-arg` gives.
+    """The engine arguments from `--engine-arg`.
 
     Raises:
         InputError: It would change which model answers.
@@ -321,14 +319,14 @@ def context_limit(config: GenerateConfig) -> int | None:
 
 
 def is_repeatable(config: GenerateConfig) -> bool:
-    """Whether rows do not depend on their batch: shown on a CPU with expo's arguments, on a GPU where vLLM says so."""
+    """Whether rows do not depend on their batch: tested on a CPU with expo's arguments; on a GPU vLLM's setting."""
     if _has_gpu():
         return os.environ.get("VLLM_BATCH_INVARIANT") == "1"
     return given_arguments(config).keys() <= SIZES
 
 
 def _cpu_kv_cache_bytes(setup: GeneratorSetup) -> int:
-    """Room for the rows that run at once: vLLM would take nearly all of the machine's memory, and touch it."""
+    """Room for the rows that run at once: by default vLLM would allocate and touch nearly all memory."""
     config = read_config(setup.model)
     heads = config.get("num_attention_heads", 32)
     head_dim = config.get("head_dim") or config.get("hidden_size", 4096) // heads
@@ -347,7 +345,7 @@ def _key_value(pair: str) -> tuple[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, in one line; of a pydantic error the lines that name the field and the value."""
+    """An exception's message on one line; of a pydantic error, the lines that name the field and the value."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     values = [
         line.removeprefix("Value error, ").split(" [type=")[0] for line in lines if line.startswith("Value error")

@@ -1,13 +1,13 @@
-"""vLLM's `--load-format expo`: an engine whose weights are θ(α), made tensor by tensor while it loads.
+"""vLLM's `--load-format expo`: an engine whose weights are θ(α), computed tensor by tensor while it loads.
 
     python -m vllm.entrypoints.openai.api_server --model DPO --load-format expo
         --model-loader-extra-config '{"sft": "SFT", "alpha": 0.3}'
 
-`config_files.LOADER_KEYS` has the keys. vLLM finds `register` by the entry point group `vllm.general_plugins`, in each
-of its processes. A live engine changes α by `collective_rpc("update_config", …)` with other keys for the loader,
-`collective_rpc("reload_weights")` and `reset_prefix_cache()`. Every tensor-parallel rank reads both checkpoints.
+`config_files.LOADER_KEYS` lists the keys. vLLM finds `register` through the entry point group `vllm.general_plugins`,
+in each of its processes. To change α, a live engine takes `collective_rpc("update_config", …)` with other keys for the
+loader, `collective_rpc("reload_weights")` and `reset_prefix_cache()`. Each tensor-parallel rank reads both checkpoints.
 
-Nothing of expo that needs time is imported before weights are loaded: vLLM imports this module whatever it loads.
+Slow imports of expo wait until weights are loaded, since vLLM imports this module whatever it loads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from expo.engines.refusals import told
-from expo.engines.vllm import LOAD_FORMAT
+from expo.engines.refusals import LOAD_FORMAT, report_refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,20 +35,20 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
     """Loads θ(α) as vLLM's own loader loads a checkpoint.
 
     Args:
-        load_config: vLLM's; its `model_loader_extra_config` says what θ(α) is.
+        load_config: vLLM's; its `model_loader_extra_config` specifies θ(α).
     """
 
     def __init__(self, load_config: Any) -> None:  # noqa: ANN401 - vllm.config.LoadConfig
         self._keys = load_config.model_loader_extra_config
-        # The parent refuses keys and formats that it does not know.
+        # The parent class refuses keys and formats that it does not know.
         super().__init__(dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config={}))
 
     def download_model(self, model_config: Any) -> None:  # noqa: ANN401 - vllm.config.ModelConfig
-        """Bring both checkpoints to this machine."""
+        """Download both checkpoints."""
         self._plan(model_config)
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
-        """Every tensor of θ(α), then what the model takes from elsewhere; the first rank shows a bar of it.
+        """Every tensor of θ(α), then the model's secondary weights; the first rank shows a progress bar.
 
         Raises:
             InputError: The keys or the pair are at fault.
@@ -59,7 +58,7 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         from expo.theta.tensors import Theta
 
         self.counter_before_loading_weights = time.perf_counter()
-        with told():
+        with report_refusals():
             plan = self._plan(model_config).pair
             with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
                 for name, tensor in theta:
@@ -86,14 +85,14 @@ def _is_first_rank() -> bool:
 
 
 def _packed_heads(model: Any) -> list[Any]:  # noqa: ANN401 - a torch module of vLLM's
-    """The heads whose weights vLLM keeps packed for a CPU beside the weights themselves; none at a first load."""
+    """The heads of which vLLM keeps a packed copy of the weights for a CPU; none at the first load."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     return [layer for layer in model.modules() if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear")]
 
 
 def _pack_again(head: Any) -> None:  # noqa: ANN401 - vLLM's ParallelLMHead
-    """Pack a head's weights when it is next used: vLLM's reload forgets one that is tied to the embedding."""
+    """Repack a head's weights when it is next used: vLLM's reload forgets a head that is tied to the embedding."""
 
     def first(*arguments: Any) -> Any:  # noqa: ANN401
         head.quant_method.process_weights_after_loading(head)
@@ -102,7 +101,7 @@ def _pack_again(head: Any) -> None:  # noqa: ANN401 - vLLM's ParallelLMHead
     head.cpu_linear = first
 
 
-@functools.cache  # vLLM warns of a loader that is registered twice
+@functools.cache  # vLLM warns about a loader that is registered twice
 def register() -> None:
-    """Make the load format known to vLLM in this process."""
+    """Register the load format with vLLM in this process."""
     register_model_loader(LOAD_FORMAT)(ThetaLoader)

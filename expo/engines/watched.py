@@ -1,8 +1,8 @@
-"""An engine's steps while its processes live.
+"""An engine's steps, as long as its processes are alive.
 
-vLLM's engine runs in a process of its own on a GPU, and its offline client waits for ever where that process is killed
-(by the kernel when memory runs out, say). Here a step is made in a thread, and whoever waits for it looks now and then
-whether the processes are still there.
+On a GPU vLLM's engine runs in its own process, and its offline client waits forever if that process is killed (for
+example by the kernel when memory runs out). Here a thread makes the step, and the caller, while it waits, checks
+periodically that the processes are still there.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Generic, TypeVar
 
-LOOK_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0
 
 Result = TypeVar("Result")
 
 
 class WatchedSteps(Generic[Result]):
-    """Calls a step as long as some processes live.
+    """Calls a step function as long as the processes it needs are alive.
 
     Args:
-        step: What to call; it may never return once a process has died.
-        processes: The processes it needs.
+        step: The function to call; it may never return once a process has died.
+        processes: The processes that the step needs.
     """
 
     def __init__(self, step: Callable[[], Result], processes: Sequence[BaseProcess]) -> None:
         self._step = step
         self._processes = processes
-        self._asked: SimpleQueue[None] = SimpleQueue()
-        self._made: SimpleQueue[tuple[Result | None, Exception | None]] = SimpleQueue()
-        Thread(target=self._work, daemon=True).start()  # one that never returns does not keep the program
+        self._requested: SimpleQueue[None] = SimpleQueue()
+        self._results: SimpleQueue[tuple[Result | None, Exception | None]] = SimpleQueue()
+        Thread(target=self._work, daemon=True).start()  # a step that never returns must not keep the program alive
 
     def _work(self) -> None:
         while True:
-            self._asked.get()
+            self._requested.get()
             try:
-                self._made.put((self._step(), None))
+                self._results.put((self._step(), None))
             except Exception as error:
-                self._made.put((None, error))
+                self._results.put((None, error))
 
     def __call__(self) -> Result:
         """One step.
@@ -48,10 +48,10 @@ class WatchedSteps(Generic[Result]):
             ChildProcessError: A process has died.
             Exception: What the step raised.
         """
-        self._asked.put(None)
+        self._requested.put(None)
         while True:
             try:
-                result, error = self._made.get(timeout=LOOK_EVERY_S)
+                result, error = self._results.get(timeout=CHECK_EVERY_S)
             except Empty:
                 self._require_alive()
                 continue

@@ -193,7 +193,7 @@ def _explain(error: Exception, repository: str) -> ExpoError:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # an upload's thread
     status = http_status(cause)
     if status == 401:
-        return InputError(f"the hub does not take the token that it was sent; {TOKEN_ADVICE}")
+        return InputError(f"the hub does not accept the token that it was sent; {TOKEN_ADVICE}")
     if status in USERS_FAULT or "README.md" in str(error):
         said = getattr(cause, "server_message", None) or str(cause)
         return InputError(f"the hub refuses the push to {repository}: {' '.join(said.split())}")
