@@ -60,6 +60,8 @@ class CommonConfig:
 class RulesConfig:
     """How θ_sft and θ_dpo are combined, beside α."""
 
+    rule: str = "linear"
+    """The formula that combines them, by its name in `expo.theta.rules.RULES`; linear is θ_dpo + α(θ_dpo − θ_sft)."""
     alpha_for: tuple[str, ...] = ()
     """`REGEX=A`: tensors (the pattern is searched in their names) with an α of their own; the first match wins."""
     exclude: tuple[str, ...] = ()

@@ -105,6 +105,7 @@ LOADER_KEYS: dict[str, tuple[type, ...]] = {
     "vocab": (str,),
     "allow_pickle": (bool,),
     "allow_nonfinite": (bool,),
+    "rule": (str,),
 }
 """What `--model-loader-extra-config` of vLLM's `--load-format expo` may hold, and of which type."""
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import xxhash
 
-from expo.checkpoint.header import DTYPE_BITS as DTYPE_BITS
-from expo.checkpoint.header import FLOAT_DTYPES as FLOAT_DTYPES
 from expo.checkpoint.header import Shard as Shard
 from expo.checkpoint.header import TensorInfo as TensorInfo
 from expo.checkpoint.header import is_text_map

@@ -27,6 +27,7 @@ from expo.cli.options import (
     OutputDirOption,
     OverwriteOption,
     RecipeOption,
+    RuleOption,
     TaskArgument,
     TrustRemoteCodeOption,
     VocabOption,
@@ -73,6 +74,7 @@ def command(
     alpha: Annotated[
         float | None, typer.Option(metavar="A", help="… and α; θ(α) is made while the engine loads.")
     ] = GenerateConfig.alpha,
+    rule: RuleOption = GenerateConfig.rule,
     alpha_for: AlphaForOption = None,
     exclude: ExcludeOption = None,
     missing: MissingOption = GenerateConfig.missing,

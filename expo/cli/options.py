@@ -17,6 +17,7 @@ import typer
 
 from expo import config, config_files, recipes
 from expo.files import shown
+from expo.theta.rules import RULES
 
 Config = TypeVar("Config", bound=config.CommonConfig)
 
@@ -80,6 +81,9 @@ DpoOption = Annotated[
     str, typer.Option("--dpo", "--aligned", metavar="DPO", help="θ_dpo, trained from θ_sft, or its LoRA adapter.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(metavar="N", help="Threads. [default: the CPU count, at most 4]")]
+RuleOption = Annotated[
+    str, typer.Option(metavar="|".join(RULES), hidden=len(RULES) == 1, help="The formula that makes θ(α).")
+]
 AlphaForOption = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX=A", help="Tensors with an α of their own; repeatable, first match wins."),

@@ -1,4 +1,4 @@
-"""What the backends built on torch share: the device, and errors turned into one line."""
+"""What the backends built on torch share: GPUs, errors turned into one line, the data type of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from expo.checks import find_device
 from expo.config import Dtype
 from expo.errors import EnvironmentFailure, InputError, first_line
 
@@ -14,21 +15,6 @@ MISMATCH = "ignore_mismatched_sizes"
 """In what transformers says of weights that do not fit a model."""
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def model_device(name: str) -> str:
-    """The torch device for a `--device` value; auto is the GPU where there is one.
-
-    Raises:
-        EnvironmentFailure: CUDA is asked for and cannot be used.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    return name
 
 
 def visible_gpus() -> list[str]:
@@ -100,7 +86,7 @@ def run_dtype(dtype: Dtype, device: str, weights_bytes: int) -> Dtype:
     import psutil
     import torch
 
-    if dtype != "auto" or model_device(device) != "cpu":
+    if dtype != "auto" or find_device(device, prefer_gpu=True).type != "cpu":
         return dtype
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # how torch itself decides
     is_fast = asked is None or asked()

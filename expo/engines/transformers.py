@@ -26,9 +26,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from expo.checks import find_device
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Request, token_batches
-from expo.engines.torch_tools import loading, model_device, out_of_memory_hint
+from expo.engines.torch_tools import loading, out_of_memory_hint
 from expo.engines.transformers_theta import load_theta
 
 LOWEST_TEMPERATURE = 0.01
@@ -155,7 +156,7 @@ class TransformersGenerator:
 
     def __init__(self, setup: GeneratorSetup) -> None:
         self._setup = setup
-        self._device = model_device(setup.config.device)
+        self._device = find_device(setup.config.device, prefer_gpu=True)
         with loading(setup.name):
             model = _load(setup, self._device)
         self._model = model.eval()
@@ -163,7 +164,7 @@ class TransformersGenerator:
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, eos_token_id=list(setup.stop_ids) or None, pad_token_id=setup.pad_id
         )
-        self.repeatable = self._device == "cpu"
+        self.repeatable = self._device.type == "cpu"
         self.step_seconds = 0.0
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
@@ -207,7 +208,7 @@ class TransformersGenerator:
         return {name: version(name) for name in ("transformers", "torch")}
 
 
-def _load(setup: GeneratorSetup, device: str) -> Any:  # noqa: ANN401 - a transformers model
+def _load(setup: GeneratorSetup, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
     if setup.theta is not None:
         return load_theta(setup, setup.theta, device)
     trust = setup.config.trust_remote_code

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from expo.checks import find_device
 from expo.engines import ScorerSetup
-from expo.engines.torch_tools import loading, model_device, out_of_memory_hint
+from expo.engines.torch_tools import loading, out_of_memory_hint
 from expo.errors import InputError
 
 
@@ -26,7 +27,7 @@ class TransformersScorer:
     """
 
     def __init__(self, setup: ScorerSetup) -> None:
-        self._device = model_device(setup.config.device)
+        self._device = find_device(setup.config.device, prefer_gpu=True)
         with loading(setup.model.name):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 setup.model,

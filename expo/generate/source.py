@@ -15,9 +15,10 @@ from expo.durable import Row
 from expo.errors import InputError
 from expo.theta.adapter.folders import is_adapter
 from expo.theta.pair import ThetaPlan, plan_theta
+from expo.theta.rules import DEFAULT_RULE
 
-RESULT_RULES = ("alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
-"""The rules that change θ(α)."""
+RESULT_RULES = ("rule", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
+"""The settings that change θ(α)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def describe_theta(theta: ThetaPlan) -> Row:
         "sft": str(theta.sft.path),
         "dpo": str(theta.dpo.path),
         "alpha": theta.config.alpha,
+        "rule": theta.config.rule,
         "tensors": theta.pair.tensor_counts(),
     }
 
@@ -76,6 +78,8 @@ def _theta_source(config: ThetaConfig, output: Path) -> Source:
         "alpha": config.alpha,
         **{name: plain(getattr(config, name)) for name in RESULT_RULES},
     }
+    if config.rule == DEFAULT_RULE:  # absent: outputs finished before there were others
+        del fingerprint["rule"]
     record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha}
     return Source(folder, theta.name, fingerprint, record, theta)
 

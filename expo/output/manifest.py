@@ -17,8 +17,9 @@ from expo.durable import Row
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
 from expo.theta.plan import PairPlan
+from expo.theta.rules import DEFAULT_RULE, find_rule
 
-RESULT_SETTINGS = ("dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
+RESULT_SETTINGS = ("rule", "dtype", "max_shard_size", "alpha_for", "exclude", "missing", "vocab", "allow_nonfinite")
 """Settings that change the result, beside α and the sources."""
 
 
@@ -37,7 +38,7 @@ class Origin:
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
     """‖θ_dpo − θ_sft‖, ‖θ_sft‖ and their ratio over the extrapolated tensors; None where not finite.
 
-    Of large tensors they are estimates (`rules.sampled_norms`); `expo inspect` takes all weights.
+    Of large tensors they are estimates (`norms.sampled_norms`); `expo inspect` takes all weights.
     """
     # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
     delta = math.sqrt(math.fsum(record.delta_squared for record in records.values()))
@@ -58,6 +59,8 @@ def vocabulary_rows(pair: PairPlan) -> Row:
 def result_settings(config: ExtrapolateConfig, alpha: float) -> Row:
     """The settings that change one output, as plain data."""
     values = {name: getattr(config, name) for name in RESULT_SETTINGS}
+    if config.rule == DEFAULT_RULE:  # absent: outputs finished before there were others
+        del values["rule"]
     return {"alpha": alpha, **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}}
 
 
@@ -79,6 +82,8 @@ def manifest(
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
         "config": {**_source_names(work), **result_settings(work.config, alpha)},
         "alpha": alpha,
+        "rule": work.config.rule,
+        "formula": find_rule(work.config.rule).formula,
         "fingerprint": fingerprint,
         "sources": {
             side: {
@@ -106,11 +111,13 @@ def card(work: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     return model_card(
         title=f"{work.dpo.name}-ExPO-a{alpha!r}",
         alpha=alpha,
+        formula=find_rule(work.config.rule).formula,
         sft=work.sft,
         dpo=work.dpo,
         command=_command(work, alpha),
         is_adapter=work.pair.adapter is not None,
         figures={
+            "rule": work.config.rule,
             "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
             "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
