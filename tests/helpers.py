@@ -115,6 +115,26 @@ def dying(engine: type, method: str) -> Iterator[None]:
             yield
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would be too slow."""
+
+
+@contextmanager
+def stopped_in_shard(number: int) -> Iterator[None]:
+    """The body is a run; it is stopped in the middle of its shard `number`, when its bytes are written."""
+    real, calls = extrapolate.StagedShard.finish, iter(range(number))
+
+    def finish(shard: extrapolate.StagedShard) -> str:
+        if next(calls, None) is None:
+            raise Killed
+        return real(shard)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extrapolate.StagedShard, "finish", finish)
+        with pytest.raises(Killed):
+            yield
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 

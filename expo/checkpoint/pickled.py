@@ -52,7 +52,7 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """What training wrappers put before every name."""
 
 CONVERT = "load the model with transformers and write it with `save_pretrained`"
-"""What to do with weights that are sound but not laid out as here needed."""
+"""What to do with weights that are valid but not laid out as is needed here."""
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip record: signature, …, bytes of its name, bytes of its extra field."""
