@@ -1,8 +1,8 @@
 """Read a safetensors checkpoint's plan: which tensor lies where, from headers alone.
 
 Here: the folder with its index, config.json and model card, the side files that go along, and fingerprints. Not here:
-one file's header (`safetensors_header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
-(`combine/stream.py`), and finding or fetching the folder (`hub.py`).
+one file's header (`header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
+(`theta/stream.py`), and finding or fetching the folder (`hub.py`).
 To add a format of weights, write a reader of its shards and a `WeightFormat`.
 """
 

@@ -67,7 +67,7 @@ class Sink(Protocol):
         """
 
 
-Theta: TypeAlias = Callable[[float, Tensor], Tensor]
+MakeTheta: TypeAlias = Callable[[float, Tensor], Tensor]
 """Computes θ(α) of a piece: (α, out) → out."""
 
 
@@ -304,11 +304,11 @@ class Combiner:
         self._extrapolate(part, self._of_delta(sft, delta, lane), norms, outputs, lane)
         return norms if part.sft is not None else Norms()
 
-    def _of_pair(self, sft: Tensor, dpo: Tensor, lane: Lane) -> Theta:
+    def _of_pair(self, sft: Tensor, dpo: Tensor, lane: Lane) -> MakeTheta:
         combine, scratch = self._rule.combine, lane.scratch
         return lambda alpha, out: combine(sft, dpo, alpha, out, scratch) if alpha else out.copy_(dpo)
 
-    def _of_delta(self, sft: Tensor, delta: Tensor, lane: Lane) -> Theta:
+    def _of_delta(self, sft: Tensor, delta: Tensor, lane: Lane) -> MakeTheta:
         """As `_of_pair`; Δ may become θ_dpo."""
         from_delta, scratch = self._rule.from_delta, lane.scratch
         if from_delta is None:
@@ -327,7 +327,7 @@ class Combiner:
         self._sources.read(info.file, position, view)
         return tensor
 
-    def _extrapolate(self, part: Part, theta: Theta, norms: Norms, outputs: Sequence[Tensor], lane: Lane) -> None:
+    def _extrapolate(self, part: Part, theta: MakeTheta, norms: Norms, outputs: Sequence[Tensor], lane: Lane) -> None:
         for alpha, out in zip(part.alphas, outputs, strict=True):
             values = theta(alpha, lane.target(out))
             if not (self._settings.allow_nonfinite or stays_finite(self._rule.bound, norms, alpha, out.dtype)):
