@@ -213,7 +213,7 @@ def _load(setup: GeneratorSetup, device: torch.device) -> Any:  # noqa: ANN401 -
         return load_theta(setup, setup.theta, device)
     trust = setup.config.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(
-        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=device
+        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=str(device)
     )
     return model
 

@@ -33,7 +33,7 @@ class TransformersScorer:
                 setup.model,
                 dtype=setup.config.dtype,
                 trust_remote_code=setup.config.trust_remote_code,
-                device_map=self._device,
+                device_map=str(self._device),
                 output_loading_info=True,
             )
         untrained = sorted(info["missing_keys"])

@@ -66,7 +66,7 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> 
         slices = {name: _Slice(theta, name, failed) for name in theta.names}
         try:
             model = kind.from_pretrained(
-                None, config=config, state_dict=slices, dtype=setup.config.dtype, device_map=device
+                None, config=config, state_dict=slices, dtype=setup.config.dtype, device_map=str(device)
             )
         except Exception:
             if failed:
