@@ -33,7 +33,8 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from expo.checkpoint.header import DTYPE_BITS, Shard, read_shard
+from expo.checkpoint.dtypes import DTYPES
+from expo.checkpoint.header import Shard, read_shard
 from expo.errors import InputError
 
 CASE_SECONDS = 2.0
@@ -54,12 +55,12 @@ def right_file(chance: random.Random) -> tuple[Entries, int]:
     entries: Entries = {}
     end = 0
     for number in range(chance.randint(1, 5)):
-        dtype = chance.choice([name for name, bits in DTYPE_BITS.items() if bits % 8 == 0])
+        dtype = chance.choice([name for name, kind in DTYPES.items() if kind.bits % 8 == 0])
         shape = [chance.randint(0, 3) for _ in range(chance.randint(0, 3))]
         begin, elements = end, 1
         for size in shape:
             elements *= size
-        end += elements * DTYPE_BITS[dtype] // 8
+        end += elements * DTYPES[dtype].bits // 8
         entries[f"t{number}"] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     if chance.random() < 0.5:
         entries["__metadata__"] = {"format": "pt"}

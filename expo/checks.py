@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 from urllib.parse import urlsplit
 
-from expo.errors import InputError
+from expo.errors import EnvironmentFailure, InputError
 from expo.files import is_utf8, name_problem, shown
 from expo.redact import without_secrets
+
+if TYPE_CHECKING:
+    import torch
 
 HUB_NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 """A user's, an organisation's or a repository's name on the hub."""
@@ -60,6 +63,25 @@ def require_device(value: str) -> None:
     """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
     require(known, f"--device is auto, cpu, cuda or cuda:N, not {value!r}")
+
+
+def find_device(name: str, *, prefer_gpu: bool) -> torch.device:
+    """The torch device that a `--device` value means on this machine.
+
+    Args:
+        name: As `require_device` takes it.
+        prefer_gpu: Whether auto is the GPU where there is one; otherwise it is always the CPU.
+
+    Raises:
+        EnvironmentFailure: CUDA is asked for and cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if prefer_gpu and torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return torch.device(name)
 
 
 def require_base_url(url: str | None) -> None:

@@ -85,6 +85,9 @@ class CommonConfig:
 class RulesConfig:
     """How θ_sft and θ_dpo are combined, beside α."""
 
+    rule: Annotated[str, Setting("Formula that makes θ(α), by its name.", changes="weights", absent="linear")] = (
+        "linear"
+    )
     alpha_for: Annotated[
         tuple[str, ...],
         Setting(

@@ -1,7 +1,7 @@
 """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft) as a checkpoint.
 
 Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). What is computed is in
-`combine/` and `rules.py`, how files become final in `writer.py`, what they say of themselves in `manifest.py`.
+`theta/`, how files become final in `output/writer.py`, what they say of themselves in `output/manifest.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from expo.checkpoint.folder import (
     weights_xxh3,
 )
 from expo.checkpoint.hub import Location, refuse_inside
+from expo.checks import find_device
 from expo.config import ExtrapolateConfig
 from expo.disk import Background, reading_ahead
 from expo.durable import Row
@@ -45,8 +46,8 @@ from expo.progress import Progress, bytes_bar
 from expo.settings import absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
 from expo.theta.layout import index_json
-from expo.theta.pair import find_pair, pair_rules, plan_located
-from expo.theta.pair_checks import question_change
+from expo.theta.pair import find_pair, pair_settings, plan_located
+from expo.theta.pair_checks import check_change
 from expo.theta.plan import PairPlan, ShardPlan
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Plan(Origin):
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
+            "rule": self.config.rule,
             "outputs": [output.describe() for output in self.outputs],
             "tensors": pair.tensor_counts(),
             "patterns": [
@@ -157,7 +159,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
         InputError: The inputs do not fit together, or an output folder may not be used.
     """
     destinations = find_destinations(config.repositories, private=config.private)
-    sft, dpo = find_pair(config.sft, config.dpo, allow_pickle=config.allow_pickle)
+    sft, dpo = find_pair(config)
     folders = _output_folders(config, dpo)
     for folder in folders:
         refuse_inside(folder, sft, dpo)
@@ -176,8 +178,8 @@ def plan(config: ExtrapolateConfig) -> Plan:
 
 def _plan_pair(config: ExtrapolateConfig, sft: Location, dpo: Location, outputs: Sequence[Output]) -> PairPlan:
     todo = (output.alpha for output in outputs if not output.complete)
-    rules = pair_rules(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
-    return plan_located(sft, dpo, rules, allow_pickle=config.allow_pickle)
+    settings = pair_settings(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
+    return plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle)
 
 
 def _checksums(sft: Location, dpo: Location) -> Checksums:
@@ -226,7 +228,7 @@ def _execute(work: Plan) -> None:
         ]
         times = {"started": started, **_write_shards(work, staged)}
         _require_unchanged(work)
-        _question_change(work, staged)
+        _check_change(work, staged)
         times["seconds"] = round(time.perf_counter() - clock, 3)
         for output, folder in zip(work.todo, staged, strict=True):
             _add_other_files(work, output, folder, times)
@@ -250,20 +252,20 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
     """Combine what is not there yet; when the first read was, and the seconds that combining took."""
     for output in staged:
         output.verify()
-    first_read, rules = time.time(), work.pair.rules
+    first_read, settings = time.time(), work.pair.settings
     with reading_ahead(_in_turn(work.pair)):
         from expo.theta import stream
-    device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
+    device, workers = find_device(work.config.device, prefer_gpu=False), work.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
         started = time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(*work.pair.sources))
         disk = stack.enter_context(Background())
         if work.pair.equal:
-            stream.Combiner(sources, replace(rules, alphas=()), device, workers).run(
+            stream.Combiner(sources, replace(settings, alphas=()), device, workers).run(
                 [(part, 0) for part in work.pair.equal], []
             )
-        combiner = stream.Combiner(sources, rules, device, workers)
+        combiner = stream.Combiner(sources, settings, device, workers)
         for shard in work.pair.shards:
             if any(shard.name not in output.records for output in staged):
                 _write_shard(shard, combiner, staged, disk, progress)
@@ -306,11 +308,11 @@ def _require_unchanged(work: Plan) -> None:
             raise InputError(f"{location.path} changed while it was read; run the command again")
 
 
-def _question_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
+def _check_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
     changed = [folder for output, folder in zip(work.todo, staged, strict=True) if output.alpha]
     if changed and work.pair.has_change:
         figures = delta_figures(changed[0].records)
-        question_change(figures["norm"], figures["relative"])
+        check_change(figures["norm"], figures["relative"])
 
 
 def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Row) -> None:

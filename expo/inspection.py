@@ -20,6 +20,7 @@ from expo.checkpoint.folder import source_fingerprint
 from expo.checkpoint.hub import Location, locate, refuse_inside
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.places import places
+from expo.checks import find_device
 from expo.config import InspectConfig
 from expo.durable import Row, json_line, write_atomic
 from expo.errors import EnvironmentFailure, InputError
@@ -30,7 +31,7 @@ from expo.progress import Progress, bytes_bar
 from expo.theta.adapter.folders import is_adapter, require_base
 from expo.theta.decide import overlap
 from expo.theta.decide_adapter import overlap_adapter
-from expo.theta.plan import Overlap, PairRules, Part
+from expo.theta.plan import Overlap, PairSettings, Part
 
 if TYPE_CHECKING:
     from expo.theta.stream import SourceFiles  # imports torch, which planning does without
@@ -128,8 +129,8 @@ def _figures(work: Plan, sources: SourceFiles, progress: Progress) -> dict[str, 
     """The figures of every floating-point tensor; one run per file of DPO, so that only its pieces are remembered."""
     from expo.theta import stream
 
-    device, workers = stream.pick_device(work.config.device), work.config.workers or stream.default_workers()
-    combiner = stream.Combiner(sources, PairRules(alphas=()), device, workers, exact_norms=True)
+    device, workers = find_device(work.config.device, prefer_gpu=False), work.config.workers or stream.default_workers()
+    combiner = stream.Combiner(sources, PairSettings(alphas=()), device, workers, exact_norms=True)
     empty = Figures(tensors=1, identical=1, delta_squared=0.0, sft_squared=0.0, dpo_squared=0.0)
     figures = {part.dpo.name: empty for part in work.overlap.parts}
     for _, parts in groupby(work.overlap.parts, key=lambda part: part.dpo.file):

@@ -30,7 +30,7 @@ from expo.checkpoint.folder import read_checkpoint
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure
 from expo.theta.decide import plan_pair
-from expo.theta.plan import PairPlan, PairRules
+from expo.theta.plan import PairPlan, PairSettings
 from expo.theta.stream import TORCH_DTYPES, Combiner, SourceFiles
 
 CPU = torch.device("cpu")
@@ -158,6 +158,26 @@ def dying(engine: type, method: str) -> Iterator[None]:
             yield
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would be too slow."""
+
+
+@contextmanager
+def stopped_in_shard(number: int) -> Iterator[None]:
+    """The body is a run; it is stopped in the middle of its shard `number`, when its bytes are written."""
+    real, calls = extrapolate.StagedShard.finish, iter(range(number))
+
+    def finish(shard: extrapolate.StagedShard) -> str:
+        if next(calls, None) is None:
+            raise Killed
+        return real(shard)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extrapolate.StagedShard, "finish", finish)
+        with pytest.raises(Killed):
+            yield
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +265,7 @@ def plan(
         read_checkpoint(write_checkpoint(tmp_path / name, tensors, shards=number, files=more))
         for name, tensors, number, more in (("sft", sft, shards[0], both[0]), ("dpo", dpo, shards[1], both[1]))
     ]
-    return plan_pair(*sides, PairRules(**{"alphas": (0.5,), **rules}))
+    return plan_pair(*sides, PairSettings(**{"alphas": (0.5,), **rules}))
 
 
 class Memory:
@@ -270,9 +290,9 @@ class Memory:
 
 def stream(pair: PairPlan, workers: int = 2, device: torch.device = CPU) -> list[dict[str, bytes]]:
     """Execute a plan in memory: for every α the shards' bytes."""
-    results: list[dict[str, bytes]] = [{} for _ in pair.rules.alphas]
+    results: list[dict[str, bytes]] = [{} for _ in pair.settings.alphas]
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        combiner = Combiner(sources, pair.rules, device, workers)
+        combiner = Combiner(sources, pair.settings, device, workers)
         for shard in pair.shards:
             told: list[int] = []
             sinks = [Memory(shard.nbytes) for _ in results]
@@ -289,7 +309,7 @@ def tensors_of(pair: PairPlan, shards: dict[str, bytes]) -> dict[str, Tensor]:
     return {
         tensor.name: torch.frombuffer(
             bytearray(shards[shard.name][tensor.start : tensor.start + tensor.nbytes]),
-            dtype={**TORCH_DTYPES, "I64": torch.int64, "BOOL": torch.bool}[tensor.dtype],
+            dtype=TORCH_DTYPES[tensor.dtype],
         ).reshape(tensor.shape)
         if tensor.nbytes
         else torch.empty(tensor.shape)

@@ -19,7 +19,7 @@ OTHERWISE = {
     "system": "-You're 'brief'\n", "n": 2, "tensor_parallel": 2, "data_parallel": 3, "part": "1/3", "join": 3,
     "batch_tokens": 7, "temperature": 0.30000000000000004, "top_k": -1, "top_p": 0.1, "presence_penalty": -1.5,
     "frequency_penalty": 0.0, "seed": 0, "seed_mode": "shared", "max_tokens": 1, "stop_token_id": (1, 2),
-    "sft": "c/d", "dpo": "-my dpo", "alpha": -0.5, "alpha_for": ("a=1", "b c=2"), "exclude": ("norm",),
+    "sft": "c/d", "dpo": "-my dpo", "alpha": -0.5, "rule": "r", "alpha_for": ("a=1", "b c=2"), "exclude": ("norm",),
     "missing": "copy-dpo", "vocab": "common", "allow_pickle": True, "allow_nonfinite": True,
     "base_url": "http://localhost:1/v1", "concurrency": 5,
 }  # fmt: skip

@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 
 from expo.checkpoint.folder import read_checkpoint
 from expo.errors import EnvironmentFailure, InputError
-from expo.theta import rules
 from expo.theta import stream as streaming
 from expo.theta.decide import plan_pair
-from expo.theta.plan import PairRules
+from expo.theta.plan import PairSettings
+from expo.theta.rules.linear import combine
 from expo.theta.stream import Combiner, SourceFiles
 
 SHAPES = {"scalar": (), "empty": (0, 3), "one": (1,), "odd": (7, 11), "big": (3, 300_001)}
@@ -47,7 +47,7 @@ def test_streamed_equals_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
         results = tensors_of(pair, shards)
         assert results.keys() == dpo.keys()
         for name, tensor in results.items():
-            expected = rules.extrapolate(sft[name], dpo[name], alpha, torch.empty_like(dpo[name]))
+            expected = combine(sft[name], dpo[name], alpha, torch.empty_like(dpo[name])) if alpha else dpo[name]
             assert as_bytes(tensor) == as_bytes(expected), (name, alpha)
 
 
@@ -174,7 +174,7 @@ def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path, config: dic
     sides = [write_checkpoint(tmp_path / name, side) for name, side in (("sft", sft), ("dpo", dpo))]
     (sides[1] / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=rf"dpo is quantized \({method}\); extrapolate the unquantized"):
-        plan_pair(*map(read_checkpoint, sides), PairRules(alphas=(0.5,)))
+        plan_pair(*map(read_checkpoint, sides), PairSettings(alphas=(0.5,)))
 
 
 @pytest.mark.parametrize("name", ["mlp.qweight", "mlp.weight.absmax", "mlp.SCB", "mlp.weight_scale_inv"])
@@ -191,8 +191,8 @@ def test_eight_bit_floats_are_no_numbers_to_extrapolate(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"dtypes that cannot be combined \(--exclude copies tensors from DPO\): w F8_E4M3"
     ):
-        plan_pair(*sides, PairRules(alphas=(0.5,)))
-    pair = plan_pair(*sides, PairRules(alphas=(0.5,), exclude=("w",)))
+        plan_pair(*sides, PairSettings(alphas=(0.5,)))
+    pair = plan_pair(*sides, PairSettings(alphas=(0.5,), exclude=("w",)))
     assert stream(pair)[0]["model.safetensors"] == (tmp_path / "dpo" / "model.safetensors").read_bytes()
 
 
@@ -201,9 +201,9 @@ def test_the_header_and_its_metadata_stay_dpos(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "dpo", dpo, metadata={"format": "pt", "note": "kept"})
     write_checkpoint(tmp_path / "sft", sft)
     sides = [read_checkpoint(tmp_path / side) for side in ("sft", "dpo")]
-    kept = plan_pair(*sides, PairRules(alphas=(0.5,)))
+    kept = plan_pair(*sides, PairSettings(alphas=(0.5,)))
     assert kept.shards[0].header == sides[1].shards[0].header
-    wider = plan_pair(*sides, PairRules(alphas=(0.5,), dtype="float32"))
+    wider = plan_pair(*sides, PairSettings(alphas=(0.5,), dtype="float32"))
     header = json.loads(wider.shards[0].header[8:])
     assert header.pop("__metadata__") == {"format": "pt", "note": "kept"}
     assert {item["dtype"] for item in header.values()} == {"F32"}
@@ -229,7 +229,7 @@ def test_norms_add_up_over_pieces(tmp_path: Path, dtype: torch.dtype) -> None:
     sft["ids"] = dpo["ids"] = torch.arange(5)
     pair = plan(tmp_path, sft, dpo, alphas=())
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        combiner = Combiner(sources, pair.rules, CPU, 2, exact_norms=True)
+        combiner = Combiner(sources, pair.settings, CPU, 2, exact_norms=True)
         told: list[int] = []
         found = combiner.run(pair.shards[0].parts(), [], told.append)
         assert sum(told) == sum(tensor.nbytes for tensor in pair.shards[0].tensors), "progress without sinks too"
@@ -253,7 +253,7 @@ class Failing(Memory):
 def test_a_sink_that_fails_ends_the_run(tmp_path: Path, workers: int) -> None:
     pair = plan(tmp_path, *random_pair({"w": (40, 1 << 18)}))
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        combiner = Combiner(sources, pair.rules, CPU, workers)
+        combiner = Combiner(sources, pair.settings, CPU, workers)
         with pytest.raises(EnvironmentFailure, match="the disk is full"):
             combiner.run(pair.shards[0].parts(), [Failing(pair.shards[0].nbytes)])
 
@@ -276,14 +276,14 @@ def test_sinks_may_keep_buffers(tmp_path: Path) -> None:
     pair = plan(tmp_path, *random_pair({"w": (40, 1 << 18)}))
     with SourceFiles(pair.sft, pair.dpo) as sources:
         sink = Late(pair.shards[0].nbytes, keep=3)
-        Combiner(sources, pair.rules, CPU, 2).run(pair.shards[0].parts(), [sink])
+        Combiner(sources, pair.settings, CPU, 2).run(pair.shards[0].parts(), [sink])
     sink.check(pair.shards[0].nbytes - len(pair.shards[0].header))
 
 
 def test_memory_is_bounded_whatever_the_number_of_alphas(tmp_path: Path) -> None:
     pair = plan(tmp_path, *random_pair({"w": (4, 1 << 18)}), alphas=tuple(float(a) for a in range(1, 201)))
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        combiner = Combiner(sources, pair.rules, CPU, 4)
+        combiner = Combiner(sources, pair.settings, CPU, 4)
         buffers = sum(len(out.buffers) for out in combiner._outputs)
         assert buffers * combiner._piece_bytes <= streaming.MOST_OUTPUT_BYTES
 

@@ -59,7 +59,7 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "sft": "s", "dpo": "d", "alpha": (0.1, 2.0), "output": "o", "device": "cpu", "dtype": "float32", "workers": 3,
         "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
         "push_to_hub": "me/x-{alpha}", "private": True,
-        "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
+        "rule": "another", "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
         "allow_pickle": True, "verify": True,
     }  # fmt: skip
     assert values.keys() | {"dry_run"} == config_files.field_names("extrapolate"), "a new setting belongs here too"

@@ -11,7 +11,7 @@ from helpers import CPU, as_bytes, plan, random_pair, share_off, stream, tensors
 from torch import Tensor
 
 from expo.errors import InputError
-from expo.theta.plan import PairPlan, PairRules
+from expo.theta.plan import PairPlan, PairSettings
 from expo.theta.stream import Combiner, SourceFiles
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -99,7 +99,7 @@ def test_a_head_stored_on_one_side_is_the_embedding(tmp_path: Path, stores: str,
 
 def check_equal(pair: PairPlan) -> None:
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        Combiner(sources, PairRules(alphas=()), CPU, 2).run([(part, 0) for part in pair.equal], [])
+        Combiner(sources, PairSettings(alphas=()), CPU, 2).run([(part, 0) for part in pair.equal], [])
 
 
 @pytest.mark.parametrize("stores", ["sft", "dpo"])

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import xxhash
 from adapters import CASES, Maker
 from helpers import (
     DTYPES,
+    Killed,
     Pair,
     Result,
     as_bytes,
@@ -31,6 +31,7 @@ from helpers import (
     random_pair,
     read_checkpoint_tensors,
     share_off,
+    stopped_in_shard,
     tree,
     without_clock,
     write,
@@ -579,26 +580,6 @@ def test_signals_stop_resumably(long_job: tuple[Pair, Path], tmp_path: Path, sig
 
 def _mtime(folder: Path, staged: str) -> int:
     return (folder / staged.removesuffix(".partial")).stat().st_mtime_ns
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL where a process of its own would be too slow."""
-
-
-@contextmanager
-def stopped_in_shard(number: int) -> Iterator[None]:
-    """The body is a run; it is stopped in the middle of its shard `number`, when its bytes are written."""
-    real, calls = extrapolate.StagedShard.finish, iter(range(number))
-
-    def finish(shard: extrapolate.StagedShard) -> str:
-        if next(calls, None) is None:
-            raise Killed
-        return real(shard)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extrapolate.StagedShard, "finish", finish)
-        with pytest.raises(Killed):
-            yield
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])

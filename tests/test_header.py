@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 
-from expo.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, read_shard
+from expo.checkpoint.dtypes import DTYPES
+from expo.checkpoint.header import MAX_HEADER_BYTES, read_shard
 from expo.errors import InputError
 
 F32 = entry("F32", [2], 0, 8)
@@ -101,7 +102,7 @@ def test_safetensors_refuses_them_too(tmp_path: Path, case: str) -> None:
 
 
 def test_every_dtype_the_library_knows_is_known(tmp_path: Path) -> None:
-    for dtype, bits in DTYPE_BITS.items():
+    for dtype, (bits, *_) in DTYPES.items():
         file = raw_safetensors(tmp_path / "x.safetensors", {"a": entry(dtype, [8], 0, bits)}, bytes(bits))
         with safe_open(file, "np"):
             assert read_shard(file).tensors[0].nbytes == bits
@@ -121,7 +122,7 @@ NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_
     lambda name: ".." not in name and not name.startswith(("/", "\\")) and name != "__metadata__"
 )
 SHAPES = st.lists(st.integers(0, 4), max_size=4)
-WHOLE_DTYPES = st.sampled_from([dtype for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0])
+WHOLE_DTYPES = st.sampled_from([dtype for dtype, kind in DTYPES.items() if kind.bits % 8 == 0])
 TENSORS = st.dictionaries(NAMES, st.tuples(WHOLE_DTYPES, SHAPES), min_size=1, max_size=6)
 WHITE = st.text(" \t\r\n", max_size=9)
 
@@ -133,7 +134,7 @@ def files(draw: st.DrawFn) -> bytes:
     entries, end = {}, 0
     for name in random.sample(list(tensors), len(tensors)):
         dtype, shape = tensors[name]
-        begin, end = end, end + int(np.prod(shape, dtype=int)) * DTYPE_BITS[dtype] // 8
+        begin, end = end, end + int(np.prod(shape, dtype=int)) * DTYPES[dtype].bits // 8
         entries[name] = dict(random.sample(list(entry(dtype, shape, begin, end).items()), 3))
     listed: dict[str, object] = {name: entries[name] for name in tensors}
     metadata = draw(st.none() | st.dictionaries(NAMES, NAMES, max_size=3))

@@ -12,7 +12,7 @@ from helpers import write_checkpoint
 from expo.checkpoint.folder import read_checkpoint
 from expo.checkpoint.hub import Location
 from expo.errors import InputError
-from expo.theta.pair_checks import question_change, question_pair
+from expo.theta.pair_checks import check_change, check_pair
 
 
 def card(base: str) -> dict[str, str]:
@@ -46,7 +46,7 @@ def test_a_swapped_pair_is_a_warning(tmp_path: Path, case: str, caplog: pytest.L
         folder = write_checkpoint(tmp_path / f"snapshot-{name}", {"w": torch.ones(2)}, files=files)
         locations.append(Location(folder, name, f"org/{name}", "0" * 40))
         weights.append(read_checkpoint(folder))
-    question_pair(*locations, *weights)
+    check_pair(*locations, *weights)
     expected = ["org/sft says that it was made from org/dpo: are --sft and --dpo swapped?"]
     assert caplog.messages == (expected if swapped else [])
 
@@ -55,7 +55,7 @@ def test_two_folders_of_one_name_say_nothing(tmp_path: Path, caplog: pytest.LogC
     folders = [
         write_checkpoint(tmp_path / side / "model", {"w": torch.ones(2)}, files=config("model")) for side in "ab"
     ]
-    question_pair(*(Location(folder, "model") for folder in folders), *map(read_checkpoint, folders))
+    check_pair(*(Location(folder, "model") for folder in folders), *map(read_checkpoint, folders))
     assert caplog.messages == []
 
 
@@ -69,17 +69,17 @@ def test_a_shard_linked_into_both_folders_is_no_twin_of_all(tmp_path: Path) -> N
         (dpo / file.name).hardlink_to(file)
         pair = Location(sft, "sft"), Location(dpo, "dpo"), read_checkpoint(sft), read_checkpoint(dpo)
         if file == shared:
-            question_pair(*pair)
+            check_pair(*pair)
     with pytest.raises(InputError, match="are the same files"):
-        question_pair(*pair)
+        check_pair(*pair)
 
 
 @pytest.mark.parametrize(("relative", "warned"), [(0.036, False), (0.29, False), (0.99, True), (None, False)])
 def test_a_large_change_is_a_warning(relative: float | None, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
-    question_change(relative, relative)
+    check_change(relative, relative)
     assert ["is 0.99 of ‖θ_sft‖" in message for message in caplog.messages] == [True] * warned
 
 
 def test_no_change_is_refused() -> None:
     with pytest.raises(InputError, match="hold the same weights"):
-        question_change(0.0, 0.0)
+        check_change(0.0, 0.0)

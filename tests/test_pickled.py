@@ -32,7 +32,7 @@ from torch import Tensor
 
 from expo import extrapolate
 from expo.checkpoint import folder as checkpoint
-from expo.checkpoint import pickled
+from expo.checkpoint.dtypes import FROM_TORCH
 from expo.checkpoint.pickled import read_pickled_checkpoint, read_pickled_shard
 from expo.checkpoint.tied import TIED_BY_DEFAULT
 from expo.cli import program as cli
@@ -117,7 +117,7 @@ def test_every_tensor_is_where_it_is_said_to_be(tmp_path: Path) -> None:
         with info.file.open("rb") as stream:
             stream.seek(info.start)
             assert stream.read(info.nbytes) == as_bytes(tensor.detach()), name
-        assert (info.shape, pickled.DTYPES[str(tensor.dtype)[6:]]) == (tuple(tensor.shape), info.dtype)
+        assert (info.shape, FROM_TORCH[str(tensor.dtype)[6:]]) == (tuple(tensor.shape), info.dtype)
     for shard in read.shards:
         starts = [tensor.start for tensor in shard.tensors]
         assert starts == sorted(starts)

@@ -19,7 +19,14 @@ from expo.fingerprint import Fingerprint, require_same
 from expo.journal import Journal
 from expo.settings import Setting, absent_values, recorded, settings_of
 
-RULES = {"alpha_for": [], "exclude": [], "missing": "error", "vocab": "error", "allow_nonfinite": False}
+RULES = {
+    "rule": "linear",
+    "alpha_for": [],
+    "exclude": [],
+    "missing": "error",
+    "vocab": "error",
+    "allow_nonfinite": False,
+}
 EVERYTHING = ("rows", "batches", "weights")
 ABSENT = {
     ExtrapolateConfig(sft="s", dpo="d", alpha=(1,)): {**RULES, "dtype": "auto", "max_shard_size": "keep"},

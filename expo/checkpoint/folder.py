@@ -1,8 +1,8 @@
 """Read a safetensors checkpoint's plan: which tensor lies where, from headers alone.
 
 Here: the folder with its index, config.json and model card, the side files that go along, and fingerprints. Not here:
-one file's header (`safetensors_header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
-(`combine/stream.py`), and finding or fetching the folder (`hub.py`).
+one file's header (`header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
+(`theta/stream.py`), and finding or fetching the folder (`hub.py`).
 To add a format of weights, write a reader of its shards and a `WeightFormat`.
 """
 
@@ -19,8 +19,6 @@ from typing import Any
 
 import xxhash
 
-from expo.checkpoint.header import DTYPE_BITS as DTYPE_BITS
-from expo.checkpoint.header import FLOAT_DTYPES as FLOAT_DTYPES
 from expo.checkpoint.header import Shard as Shard
 from expo.checkpoint.header import TensorInfo as TensorInfo
 from expo.checkpoint.header import is_text_map

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
+from expo.checkpoint.dtypes import DTYPES
 from expo.errors import InputError
 from expo.files import HEAD_BYTES, is_utf8, name_problem, open_file, shown, stand_in, unique_keys, unreadable
 
@@ -21,17 +22,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_SIZE = 2**64 - 1
 """The largest size, offset or number of elements the format can say."""
-
-DTYPE_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("F4",), 4),
-}
-FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""Can be extrapolated."""
 
 FIELDS = ("dtype", "shape", "data_offsets")
 
@@ -175,14 +165,14 @@ def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo
     if unknown := [key for key in entry if key not in FIELDS]:
         raise _damaged(file, f"{where} has the unknown field {shown(unknown[0])}")
     dtype, shape, offsets = (entry.get(key) for key in FIELDS)
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _damaged(file, f"{where} has the unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or not _is_sizes(shape):
         raise _damaged(file, f"{where} has no valid shape")
     if not isinstance(offsets, list) or not _is_sizes(offsets) or len(offsets) != 2:
         raise _damaged(file, f"{where} has no valid data_offsets")
     begin, end = offsets
-    if _elements(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
+    if _elements(shape) * DTYPES[dtype].bits != 8 * (end - begin):
         raise _damaged(file, f"{where}: {dtype} {shown(shape)} does not fill its {end - begin} bytes")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from expo.checkpoint.dtypes import FROM_TORCH
 from expo.checkpoint.folder import (
     BIN_FILE,
     BIN_INDEX_FILE,
@@ -41,29 +42,6 @@ if TYPE_CHECKING:
 NEEDED_TORCH = (2, 11)
 """Below 2.10 ways around the weights_only loader are known; below 2.11 loading to the meta device reads weights."""
 
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "complex64": "C64",
-    "bool": "BOOL",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}
-"""torch's name of a type → safetensors' name."""
-
 METADATA = {"format": "pt"}
 """What transformers expects in the header of a safetensors file made from torch's tensors."""
 
@@ -74,7 +52,7 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """What training wrappers put before every name."""
 
 CONVERT = "load the model with transformers and write it with `save_pretrained`"
-"""What to do with weights that are sound but not laid out as here needed."""
+"""What to do with weights that are valid but not laid out as is needed here."""
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip record: signature, …, bytes of its name, bytes of its extra field."""
@@ -301,7 +279,7 @@ def _tensor(file: Path, name: object, value: object, records: dict[int, _Record]
     if begin + nbytes > record.nbytes:
         raise InputError(f"{file} is damaged: tensor {name!r} ends beyond its data")
     shape = tuple(map(int, tensor.shape))
-    return TensorInfo(name, DTYPES[_dtype_name(tensor)], shape, file, record.start + begin, nbytes)
+    return TensorInfo(name, FROM_TORCH[_dtype_name(tensor)], shape, file, record.start + begin, nbytes)
 
 
 def _is_unicode(name: str) -> bool:
@@ -317,7 +295,7 @@ def _oddity(tensor: Tensor) -> str | None:
     """What keeps a tensor's values from being one run of bytes, if anything does."""
     if str(tensor.layout) != "torch.strided":
         return "is sparse"
-    if _dtype_name(tensor) not in DTYPES:
+    if _dtype_name(tensor) not in FROM_TORCH:
         return f"has the type {_dtype_name(tensor)}"
     if tensor.is_conj() or tensor.is_neg():
         return "is the conjugate or negative of what is stored"

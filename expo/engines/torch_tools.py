@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from expo.checks import find_device
 from expo.config import Dtype, GenerateConfig, RowsConfig
 from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
@@ -20,21 +21,6 @@ MISMATCH = "ignore_mismatched_sizes"
 log = logging.getLogger(__name__)
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def model_device(name: str) -> str:
-    """The torch device for a `--device` value; auto is the GPU where there is one.
-
-    Raises:
-        EnvironmentFailure: CUDA is requested but not available.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    return name
 
 
 def visible_gpus() -> list[str]:
@@ -106,7 +92,7 @@ def run_dtype(dtype: Dtype, device: str, weights_bytes: int) -> Dtype:
     import psutil
     import torch
 
-    if dtype != "auto" or model_device(device) != "cpu":
+    if dtype != "auto" or find_device(device, prefer_gpu=True).type != "cpu":
         return dtype
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # as torch itself decides
     is_fast = asked is None or asked()

@@ -26,9 +26,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from expo.checks import find_device
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Request, token_batches
-from expo.engines.torch_tools import loading, model_device, out_of_memory_hint
+from expo.engines.torch_tools import loading, out_of_memory_hint
 from expo.engines.transformers_theta import load_theta
 
 LOWEST_TEMPERATURE = 0.01
@@ -161,8 +162,8 @@ class TransformersGenerator:
     """
 
     def __init__(self, setup: GeneratorSetup) -> None:
-        self._device = model_device(setup.config.device)
-        self.repeatable = self._device == "cpu"
+        self._device = find_device(setup.config.device, prefer_gpu=True)
+        self.repeatable = self._device.type == "cpu"
         self.step_seconds = 0.0
         self._setup = setup
         self._model: Any = None
@@ -230,12 +231,12 @@ class TransformersGenerator:
         return {name: version(name) for name in ("transformers", "torch")}
 
 
-def _load(setup: GeneratorSetup, device: str) -> Any:  # noqa: ANN401 - a transformers model
+def _load(setup: GeneratorSetup, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
     if setup.theta is not None:
         return load_theta(setup, setup.theta, device)
     trust = setup.config.trust_remote_code
     model: Any = AutoModelForCausalLM.from_pretrained(
-        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=device
+        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=str(device)
     )
     return model
 

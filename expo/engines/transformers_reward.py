@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from expo.checks import find_device
 from expo.engines import ScorerSetup
-from expo.engines.torch_tools import loading, model_device, out_of_memory_hint
+from expo.engines.torch_tools import loading, out_of_memory_hint
 from expo.errors import InputError
 
 
@@ -26,13 +27,13 @@ class TransformersScorer:
     """
 
     def __init__(self, setup: ScorerSetup) -> None:
-        self._device = model_device(setup.config.device)
+        self._device = find_device(setup.config.device, prefer_gpu=True)
         with loading(setup.model.name):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 setup.model,
                 dtype=setup.config.dtype,
                 trust_remote_code=setup.config.trust_remote_code,
-                device_map=self._device,
+                device_map=str(self._device),
                 output_loading_info=True,
             )
         untrained = sorted(info["missing_keys"])

@@ -45,7 +45,7 @@ class _Slice:
             raise
 
 
-def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: str) -> Any:  # noqa: ANN401 - a transformers model
+def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
     """The model whose weights are θ(α), as `from_pretrained` loads a checkpoint of it.
 
     Args:
@@ -66,7 +66,7 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: str) -> Any:  # n
         slices = {name: _Slice(theta, name, failed) for name in theta.names}
         try:
             model = kind.from_pretrained(
-                None, config=config, state_dict=slices, dtype=setup.config.dtype, device_map=device
+                None, config=config, state_dict=slices, dtype=setup.config.dtype, device_map=str(device)
             )
         except Exception:
             if failed:
@@ -74,5 +74,5 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: str) -> Any:  # n
             raise
         if failed:
             raise failed[0]
-        theta.question()
+        theta.check_change()
     return model

@@ -15,6 +15,7 @@ def model_card(
     *,
     title: str,
     alpha: float,
+    formula: str,
     sft: Location,
     dpo: Location,
     command: str,
@@ -26,6 +27,7 @@ def model_card(
     Args:
         title: The model's name.
         alpha: α.
+        formula: The rule's, of θ(α).
         sft: The SFT model.
         dpo: The DPO model, whose licence is carried over; an adapter without one has SFT's.
         command: The command that makes this checkpoint.
@@ -59,7 +61,7 @@ def model_card(
 This checkpoint was made by model extrapolation ([ExPO]({PAPER})) from an SFT model and the aligned model trained
 from it, without further training:
 
-θ(α) = θ_dpo + α (θ_dpo − θ_sft), with α = {alpha!r}
+{formula}, with α = {alpha!r}
 
 | | model | revision |
 | --- | --- | --- |

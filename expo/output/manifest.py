@@ -18,6 +18,7 @@ from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
 from expo.settings import changing, recorded
 from expo.theta.plan import PairPlan
+from expo.theta.rules import find_rule
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Origin:
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
     """‖θ_dpo − θ_sft‖, ‖θ_sft‖ and their ratio over the extrapolated tensors; None where not finite.
 
-    Of large tensors they are estimates (`rules.sampled_norms`); `expo inspect` takes all weights.
+    Of large tensors they are estimates (`norms.sampled_norms`); `expo inspect` takes all weights.
     """
     # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
     delta = math.sqrt(math.fsum(record.delta_squared for record in records.values()))
@@ -71,6 +72,8 @@ def manifest(
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
         "config": {**_source_names(work), "alpha": alpha, **recorded(work.config, "weights")},
         "alpha": alpha,
+        "rule": work.config.rule,
+        "formula": find_rule(work.config.rule).formula,
         "fingerprint": fingerprint,
         "sources": {
             side: {
@@ -98,11 +101,13 @@ def card(work: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     return model_card(
         title=f"{work.dpo.name}-ExPO-a{alpha!r}",
         alpha=alpha,
+        formula=find_rule(work.config.rule).formula,
         sft=work.sft,
         dpo=work.dpo,
         command=_command(work, alpha),
         is_adapter=work.pair.adapter is not None,
         figures={
+            "rule": work.config.rule,
             "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
             "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],

@@ -9,9 +9,11 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from expo.theta import rules
+from expo.checkpoint.dtypes import FROM_TORCH
+from expo.theta.norms import Scratch
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for of_torch, name in FROM_TORCH.items()}
+"""By the name that safetensors headers have; 4-bit and 6-bit types are missing, since torch has none."""
 PAGE = 4096
 LINE = 64
 
@@ -52,7 +54,7 @@ class Lane:
     def __init__(self, piece_bytes: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self.sft, self.dpo = (HostBuffer(piece_bytes, pinned=on_gpu) for _ in range(2))
-        self.scratch = rules.Scratch(piece_bytes, device)
+        self.scratch = Scratch(piece_bytes, device)
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._on_device = [torch.empty(piece_bytes, dtype=torch.uint8, device=device) for _ in range(3 * on_gpu)]
 

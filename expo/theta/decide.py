@@ -9,18 +9,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from expo.checkpoint.folder import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, TensorInfo
+from expo.checkpoint.dtypes import DTYPES, EXACT_DTYPES, FLOAT_DTYPES, FROM_TORCH
+from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.checkpoint.tied import TIED_HEADS, config_tables, ties_head
 from expo.errors import InputError, listed
 from expo.theta.layout import lay_out
 from expo.theta.plan import (
-    DTYPE_NAMES,
-    EXACT_DTYPES,
     Action,
     Match,
     Overlap,
     PairPlan,
-    PairRules,
+    PairSettings,
     Part,
     TensorPlan,
     Vocabulary,
@@ -46,40 +45,40 @@ class _Pair:
     """Rows of DPO that have a partner where the vocabularies differ; None for all."""
 
 
-def plan_pair(sft: Checkpoint, dpo: Checkpoint, pair_rules: PairRules) -> PairPlan:
+def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairPlan:
     """Decide what happens to every tensor of DPO.
 
     Args:
         sft: The SFT checkpoint θ_sft.
         dpo: The DPO checkpoint θ_dpo, as which the outputs are made.
-        pair_rules: How to combine them.
+        settings: How to combine them.
 
     Returns:
-        The plan, for all of the rules' α together.
+        The plan, for all α together.
 
     Raises:
         InputError: The checkpoints do not fit together; the message lists every kind of mismatch.
     """
     refuse_quantized(sft, dpo)
-    matches = match_patterns(dpo, pair_rules)
+    matches = match_patterns(dpo, settings)
     excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
     tied = {head: side for head, side in _tied_heads(sft, dpo).items() if head not in excluded}
     vocabulary = _vocabulary(sft, dpo)
     pairs = {
-        name: _Pair(info, None, None) if name in excluded else _partner(info, sft, tied, vocabulary, pair_rules)
+        name: _Pair(info, None, None) if name in excluded else _partner(info, sft, tied, vocabulary, settings)
         for name, info in dpo.tensors.items()
     }
     dropped = [name for name in sft.tensors if name not in dpo.tensors and name not in tied]
-    problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, pair_rules)
+    problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, settings)
     problems += listed("heads on one side only, of another size than the embedding they are tied to", _unlike(tied))
     if problems:
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
-    tensors = {name: _plan_tensor(pair, own.get(name), pair_rules) for name, pair in pairs.items()}
-    shards = lay_out(dpo, tensors, pair_rules)
+    tensors = {name: _plan_tensor(pair, own.get(name), settings) for name, pair in pairs.items()}
+    shards = lay_out(dpo, tensors, settings)
     equal = tuple(_equal(side, head) for head, side in tied.items())
     cut = vocabulary if any(pair.rows is not None for pair in pairs.values()) else None
-    return PairPlan(sft, dpo, pair_rules, shards, equal, tuple(sorted(dropped)), matches, cut)
+    return PairPlan(sft, dpo, settings, shards, equal, tuple(sorted(dropped)), matches, cut)
 
 
 def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
@@ -89,13 +88,13 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
         InputError: A checkpoint is quantized.
     """
     refuse_quantized(sft, dpo)
-    rules = PairRules(alphas=(), common_vocabulary=True)
+    settings = PairSettings(alphas=(), common_vocabulary=True)
     tied, vocabulary = _tied_heads(sft, dpo), _vocabulary(sft, dpo)
     kinds: dict[str, list[_Pair]] = {"missing": [], "shape": [], "dtype": [], "alike": []}
     for info in dpo.tensors.values():
-        pair = _partner(info, sft, tied, vocabulary, rules)
+        pair = _partner(info, sft, tied, vocabulary, settings)
         kinds[_likeness(pair)].append(pair)
-    parts = [_plan_tensor(pair, None, rules).parts[0] for pair in kinds["alike"]]
+    parts = [_plan_tensor(pair, None, settings).parts[0] for pair in kinds["alike"]]
     return Overlap(
         parts=tuple(part for part in parts if not part.is_raw),
         exact=tuple(part for part in parts if part.is_raw),
@@ -143,14 +142,14 @@ def _quantization(checkpoint: Checkpoint) -> str | None:
 # --- patterns -----------------------------------------------------------------------------------------------------
 
 
-def match_patterns(dpo: Checkpoint, pair_rules: PairRules) -> tuple[Match, ...]:
+def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]:
     """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it.
 
     Raises:
         InputError: A pattern takes no tensor.
     """
-    patterns = [("--exclude", pattern, 0.0) for pattern in pair_rules.exclude]
-    patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in pair_rules.alpha_for]
+    patterns = [("--exclude", pattern, 0.0) for pattern in settings.exclude]
+    patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in settings.alpha_for]
     free = dict.fromkeys(dpo.tensors)
     matches = []
     for flag, pattern, alpha in patterns:
@@ -207,10 +206,10 @@ def _partner(
     sft: Checkpoint,
     tied: dict[str, Checkpoint],
     vocabulary: Vocabulary | None,
-    pair_rules: PairRules,
+    settings: PairSettings,
 ) -> _Pair:
     partner = _embedding_of(info.name, sft) if info.name in tied else sft.tensors.get(info.name)
-    if partner is None or not pair_rules.common_vocabulary or not _differs_by_vocabulary(partner, info, vocabulary):
+    if partner is None or not settings.common_vocabulary or not _differs_by_vocabulary(partner, info, vocabulary):
         return _Pair(info, partner, None)
     rows = min(partner.shape[0], info.shape[0])
     return _Pair(info, partner.rows(0, rows), rows)
@@ -229,14 +228,14 @@ def _mismatches(
     excluded: set[str],
     dropped: list[str],
     vocabulary: Vocabulary | None,
-    pair_rules: PairRules,
+    settings: PairSettings,
 ) -> list[str]:
     pairs = [pair for pair in pairs if pair.dpo.name not in excluded]
     shared = [(pair.sft, pair.dpo, pair.rows) for pair in pairs if pair.sft is not None]
     unlike = [(s, d) for s, d, rows in shared if s.shape != d.shape and rows is None]
     by_vocabulary = [pair for pair in unlike if _differs_by_vocabulary(*pair, vocabulary)]
     problems = []
-    if not pair_rules.copy_missing:
+    if not settings.copy_missing:
         hint = "pass --missing copy-dpo to copy them from DPO"
         problems += listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
         problems += listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
@@ -264,22 +263,22 @@ def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def output_dtype(info: TensorInfo, pair_rules: PairRules) -> str:
+def output_dtype(info: TensorInfo, settings: PairSettings) -> str:
     """The type a tensor of DPO is written in, as safetensors spells it."""
-    return DTYPE_NAMES[pair_rules.dtype] if pair_rules.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+    return FROM_TORCH[settings.dtype] if settings.dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
 
 
-def _plan_tensor(pair: _Pair, own_alpha: float | None, pair_rules: PairRules) -> TensorPlan:
+def _plan_tensor(pair: _Pair, own_alpha: float | None, settings: PairSettings) -> TensorPlan:
     info = pair.dpo
-    dtype = output_dtype(info, pair_rules)
-    alphas = pair_rules.alphas if own_alpha is None else (own_alpha,) * len(pair_rules.alphas)
+    dtype = output_dtype(info, settings)
+    alphas = settings.alphas if own_alpha is None else (own_alpha,) * len(settings.alphas)
     rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
     if pair.rows is not None:
         rows = [(info.rows(0, pair.rows), pair.sft), (info.rows(pair.rows, info.shape[0]), None)]
     parts: list[Part] = []
     offset = 0
     for dpo, sft in rows:
-        nbytes = dpo.numel * DTYPE_BITS[dtype] // 8
+        nbytes = dpo.numel * DTYPES[dtype].bits // 8
         if nbytes or not parts:
             parts.append(Part(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
         offset += nbytes

@@ -9,36 +9,37 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from expo.checkpoint.folder import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, TensorInfo
+from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
+from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.theta.adapter.tensors import Adapter, read_adapter
 from expo.theta.decide import action_for, match_patterns, output_dtype, refuse_quantized
 from expo.theta.layout import lay_out
-from expo.theta.plan import Action, Match, Overlap, PairPlan, PairRules, Part, TensorPlan
+from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Part, TensorPlan
 
 log = logging.getLogger(__name__)
 
 
-def plan_adapter(base: Checkpoint, folder: Path, pair_rules: PairRules) -> PairPlan:
+def plan_adapter(base: Checkpoint, folder: Path, settings: PairSettings) -> PairPlan:
     """Decide what happens to every tensor of the base.
 
     Args:
         base: The checkpoint the adapter was trained on, θ_sft; θ_dpo is this one with the adapter merged.
         folder: The adapter's folder.
-        pair_rules: How to combine them; its patterns are searched in the base's tensor names.
+        settings: How to combine them; its patterns are searched in the base's tensor names.
 
     Returns:
-        The plan, for all of the rules' α together.
+        The plan, for all α together.
 
     Raises:
         InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
     """
     refuse_quantized(base)
     adapter = read_adapter(folder, base)
-    matches = match_patterns(base, pair_rules)
+    matches = match_patterns(base, settings)
     _warn_of_idle(matches, adapter)
     own = {name: match for match in matches for name in match.names}
-    tensors = {name: _plan_tensor(info, adapter, own.get(name), pair_rules) for name, info in base.tensors.items()}
-    return PairPlan(base, base, pair_rules, lay_out(base, tensors, pair_rules), matches=matches, adapter=adapter)
+    tensors = {name: _plan_tensor(info, adapter, own.get(name), settings) for name, info in base.tensors.items()}
+    return PairPlan(base, base, settings, lay_out(base, tensors, settings), matches=matches, adapter=adapter)
 
 
 def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
@@ -47,7 +48,7 @@ def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
     Raises:
         InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
     """
-    plan = plan_adapter(base, folder, PairRules(alphas=()))
+    plan = plan_adapter(base, folder, PairSettings(alphas=()))
     parts = [_with_partner(part) for shard in plan.shards for part, _ in shard.parts()]
     return Overlap(
         parts=tuple(part for part in parts if not part.is_raw),
@@ -77,13 +78,13 @@ def _warn_of_idle(matches: tuple[Match, ...], adapter: Adapter) -> None:
             log.warning("%s '%s' matches only tensors that %s leaves alone", match.flag, match.pattern, folder)
 
 
-def _plan_tensor(info: TensorInfo, adapter: Adapter, own: Match | None, pair_rules: PairRules) -> TensorPlan:
-    name, dtype = info.name, output_dtype(info, pair_rules)
+def _plan_tensor(info: TensorInfo, adapter: Adapter, own: Match | None, settings: PairSettings) -> TensorPlan:
+    name, dtype = info.name, output_dtype(info, settings)
     low_rank = adapter.low_rank.get(name)
     dpo = dataclasses.replace(adapter.saved[name], name=name) if name in adapter.saved else info
     untouched = low_rank is None and dpo is info
     sft = None if untouched or (own and own.flag == "--exclude") else info
     action = "merge" if low_rank else action_for(dpo, sft, dtype)
-    alphas = pair_rules.alphas if own is None else (own.alpha,) * len(pair_rules.alphas)
-    nbytes = info.numel * DTYPE_BITS[dtype] // 8
+    alphas = settings.alphas if own is None else (own.alpha,) * len(settings.alphas)
+    nbytes = info.numel * DTYPES[dtype].bits // 8
     return TensorPlan(name, dtype, info.shape, nbytes, (Part(action, dpo, sft, alphas, dtype, 0, nbytes, low_rank),))

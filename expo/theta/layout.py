@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from expo.checkpoint.folder import SINGLE_FILE, Checkpoint, Shard
-from expo.theta.plan import PairPlan, PairRules, ShardPlan, TensorPlan
+from expo.theta.plan import PairPlan, PairSettings, ShardPlan, TensorPlan
 
 
-def lay_out(dpo: Checkpoint, tensors: dict[str, TensorPlan], pair_rules: PairRules) -> tuple[ShardPlan, ...]:
+def lay_out(dpo: Checkpoint, tensors: dict[str, TensorPlan], settings: PairSettings) -> tuple[ShardPlan, ...]:
     """The output's files, in DPO's order of tensors."""
-    if pair_rules.max_shard_bytes is None:
+    if settings.max_shard_bytes is None:
         return keep_layout(dpo.shards, tensors)
-    return reshard(dpo.shards, tensors, pair_rules.max_shard_bytes)
+    return reshard(dpo.shards, tensors, settings.max_shard_bytes)
 
 
 def keep_layout(shards: Iterable[Shard], tensors: dict[str, TensorPlan]) -> tuple[ShardPlan, ...]:

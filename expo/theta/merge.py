@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from expo.checkpoint.folder import TensorInfo
-from expo.theta import rules
 from expo.theta.adapter.tensors import LowRank
 from expo.theta.buffers import TORCH_DTYPES, Lane
+from expo.theta.norms import low_rank_delta
 
 CPU_TILE = 1 << 18
 """Elements of ΔW that are multiplied at once: many, since R is gone through for every tile, but few enough for the
@@ -65,7 +65,7 @@ class Deltas:
         left, right = self._left(pair, top, bottom, dtype), self._right(pair, dtype)
         lane.uses(left)
         lane.uses(right)
-        tile = rules.low_rank_delta(left, right, pair.scale, lane.scratch.tile(dtype, bottom - top, columns))
+        tile = low_rank_delta(left, right, pair.scale, lane.scratch.tile(dtype, bottom - top, columns))
         return tile.view(-1)[first - top * columns :][:length]
 
     def _right(self, pair: LowRank, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """A pair of checkpoints, found, checked and planned: what everything that makes θ(α) begins with.
 
-`extrapolate.py` writes the plan's tensors as files; `combine/tensors.py` gives them to an engine.
+`extrapolate.py` writes the plan's tensors as files; `tensors.py` gives them to an engine.
 """
 
 from __future__ import annotations
@@ -13,36 +13,39 @@ from pathlib import Path
 from expo.checkpoint.hub import Location, locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.tokens import require_same_tokens
-from expo.config import Dtype, RulesConfig, ThetaConfig
+from expo.config import Dtype, ExtrapolateConfig, RulesConfig, ThetaConfig
 from expo.theta.adapter.folders import is_adapter, output_side_files, require_base
 from expo.theta.decide import plan_pair
 from expo.theta.decide_adapter import plan_adapter
-from expo.theta.pair_checks import question_pair
-from expo.theta.plan import PairPlan, PairRules
+from expo.theta.pair_checks import check_pair
+from expo.theta.plan import PairPlan, PairSettings
+from expo.theta.rules import require_rule
 
 log = logging.getLogger(__name__)
 
 
-def find_pair(sft: str, dpo: str, *, allow_pickle: bool) -> tuple[Location, Location]:
+def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Location]:
     """Find both models, fetching what is needed of them.
 
     Raises:
-        InputError: One of them is not there.
+        InputError: One of them is not there, or no rule has that name.
         EnvironmentFailure: The hub cannot be reached.
     """
-    sft_place = locate(sft, weights_only=True, pickled=allow_pickle)
-    dpo_place = locate(dpo, pickled=allow_pickle)
-    if is_adapter(dpo_place.path):  # then SFT's config and other side files are θ(α)'s
-        sft_place = locate(sft, pickled=allow_pickle)
-    return sft_place, dpo_place
+    require_rule(config.rule)  # before anything is fetched
+    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    dpo = locate(config.dpo, pickled=config.allow_pickle)
+    if is_adapter(dpo.path):  # then SFT's config and other side files are θ(α)'s
+        sft = locate(config.sft, pickled=config.allow_pickle)
+    return sft, dpo
 
 
-def pair_rules(
+def pair_settings(
     config: RulesConfig, alphas: Iterable[float], *, dtype: Dtype = "auto", max_shard_bytes: int | None = None
-) -> PairRules:
+) -> PairSettings:
     """How a pair is combined, from a command's settings."""
-    return PairRules(
+    return PairSettings(
         alphas=tuple(alphas),
+        rule=config.rule,
         alpha_for=config.alphas_for,
         exclude=config.exclude,
         copy_missing=config.missing == "copy-dpo",
@@ -53,13 +56,13 @@ def pair_rules(
     )
 
 
-def plan_located(sft: Location, dpo: Location, rules: PairRules, *, allow_pickle: bool) -> PairPlan:
+def plan_located(sft: Location, dpo: Location, settings: PairSettings, *, allow_pickle: bool) -> PairPlan:
     """Decide from headers what happens to every tensor, and say what is lost.
 
     Raises:
         InputError: The checkpoints are damaged or do not fit together.
     """
-    pair = _plan_weights(sft, dpo, rules, allow_pickle)
+    pair = _plan_weights(sft, dpo, settings, allow_pickle)
     require_same_tokens(sft.path, dpo.path, pair.vocabulary.common if pair.vocabulary else 0)
     if pair.dropped:
         log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
@@ -72,12 +75,12 @@ def plan_located(sft: Location, dpo: Location, rules: PairRules, *, allow_pickle
     return pair
 
 
-def _plan_weights(sft: Location, dpo: Location, rules: PairRules, allow_pickle: bool) -> PairPlan:
+def _plan_weights(sft: Location, dpo: Location, settings: PairSettings, allow_pickle: bool) -> PairPlan:
     require_base(sft, dpo)
     if is_adapter(dpo.path):
-        return plan_adapter(read_source(sft, allow_pickle), dpo.path, rules)
-    pair = plan_pair(read_source(sft, allow_pickle), read_source(dpo, allow_pickle), rules)
-    question_pair(sft, dpo, pair.sft, pair.dpo)
+        return plan_adapter(read_source(sft, allow_pickle), dpo.path, settings)
+    pair = plan_pair(read_source(sft, allow_pickle), read_source(dpo, allow_pickle), settings)
+    check_pair(sft, dpo, pair.sft, pair.dpo)
     return pair
 
 
@@ -109,6 +112,6 @@ def plan_theta(config: ThetaConfig) -> ThetaPlan:
         InputError: The models are not there, damaged, or do not fit together.
         EnvironmentFailure: The hub cannot be reached.
     """
-    sft, dpo = find_pair(config.sft, config.dpo, allow_pickle=config.allow_pickle)
-    pair = plan_located(sft, dpo, pair_rules(config, (config.alpha,)), allow_pickle=config.allow_pickle)
+    sft, dpo = find_pair(config)
+    pair = plan_located(sft, dpo, pair_settings(config, (config.alpha,)), allow_pickle=config.allow_pickle)
     return ThetaPlan(replace(config, sft=str(sft.path), dpo=str(dpo.path)), sft, dpo, pair)

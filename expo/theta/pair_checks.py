@@ -19,7 +19,7 @@ UNRELATED_CHANGE = 0.3
 log = logging.getLogger(__name__)
 
 
-def question_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weights: Checkpoint) -> None:
+def check_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weights: Checkpoint) -> None:
     """Look for a mistaken pair before any weights are read.
 
     Raises:
@@ -49,7 +49,7 @@ def _bases(model: Location) -> Iterator[str]:
             yield name
 
 
-def question_change(norm: float | None, relative: float | None) -> None:
+def check_change(norm: float | None, relative: float | None) -> None:
     """Look for a mistaken pair once all weights were read.
 
     Args:

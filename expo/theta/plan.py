@@ -11,23 +11,21 @@ from typing import Literal
 
 from expo.checkpoint.folder import SINGLE_FILE, Checkpoint, TensorInfo
 from expo.theta.adapter.tensors import Adapter, LowRank
+from expo.theta.rules import DEFAULT_RULE
 
 Action = Literal["extrapolate", "merge", "copy", "convert", "match"]
 """Compute θ(α); add an adapter's ΔW and compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's
 bytes, which must be SFT's too."""
 
-EXACT_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-"""Buffers and the like: both sides must hold the same values."""
-
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
 
 @dataclass(frozen=True)
-class PairRules:
+class PairSettings:
     """How a pair is combined."""
 
     alphas: tuple[float, ...]
     """One per output."""
+    rule: str = DEFAULT_RULE
+    """Of `rules.RULES`."""
     alpha_for: tuple[tuple[str, float], ...] = ()
     """Regular expressions (searched in tensor names) with an α of their own in every output; the first match wins."""
     exclude: tuple[str, ...] = ()
@@ -110,7 +108,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Match:
-    """The tensors a pattern of the rules was applied to."""
+    """The tensors that a pattern of the settings was applied to."""
 
     flag: str
     pattern: str
@@ -138,7 +136,7 @@ class PairPlan:
     sft: Checkpoint
     dpo: Checkpoint
     """As which the outputs are made; θ_sft itself where θ_dpo is an adapter over it."""
-    rules: PairRules
+    settings: PairSettings
     shards: tuple[ShardPlan, ...]
     equal: tuple[Part, ...] = ()
     """Compared before anything is written: a head that one side leaves out must be the other's embedding."""
@@ -166,7 +164,7 @@ class PairPlan:
     @property
     def is_single_file(self) -> bool:
         """Whether the output is one model.safetensors without an index."""
-        kept = self.rules.max_shard_bytes is None and self.dpo.sharded
+        kept = self.settings.max_shard_bytes is None and self.dpo.sharded
         return [shard.name for shard in self.shards] == [SINGLE_FILE] and not kept
 
     @property

@@ -15,11 +15,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,12 +26,22 @@ from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own b
 
 from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.errors import EnvironmentFailure, InputError
-from expo.theta import rules
 from expo.theta.adapter.tensors import Adapter, LowRank
 from expo.theta.buffers import PAGE, TORCH_DTYPES, HostBuffer, Lane, Outputs
 from expo.theta.merge import CPU_TILE, CUDA_TILE, Deltas, tile_rows
-from expo.theta.plan import PairRules, Part
-from expo.theta.rules import Norms
+from expo.theta.norms import (
+    Norms,
+    Scratch,
+    add_difference,
+    delta_norms,
+    is_finite,
+    pair_norms,
+    sampled_norms,
+    stays_finite,
+    wider,
+)
+from expo.theta.plan import PairSettings, Part
+from expo.theta.rules import find_rule
 
 CPU_PIECE_BYTES = 1 << 20
 CUDA_PIECE_BYTES = 4 << 20
@@ -40,18 +49,6 @@ MOST_OUTPUT_BYTES = 64 << 20
 """Of all output buffers together; with very many α the pieces become smaller."""
 PROGRESS_S = 0.1
 MAX_DEFAULT_WORKERS = 4
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for a `--device` value; auto is the CPU, which keeps up with the disk.
-
-    Raises:
-        EnvironmentFailure: CUDA is asked for and cannot be used.
-    """
-    device = torch.device("cpu" if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    return device
 
 
 def default_workers() -> int:
@@ -68,6 +65,10 @@ class Sink(Protocol):
 
         Called from several threads, in any order; the numbers count from 0 without a gap, as the offsets rise.
         """
+
+
+MakeTheta: TypeAlias = Callable[[float, Tensor], Tensor]
+"""Computes θ(α) of a piece: (α, out) → out."""
 
 
 class Piece(NamedTuple):
@@ -192,27 +193,28 @@ class Combiner:
 
     Args:
         sources: The open files of the plan's sources.
-        pair_rules: The rules the plan was made with; one α per output.
+        settings: Those the plan was made with; one α per output.
         device: Where the arithmetic runs.
         workers: Threads; each has pieces of its own.
         exact_norms: Whether the norms are what is wanted: all of them exact, and ‖θ_dpo‖² too. Otherwise they are a
-            check that costs little, `rules.sampled_norms`.
+            check that costs little, `norms.sampled_norms`.
     """
 
     def __init__(
         self,
         sources: SourceFiles,
-        pair_rules: PairRules,
+        settings: PairSettings,
         device: torch.device,
         workers: int,
         *,
         exact_norms: bool = False,
     ) -> None:
         self._sources = sources
-        self._rules = pair_rules
+        self._settings = settings
+        self._rule = find_rule(settings.rule)
         self._exact_norms = exact_norms
         self._workers = workers
-        outputs, sets = len(pair_rules.alphas), 2 * workers
+        outputs, sets = len(settings.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
         self._piece_bytes = min(wanted, max(MOST_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
         self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
@@ -286,8 +288,7 @@ class Combiner:
                 self._copy(part, dpo, outputs, lane)
             else:
                 norms = self._measure(sft, dpo, lane.scratch)
-                rule = partial(rules.extrapolate, sft, dpo, scratch=lane.scratch)
-                self._extrapolate(part, rule, norms, outputs, lane)
+                self._extrapolate(part, self._of_pair(sft, dpo, lane), norms, outputs, lane)
         lane.finish()
         return norms
 
@@ -296,18 +297,28 @@ class Combiner:
         part, sft = piece.part, dpo
         if part.sft not in (None, part.dpo):
             sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
-        delta = self._deltas.delta(pair, piece.first, piece.length, rules.wider(sft, dpo), lane)
+        delta = self._deltas.delta(pair, piece.first, piece.length, wider(sft, dpo), lane)
         if sft is not dpo:
-            rules.add_difference(delta, sft, dpo, lane.scratch)
-        norms = rules.delta_norms(sft, delta, lane.scratch, of_dpo=self._exact_norms)
-        rule = partial(rules.add_delta, sft, delta, scratch=lane.scratch)
-        self._extrapolate(part, rule, norms, outputs, lane)
+            add_difference(delta, sft, dpo, lane.scratch)
+        norms = delta_norms(sft, delta, lane.scratch, of_dpo=self._exact_norms)
+        self._extrapolate(part, self._of_delta(sft, delta, lane), norms, outputs, lane)
         return norms if part.sft is not None else Norms()
 
-    def _measure(self, sft: Tensor, dpo: Tensor, scratch: rules.Scratch) -> Norms:
+    def _of_pair(self, sft: Tensor, dpo: Tensor, lane: Lane) -> MakeTheta:
+        combine, scratch = self._rule.combine, lane.scratch
+        return lambda alpha, out: combine(sft, dpo, alpha, out, scratch) if alpha else out.copy_(dpo)
+
+    def _of_delta(self, sft: Tensor, delta: Tensor, lane: Lane) -> MakeTheta:
+        """As `_of_pair`; Δ may become θ_dpo."""
+        from_delta, scratch = self._rule.from_delta, lane.scratch
+        if from_delta is None:
+            return self._of_pair(sft, delta.add_(sft), lane)
+        return lambda alpha, out: from_delta(sft, delta, alpha, out, scratch)
+
+    def _measure(self, sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
         if self._exact_norms:
-            return rules.pair_norms(sft, dpo, scratch, of_dpo=True)
-        return rules.sampled_norms(sft, dpo, scratch)
+            return pair_norms(sft, dpo, scratch, of_dpo=True)
+        return sampled_norms(sft, dpo, scratch)
 
     def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
         dtype = unit_dtype(piece.part, info.dtype)
@@ -316,25 +327,23 @@ class Combiner:
         self._sources.read(info.file, position, view)
         return tensor
 
-    def _extrapolate(
-        self, part: Part, rule: Callable[[float, Tensor], Tensor], norms: Norms, outputs: Sequence[Tensor], lane: Lane
-    ) -> None:
+    def _extrapolate(self, part: Part, theta: MakeTheta, norms: Norms, outputs: Sequence[Tensor], lane: Lane) -> None:
         for alpha, out in zip(part.alphas, outputs, strict=True):
-            values = rule(alpha, lane.target(out))
-            if not (self._rules.allow_nonfinite or rules.stays_finite(norms, alpha, out.dtype)):
+            values = theta(alpha, lane.target(out))
+            if not (self._settings.allow_nonfinite or stays_finite(self._rule.bound, norms, alpha, out.dtype)):
                 _require_finite(part, values)
             lane.store(values, out)
 
     def _copy(self, part: Part, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> None:
         for out in outputs:
             values = lane.target(out).copy_(dpo)
-            if part.action == "convert" and not self._rules.allow_nonfinite:
+            if part.action == "convert" and not self._settings.allow_nonfinite:
                 _require_finite(part, values)
             lane.store(values, out)
 
 
 def _require_finite(part: Part, values: Tensor) -> None:
-    if not rules.is_finite(values):
+    if not is_finite(values):
         raise InputError(
             f"the result for tensor {part.dpo.name} holds NaN or infinity (from the inputs, or too large for "
             f"{part.dtype}); --allow-nonfinite writes it all the same"

@@ -18,31 +18,12 @@ from torch import Tensor
 
 from expo.errors import InputError
 from expo.theta.buffers import TORCH_DTYPES
-from expo.theta.pair_checks import question_change
+from expo.theta.norms import Norms
+from expo.theta.pair_checks import check_change
 from expo.theta.plan import PairPlan, Part, TensorPlan
-from expo.theta.rules import Norms
 from expo.theta.stream import Combiner, SourceFiles, default_workers, total_norms
 
 CPU = torch.device("cpu")
-
-DTYPES = TORCH_DTYPES | {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
-"""What torch has for each type of a safetensors file."""
 
 
 class _Memory:
@@ -88,9 +69,9 @@ class Theta:
         """
         with ExitStack() as opening, torch.inference_mode(False), CPU:  # whatever the engine has set
             sources = opening.enter_context(SourceFiles(*self._plan.sources))
-            self._combiner = Combiner(sources, self._plan.rules, CPU, self._workers)
+            self._combiner = Combiner(sources, self._plan.settings, CPU, self._workers)
             if self._plan.equal:
-                comparing = Combiner(sources, replace(self._plan.rules, alphas=()), CPU, self._workers)
+                comparing = Combiner(sources, replace(self._plan.settings, alphas=()), CPU, self._workers)
                 comparing.run([(part, 0) for part in self._plan.equal], [])
             self._stack = opening.pop_all()
         return self
@@ -99,7 +80,7 @@ class Theta:
         self._stack.close()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and values of every tensor, in the order of DPO's files; the last one is followed by `question`.
+        """Name and values of every tensor, in the order of DPO's files; the last one is followed by `check_change`.
 
         Raises:
             InputError: A value is not finite, sides that must be equal are not, or nothing differs at all.
@@ -107,7 +88,7 @@ class Theta:
         """
         for name in self._tensors:
             yield name, self.tensor(name)
-        self.question()
+        self.check_change()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,7 +97,7 @@ class Theta:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor."""
-        return DTYPES[self._tensors[name].dtype]
+        return TORCH_DTYPES[self._tensors[name].dtype]
 
     def tensor(self, name: str) -> Tensor:
         """The values of one tensor, in memory of their own on the CPU.
@@ -126,27 +107,27 @@ class Theta:
             EnvironmentFailure: Reading failed.
         """
         planned = self._tensors[name]
-        values = torch.empty(planned.shape, dtype=DTYPES[planned.dtype], device=CPU)
+        values = torch.empty(planned.shape, dtype=TORCH_DTYPES[planned.dtype], device=CPU)
         parts: list[tuple[Part, int]] = [(part, part.offset) for part in planned.parts]
         with self._lock, torch.inference_mode(False), CPU:
             pieces = self._combiner.run(parts, [_Memory(values)])
             self._norms[name] = total_norms(norms for _, norms in pieces)
         return values
 
-    def question(self) -> None:
+    def check_change(self) -> None:
         """Look for a mistaken pair once every tensor was read; nothing where one was not, or α changes nothing.
 
         Raises:
             InputError: SFT and DPO hold the same values.
         """
-        changes = self._plan.has_change and any(self._plan.rules.alphas)
+        changes = self._plan.has_change and any(self._plan.settings.alphas)
         if changes and len(self._norms) == len(self._tensors):
             total = total_norms(self._norms.values())
             delta, sft = total.delta, total.sft
             known = math.isfinite(delta) and math.isfinite(sft)
-            question_change(math.sqrt(delta) if known else None, math.sqrt(delta / sft) if known and sft else None)
+            check_change(math.sqrt(delta) if known else None, math.sqrt(delta / sft) if known and sft else None)
 
 
 def _require_known(tensor: TensorPlan) -> None:
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in TORCH_DTYPES:
         raise InputError(f"{tensor.name} is of type {tensor.dtype}, which no torch tensor has: it cannot be loaded")

@@ -1,11 +1,9 @@
-"""The maths of combining two tensors, pure: tensors in, tensors out.
-
-To add a rule, write one function with the signature of `extrapolate` and choose it in `combine/stream.py`.
-"""
+"""The maths around a rule: tensors in, tensors out. Norms of a pair's pieces, an adapter's product, work space."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -123,36 +121,6 @@ class Scratch:
         return self._tile[:nbytes].view(dtype).view(rows, columns)
 
 
-def extrapolate(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """θ = d + α(d − s), float32 inside, one rounding to the output's dtype (Zheng et al. 2025, eq. 2).
-
-    `torch.lerp(d, s, -α)` is that formula: for a weight below 0.5 it evaluates d + (−α)(s − d), in float32 for
-    16-bit types, and α enters with its full float32 precision. (`lerp(s, d, 1 + α)` would round 1 + α first and
-    misses about seven times as many weights.) For |α| ≥ 0.5 it evaluates s + (1 + α)(d − s), exactly s at −1.
-
-    Args:
-        sft: s, any floating-point dtype and shape; one axis where `scratch` is given.
-        dpo: d, same shape.
-        alpha: α. At 0 d is copied, not computed (−0.0 and payloads of NaN survive).
-        out: Where θ goes; same shape, any floating-point dtype.
-        scratch: Work space for sides of different types; without it they are widened whole.
-
-    Returns:
-        `out`.
-    """
-    if alpha == 0:
-        return out.copy_(dpo)
-    if sft.dtype == dpo.dtype == out.dtype:
-        return torch.lerp(dpo, sft, -alpha, out=out)
-    wide = wider(sft, dpo)
-    if scratch is None:
-        return out.copy_(torch.lerp(dpo.to(wide), sft.to(wide), -alpha))
-    for s, d, o in zip(*(torch.split(side, WIDE_BLOCK) for side in (sft, dpo, out)), strict=True):
-        wide_s, wide_d, result = scratch.wide(wide, len(s))
-        o.copy_(torch.lerp(wide_d.copy_(d), wide_s.copy_(s), -alpha, out=result))
-    return out
-
-
 def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = False) -> Norms:
     """‖d − s‖², ‖s‖² and, if asked, ‖d‖².
 
@@ -234,19 +202,19 @@ def wider(sft: Tensor, dpo: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(sft.dtype, dpo.dtype), torch.float32)
 
 
-def stays_finite(norms: Norms, alpha: float, dtype: torch.dtype) -> bool:
+def stays_finite(bound: Callable[[Norms, float], float] | None, norms: Norms, alpha: float, dtype: torch.dtype) -> bool:
     """Whether no element of θ(α) can be NaN or infinite, told from the norms alone.
 
-    |θ| ≤ |s| + |1 + α||d − s| ≤ ‖s‖ + |1 + α|‖d − s‖; the margin of two covers every rounding. A NaN or infinity
-    among the inputs is one in the norms.
+    Args:
+        bound: The rule's; half of the type's range is left for every rounding.
+        norms: Of the piece.
+        alpha: α.
+        dtype: Of the output.
 
     Returns:
         False where the norms cannot tell; then look at the elements.
     """
-    if norms.sampled:
-        return False
-    bound = math.sqrt(norms.sft) + abs(1 + alpha) * math.sqrt(norms.delta)
-    return bound < torch.finfo(dtype).max / 2
+    return bound is not None and not norms.sampled and bound(norms, alpha) < torch.finfo(dtype).max / 2
 
 
 def low_rank_delta(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -278,26 +246,6 @@ def add_difference(delta: Tensor, sft: Tensor, dpo: Tensor, scratch: Scratch) ->
     for change, s, d in zip(*(torch.split(side, WIDE_BLOCK) for side in (delta, sft, dpo)), strict=True):
         wide_s, wide_d, _ = scratch.wide(delta.dtype, len(change))
         change.add_(wide_d.copy_(d).sub_(wide_s.copy_(s)))
-
-
-def add_delta(sft: Tensor, delta: Tensor, alpha: float, out: Tensor, scratch: Scratch) -> Tensor:
-    """θ = s + (1 + α)Δ, in Δ's dtype, one rounding to the output's: the rule for a Δ that is known by itself.
-
-    Args:
-        sft: s, one axis, any floating-point dtype.
-        delta: Δ = θ_dpo − θ_sft, same shape, float32 (float64 where s is).
-        alpha: α. At 0 the result is θ_dpo, computed; at −1 s is copied, not computed.
-        out: Where θ goes; same shape, any floating-point dtype.
-        scratch: Work space on the same device.
-
-    Returns:
-        `out`.
-    """
-    if alpha == -1:
-        return out.copy_(sft)
-    if sft.dtype == delta.dtype == out.dtype:
-        return torch.add(sft, delta, alpha=1 + alpha, out=out)
-    return out.copy_(scratch.delta(delta).copy_(sft).add_(delta, alpha=1 + alpha))
 
 
 def delta_norms(sft: Tensor, delta: Tensor, scratch: Scratch, *, of_dpo: bool = False) -> Norms:
