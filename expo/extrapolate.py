@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING
 from expo.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
+    Location,
     config_with_dtype,
+    refuse_inside,
     source_fingerprint,
     weights_xxh3,
 )
-from expo.checkpoint.hub import Location, refuse_inside
-from expo.checks import find_device
 from expo.config import ExtrapolateConfig
 from expo.disk import Background, reading_ahead
-from expo.durable import Row
+from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure, InputError
-from expo.fingerprint import Fingerprint
+from expo.files import Row
 from expo.output.manifest import Origin, card, delta_figures, manifest, vocabulary_rows
 from expo.output.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.output.writer import (
@@ -43,7 +43,7 @@ from expo.output.writer import (
     is_complete,
 )
 from expo.progress import Progress, bytes_bar
-from expo.settings import absent_values, recorded
+from expo.settings import Fingerprint, absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
 from expo.theta.layout import index_json
 from expo.theta.pair import find_pair, pair_settings, plan_located

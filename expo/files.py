@@ -1,20 +1,30 @@
-"""Reading small files from others without trusting them.
+"""Files: reading small ones that others made, without trusting them; reading rows; writing what is whole or absent.
 
 A name in a model folder may belong to a pipe, a device, a web page or a git-lfs pointer, and JSON may contain what
-cannot be written back. Every function here returns a value or raises an error of one line that says what is wrong.
+cannot be written back: reading ends in a value or in one line that says what is wrong. A file of expo's own only ever
+gets its final name by `os.replace`, when it is complete and on the disk.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
-from expo.errors import InputError
+import xxhash
+
+from expo.errors import EnvironmentFailure, InputError, first_line
+
+Row = dict[str, Any]
+"""A row, or any other JSON object."""
 
 MAX_TEXT_BYTES = 100_000_000
 """The largest JSON or text file that is read; a tokenizer with a million tokens has about 70 MB."""
@@ -168,3 +178,187 @@ def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} does not hold a JSON object")
     return content
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""How UTF-16 text begins."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .jsonl, .json (a list of objects), .parquet or .csv file.
+
+    Raises:
+        InputError: The file is missing, of another kind, or damaged.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: a file of rows ends in {', '.join(SUFFIXES)}")
+    content = _content(path)
+    try:
+        rows = reader(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a valid {path.suffix[1:]} file: {error}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{path} does not hold a list of objects, but {_what(rows)}")
+    number = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if number is not None:
+        raise InputError(f"{path} does not hold a list of objects: row {number} is {shown(rows[number])}")
+    return rows
+
+
+def _content(path: Path) -> bytes:
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    if kind := kind_of(path):
+        raise InputError(f"{path} is {kind}, not a file of rows")
+    with open_file(path) as stream:
+        try:
+            content = stream.read()
+        except OSError as error:
+            raise unreadable(path, error) from error
+    if found := stand_in(content[:HEAD_BYTES]):
+        raise InputError(f"{path} is {found}")
+    return content
+
+
+def _what(value: object) -> str:
+    """What a JSON file holds instead of a list."""
+    if not isinstance(value, dict):
+        return shown(value)
+    lists = [key for key, inner in value.items() if isinstance(inner, list)]
+    return "one object" + (f"; the list under its key {lists[0]!r} belongs in a file of its own" if lists else "")
+
+
+def _utf8_text(content: bytes) -> str:
+    if content.startswith(UTF_16):
+        raise ValueError("it is UTF-16 text; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from error
+
+
+def _read_json(content: bytes) -> Any:  # noqa: ANN401 - any JSON value; checked by the caller
+    return json.loads(_utf8_text(content))
+
+
+def _read_jsonl(content: bytes) -> list[Any]:
+    lines = enumerate(_utf8_text(content).split("\n"), 1)  # str.splitlines would split at U+2028 too
+    return [_json_line(number, line) for number, line in lines if line.strip()]
+
+
+def _json_line(number: int, line: str) -> Any:  # noqa: ANN401 - any JSON value
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} at character {error.pos}") from error
+
+
+def _read_csv(content: bytes) -> list[Any]:
+    text = _utf8_text(content)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    number = next((number for number, row in enumerate(rows) if None in row), None)
+    if number is not None:
+        raise ValueError(f"row {number} has more fields than the header; text that holds commas is quoted")
+    return rows
+
+
+def _read_parquet(content: bytes) -> list[Any]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return list(ParquetFile(pyarrow.BufferReader(content)).read().to_pylist())
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        raise ValueError(first_line(error)) from error
+
+
+READERS: dict[str, Callable[[bytes], Any]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+SUFFIXES = tuple(READERS)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+HASH_BLOCK_BYTES = 1 << 20
+
+
+def write_atomic(path: Path, content: str | bytes, *, fsync: bool = True) -> None:
+    """Write a file (text as UTF-8) so that `path` has the old content or the new, never part of it.
+
+    Raises:
+        EnvironmentFailure: Writing failed; `path` is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            if fsync:
+                sync(stream)
+        os.replace(temporary, path)
+        if fsync:
+            sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):  # this fails as well in a read-only folder
+            temporary.unlink()
+        raise EnvironmentFailure(f"writing {path} failed: {error.strerror}") from error
+
+
+def sync(stream: IO[Any]) -> None:
+    """Flush a file's content to disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries (renames) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(file: Path) -> str | None:
+    """XXH3-128 of a whole file, hexadecimal; None where there is no file."""
+    if not file.is_file():
+        return None
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """A JSON value; text is not escaped, except where UTF-8 cannot encode it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if is_utf8(text) else json.dumps(value, indent=indent)
+
+
+def json_line(row: object) -> str:
+    """One JSON value on one line, formatted as by `json_text`."""
+    return json_text(row) + "\n"
+
+
+def json_lines(rows: Iterable[object]) -> str:
+    """JSON values, one per line."""
+    return "".join(map(json_line, rows))
+
+
+def texts_sha256(texts: Iterable[object]) -> str:
+    """SHA-256 over JSON values, one per line; the same prompts have the same hash wherever they came from."""
+    hasher = hashlib.sha256()
+    for text in texts:
+        hasher.update(json_line(text).encode())
+    return hasher.hexdigest()

@@ -16,19 +16,18 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from expo.checkpoint.folder import source_fingerprint
-from expo.checkpoint.hub import Location, locate, refuse_inside
+from expo.checkpoint.folder import Location, is_adapter, refuse_inside, source_fingerprint
+from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.places import places
-from expo.checks import find_device
 from expo.config import InspectConfig
-from expo.durable import Row, json_line, write_atomic
+from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure, InputError
-from expo.files import open_file
+from expo.files import Row, json_line, open_file, write_atomic
 from expo.output.findings import Figures, Inspection, Measured, mismatches
 from expo.output.plots import change_map
 from expo.progress import Progress, bytes_bar
-from expo.theta.adapter.folders import is_adapter, require_base
+from expo.theta.adapter.folders import require_base
 from expo.theta.decide import overlap
 from expo.theta.decide_adapter import overlap_adapter
 from expo.theta.plan import Overlap, PairSettings, Part

@@ -1,22 +1,39 @@
-"""A journal: rows that are durable as soon as they are appended, with one writer at a time.
+"""A journal: rows that are durable as they are appended, for one writer at a time.
 
-Unfinished work is in a journal, under a hidden name, so that a rerun finds it and nobody mistakes it for a result.
+What is in progress is in a journal, under a hidden name, so that a rerun finds it and nobody takes it for a result.
+Beside it is the lock of its writer, also where `flock` has no effect, as on some network file systems.
+
+A lock is a symbolic link whose target names its holder. Creating a link is atomic everywhere, NFS included, and the
+link comes with its content, so that no lock is ever seen without a holder. A killed process leaves its lock behind; the
+next process on the same machine takes it over. The right to remove a dead holder's lock is itself a lock, named after
+the dead one, so that of several takers one wins and none removes a live lock.
+
+filelock 4.3.1 (`SoftFileLock`, `StrictSoftFileLock`) was tried in its place. The first takes a killed process whose
+parent has not reaped it for alive, takes over the live lock of another machine that has the same host name, refuses
+the lock of a killed container although `flock` shows that nobody holds it, and fails with an `IsADirectoryError` at a
+folder of the lock's name; the second never takes over a killed process's lock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
+import os
+import secrets
+import socket
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from expo.durable import Row, json_lines, sync
 from expo.errors import EnvironmentFailure, InputError
-from expo.lock import RunLock
+from expo.files import Row, json_lines, shown, sync
 
 LOCK_SUFFIX = ".lock"
 """Of the link beside a journal that names the process writing it."""
@@ -146,3 +163,179 @@ def header_fingerprint(path: Path, lines: Sequence[Row]) -> Row:
     if not isinstance(fingerprint, dict):
         raise InputError(f"{path} is damaged: remove it to start anew")
     return fingerprint
+
+
+# --- the lock --------------------------------------------------------------------------------------------------------
+
+NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+"""The errors of a file system that has no symbolic links."""
+
+ENDED = frozenset("ZX")
+"""The states of a process that has ended and may not have been reaped yet."""
+
+RETRY_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a lock."""
+
+    host: str
+    machine: str
+    """/etc/machine-id; two machines may have the same host name."""
+    boot: str
+    """The kernel's boot id, which changes at every reboot."""
+    pids: str
+    """The pid namespace: in another one (a container), the same pid is another process."""
+    pid: int
+    born: str
+    """When the process started, in clock ticks since boot; pids are reused."""
+    nonce: str = ""
+    """Distinguishes this lock from the same process's next one."""
+
+
+UNKNOWN = Holder("", "", "", "", 0, "")
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _born(pid: int) -> str:
+    """When a process started; empty where there is none, "alive" where the system does not tell."""
+    if Path("/proc/self/stat").exists():
+        fields = _content(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name, in (), may contain anything
+        ended = len(fields) < 20 or fields[0] in ENDED
+        return "" if ended else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
+
+
+def this_process() -> Holder:
+    """This process, as the holder of a lock."""
+    try:
+        pids = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        pids = ""
+    boot, machine = _content("/proc/sys/kernel/random/boot_id"), _content("/etc/machine-id")
+    return Holder(socket.gethostname(), machine, boot, pids, os.getpid(), _born(os.getpid()))
+
+
+def is_dead(held: Holder, me: Holder, last_sign: float, *, alone_here: bool) -> bool:
+    """Whether the holder of a lock is known to have ended; nothing is known of a holder on another machine.
+
+    Args:
+        held: The holder.
+        me: This process.
+        last_sign: When the lock was last touched, in seconds since 1970.
+        alone_here: Whether `flock` has shown that no process on this machine holds the lock.
+    """
+    if held.boot != me.boot:
+        restarted = bool(me.machine) and (held.host, held.machine) == (me.host, me.machine)
+        return restarted and last_sign < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if held.pids != me.pids:
+        return alone_here
+    return bool(me.boot or held.host == me.host) and _born(held.pid) != held.born
+
+
+class RunLock:
+    """The lock of a run, acquired when it is created.
+
+    Args:
+        path: The lock's path; it guards the folder that contains it.
+        alone_here: Whether `flock` has shown that no other process on this machine holds it.
+
+    Raises:
+        InputError: Another run holds it, or may hold it; the message names that run.
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(self, path: Path, *, alone_here: bool) -> None:
+        self._path = path
+        self._me = replace(this_process(), nonce=secrets.token_hex(8))
+        self._alone_here = alone_here
+        while not _create(path, self._me):
+            held, last_sign = _holder(path), _last_sign(path)
+            if held is None:
+                time.sleep(RETRY_SECONDS)  # it has just been released
+            elif is_dead(held, self._me, last_sign, alone_here=alone_here):
+                self._remove_dead(held)
+            else:
+                raise InputError(_refusal(path, held, self._me))
+
+    def _remove_dead(self, held: Holder) -> None:
+        right = RunLock(self._path.with_name(f"{self._path.name}.{held.nonce}"), alone_here=self._alone_here)
+        try:
+            if _holder(self._path) == held:  # another taker may have been faster, and a new run may hold it
+                self._path.unlink()
+        finally:
+            right.release()
+
+    def beat(self) -> None:
+        """Renew the lock's timestamp, from which others read when this run was last active."""
+        with contextlib.suppress(OSError, NotImplementedError):
+            os.utime(self._path, follow_symlinks=False)
+
+    def release(self) -> None:
+        """Release the lock; does nothing if this process no longer holds it."""
+        with contextlib.suppress(OSError):
+            if _holder(self._path) == self._me:
+                self._path.unlink()
+
+
+def _create(path: Path, me: Holder) -> bool:
+    """Create the lock; returns whether this process holds it now."""
+    content = json.dumps(asdict(me), separators=(",", ":"))
+    try:
+        path.symlink_to(content)
+    except FileExistsError:
+        return _holder(path) == me  # NFS may resend a request that had succeeded
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_file(path, content)
+    return True
+
+
+def _create_file(path: Path, content: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> Holder | None:
+    """The holder of a lock; None where nobody holds it."""
+    try:
+        text = str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
+        held = Holder(**json.loads(text))
+        return held if held.nonce.isalnum() else UNKNOWN
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return UNKNOWN
+
+
+def _last_sign(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _refusal(path: Path, held: Holder, me: Holder) -> str:
+    if held.boot == me.boot and held.host == me.host:
+        return f"another run (process {held.pid}) is writing {path.parent}; wait for it, or choose another output"
+    who = f"process {held.pid} on {shown(held.host)}" if held.host else "of unknown origin"
+    ago = timedelta(seconds=max(0, int(time.time() - _last_sign(path))))
+    return f"another run ({who}, last active {ago} ago) is writing {path.parent}; if it is dead, remove {path}"

@@ -117,22 +117,3 @@ def _slurm_number(environment: Mapping[str, str], key: str) -> int:
     if re.fullmatch(r"\d{1,9}", text, re.ASCII) is None:
         raise InputError(f"--part slurm: {key} is {text!r}, not a number")
     return int(text)
-
-
-def require_one_way(part: str | None, join: int | None, workers: int) -> None:
-    """Refuse flags that each say how a run is cut up, given together.
-
-    Raises:
-        InputError: There are two of them, or a number is out of range.
-    """
-    given = [
-        *(["--part"] if part is not None else []),
-        *(["--join"] if join is not None else []),
-        *(["--data-parallel"] if workers != 1 else []),
-    ]
-    if len(given) > 1:
-        reason = "it makes and joins the parts itself" if "--data-parallel" in given else "join when all parts are made"
-        raise InputError(f"{' and '.join(given)} do not go together: {reason}")
-    require_count("--data-parallel", workers)
-    if join is not None:
-        require_count("--join", join)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +20,20 @@ from typing import ClassVar, Self
 import xxhash
 
 from expo import __version__
-from expo.checkpoint.folder import read_config, read_json, source_fingerprint
-from expo.checkpoint.hub import Location, locate, refuse_inside
+from expo.checkpoint.folder import Location, read_config, read_json, refuse_inside, source_fingerprint
+from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig
-from expo.durable import Row, json_lines, texts_sha256
 from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
 from expo.engines.chat import ChatTokenizer, context_length
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
-from expo.fingerprint import Fingerprint
+from expo.files import Row, json_lines, texts_sha256
 from expo.parts import Part, read_part
 from expo.rows import EngineKeeper
 from expo.rows import run as run_job
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
-from expo.settings import absent_values, recorded
-from expo.stats import mean_and_standard_error
+from expo.settings import Fingerprint, absent_values, recorded
 from expo.tasks import Conversation, find_task, read_conversations, read_rows
 
 ROW_COLUMNS: Columns = {
@@ -230,7 +229,8 @@ class ScoreJob(RowJob):
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
         """What the meta file holds."""
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        mean, standard_error = mean_and_standard_error(rewards)
+        mean = statistics.fmean(rewards) if rewards else None
+        standard_error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None
         return {
             "command": self.verb,
             "name": self.name,

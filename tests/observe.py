@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from expo.config import GenerateConfig
-from expo.durable import Row
 from expo.engines import Request
+from expo.files import Row
 from expo.generate import GenerateJob, plan
 
 Batches = list[list[Row]]

@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expo.checkpoint.folder import Checkpoint, read_checkpoint
+from expo.checkpoint.folder import Checkpoint, is_adapter, read_checkpoint
 from expo.errors import InputError
 from expo.theta.adapter import settings as adapter_settings
-from expo.theta.adapter.folders import is_adapter
 from expo.theta.adapter.settings import Settings
 from expo.theta.adapter.tensors import Adapter, read_adapter
 

@@ -10,7 +10,7 @@ import pytest
 from expo import config_files
 from expo.arguments import arguments_of, shown
 from expo.cli import program as cli
-from expo.config import RULES, GenerateConfig
+from expo.config import PAIR_SETTINGS, GenerateConfig
 
 OTHERWISE = {
     "task": "my prompts.jsonl", "model": "a/b@main", "overwrite": True, "dry_run": True, "output_dir": "-out",
@@ -53,7 +53,7 @@ def test_every_setting_is_handed_on(resolved):
     assert OTHERWISE.keys() == config_files.field_names("generate"), "a new setting belongs here too"
     alone = {"part": None, "join": None, "data_parallel": 1}
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
-    no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", *RULES)}
+    no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", *PAIR_SETTINGS)}
     for cut in alone:
         for source in (no_pair, {"model": None}):
             made = GenerateConfig(**{**OTHERWISE, **alone, cut: OTHERWISE[cut], **source})

@@ -118,7 +118,8 @@ FLAGS = {
     "extrapolate": f"{PAIR} {RULES} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub"
     " --verify --workers",
     "generate": f"{PAIR} {RULES} {ROWS} --base-url --concurrency --data-parallel --engine-arg --frequency-penalty"
-    " --join --max-tokens --model --n --part --presence-penalty --seed --seed-mode --stop-token-id --system --temperature"
+    " --join --max-tokens --model --n --part --presence-penalty --seed --seed-mode --stop-token-id --system"
+    " --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
     "score": f"{ROWS} --data-parallel --join --part --max-length --outputs --reward-model --trust-remote-code",
     "inspect": f"{PAIR} --output --workers",

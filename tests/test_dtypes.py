@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expo.checkpoint.dtypes import DTYPES, EXACT_DTYPES, FLOAT_DTYPES, FROM_TORCH
-from expo.checks import find_device
+from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure
 from expo.theta.buffers import TORCH_DTYPES
 

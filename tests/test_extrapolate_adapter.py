@@ -42,8 +42,7 @@ from transformers import AutoModelForCausalLM
 
 from expo import extrapolate
 from expo.checkpoint import hub
-from expo.checkpoint.folder import read_checkpoint, read_shard
-from expo.checkpoint.hub import Location
+from expo.checkpoint.folder import Location, read_checkpoint, read_shard
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 from expo.errors import InputError

@@ -9,8 +9,7 @@ import pytest
 import torch
 from helpers import write_checkpoint
 
-from expo.checkpoint.folder import read_checkpoint
-from expo.checkpoint.hub import Location
+from expo.checkpoint.folder import Location, read_checkpoint
 from expo.errors import InputError
 from expo.theta.pair_checks import check_change, check_pair
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expo.durable import json_line, texts_sha256, write_atomic
 from expo.errors import EnvironmentFailure, InputError
-from expo.fingerprint import require_same
+from expo.files import json_line, texts_sha256, write_atomic
 from expo.journal import Journal, read_journal
+from expo.settings import require_same
 
 HEADER = {"fingerprint": {"a": 1}}
 

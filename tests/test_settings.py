@@ -12,12 +12,11 @@ import pytest
 
 from expo import extrapolate
 from expo.config import COMMANDS, ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig, ThetaConfig
-from expo.durable import json_line
 from expo.engines import GENERATORS
 from expo.errors import InputError
-from expo.fingerprint import Fingerprint, require_same
+from expo.files import json_line
 from expo.journal import Journal
-from expo.settings import Setting, absent_values, recorded, settings_of
+from expo.settings import Fingerprint, Setting, absent_values, recorded, require_same, settings_of
 
 RULES = {
     "rule": "linear",
@@ -35,7 +34,8 @@ ABSENT = {
     ScoreConfig(task="alpaca", name="m"): {"dtype": "auto", "batch_tokens": 16384, "max_length": None},
     GenerateConfig(task="alpaca", model="m"): {
         **RULES, "dtype": "auto", "engine_arg": [], "system": None, "n": 1, "temperature": None, "top_k": 50,
-        "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 42, "seed_mode": "shared", "max_tokens": 2048,
+        "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 42, "seed_mode": "shared",
+        "max_tokens": 2048,
         "stop_token_id": [], "batch_tokens": 16384,
     },
 }  # fmt: skip

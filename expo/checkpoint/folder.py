@@ -23,13 +23,12 @@ from expo.checkpoint.header import Shard as Shard
 from expo.checkpoint.header import TensorInfo as TensorInfo
 from expo.checkpoint.header import is_text_map
 from expo.checkpoint.header import read_shard as read_shard
-from expo.checkpoint.hub import Location
-from expo.durable import hash_file
 from expo.errors import InputError
 from expo.files import (
     HEAD_BYTES,
     LFS_POINTER,
     MAX_TEXT_BYTES,
+    hash_file,
     is_utf8,
     kind_of,
     name_problem,
@@ -62,6 +61,60 @@ BIN_TAIL_BYTES = 1 << 20
 """What is hashed of a .bin file: its end, where a zip archive lists its records with their checksums."""
 
 log = logging.getLogger(__name__)
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What tells a PEFT adapter from a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A model on the local disk."""
+
+    path: Path
+    """The directory."""
+    name: str
+    """The model's short name: the last part of its hub id or path."""
+    hub_id: str | None = None
+    revision: str | None = None
+    """The commit on the hub that `path` holds."""
+
+    @property
+    def label(self) -> str:
+        """How people refer to the model: its hub id, else the directory's name."""
+        return self.hub_id or self.name
+
+
+def refuse_inside(output: Path, *inputs: Location, flag: str = "--output") -> None:
+    """Refuse an output that is an input or lies inside one, also through links.
+
+    Raises:
+        InputError: It does.
+    """
+    resolved = output.resolve()
+    for location in inputs:
+        source = location.path.resolve()
+        if source == resolved or source in resolved.parents:
+            raise InputError(f"the output {output} is or lies inside the input {location.path}; choose another {flag}")
+
+
+def find_folder(model: str) -> Location | None:
+    """A model that is a local directory; None where the name belongs to none."""
+    path = expand_user(model)
+    return Location(path=path, name=path.resolve().name) if model.strip() and path.is_dir() else None
+
+
+def expand_user(model: str) -> Path:
+    """A path whose ~ is resolved, where somebody has that name."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # ~name, where nobody has that name
+        return Path(model)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a model's folder holds a PEFT adapter."""
+    return (path / ADAPTER_CONFIG).is_file()
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from expo.checks import is_hub_id
+from expo.checkpoint.folder import Location, expand_user, find_folder
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
+from expo.settings import is_hub_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,37 +50,6 @@ OTHER_FORMATS = (*NOT_WEIGHTS, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.
 """Files that are not needed where there are safetensors weights."""
 
 
-@dataclass(frozen=True)
-class Location:
-    """A model on the local disk."""
-
-    path: Path
-    """The directory."""
-    name: str
-    """The model's short name: the last part of its hub id or path."""
-    hub_id: str | None = None
-    revision: str | None = None
-    """The commit on the hub that `path` holds."""
-
-    @property
-    def label(self) -> str:
-        """How people refer to the model: its hub id, else the directory's name."""
-        return self.hub_id or self.name
-
-
-def refuse_inside(output: Path, *inputs: Location, flag: str = "--output") -> None:
-    """Refuse an output that is an input or lies inside one, also through links.
-
-    Raises:
-        InputError: It does.
-    """
-    resolved = output.resolve()
-    for location in inputs:
-        source = location.path.resolve()
-        if source == resolved or source in resolved.parents:
-            raise InputError(f"the output {output} is or lies inside the input {location.path}; choose another {flag}")
-
-
 def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
     """Find a model, downloading it from the hub if it is not a local directory.
 
@@ -93,12 +62,11 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> L
         InputError: No such directory or repository, no access to it, or only .bin weights where `pickled` is false.
         EnvironmentFailure: The hub cannot be reached.
     """
+    if (local := find_folder(model)) is not None:
+        return local
     if not model.strip():
         raise InputError("a model's name is empty; give a directory or a hub id")
-    path = _expand(model)
-    if path.is_dir():
-        return Location(path=path, name=path.resolve().name)
-    if path.exists():
+    if expand_user(model).exists():
         raise InputError(f"{model} is a file; give the checkpoint's directory or a hub id")
     repository, at, revision = model.partition("@")
     if not is_hub_id(repository):
@@ -106,13 +74,6 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> L
     if at and not revision:
         raise InputError(f"{model} names no revision: leave out the @, or add a branch, tag or commit after it")
     return _fetch(repository, revision or None, weights_only=weights_only, pickled=pickled)
-
-
-def _expand(model: str) -> Path:
-    try:
-        return Path(model).expanduser()
-    except RuntimeError:  # ~name, where nobody has that name
-        return Path(model)
 
 
 def _hint(model: str) -> str:
@@ -125,7 +86,7 @@ def _hint(model: str) -> str:
 
 
 def _near_folder(model: str) -> str:
-    path = _expand(model)
+    path = expand_user(model)
     try:
         folders = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
     except OSError:

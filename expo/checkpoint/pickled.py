@@ -24,6 +24,7 @@ from expo.checkpoint.folder import (
     BIN_INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
+    Location,
     Shard,
     TensorInfo,
     WeightFormat,
@@ -31,7 +32,6 @@ from expo.checkpoint.folder import (
     read_checkpoint,
 )
 from expo.checkpoint.header import MAX_HEADER_BYTES
-from expo.checkpoint.hub import Location
 from expo.checkpoint.tied import ties_head
 from expo.errors import EnvironmentFailure, InputError, first_line
 from expo.files import HEAD_BYTES, open_file, stand_in

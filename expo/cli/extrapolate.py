@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import typer
-
-from expo.cli.options import options_of, settings_from
-from expo.cli.printing import print_data, print_result
+from expo.cli.command import Command, Shown
 from expo.config import ExtrapolateConfig
+from expo.theta.rules import RULES
+
+if TYPE_CHECKING:
+    from expo.extrapolate import Written
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +23,21 @@ EXAMPLES = (
 )
 
 
-@options_of(ExtrapolateConfig)
-def command(ctx: typer.Context, *, as_json: bool) -> None:
-    """Write the extrapolated checkpoint θ(α), streaming both inputs in constant memory."""
-    settings = settings_from(ctx, ExtrapolateConfig)
-    from expo import extrapolate as verb
+def show(outputs: Sequence[Written]) -> Shown:
+    """The outputs' paths; what became of each is logged."""
+    for output in outputs:
+        log.info("α = %r: %s: %s", output.alpha, output.status, output.path)
+        if output.pushed:
+            log.info("α = %r: pushed: %s", output.alpha, output.pushed.url)
+    data = {"outputs": [dataclasses.asdict(output) for output in outputs]}
+    return Shown(data, "\n".join(str(output.path) for output in outputs))
 
-    if settings.dry_run:
-        print_data(verb.plan(settings).describe(), as_json=as_json)
-        return
-    written = verb.run(settings)
-    for output_written in written:
-        log.info("α = %r: %s: %s", output_written.alpha, output_written.status, output_written.path)
-        if output_written.pushed:
-            log.info("α = %r: pushed: %s", output_written.alpha, output_written.pushed.url)
-    data = {"outputs": [dataclasses.asdict(one) for one in written]}
-    print_result(data, "\n".join(str(one.path) for one in written), as_json=as_json)
+
+COMMAND = Command(
+    config=ExtrapolateConfig,
+    verb="expo.extrapolate",
+    help="Write the extrapolated checkpoint θ(α), streaming both inputs in constant memory.",
+    examples=EXAMPLES,
+    show=show,
+    choices={"rule": RULES},
+)

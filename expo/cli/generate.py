@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
-import typer
-
-from expo.cli.options import given_names, options_of, settings_from
-from expo.cli.printing import exit_after, print_data, print_result
-from expo.config import RULES, GenerateConfig
+from expo.cli.command import Command, Levels, Shown
+from expo.config import PAIR_SETTINGS, GenerateConfig
 from expo.engines import GENERATORS
+from expo.theta.rules import RULES
+
+if TYPE_CHECKING:
+    from expo.generate import Generated
 
 log = logging.getLogger(__name__)
 
@@ -30,33 +32,34 @@ EXAMPLES = (
 PAIR = frozenset({"sft", "dpo", "alpha"})
 
 
-@options_of(GenerateConfig, engines=GENERATORS)
-def command(ctx: typer.Context, *, as_json: bool) -> None:
-    """Answer a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts."""
-    settings = settings_from(ctx, GenerateConfig, _not_meant(ctx))
-    from expo import generate as verb
-
-    if settings.dry_run:
-        print_data(verb.plan(settings).describe(), as_json=as_json)
-        return
-    result = verb.run(settings)
+def show(result: Generated) -> Shown:
+    """Where the output is."""
     log.info("%s: %d rows", result.status, result.rows)
-    print_result(dataclasses.asdict(result), result.output, as_json=as_json)
-    exit_after(result.failed)
+    return Shown(dataclasses.asdict(result), result.output, result.failed)
 
 
-def _not_meant(ctx: typer.Context) -> frozenset[str]:
-    """What names the other source: a recipe names a model and the pair it is of, and so may `[common]`.
+def not_meant(levels: Levels) -> frozenset[str]:
+    """The settings that name the other source: a recipe names a model and the pair it is of; so may `[common]`.
 
     The first of flags, the command's table, `[common]` and the recipe that names one decides. A recipe alone means its
     model.
     """
-    levels = given_names(ctx)
     for number, level in enumerate(levels, start=1):
         lower = frozenset().union(*levels[number:]) - level
         if "model" in level:
             of_recipe = level if number == len(levels) else frozenset()
-            return (lower | of_recipe) & PAIR.union(RULES)
+            return (lower | of_recipe) & PAIR.union(PAIR_SETTINGS)
         if level & PAIR:
             return lower & {"model"}
     return frozenset()
+
+
+COMMAND = Command(
+    config=GenerateConfig,
+    verb="expo.generate",
+    help="Answer a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts.",
+    examples=EXAMPLES,
+    show=show,
+    choices={"engine": ("auto", *GENERATORS), "rule": RULES},
+    leave_out=not_meant,
+)

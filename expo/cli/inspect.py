@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-import typer
-
-from expo.cli.options import options_of, settings_from
-from expo.cli.printing import print_data, print_result
+from expo.cli.command import Command, Shown
 from expo.config import InspectConfig
+
+if TYPE_CHECKING:
+    from expo.output.findings import Inspection
 
 log = logging.getLogger(__name__)
 
@@ -19,15 +20,16 @@ EXAMPLES = (
 )
 
 
-@options_of(InspectConfig)
-def command(ctx: typer.Context, *, as_json: bool) -> None:
-    """Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits."""
-    settings = settings_from(ctx, InspectConfig)
-    from expo import inspection as verb
-
-    if settings.dry_run:
-        print_data(verb.plan(settings).describe(), as_json=as_json)
-        return
-    found = verb.run(settings)
-    print_result(found.describe(), found.text(), as_json=as_json)
+def show(found: Inspection) -> Shown:
+    """The findings; where the picture is, is logged."""
     log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
+    return Shown(found.describe(), found.text())
+
+
+COMMAND = Command(
+    config=InspectConfig,
+    verb="expo.inspection",
+    help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits.",
+    examples=EXAMPLES,
+    show=show,
+)

@@ -1,33 +1,45 @@
-"""The command line: wiring, streams, exit codes. Config classes declare; the verbs decide.
+"""The program: options made of settings, wiring, streams, exit codes. Commands declare; the verbs decide.
 
-stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr.
-To add a command, write its module and config class, name it in `config.COMMANDS`, and add it to COMMANDS.
+stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr. An option
+is made of each field of a command's config class, and read from typer's context again by the field's name. A config
+file's and a recipe's values become typer's defaults, so that they are checked as flags are.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
+import json
 import logging
 import os
 import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Collection
+from importlib import import_module
+from inspect import Parameter, Signature
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from expo import __version__
+from expo import __version__, config, config_files
+from expo import recipes as known_recipes
 from expo.cli import extrapolate, generate, inspect, recipes, score, work
-from expo.cli.options import DebugOption, refused_value
-from expo.errors import ExpoError, Stopped
-from expo.orphans import end_with_parent
+from expo.cli.command import Command, Levels, Shown
+from expo.errors import PARTLY_FAILED, ExpoError, Stopped
+from expo.files import shown
+from expo.orphans import VARIABLE, end_with_parent
 from expo.redact import without_secrets
+from expo.settings import POSITIONAL, Setting, flag, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+Config = TypeVar("Config", bound=config.CommonConfig)
 
 INTERRUPTED = 130
 
@@ -48,6 +60,198 @@ GC_OBJECTS = 20_000
 
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 """Set where stderr is not a terminal; the libraries would draw their bars into a log."""
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        _add_defaults(ctx, "config", config_files.load_tables(path))
+    return path
+
+
+def _use_recipe(ctx: typer.Context, name: str | None) -> str | None:
+    if name is not None:
+        recipe = known_recipes.load(name)
+        if recipe.trust_remote_code:
+            log.info("%s comes with model code of its own: --trust-remote-code runs it", recipe.name)
+        _add_defaults(ctx, "recipe", recipe.tables)
+    return name
+
+
+def _add_defaults(ctx: typer.Context, source: str, tables: config_files.Tables) -> None:
+    """Flag > config file > recipe > default: typer checks these values as it checks flags."""
+    command = str(ctx.info_name)
+    ctx.meta[f"expo.{source}"] = config_files.values_for(command, tables)
+    ctx.meta[f"expo.{source}.own"] = tables.get(command, {}).keys()
+    ctx.default_map = {**ctx.meta.get("expo.recipe", {}), **ctx.meta.get("expo.config", {})}
+
+
+def _set_debug(debug: bool) -> bool:
+    if debug:
+        log.setLevel(logging.DEBUG)
+    return debug
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        is_eager=True,
+        callback=_use_config,
+        help="Read settings from a file with a table per command, and [common].",
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Take the settings of a known model."
+    ),
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", is_eager=True, callback=_set_debug, help="Show tracebacks and the engines' logs.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+NO_SETTINGS: dict[str, tuple[Any, object]] = {
+    "as_json": (JsonOption, False),
+    "config_file": (ConfigOption, None),
+    "recipe": (RecipeOption, None),
+    "debug": (DebugOption, False),
+}
+"""The options of every command with settings that are none themselves, and their defaults."""
+
+
+def options_of(command: Command) -> Callable[..., None]:
+    """A function with a parameter for each setting of a command, and those of `NO_SETTINGS`, that runs it.
+
+    Typer reads a function's signature, which is made here of the fields of the config class.
+    """
+
+    def run_it(ctx: typer.Context, as_json: bool, **_others: object) -> None:
+        run_command(command, ctx, as_json=as_json)
+
+    kinds = get_type_hints(command.config)
+    defaults = {field.name: field.default for field in dataclasses.fields(command.config)}
+    settings = {
+        name: _option(name, one, kinds[name], defaults[name], command.choices.get(name))
+        for name, one in settings_of(command.config).items()
+    }
+    run_it.__doc__ = command.help
+    run_it.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *(
+                Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=default)
+                for name, (hint, default) in {**settings, **NO_SETTINGS}.items()
+            ),
+        ]
+    )
+    run_it.__annotations__ = {}
+    return run_it
+
+
+def _option(
+    name: str,
+    setting: Setting,
+    kind: Any,  # noqa: ANN401 - a type
+    default: object,
+    choices: Collection[str] | None,
+) -> tuple[Any, object]:
+    """A setting as typer has it: an annotation, and a default; booleans are switches, tuples are repeatable."""
+    default = Parameter.empty if default is dataclasses.MISSING else default
+    text: dict[str, Any] = {"metavar": setting.metavar, "help": setting.help}
+    if choices is not None:
+        text |= {"metavar": "|".join(choices), "hidden": len(choices) == 1}
+    if name == POSITIONAL:
+        return Annotated[kind, typer.Argument(**text)], default
+    if get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+    spelling = f"{flag(name)}/--no-{flag(name)[2:]}" if default is True else flag(name)
+    return Annotated[kind, typer.Option(spelling, *setting.flags, **text)], default
+
+
+def given_names(ctx: typer.Context) -> Levels:
+    """The settings that flags, the command's own table, `[common]` and the recipe give, what counts most first."""
+    flags = {name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith(".COMMANDLINE")}
+    file, own = set(ctx.meta.get("expo.config", ())), set(ctx.meta.get("expo.config.own", ()))
+    return flags, own, file - own, set(ctx.meta.get("expo.recipe", ()))
+
+
+def refused_value(error: Exception) -> str:
+    """What a usage error of typer's leaves out: the value, and the option that gave it where that was no flag.
+
+    Returns:
+        The end of a message; empty where no value was refused.
+    """
+    checked = getattr(error.__cause__, "errors", None)  # pydantic's, which checks values for typer
+    details: list[dict[str, Any]] = checked() if checked else []
+    param, ctx = getattr(error, "param", None), getattr(error, "ctx", None)
+    if not details or param is None or ctx is None:
+        return ""
+    from_file = str(ctx.get_parameter_source(param.name)).endswith(".DEFAULT_MAP")
+    files = [f"--{source}" for source in ("config", "recipe") if param.name in ctx.meta.get(f"expo.{source}", ())]
+    origin = f", from {files[0]}" if from_file and files else ""
+    return f"; it is {shown(details[0].get('input'))}{origin}"
+
+
+def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[str] = ()) -> Config:
+    """The command's config object, from the option values typer has parsed and checked.
+
+    Args:
+        ctx: The command's context.
+        kind: The config class.
+        leave_out: Settings that keep their default whatever was given.
+    """
+    given = {name: value for name, value in ctx.params.items() if value is not None and name not in leave_out}
+    values: dict[str, Any] = {}
+    for name in {field.name for field in dataclasses.fields(kind)} & given.keys():
+        values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
+    return kind(**values)
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+
+
+def run_command(command: Command, ctx: typer.Context, *, as_json: bool) -> None:
+    """Do what a command line says: plan or run its verb, and print what came of it."""
+    settings = settings_from(ctx, command.config, command.leave_out(given_names(ctx)))
+    verb = import_module(command.verb)
+    if settings.dry_run:
+        print_plan(verb.plan(settings).describe(), as_json=as_json)
+        return
+    print_result(command.show(verb.run(settings)), as_json=as_json)
+
+
+def print_result(result: Shown, *, as_json: bool) -> None:
+    """Print a result, as JSON or as text, and end with exit code 3 where rows failed."""
+    print(_json(result.data) if as_json else result.text)
+    if result.failed:
+        log.warning("%d rows failed and are marked; the same command tries them again", result.failed)
+        raise typer.Exit(PARTLY_FAILED)
+
+
+def print_plan(data: dict[str, Any], *, as_json: bool) -> None:
+    """Print a plan, as JSON or as a line per key, and per entry where there is a list of them."""
+    if as_json:
+        print(_json(data))
+        return
+    for key, value in data.items():
+        for line in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{k} {_short(v)}" for k, v in line.items()) if isinstance(line, dict) else line
+            print(f"{key.replace('_', ' '):<18}{text}")
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, default=str)
+
+
+def _short(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
+
 
 app = typer.Typer(
     name="expo",
@@ -78,15 +282,21 @@ def _root(
     pass
 
 
-COMMANDS = {
-    "extrapolate": extrapolate,
-    "generate": generate,
-    "score": score,
-    "inspect": inspect,
-    "recipes": recipes,
-}
+COMMANDS = {"extrapolate": extrapolate, "generate": generate, "score": score, "inspect": inspect}
 for name, module in COMMANDS.items():
-    app.command(name, epilog=module.EXAMPLES)(module.command)
+    app.command(name, epilog=module.EXAMPLES)(options_of(module.COMMAND))
+
+
+@app.command("recipes", epilog=recipes.EXAMPLES)
+def _recipes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the models known by name, with their SFT checkpoint, α and source."""
+    print_result(recipes.show(names), as_json=as_json)
+
+
 app.command("work", hidden=True)(work.command)
 
 
@@ -125,7 +335,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `expo`; None takes the process's own.
     """
     try:
-        end_with_parent()
         code = int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
         sys.stdout.flush()
         return code
@@ -170,6 +379,8 @@ def main() -> None:
     log.propagate = False
     signal.signal(signal.SIGTERM, _on_terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    if VARIABLE in os.environ:
+        end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; the same command goes on from here")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
-import typer
-
-from expo.cli.options import options_of, settings_from
-from expo.cli.printing import exit_after, print_data, print_result
+from expo.cli.command import Command, Shown
 from expo.config import ScoreConfig
 from expo.engines import SCORERS
+
+if TYPE_CHECKING:
+    from expo.score import Scored
 
 log = logging.getLogger(__name__)
 
@@ -21,23 +22,19 @@ EXAMPLES = (
 )
 
 
-@options_of(ScoreConfig, engines=SCORERS)
-def command(ctx: typer.Context, *, as_json: bool) -> None:
-    """Score generated answers with a reward model: raw logits, one per row."""
-    settings = settings_from(ctx, ScoreConfig)
-    from expo import score as verb
-
-    if settings.dry_run:
-        print_data(verb.plan(settings).describe(), as_json=as_json)
-        return
-    result = verb.run(settings)
+def show(result: Scored) -> Shown:
+    """Where the rewards are; their mean is logged."""
     if result.mean is not None:
-        log.info(
-            "%s: mean reward %.4f ± %.4f over %d rows",
-            result.status,
-            result.mean,
-            result.standard_error or 0.0,
-            result.n,
-        )
-    print_result(dataclasses.asdict(result), result.rewards, as_json=as_json)
-    exit_after(result.failed)
+        error = result.standard_error or 0.0
+        log.info("%s: mean reward %.4f ± %.4f over %d rows", result.status, result.mean, error, result.n)
+    return Shown(dataclasses.asdict(result), result.rewards, result.failed)
+
+
+COMMAND = Command(
+    config=ScoreConfig,
+    verb="expo.score",
+    help="Score generated answers with a reward model: raw logits, one per row.",
+    examples=EXAMPLES,
+    show=show,
+    choices={"engine": ("auto", *SCORERS)},
+)

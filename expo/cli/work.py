@@ -14,8 +14,6 @@ from expo.config import COMMANDS
 from expo.errors import PARTLY_FAILED
 from expo.rows import EngineKeeper
 
-EXAMPLES = ""
-
 
 def command(
     jobs: Annotated[int, typer.Option(help="The pipe that jobs come from.")],

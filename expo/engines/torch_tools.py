@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from expo.checks import find_device
 from expo.config import Dtype, GenerateConfig, RowsConfig
 from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
@@ -18,9 +18,31 @@ from expo.errors import EnvironmentFailure, InputError, first_line
 MISMATCH = "ignore_mismatched_sizes"
 """Part of transformers' message about weights whose shapes do not match the model."""
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def find_device(name: str, *, prefer_gpu: bool) -> torch.device:
+    """The torch device that a `--device` value means on this machine.
+
+    Args:
+        name: As `require_device` takes it.
+        prefer_gpu: Whether auto is the GPU where there is one; otherwise it is always the CPU.
+
+    Raises:
+        EnvironmentFailure: CUDA is asked for and cannot be used.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if prefer_gpu and torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFailure(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return torch.device(name)
 
 
 def visible_gpus() -> list[str]:

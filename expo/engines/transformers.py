@@ -26,10 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from expo.checks import find_device
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Request, token_batches
-from expo.engines.torch_tools import loading, out_of_memory_hint
+from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
 from expo.engines.transformers_theta import load_theta
 
 LOWEST_TEMPERATURE = 0.01

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from expo.checks import find_device
 from expo.engines import ScorerSetup
-from expo.engines.torch_tools import loading, out_of_memory_hint
+from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
 from expo.errors import InputError
 
 

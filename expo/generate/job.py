@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from expo import __version__
-from expo.checks import require_name
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
-from expo.durable import Row, texts_sha256
 from expo.engines import (
     GENERATORS,
     Completion,
@@ -25,7 +23,7 @@ from expo.engines import (
 )
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
-from expo.fingerprint import Fingerprint
+from expo.files import Row, texts_sha256
 from expo.generate.model import Model, find_model, require_fitting
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
@@ -34,7 +32,7 @@ from expo.rows import EngineKeeper
 from expo.rows import run as run_job
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
-from expo.settings import absent_values, recorded
+from expo.settings import Fingerprint, absent_values, recorded, require_name
 from expo.tasks import Answer, Prompt, Task, find_task, load_prompts, read_outputs, read_rows
 
 

@@ -11,16 +11,23 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from expo.checkpoint.folder import CONFIG_FILE, PARTIAL_FOLDER, read_config, source_fingerprint
-from expo.checkpoint.hub import Location, locate, refuse_inside
+from expo.checkpoint.folder import (
+    CONFIG_FILE,
+    PARTIAL_FOLDER,
+    Location,
+    is_adapter,
+    read_config,
+    refuse_inside,
+    source_fingerprint,
+)
+from expo.checkpoint.hub import locate
 from expo.config import GenerateConfig, ThetaConfig
-from expo.durable import Row
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
 from expo.errors import InputError
+from expo.files import Row
 from expo.settings import flag, recorded, settings_of
 from expo.tasks import Message
-from expo.theta.adapter.folders import is_adapter
 from expo.theta.pair import ThetaPlan, plan_theta
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
-from expo.durable import Row
 from expo.engines import Key, Request, request_seed
 from expo.errors import InputError
+from expo.files import Row
 from expo.generate.model import Model
 from expo.tasks import Message, Prompt, Task, assistant
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from expo.checkpoint.folder import read_card
-from expo.checkpoint.hub import Location
+from expo.checkpoint.folder import Location, read_card
 
 PAPER = "https://arxiv.org/abs/2404.16792"
 

@@ -11,9 +11,9 @@ from importlib.metadata import version
 
 from expo import __version__
 from expo.arguments import shown
-from expo.checkpoint.hub import Location
+from expo.checkpoint.folder import Location
 from expo.config import ExtrapolateConfig
-from expo.durable import Row
+from expo.files import Row
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
 from expo.settings import changing, recorded

@@ -25,10 +25,10 @@ from expo.checkpoint.hub import (
     network_errors,
     require_usable_token,
 )
-from expo.durable import Row
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
-from expo.fingerprint import require_same
+from expo.files import Row
 from expo.output.writer import MANIFEST_FILE
+from expo.settings import require_same
 
 T = TypeVar("T")
 

@@ -22,10 +22,10 @@ import xxhash
 
 from expo.checkpoint.folder import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
 from expo.disk import Background, preallocate
-from expo.durable import Row, hash_file, sync, sync_folder
 from expo.errors import EnvironmentFailure, InputError
-from expo.fingerprint import require_same
+from expo.files import Row, hash_file, sync, sync_folder
 from expo.journal import Journal, read_journal
+from expo.settings import require_same
 
 MANIFEST_FILE = "expo.json"
 CARD_FILE = "README.md"

@@ -10,10 +10,9 @@ from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 
-from expo.durable import Row, json_text, write_atomic
 from expo.errors import InputError
-from expo.journal import LOCK_SUFFIX, Journal, read_journal
-from expo.lock import RunLock
+from expo.files import Row, json_text, write_atomic
+from expo.journal import LOCK_SUFFIX, Journal, RunLock, read_journal
 
 Columns = Mapping[str, type | tuple[type, ...]]
 """Column → what its values are."""

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from expo.config import RowsConfig
-from expo.durable import Row, json_lines, texts_sha256
 from expo.errors import InputError
-from expo.fingerprint import require_same
+from expo.files import Row, json_lines, texts_sha256
 from expo.journal import Journal
 from expo.parts import Part
 from expo.progress import rows_progress
 from expo.rows.files import Columns, Found, RowFiles, State, checksum, require_columns
+from expo.settings import require_same
 
 log = logging.getLogger(__name__)
 

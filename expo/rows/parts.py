@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from expo.arguments import shown
-from expo.durable import Row, texts_sha256
 from expo.errors import InputError, listed
-from expo.fingerprint import require_same
+from expo.files import Row, texts_sha256
 from expo.journal import read_journal
 from expo.parts import FILE_NAME, all_parts, counts_in
 from expo.rows.files import Found, RowFiles, State, checksum, require_columns
 from expo.rows.job import Done, Figures, RowJob, Rows, rows_to_extend
+from expo.settings import require_same
 
 PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "tokens_per_second")
 """What the joined meta file repeats of each part's, beside the seconds, where it is there."""

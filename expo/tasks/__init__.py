@@ -3,7 +3,7 @@
 `table.py` lists them. A file of prompts is a task too.
 """
 
-from expo.tasks.files import read_rows
+from expo.files import read_rows
 from expo.tasks.table import TASKS, find_task
 from expo.tasks.task import (
     Answer,

@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from itertools import groupby
 
-from expo.durable import Row
 from expo.errors import InputError
+from expo.files import Row
 from expo.tasks.task import Answer, Prompt, user
 
 TEMPERATURES = {

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from expo.durable import Row, json_line, json_lines
 from expo.errors import InputError
+from expo.files import SUFFIXES, Row, json_line, json_lines
 from expo.tasks import mtbench
-from expo.tasks.files import SUFFIXES
 from expo.tasks.task import Answer, Prompt, Source, Task, is_message, user
 
 

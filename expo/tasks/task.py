@@ -11,10 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
-from expo.durable import Row
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
-from expo.files import is_utf8, repeated
-from expo.tasks.files import SUFFIXES, read_rows
+from expo.files import SUFFIXES, Row, is_utf8, read_rows, repeated
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expo.checkpoint.hub import Location, locate
+from expo.checkpoint.folder import Location, is_adapter
+from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.tokens import require_same_tokens
-from expo.config import Dtype, ExtrapolateConfig, RulesConfig, ThetaConfig
-from expo.theta.adapter.folders import is_adapter, output_side_files, require_base
+from expo.config import Dtype, ExtrapolateConfig, PairConfig, ThetaConfig
+from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.decide import plan_pair
 from expo.theta.decide_adapter import plan_adapter
 from expo.theta.pair_checks import check_pair
@@ -40,7 +41,7 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
 
 
 def pair_settings(
-    config: RulesConfig, alphas: Iterable[float], *, dtype: Dtype = "auto", max_shard_bytes: int | None = None
+    config: PairConfig, alphas: Iterable[float], *, dtype: Dtype = "auto", max_shard_bytes: int | None = None
 ) -> PairSettings:
     """How a pair is combined, from a command's settings."""
     return PairSettings(

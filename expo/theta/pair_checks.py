@@ -9,8 +9,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from expo.checkpoint.folder import Checkpoint, read_card, read_config
-from expo.checkpoint.hub import Location
+from expo.checkpoint.folder import Checkpoint, Location, read_card, read_config
 from expo.errors import InputError
 
 UNRELATED_CHANGE = 0.3

@@ -6,11 +6,9 @@ import fnmatch
 import logging
 from pathlib import Path
 
-from expo.checkpoint.folder import read_json, side_files
-from expo.checkpoint.hub import Location
-from expo.checks import is_hub_id
+from expo.checkpoint.folder import ADAPTER_CONFIG, Location, is_adapter, read_json, side_files
 from expo.errors import InputError
-from expo.theta.adapter.settings import ADAPTER_CONFIG
+from expo.settings import is_hub_id
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Without one of these a tokenizer cannot be made."""
@@ -23,11 +21,6 @@ TOKENIZERS = (
 
 
 log = logging.getLogger(__name__)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a model's folder holds a PEFT adapter."""
-    return (path / ADAPTER_CONFIG).is_file()
 
 
 def require_base(sft: Location, dpo: Location) -> None:

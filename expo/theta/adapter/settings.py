@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 from expo.checkpoint.folder import read_json
 from expo.errors import InputError
 
-ADAPTER_CONFIG = "adapter_config.json"
-
 Number = TypeVar("Number", int, float)
 
 REFUSED_SETTINGS = {

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo.checkpoint.dtypes import FLOAT_DTYPES
-from expo.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, Shard, TensorInfo, read_shard
+from expo.checkpoint.folder import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE, Checkpoint, Shard, TensorInfo, read_shard
 from expo.checkpoint.tied import TIED_HEADS, ties_head
 from expo.errors import InputError, listed
-from expo.theta.adapter.settings import ADAPTER_CONFIG, MERGE_FIRST, Settings, read_settings
+from expo.theta.adapter.settings import MERGE_FIRST, Settings, read_settings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -1,10 +1,4 @@
-"""The settings of every command, one frozen dataclass each; `config_files.py` reads them from files.
-
-Everything about a setting is said here and only here: its type, default and description, what it changes, and which
-engines have it (`settings.py`). Options, config files and fingerprints follow from that. A value is validated in
-`__post_init__`, so that Python users are checked as flags are.
-To add a setting, add a field, and its check where not every value will do.
-"""
+"""The settings of the commands that work row by row: generate and score."""
 
 from __future__ import annotations
 
@@ -12,54 +6,26 @@ import math
 import os
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from expo.checks import (
-    read_alpha_for,
-    read_bytes,
+from expo.config.pair import PAIR_SETTINGS, CommonConfig, Dtype, PairConfig, ThetaConfig
+from expo.parts import MAX_PARTS, read_part
+from expo.settings import (
+    Setting,
+    flag,
     require,
-    require_alpha,
     require_base_url,
     require_choice,
     require_device,
     require_name,
-    require_regexes,
-    require_repositories,
     require_text,
 )
-from expo.files import is_utf8, shown
-from expo.parts import read_part, require_one_way
-from expo.settings import Setting, flag
 
-Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
-Missing: TypeAlias = Literal["error", "copy-dpo"]
-Vocab: TypeAlias = Literal["error", "common"]
 SeedMode: TypeAlias = Literal["row", "shared"]
-
-PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
-
 
 DEFAULT_TEMPERATURE = 0.7
 """The paper's, where neither the user nor the task says another."""
 
-Sft: TypeAlias = Annotated[
-    str, Setting("The SFT checkpoint θ_sft: a directory, hub id, or id@revision.", metavar="SFT")
-]
-Dpo: TypeAlias = Annotated[
-    str,
-    Setting(
-        "The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.",
-        metavar="DPO",
-        flags=("--aligned",),
-    ),
-]
-AllowPickle: TypeAlias = Annotated[
-    bool, Setting("Read weights that exist only as pickles (.bin), with torch's weights_only loader.")
-]
-Workers: TypeAlias = Annotated[
-    int | None, Setting("Number of threads. [default: the CPU count, at most 4]", metavar="N")
-]
 BatchTokens: TypeAlias = Annotated[
     int,
     Setting(
@@ -69,204 +35,6 @@ BatchTokens: TypeAlias = Annotated[
         absent=16384,
     ),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonConfig:
-    """What every command that writes something shares."""
-
-    overwrite: Annotated[bool, Setting("Replace an output made with other settings, once the new one is complete.")] = (
-        False
-    )
-    dry_run: Annotated[bool, Setting("Print the plan and write nothing.")] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class RulesConfig:
-    """How θ_sft and θ_dpo are combined, beside α."""
-
-    rule: Annotated[str, Setting("Formula that makes θ(α), by its name.", changes="weights", absent="linear")] = (
-        "linear"
-    )
-    alpha_for: Annotated[
-        tuple[str, ...],
-        Setting(
-            "Give matching tensors an α of their own; repeatable, the first match wins.",
-            metavar="REGEX=A",
-            changes="weights",
-            absent=(),
-        ),
-    ] = ()
-    exclude: Annotated[
-        tuple[str, ...],
-        Setting(
-            "Copy matching tensors from DPO, whatever --alpha-for says; repeatable.",
-            metavar="REGEX",
-            changes="weights",
-            absent=(),
-        ),
-    ] = ()
-    missing: Annotated[
-        Missing,
-        Setting("Tensors that SFT lacks: refuse the pair, or copy them from DPO.", changes="weights", absent="error"),
-    ] = "error"
-    vocab: Annotated[
-        Vocab,
-        Setting(
-            "Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy DPO's others.",
-            changes="weights",
-            absent="error",
-        ),
-    ] = "error"
-    allow_pickle: AllowPickle = False
-    allow_nonfinite: Annotated[
-        bool, Setting("Accept NaN and infinity in θ(α) instead of refusing them.", changes="weights", absent=False)
-    ] = False
-
-    def _require_rules(self) -> None:
-        require_choice("--missing", self.missing, Missing)
-        require_choice("--vocab", self.vocab, Vocab)
-        _ = self.alphas_for  # read once, so that they are checked
-        require_regexes("--exclude", self.exclude)
-
-    @property
-    def alphas_for(self) -> tuple[tuple[str, float], ...]:
-        """`alpha_for` as patterns and numbers."""
-        return tuple(map(read_alpha_for, self.alpha_for))
-
-
-RULES = tuple(field.name for field in fields(RulesConfig))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThetaConfig(RulesConfig):
-    """One θ(α) that an engine makes while it loads, without a checkpoint of it on the disk."""
-
-    sft: Sft
-    alpha: Annotated[float, Setting("Extrapolation strength α; 0 is DPO itself, −1 is SFT.", metavar="A")]
-    dpo: Dpo
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: A value is out of its range; the message names the flag.
-        """
-        for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo)):
-            require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
-        require_alpha(self.alpha)
-        object.__setattr__(self, "alpha", float(self.alpha) + 0.0)  # −0.0 becomes 0.0
-        self._require_rules()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtrapolateConfig(RulesConfig, CommonConfig):
-    """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft)."""
-
-    sft: Sft
-    dpo: Dpo
-    alpha: Annotated[
-        tuple[float, ...],
-        Setting(
-            "Extrapolation strength α; 0 is DPO itself, −1 is SFT; repeatable, one output each.  [required]",
-            metavar="A",
-        ),
-    ] = ()
-    output: Annotated[
-        str | None,
-        Setting("Output folder; may contain {alpha}. [default: checkpoints/<DPO name>-ExPO-a<A>]", metavar="DIR"),
-    ] = None
-    device: Annotated[
-        str,
-        Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
-    ] = "auto"
-    dtype: Annotated[
-        Dtype,
-        Setting(
-            "Data type of the written weights; auto keeps each DPO tensor's own.", changes="weights", absent="auto"
-        ),
-    ] = "auto"
-    workers: Workers = None
-    max_shard_size: Annotated[
-        str,
-        Setting(
-            "Maximum size of an output file, such as 500MB or 5GB; keep preserves the DPO shard layout.",
-            metavar="keep|SIZE",
-            changes="weights",
-            absent="keep",
-        ),
-    ] = "keep"
-    verify: Annotated[
-        bool,
-        Setting("Checksum all weights: record the inputs' sums, and check finished outputs against their manifest."),
-    ] = False
-    fsync: Annotated[bool, Setting("Flush every file to disk before it gets its final name.")] = True
-    push_to_hub: Annotated[
-        str | None, Setting("Upload the finished output to this model repository; may contain {alpha}.", metavar="ID")
-    ] = None
-    private: Annotated[bool, Setting("Make that repository private if it does not exist yet.")] = False
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: A value is out of its range; the message names the flag.
-        """
-        for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
-            require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
-        require(len(self.alpha) > 0, "--alpha is missing: give at least one, such as --alpha 0.3")
-        for alpha in self.alpha:
-            require_alpha(alpha)
-        twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
-        require(twice is None, f"--alpha {twice} is given more than once")
-        object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
-        require_choice("--dtype", self.dtype, Dtype)
-        self._require_rules()
-        _ = self.max_shard_bytes  # read once, so that it is checked
-        require_device(self.device)
-        require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
-        require(self.push_to_hub is not None or not self.private, "--private is for --push-to-hub, which is missing")
-        require_repositories(self.repositories, inputs=(self.sft, self.dpo))
-
-    @property
-    def repositories(self) -> tuple[str, ...]:
-        """Where on the hub each α's output goes, in the order of `alpha`; empty where none does."""
-        if self.push_to_hub is None:
-            return ()
-        return tuple(self.push_to_hub.replace("{alpha}", repr(alpha)) for alpha in self.alpha)
-
-    @property
-    def max_shard_bytes(self) -> int | None:
-        """`max_shard_size` in bytes; None keeps DPO's files."""
-        return None if self.max_shard_size == "keep" else read_bytes("--max-shard-size", self.max_shard_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig(CommonConfig):
-    """`expo inspect`: how far θ_dpo is from θ_sft, and whether the pair looks like one ExPO suits."""
-
-    sft: Sft
-    dpo: Dpo
-    output: Annotated[
-        str | None, Setting("Plot ‖Δ‖/‖θ_sft‖ by layer and module to this file (.png, .svg or .pdf).", metavar="FILE")
-    ] = None
-    device: Annotated[
-        str,
-        Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
-    ] = "auto"
-    workers: Workers = None
-    allow_pickle: AllowPickle = False
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: A value is out of its range; the message names the flag.
-        """
-        known = self.output is None or Path(self.output).suffix.lower() in PICTURE_SUFFIXES
-        require(known, f"--output is a picture ({', '.join(PICTURE_SUFFIXES)}), not {self.output!r}")
-        require_device(self.device)
-        require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,13 +88,28 @@ class RowsConfig(CommonConfig):
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
         require_choice("--dtype", self.dtype, Dtype)
         require_device(self.device)
-        require_one_way(self.part, self.join, self.data_parallel)
+        self._require_one_way()
         if self.part is not None:
             object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
 
+    def _require_one_way(self) -> None:
+        """Refuse flags that each say how a run is cut up, given together."""
+        given = [
+            *(["--part"] if self.part is not None else []),
+            *(["--join"] if self.join is not None else []),
+            *(["--data-parallel"] if self.data_parallel != 1 else []),
+        ]
+        by_itself = (
+            "it makes and joins the parts itself" if "--data-parallel" in given else "join when all parts are made"
+        )
+        require(len(given) < 2, f"{' and '.join(given)} do not go together: {by_itself}")
+        for flag_given, count in (("--data-parallel", self.data_parallel), ("--join", self.join)):
+            known = count is None or 1 <= count <= MAX_PARTS
+            require(known, f"{flag_given} takes 1 to {MAX_PARTS} parts, not {count}")
+
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RulesConfig, RowsConfig):
+class GenerateConfig(PairConfig, RowsConfig):
     """`expo generate`: answer a task's prompts. The decoding defaults are the paper's.
 
     The model is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads.
@@ -479,7 +262,7 @@ class GenerateConfig(RulesConfig, RowsConfig):
             require(bool(given), "no model given: pass --model, or --sft, --dpo and --alpha")
             require(not lacking, f"θ(α) is made from --sft, --dpo and --alpha: {lacking} is missing")
         else:
-            rules = [flag(name) for name in RULES if getattr(self, name) != getattr(RulesConfig, name)]
+            rules = [flag(name) for name in PAIR_SETTINGS if getattr(self, name) != getattr(PairConfig, name)]
             require(
                 not given, f"--model and {', '.join(given)} are two models: give --model, or --sft, --dpo and --alpha"
             )
@@ -491,7 +274,7 @@ class GenerateConfig(RulesConfig, RowsConfig):
         """The θ(α) that answers; None where a model does."""
         if self.sft is None or self.dpo is None or self.alpha is None:
             return None
-        rules = {name: getattr(self, name) for name in RULES}
+        rules = {name: getattr(self, name) for name in PAIR_SETTINGS}
         return ThetaConfig(sft=self.sft, dpo=self.dpo, alpha=self.alpha, **rules)
 
 
@@ -536,11 +319,3 @@ class ScoreConfig(RowsConfig):
             f"--max-length must be positive, not {self.max_length}",
         )
         require_name(self.name)
-
-
-COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[InspectConfig] | type[ScoreConfig]] = {
-    "extrapolate": ExtrapolateConfig,
-    "generate": GenerateConfig,
-    "inspect": InspectConfig,
-    "score": ScoreConfig,
-}

@@ -1,0 +1,40 @@
+"""The settings of every command, one frozen dataclass each; `config_files.py` reads them from files.
+
+Everything about a setting is said here and only here: its type, default and description, what it changes, and which
+engines have it (`settings.py`). Options, config files and fingerprints follow from that. A value is validated in
+`__post_init__`, so that Python users are checked as flags are.
+To add a setting, add a field, and its check where not every value will do.
+"""
+
+from expo.config.pair import (
+    PAIR_SETTINGS,
+    CommonConfig,
+    Dtype,
+    ExtrapolateConfig,
+    InspectConfig,
+    PairConfig,
+    ThetaConfig,
+)
+from expo.config.rows import DEFAULT_TEMPERATURE, GenerateConfig, RowsConfig, ScoreConfig
+
+__all__ = [
+    "COMMANDS",
+    "DEFAULT_TEMPERATURE",
+    "PAIR_SETTINGS",
+    "CommonConfig",
+    "Dtype",
+    "ExtrapolateConfig",
+    "GenerateConfig",
+    "InspectConfig",
+    "PairConfig",
+    "RowsConfig",
+    "ScoreConfig",
+    "ThetaConfig",
+]
+
+COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[InspectConfig] | type[ScoreConfig]] = {
+    "extrapolate": ExtrapolateConfig,
+    "generate": GenerateConfig,
+    "inspect": InspectConfig,
+    "score": ScoreConfig,
+}
