@@ -45,10 +45,9 @@ from expo.output.writer import (
 from expo.progress import Progress, bytes_bar
 from expo.settings import Fingerprint, absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
-from expo.theta.layout import index_json
 from expo.theta.pair import find_pair, pair_settings, plan_located
 from expo.theta.pair_checks import check_change
-from expo.theta.plan import PairPlan, ShardPlan
+from expo.theta.plan import PairPlan, ShardPlan, index_json
 
 if TYPE_CHECKING:
     from expo.theta.stream import Combiner  # imports torch, which planning does without

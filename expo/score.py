@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 import xxhash
 
 from expo import __version__
-from expo.checkpoint.folder import Location, read_config, read_json, refuse_inside, source_fingerprint
+from expo.checkpoint.folder import Location, find_folder, read_config, read_json, refuse_inside, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
@@ -229,8 +229,7 @@ class ScoreJob(RowJob):
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
         """What the meta file holds."""
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        mean = statistics.fmean(rewards) if rewards else None
-        standard_error = statistics.stdev(rewards) / math.sqrt(len(rewards)) if len(rewards) > 1 else None
+        mean, standard_error = mean_and_standard_error(rewards)
         return {
             "command": self.verb,
             "name": self.name,
@@ -275,6 +274,19 @@ def rows_file(files: RowFiles) -> Path:
     return files.final.with_name(f"{files.name}.rows.jsonl")
 
 
+def mean_and_standard_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The mean and its standard error s/√n.
+
+    Args:
+        values: The sample; no NaN.
+
+    Returns:
+        None for the mean of no values, and for the standard error of fewer than two.
+    """
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values, mean) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 def plan(config: ScoreConfig) -> ScoreJob:
     """Decide everything from the outputs and the reward model's small files; nothing is written.
 
@@ -293,7 +305,7 @@ def plan(config: ScoreConfig) -> ScoreJob:
     conversations = read_conversations(outputs, task, dataset=config.dataset, limit=config.limit)
     if not conversations:
         raise InputError(f"{outputs} holds no rows")
-    location = locate(config.reward_model)
+    location = find_folder(config.reward_model) or locate(config.reward_model)
     require_reward_model(location.path)
     refuse_inside(folder, location, flag="--output-dir")
     tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)

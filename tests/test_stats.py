@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expo.stats import cosine_distance, mean_and_standard_error, relative_change
+from expo.score import mean_and_standard_error
+from expo.stats import cosine_distance, relative_change
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))

@@ -40,5 +40,5 @@ class Command:
     """Says and logs what came of it, from what `run` returns."""
     choices: Mapping[str, Collection[str]] = field(default_factory=dict)
     """Setting → the names it takes, where a table of extensions has them; hidden while there is one only."""
-    leave_out: Callable[[Levels], Collection[str]] = lambda _levels: ()
-    """The settings that keep their default, whatever was given."""
+    leave_out: Callable[[Levels], Collection[str]] | None = None
+    """The settings that keep their default, whatever was given; by default there are none."""

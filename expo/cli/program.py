@@ -216,7 +216,8 @@ def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[
 
 def run_command(command: Command, ctx: typer.Context, *, as_json: bool) -> None:
     """Do what a command line says: plan or run its verb, and print what came of it."""
-    settings = settings_from(ctx, command.config, command.leave_out(given_names(ctx)))
+    left_out = command.leave_out(given_names(ctx)) if command.leave_out else ()
+    settings = settings_from(ctx, command.config, left_out)
     verb = import_module(command.verb)
     if settings.dry_run:
         print_plan(verb.plan(settings).describe(), as_json=as_json)

@@ -15,6 +15,7 @@ from expo.checkpoint.folder import (
     CONFIG_FILE,
     PARTIAL_FOLDER,
     Location,
+    find_folder,
     is_adapter,
     read_config,
     refuse_inside,
@@ -165,7 +166,7 @@ def find_source(config: GenerateConfig) -> Source:
     """
     if config.theta is not None:
         return _theta_source(config.theta, Path(config.output_dir))
-    location = locate(config.model or "")
+    location = find_folder(config.model or "") or locate(config.model or "")
     if is_adapter(location.path) and not (location.path / CONFIG_FILE).is_file():
         raise InputError(
             f"--model {location.label} is an adapter: give it as --dpo, the model it was trained on as --sft, and "

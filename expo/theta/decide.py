@@ -13,7 +13,6 @@ from expo.checkpoint.dtypes import DTYPES, EXACT_DTYPES, FLOAT_DTYPES, FROM_TORC
 from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.checkpoint.tied import TIED_HEADS, config_tables, ties_head
 from expo.errors import InputError, listed
-from expo.theta.layout import lay_out
 from expo.theta.plan import (
     Action,
     Match,
@@ -23,6 +22,7 @@ from expo.theta.plan import (
     Part,
     TensorPlan,
     Vocabulary,
+    lay_out,
 )
 
 QUANTIZED = frozenset(

@@ -13,8 +13,7 @@ from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.theta.adapter.tensors import Adapter, read_adapter
 from expo.theta.decide import action_for, match_patterns, output_dtype, refuse_quantized
-from expo.theta.layout import lay_out
-from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Part, TensorPlan
+from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Part, TensorPlan, lay_out
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expo.checkpoint.folder import Location, is_adapter
+from expo.checkpoint.folder import Location, find_folder, is_adapter
 from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.tokens import require_same_tokens
@@ -33,10 +33,10 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
         EnvironmentFailure: The hub cannot be reached.
     """
     require_rule(config.rule)  # before anything is fetched
-    sft = locate(config.sft, weights_only=True, pickled=config.allow_pickle)
-    dpo = locate(config.dpo, pickled=config.allow_pickle)
+    sft = find_folder(config.sft) or locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    dpo = find_folder(config.dpo) or locate(config.dpo, pickled=config.allow_pickle)
     if is_adapter(dpo.path):  # then SFT's config and other side files are θ(α)'s
-        sft = locate(config.sft, pickled=config.allow_pickle)
+        sft = find_folder(config.sft) or locate(config.sft, pickled=config.allow_pickle)
     return sft, dpo
 
 
@@ -77,7 +77,8 @@ def plan_located(sft: Location, dpo: Location, settings: PairSettings, *, allow_
 
 
 def _plan_weights(sft: Location, dpo: Location, settings: PairSettings, allow_pickle: bool) -> PairPlan:
-    require_base(sft, dpo)
+    if is_adapter(sft.path) or is_adapter(dpo.path):
+        require_base(sft, dpo)
     if is_adapter(dpo.path):
         return plan_adapter(read_source(sft, allow_pickle), dpo.path, settings)
     pair = plan_pair(read_source(sft, allow_pickle), read_source(dpo, allow_pickle), settings)
