@@ -60,6 +60,10 @@ class Result:
     stderr: str
 
 
+Run = Callable[..., Result]
+"""Runs a program with these words."""
+
+
 def expo_command(*args: object) -> list[str]:
     return [sys.executable, "-m", "expo", *map(str, args)]
 
