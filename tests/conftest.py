@@ -108,10 +108,10 @@ def run_warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[helpers.Run]:
         command, env=helpers.environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True
     )
 
-    def run(*words: object) -> helpers.Result:
+    def run(*words: object, env: dict[str, str] | None = None) -> helpers.Result:
         folder = tmp_path_factory.mktemp("warm")
         files = {name: str(folder / name) for name in ("stdout", "stderr")}
-        asked = {"words": list(map(str, words)), "env": helpers.environment(), **files}
+        asked = {"words": list(map(str, words)), "env": helpers.environment(**(env or {})), **files}
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())

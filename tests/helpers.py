@@ -83,6 +83,11 @@ def run_python(script: str, *args: object, env: dict[str, str] | None = None, ti
     return _run([sys.executable, "-c", script, *map(str, args)], env, None, timeout)
 
 
+def run_script(*words: object, timeout: float = 300) -> Result:
+    """Run a script and wait for it."""
+    return _run([sys.executable, *map(str, words)], None, None, timeout)
+
+
 def _run(command: list[str], env: dict[str, str] | None, cwd: Path | None, timeout: float) -> Result:
     done = subprocess.run(
         command, env=environment(**(env or {})), cwd=cwd, timeout=timeout, capture_output=True, text=True
