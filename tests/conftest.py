@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -93,6 +97,30 @@ def checkpoint():
 def run_expo():
     """`helpers.run_expo`: the program in a process of its own → code, stdout, stderr."""
     return helpers.run_expo
+
+
+@pytest.fixture(scope="session")
+def run_warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[helpers.Run]:
+    """`python WORDS` in a process that has imported vLLM already, by `warm.py` → code, stdout, stderr."""
+    command = [sys.executable, Path(__file__).with_name("warm.py")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=helpers.environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True
+    )
+
+    def run(*words: object, env: dict[str, str] | None = None) -> helpers.Result:
+        folder = tmp_path_factory.mktemp("warm")
+        files = {name: str(folder / name) for name in ("stdout", "stderr")}
+        asked = {"words": list(map(str, words)), "env": helpers.environment(**(env or {})), **files}
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return helpers.Result(code, *(Path(file).read_text() for file in files.values()))
+
+    yield run
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 @pytest.fixture

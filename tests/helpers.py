@@ -60,6 +60,10 @@ class Result:
     stderr: str
 
 
+Run = Callable[..., Result]
+"""Runs a program with these words."""
+
+
 def expo_command(*args: object) -> list[str]:
     return [sys.executable, "-m", "expo", *map(str, args)]
 
@@ -77,6 +81,11 @@ def run_expo(*args: object, env: dict[str, str] | None = None, cwd: Path | None 
 def run_python(script: str, *args: object, env: dict[str, str] | None = None, timeout: float = 120) -> Result:
     """Run a script that is given as text, and wait for it."""
     return _run([sys.executable, "-c", script, *map(str, args)], env, None, timeout)
+
+
+def run_script(*words: object, timeout: float = 300) -> Result:
+    """Run a script and wait for it."""
+    return _run([sys.executable, *map(str, words)], None, None, timeout)
 
 
 def _run(command: list[str], env: dict[str, str] | None, cwd: Path | None, timeout: float) -> Result:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -48,19 +46,18 @@ if __name__ == "__main__":
 """
 
 
-def both_engines(settings: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+def both_engines(settings: dict[str, Any], folder: Path, run_warm: helpers.Run) -> dict[str, dict[str, Any]]:
     """Engine → row → [token ids, finish reason], from one process."""
     script = folder / "compare.py"
     script.write_text(COMPARE)
-    command = [sys.executable, script, json.dumps({**settings, "output_dir": str(folder)})]
-    done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_warm(script, json.dumps({**settings, "output_dir": str(folder)}))
+    assert done.code == 0, done.stderr
     answers: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return answers
 
 
 @pytest.mark.vllm
-def test_sampled_answers_follow_the_same_distribution_on_both_engines(trained, tmp_path):
+def test_sampled_answers_follow_the_same_distribution_on_both_engines(trained, tmp_path, run_warm):
     """χ² over 1,000 samples, at the first token and at one that penalties, top-k and top-p have shaped.
 
     An engine argument that vLLM does not know is refused in one line, by the way.
@@ -69,7 +66,7 @@ def test_sampled_answers_follow_the_same_distribution_on_both_engines(trained, t
     prompt = json.loads((trained / "held_out_prompts.json").read_text())[0]
     task.write_text(json.dumps({"prompt": prompt}))
     settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "dtype": "float32", "n": 1000, "max_tokens": 4}
-    answers = both_engines({**settings, "presence_penalty": 0.5, "frequency_penalty": 0.5}, tmp_path)
+    answers = both_engines({**settings, "presence_penalty": 0.5, "frequency_penalty": 0.5}, tmp_path, run_warm)
     refused: Any = answers.pop("refused")
     assert "no_such" in refused
     assert "\n" not in refused

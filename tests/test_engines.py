@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def opinionated(model: Path, copy: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def observed(server, trained, alpaca_data, tmp_path_factory) -> dict[str, dict[str, list[list[dict]]]]:
+def observed(server, trained, alpaca_data, run_warm, tmp_path_factory) -> dict[str, dict[str, list[list[dict]]]]:
     """Engine → way of asking → batches of rows. The engines in this machine are asked while the server starts."""
     folder = tmp_path_factory.mktemp("observed")
     settings = {
@@ -63,10 +61,12 @@ def observed(server, trained, alpaca_data, tmp_path_factory) -> dict[str, dict[s
     local = json.dumps({**settings, "model": str(trained / "tiny-dpo"), "dtype": "float32", "batch_tokens": 1200})
     stop_ids = AutoTokenizer.from_pretrained(trained / "tiny-dpo").convert_tokens_to_ids(list(task.TRAITS))
     names = sorted(GENERATORS.keys() - {"openai"})
-    command = [sys.executable, HERE / "observe.py", local, json.dumps(stop_ids), *names]
-    done = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_warm(HERE / "observe.py", local, json.dumps(stop_ids), *names)
+    assert done.code == 0, done.stderr
     served = observe("openai", {**settings, "model": "tiny-dpo", "base_url": f"{server()}/v1"}, stop_ids)
+    for row in (row for batches in served.values() for batch in batches for row in batch):
+        # The server goes on from the prompt's last word; where words are joined by blanks, its answers begin with one.
+        row["output"] = row["output"].removeprefix(" ")
     return {**json.loads(done.stdout.splitlines()[-1]), "openai": served}
 
 

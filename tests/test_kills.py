@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import environment, run_python
+from helpers import Run, run_python, run_script
 
 KILLS = Path(__file__).with_name("kills.py")
 ENGINES = {
@@ -45,13 +43,14 @@ def test_a_child_killed_while_it_draws_does_not_stop_the_next():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
-def test_ten_kills_at_random_moments_lose_no_row(trained, alpaca_data, tmp_path, engine):
+def test_ten_kills_at_random_moments_lose_no_row(trained, alpaca_data, tmp_path, request, engine):
     instructions = [row["instruction"][:200] for row in json.loads(
         (alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json").read_text())[:18]]  # fmt: skip
     task = tmp_path / "q.jsonl"
     task.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in instructions))
     settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "engine": engine, "max_tokens": 12}
-    results = stops({**settings, **ENGINES[engine]}, tmp_path, seed=1, count=10)
+    run = request.getfixturevalue("run_warm") if engine == "vllm" else run_script
+    results = stops(run, {**settings, **ENGINES[engine]}, tmp_path, seed=1, count=10)
     counts = Counter(result["signal"] for result in results)
     assert {name: count for name, count in counts.items() if name != "none"} == {
         "SIGKILL": 10,
@@ -61,12 +60,11 @@ def test_ten_kills_at_random_moments_lose_no_row(trained, alpaca_data, tmp_path,
     assert len({result["left"] for result in results}) > 2, "the stops came all at one moment"
 
 
-def stops(settings: dict[str, object], folder: Path, *, seed: int, count: int) -> list[dict[str, object]]:
+def stops(run: Run, settings: dict[str, object], folder: Path, *, seed: int, count: int) -> list[dict[str, object]]:
     """All results of `kills.py`, which are shown where one is wrong."""
-    command = [sys.executable, str(KILLS), json.dumps(settings), str(folder), str(seed), str(count)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = run(KILLS, json.dumps(settings), folder, seed, count)
     results = [json.loads(line) for line in done.stdout.splitlines()]
     report = "\n".join([*done.stdout.splitlines(), done.stderr])
-    assert done.returncode == 0, report
+    assert done.code == 0, report
     assert [result["trouble"] for result in results if result["trouble"]] == [], report
     return results

@@ -297,12 +297,12 @@ def test_both_turns_are_scored_with_what_came_before(trained, whole, tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_both_engines_answer_both_turns_alike(trained, alpaca_data, tmp_path, run_expo):
+def test_both_engines_answer_both_turns_alike(trained, alpaca_data, tmp_path, run_warm):
     """Greedy in float32: what vLLM generates, and is asked in the second turn, is token for token transformers'."""
     arguments = ["generate", "mtbench", "--dataset", alpaca_data / "mt_bench" / "question.jsonl", "--name", "m"]
     arguments += ["--model", trained / "tiny-dpo", "--limit", 8, "--max-tokens", 32, "--temperature", 0]
     arguments += ["--dtype", "float32", "--engine", "vllm", "--output-dir", tmp_path / "vllm"]
-    done = run_expo(*arguments)
+    done = run_warm("-m", "expo", *arguments)
     assert done.code == 0, done.stderr
     questions = [json.loads(line) for line in (alpaca_data / "mt_bench" / "question.jsonl").open()]
     greedy = {"limit": 8, "max_tokens": 32, "temperature": 0.0, "batch_tokens": 16384}

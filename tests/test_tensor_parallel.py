@@ -81,7 +81,7 @@ def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpa
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_pair_that_the_workers_refuse_is_one_line_and_exit_code_2(trained, run_expo, plugin, tmp_path):
+def test_a_pair_that_the_workers_refuse_is_one_line_and_exit_code_2(trained, run_warm, plugin, tmp_path):
     tensors = helpers.read_checkpoint_tensors(trained / "tiny-sft")
     tensors["model.norm.weight"][3] = float("nan")
     sft = shutil.copytree(trained / "tiny-sft", tmp_path / "sft")
@@ -90,7 +90,7 @@ def test_a_pair_that_the_workers_refuse_is_one_line_and_exit_code_2(trained, run
     (tmp_path / "q.jsonl").write_text('{"prompt": "hello"}')
     arguments = ["--sft", sft, "--dpo", trained / "tiny-dpo", "--alpha", 1, "--tensor-parallel", 2]
     arguments += ["--engine", "vllm", "--output-dir", tmp_path]
-    result = run_expo("generate", tmp_path / "q.jsonl", *arguments, env=plugin)
+    result = run_warm("-m", "expo", "generate", tmp_path / "q.jsonl", *arguments, env=plugin)
     assert (result.code, result.stdout) == (2, "")
     assert "expo: error: the result for tensor model.norm.weight holds NaN" in result.stderr
     assert not (tmp_path / "outputs_q" / "tiny-dpo-ExPO-a1.0.jsonl").exists()

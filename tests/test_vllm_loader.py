@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -113,7 +111,12 @@ def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def answers(trained: Path, written: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def answers(
+    trained: Path,
+    written: dict[str, str],
+    run_warm: helpers.Run,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
     """Rows of long prompts from engines in one process; engine → prompts and answers as token ids."""
     folder = tmp_path_factory.mktemp("offline")
     prompts = json.loads((trained / "held_out_prompts.json").read_text())
@@ -122,9 +125,9 @@ def answers(trained: Path, written: dict[str, str], tmp_path_factory: pytest.Tem
     pair = {"sft": str(trained / "tiny-sft"), "dpo": str(trained / "tiny-dpo")}
     script = folder / "offline.py"
     script.write_text(OFFLINE)
-    command = [sys.executable, script, json.dumps({"pair": pair, "written": written, "settings": {"task": str(task)}})]
-    done = subprocess.run(command, env=helpers.environment(), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+    settings = {"task": str(task), "output_dir": str(folder)}
+    done = run_warm(script, json.dumps({"pair": pair, "written": written, "settings": settings}))
+    assert done.code == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 

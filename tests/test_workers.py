@@ -203,9 +203,9 @@ def test_a_worker_ends_when_the_other_end_of_its_pipe_is_gone(llama_pair, tmp_pa
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, run_expo):
     dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
-    others = {"dataset": str(dataset), "limit": 400, "max_tokens": 32, "batch_tokens": 400, "temperature": 0.7}
+    others = {"dataset": str(dataset), "limit": 120, "max_tokens": 32, "batch_tokens": 400, "temperature": 0.7}
     whole = verb.run(settings(trained / "tiny-dpo", "alpaca", tmp_path / "whole", **others)).output.read_bytes()
-    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--limit", 400]
+    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--limit", 120]
     arguments += ["--engine", "transformers", "--max-tokens", 32, "--batch-tokens", 400, "--dtype", "float32"]
     arguments += ["--data-parallel", 2, "--output-dir", tmp_path / "out"]
     folder = tmp_path / "out" / "outputs_alpaca"
