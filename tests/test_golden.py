@@ -65,6 +65,15 @@ def test_what_was_made_otherwise_is_refused(name: str, otherwise: str, message: 
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize("name", [name for name, case in FINISHED.items() if case.now])
+def test_rows_of_shared_seeds_are_no_rows_of_their_own_seeds(name: str, folder, capsys):
+    shutil.copytree(GOLDEN / "finished" / name, folder / "finished" / name)
+    before = tree(folder)
+    assert run(FINISHED[name].commands[-1], "finished", name) == 2
+    assert "another seed-mode ('shared' then, 'row' now)" in capsys.readouterr().err
+    assert tree(folder) == before
+
+
 def test_inputs_written_since_are_others(folder, capsys):
     shutil.copytree(GOLDEN / "finished" / "alpha", folder / "finished" / "alpha")
     os.utime(folder / "inputs" / "sft" / "model.safetensors")

@@ -47,6 +47,8 @@ FLOAT32 = "--engine transformers --device cpu --dtype float32"
 DPO = f"--model inputs/dpo {FLOAT32}"
 VLLM = "--engine vllm --dtype float32 --engine-arg max_num_seqs=4"
 GREEDY = f"{PROMPTS} {DPO} --temperature 0 --batch-tokens 60"
+SHARED = "--seed-mode shared"
+"""What vLLM and openai did before there was a seed mode."""
 SCORE = "--reward-model inputs/rm --device cpu --dtype float32"
 
 FINISHED = {
@@ -91,11 +93,11 @@ FINISHED = {
     ),
     "theta": Finished((f"{PROMPTS} {PAIR} --alpha 0.3 --exclude lm_head {FLOAT32}",)),
     "theta-adapter": Finished((f"{PROMPTS} {ADAPTER} --alpha 0.3 {FLOAT32}",)),
-    "vllm": Finished((f"{PROMPTS} --model inputs/dpo {VLLM} --n 2",)),
-    "vllm-mtbench": Finished((f"{MTBENCH} --model inputs/dpo {VLLM}",)),
-    "vllm-theta": Finished((f"{PROMPTS} {PAIR} --alpha 0.3 --alpha-for mlp=0.7 {VLLM}",)),
-    "openai": Finished((f"{PROMPTS} --model org/name --engine openai --base-url {URL}",)),
-    "openai-mtbench": Finished((f"{MTBENCH} --model org/name --engine openai --base-url {URL}",)),
+    "vllm": Finished((f"{PROMPTS} --model inputs/dpo {VLLM} --n 2",), now=SHARED),
+    "vllm-mtbench": Finished((f"{MTBENCH} --model inputs/dpo {VLLM}",), now=SHARED),
+    "vllm-theta": Finished((f"{PROMPTS} {PAIR} --alpha 0.3 --alpha-for mlp=0.7 {VLLM}",), now=SHARED),
+    "openai": Finished((f"{PROMPTS} --model org/name --engine openai --base-url {URL}",), now=SHARED),
+    "openai-mtbench": Finished((f"{MTBENCH} --model org/name --engine openai --base-url {URL}",), now=SHARED),
 }
 
 UNFINISHED = {
