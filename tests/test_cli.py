@@ -19,7 +19,8 @@ from expo.cli import program as cli
 from expo.errors import EnvironmentFailure, InputError, Stopped
 
 HEAVY = ("torch", "transformers", "vllm", "openai", "datasets", "scipy", "matplotlib")
-COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+ALL_COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS = sorted(name for name, command in ALL_COMMANDS.items() if not command.hidden)
 
 
 @pytest.fixture(autouse=True)

@@ -262,11 +262,6 @@ def test_another_category_or_id_is_another_data_set(llama_pair, tmp_path):
             verb.run(settings(llama_pair[1], tmp_path / "a", [{**QUESTIONS[0], **change}, QUESTIONS[1]]))
 
 
-def test_several_samples_are_refused():
-    with pytest.raises(InputError, match="--n above 1 is not for mtbench"):
-        GenerateConfig(task="mtbench", model="m", n=2)
-
-
 def test_a_template_that_refuses_a_second_turn_is_refused_before_any_work(llama_pair, tmp_path, monkeypatch):
     template = tmp_path / "t.jinja"
     template.write_text("{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}w1")
@@ -284,9 +279,11 @@ def test_both_turns_are_scored_with_what_came_before(trained, whole, tmp_path):
     with pytest.raises(InputError, match="answers no question of mtbench: 81"):
         score.plan(ScoreConfig(**given, output_dir=str(whole), dataset=str(other)))
     work = score.plan(ScoreConfig(**given, output_dir=str(whole), dataset=str(questions), limit=3))
-    assert [(row.id, row.turn) for row in work.rows] == [(str(81 + row), turn) for row in range(3) for turn in range(2)]
+    assert [(row.id, row.conversation.turn) for row in work.rows] == [
+        (str(81 + row), turn) for row in range(3) for turn in range(2)
+    ]
     (first, then), (one, two) = QUESTIONS[1]["turns"], answers_of(whole)[82]
-    contents = [[message["content"] for message in conversation.messages] for conversation in work.conversations]
+    contents = [[message["content"] for message in row.conversation.messages] for row in work.rows]
     assert contents[2:4] == [[first, one], [first, one, then, two]]
     result = score.run(ScoreConfig(**given, output_dir=str(whole), dataset=str(questions)))
     assert (result.n, result.failed) == (16, 0)

@@ -116,7 +116,7 @@ def test_rows_are_the_servers_text_and_its_count_of_tokens(generate, server, tmp
     ],
 )
 def test_the_fields_of_a_request(generate, server, settings, extra):
-    generate(limit=1, n=2, system="be brief", max_tokens=5, temperature=0.25, **settings)
+    generate(limit=1, n=2, system="be brief", max_tokens=5, temperature=0.25, seed_mode="shared", **settings)
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPTS[0]}]
     expected = {"model": "org/name", "messages": messages, "max_tokens": 5, "temperature": 0.25, "top_p": 0.9}
     expected |= {"presence_penalty": 0.1, "frequency_penalty": 0.1, **extra}

@@ -62,10 +62,10 @@ def test_what_changes_an_output_says_what_there_was_before_it() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithRule(ExtrapolateConfig):
+class WithBlend(ExtrapolateConfig):
     """A later version's, with one setting more."""
 
-    rule: Annotated[str, Setting("How tensors are combined.", changes="weights", absent="linear")] = "linear"
+    blend: Annotated[str, Setting("How layers are blended.", changes="weights", absent="none")] = "none"
 
 
 def test_a_new_setting_never_makes_old_outputs_made_with_other_settings(
@@ -81,10 +81,10 @@ def test_a_new_setting_never_makes_old_outputs_made_with_other_settings(
     assert older.keys() > manifest["fingerprint"].keys()
     for fingerprint in (manifest["fingerprint"], older):
         file.write_text(json.dumps(manifest | {"fingerprint": fingerprint}))
-        for kind in (ExtrapolateConfig, WithRule):
+        for kind in (ExtrapolateConfig, WithBlend):
             assert [one.status for one in extrapolate.run(kind(**about))] == ["already complete"]
-        with pytest.raises(InputError, match=r"another rule \('linear' then, 'cubic' now\)"):
-            extrapolate.run(WithRule(**about, rule="cubic"))
+        with pytest.raises(InputError, match=r"another blend \('none' then, 'cubic' now\)"):
+            extrapolate.run(WithBlend(**about, blend="cubic"))
         with pytest.raises(InputError, match=r"another dtype \('auto' then, 'float16' now\)"):
             extrapolate.run(ExtrapolateConfig(**about, dtype="float16"))
 
@@ -95,11 +95,11 @@ ABSENT_THEN = {"seed": 42, "stop": []}
 
 
 def test_the_seed_mode_of_old_outputs_depends_on_the_engine() -> None:
-    config, then = GenerateConfig(task="alpaca", model="m"), {"seed_mode": "shared"}
+    config = GenerateConfig(task="alpaca", model="m")
     assert absent_values(config, "rows")["seed_mode"] == "shared"
     assert [GENERATORS[name].absent for name in ("vllm", "openai", "transformers")] == [{}, {}, {"seed_mode": "row"}]
     with pytest.raises(InputError, match=r"another seed-mode \('shared' then, 'row' now\)"):
-        require_same("m.json", {}, Fingerprint(recorded(config, "rows"), then))
+        require_same("m.json", {}, Fingerprint(recorded(config, "rows"), absent_values(config, "rows")))
 
 
 @pytest.mark.parametrize(

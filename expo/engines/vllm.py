@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from multiprocessing import active_children
@@ -249,9 +249,8 @@ class VllmGenerator:
 
     def close(self) -> None:
         """End the engine and its processes."""
-        shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
-        if shutdown is not None:
-            shutdown()
+        with suppress(Exception):  # one that has died cannot be asked to
+            self._llm.llm_engine.engine_core.shutdown()
         del self._llm, self._step
         gc.collect()
 
