@@ -78,6 +78,7 @@ def keep_engine(case: Case) -> None:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in case.settings.items()}
     work = plan(GenerateConfig(name=NAME, **settings))
     engine = work.open_engine()
+    engine.close = lambda: None  # it is the parent's
     GenerateJob.open_engine = lambda _job: engine  # type: ignore[method-assign]
 
 

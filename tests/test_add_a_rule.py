@@ -178,7 +178,6 @@ def test_transformers_answers_as_on_the_written_checkpoint(llama_pair: Pair, tmp
 VLLM = f"""
 import gc, json, sys
 from expo.config import GenerateConfig
-from expo.engines import load_generator
 from expo.generate import plan
 from expo.theta.rules import RULES
 
@@ -187,7 +186,7 @@ RULES |= {ADDED}
 def ask(**source):
     decoding = {{"dtype": "float32", "temperature": 0.0, "max_tokens": 8}}
     work = plan(GenerateConfig(task=sys.argv[1], engine="vllm", **decoding, **source))
-    engine = load_generator("vllm")(work.setup)
+    engine = work.open_engine()
     rows = [one for rows in engine.generate(work.requests, set()) for one in rows]
     return {{one.request.id: list(one.token_ids) for one in rows}}
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from expo import generate
 from expo.config import GenerateConfig
 from expo.engines import Request, request_seed
 from expo.engines.transformers import sampling_noise
+from expo.rows import EngineKeeper
 
 ROWS = 120
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -65,18 +67,18 @@ def test_shared_noise_is_the_same_for_all_rows_of_a_sample():
 # --- engines -------------------------------------------------------------------------------------------------------
 
 
-def task_of(folder: Path, rows: int = ROWS) -> Path:
+def task_of(folder: Path, rows: int = ROWS, prompt: str = "w1 w2") -> Path:
     """Prompts that are all alike."""
     file = folder / "q.jsonl"
-    file.write_text("".join(json.dumps({"prompt": "w1 w2", "id": f"r{row}"}) + "\n" for row in range(rows)))
+    file.write_text("".join(json.dumps({"prompt": prompt, "id": f"r{row}"}) + "\n" for row in range(rows)))
     return file
 
 
-def run(engine: str, model: Path, task: Path, name: str, **others) -> list[str]:
+def run(engine: str, model: Path, task: Path, name: str, keeper: EngineKeeper | None = None, **others) -> list[str]:
     """The answers of a run."""
     fixed = {"device": "cpu", "dtype": "float32", "max_tokens": 8, "output_dir": str(task.parent), **SAMPLING}
     made = generate.run(
-        GenerateConfig(task=str(task), model=str(model), engine=engine, name=name, **{**fixed, **others})
+        GenerateConfig(task=str(task), model=str(model), engine=engine, name=name, **{**fixed, **others}), keeper
     )
     return [json.loads(line)["output"] for line in made.output.read_text().splitlines()]
 
@@ -104,14 +106,16 @@ def check_modes(answers: dict[str, list[str]]) -> None:
 
 
 def all_modes(engine: str, model: Path, task: Path) -> dict[str, list[str]]:
+    """All but one with one engine, which is kept."""
     few = {"engine_arg": ("max_num_seqs=3",)} if engine == "vllm" else {"batch_tokens": 64}
-    return {
-        "shared": run(engine, model, task, "shared", seed_mode="shared"),
-        "row": run(engine, model, task, "row"),
-        "limited": run(engine, model, task, "limited", limit=7),
-        "other batches": run(engine, model, task, "batches", **few),
-        "other seed": run(engine, model, task, "seed", seed=43),
-    }
+    with closing(EngineKeeper()) as keeper:
+        return {
+            "shared": run(engine, model, task, "shared", keeper, seed_mode="shared"),
+            "row": run(engine, model, task, "row", keeper),
+            "limited": run(engine, model, task, "limited", keeper, limit=7),
+            "other seed": run(engine, model, task, "seed", keeper, seed=43),
+            "other batches": run(engine, model, task, "batches", keeper, **few),
+        }
 
 
 def test_rows_of_one_opening_do_not_go_on_alike_with_transformers(llama_pair, tmp_path):
@@ -133,9 +137,9 @@ sys.path.insert(0, sys.argv[3])
 from test_seed_mode import all_modes, run, task_of
 
 if __name__ == "__main__":
-    model, folder = map(Path, sys.argv[1:3])
-    answers = all_modes("vllm", model, task_of(folder))
-    many = task_of(folder, 2000)
+    model, folder, prompt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4]
+    answers = all_modes("vllm", model, task_of(folder, prompt=prompt))
+    many = task_of(folder, 2000, prompt)
     answers["one token"] = run("vllm", model, many, "many", max_tokens=1)
     print(json.dumps(answers))
 """
@@ -143,27 +147,29 @@ if __name__ == "__main__":
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_rows_of_one_opening_do_not_go_on_alike_with_vllm(llama_pair, tmp_path):
+def test_rows_of_one_opening_do_not_go_on_alike_with_vllm(trained, tmp_path):
     """And their first tokens have the model's own distribution."""
-    command = [sys.executable, "-c", VLLM, llama_pair[1], tmp_path, Path(__file__).parent]
+    model, prompt = trained / "tiny-sft", json.loads((trained / "held_out_prompts.json").read_text())[0]
+    (tmp_path / "script.py").write_text(VLLM)
+    command = [sys.executable, tmp_path / "script.py", model, tmp_path, Path(__file__).parent, prompt]
     done = subprocess.run(list(map(str, command)), env=helpers.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     check_modes(answers)
-    check_distribution(answers["one token"], llama_pair[1])
+    check_distribution(answers["one token"], model, prompt)
 
 
 def test_first_tokens_have_the_models_distribution_with_transformers(llama_pair, tmp_path):
     answers = run("transformers", llama_pair[1], task_of(tmp_path, 2000), "many", max_tokens=1)
-    check_distribution(answers, llama_pair[1])
+    check_distribution(answers, llama_pair[1], "w1 w2")
 
 
-def check_distribution(answers: list[str], model: Path) -> None:
+def check_distribution(answers: list[str], model: Path, prompt: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     expected: Counter[str] = Counter()
-    for token, probability in enumerate(first_words(model, "w1 w2")):
+    for token, probability in enumerate(first_words(model, prompt)):
         expected[tokenizer.decode([token], skip_special_tokens=True)] += probability
     statistic, freedom = chi_square(Counter(answers), expected, len(answers))
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5

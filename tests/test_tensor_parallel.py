@@ -28,13 +28,16 @@ class Known(backend.VllmGenerator):
         super().__init__(setup)
         started.append(self)
 
+    def close(self):
+        pass  # it answers once more, below
+
 def main():
     from vllm import TokensPrompt
     backend.VllmGenerator, seen = Known, []
     Known.generate = lambda self, requests, done, own=Known.generate: seen.extend(requests) or own(self, requests, done)
     code = cli.run(sys.argv[2:])
     prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in seen]
-    params = [started[0]._params(request.temperature, request.sample, request.max_tokens) for request in seen]
+    params = [started[0]._params(request.temperature, request.seed, request.max_tokens) for request in seen]
     written = {"load_format": "auto", "model_loader_extra_config": {}}
     started[0]._llm.collective_rpc("update_config", args=({"load_config": written},))
     started[0]._llm.collective_rpc("reload_weights", kwargs={"weights_path": sys.argv[1]})
