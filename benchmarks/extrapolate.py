@@ -251,6 +251,10 @@ def ways(options: argparse.Namespace, sft: Path, dpo: Path) -> dict[str, Way]:
             "`expo extrapolate --no-fsync`", [*one, "--no-fsync"], out, options.rounds, "floor", out / "expo.json", True
         ),
     }
+    if options.against:
+        other = ["env", f"PYTHONPATH={options.against}", *one, "--no-fsync"]
+        label = "the same by the other checkout"
+        found["against"] = Way(label, other, out, options.rounds, "floor", out / "expo.json", True)
     if options.fsync:
         found["fsync"] = Way("`expo extrapolate`", one, out, options.rounds, "floor", out / "expo.json")
     if options.several:
@@ -335,6 +339,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints, which are kept")
     parser.add_argument("--pair", choices=PAIRS, default="1b", help="2.2 GB or 5 GB a side")
     parser.add_argument("--rounds", type=int, default=11, help="how often the floor and expo")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="measure another checkout of expo too")
     parser.add_argument("--fsync", action="store_true", help="measure it with fsync too")
     parser.add_argument("--several", action="store_true", help="measure four α in one pass too")
     parser.add_argument("--paper", type=int, default=0, metavar="N", help="measure the paper's method N times")

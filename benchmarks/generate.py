@@ -36,8 +36,10 @@ from expo.config import GenerateConfig
 from expo.engines.vllm import engine_arguments
 from expo.generate import plan
 
-WAYS = ("vllm", "bare", "transformers", "eights", "eights-own")
+WAYS = ("vllm", "bare", "transformers", "eights", "eights-own", "vllm-rows", "vllm-against", "transformers-against")
 OWN = "the checkpoint's own type"
+SEEDS = {"vllm": "shared", "transformers": "row"}
+"""As bare vLLM has them, and as transformers has them anyway."""
 SAMPLING = ("temperature", "top_k", "top_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens")
 
 ENVIRONMENT = {
@@ -154,7 +156,7 @@ class Figures:
 
 def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     """What to measure, in the order of one round."""
-    found = {engine: expo_way(options, folder, engine) for engine in ("vllm", "transformers")}
+    found = {engine: expo_way(options, folder, engine, seeds=SEEDS[engine]) for engine in ("vllm", "transformers")}
     work, embedded = (plan(GenerateConfig(engine=engine, **shared_settings(options))) for engine in found)
     sampling = {key: getattr(work.config, key) for key in SAMPLING}
     arguments = engine_arguments(work.setup)
@@ -162,7 +164,11 @@ def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     for name, kind in (("eights", embedded.config.dtype), ("eights-own", "auto")):
         label = f"transformers, batches of 8 in input order, {OWN if kind == 'auto' else kind}"
         found[name] = script_way(label, BATCHES_OF_8, options, folder / f"{name}.json", kind, sampling, "eights")
-    return {name: found[name] for name in WAYS if name in options.ways}
+    found["vllm-rows"] = expo_way(options, folder, "vllm", seeds="row")
+    if options.against:
+        for engine in ("vllm", "transformers"):
+            found[f"{engine}-against"] = expo_way(options, folder, engine, seeds=None, checkout=options.against)
+    return {name: found[name] for name in WAYS if name in options.ways and name in found}
 
 
 def shared_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -176,15 +182,30 @@ def shared_settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def expo_way(options: argparse.Namespace, folder: Path, engine: str) -> Way:
-    """`expo generate` with one engine."""
-    command = [sys.executable, "-m", "expo", "generate", "alpaca", "--engine", engine, "--name", engine]
+def expo_way(
+    options: argparse.Namespace, folder: Path, engine: str, *, seeds: str | None, checkout: Path | None = None
+) -> Way:
+    """`expo generate` with one engine.
+
+    Args:
+        options: The benchmark's.
+        folder: Where it writes.
+        engine: The engine.
+        seeds: Its `--seed-mode`; None leaves it out, for a checkout without it.
+        checkout: Another folder of expo's.
+    """
+    name = "-".join(filter(None, [engine, seeds, checkout and "against"]))
+    command = ["env", f"PYTHONPATH={checkout}"] if checkout else []
+    command += [sys.executable, "-m", "expo", "generate", "alpaca", "--engine", engine, "--name", name]
+    command += ["--seed-mode", seeds] if seeds else []
     command += ["--output-dir", str(folder), "--model", str(options.model), "--dataset", str(options.dataset)]
     command += ["--max-tokens", str(options.max_tokens), "--overwrite"]
     command += ["--limit", str(options.limit)] if options.limit else []
-    output = folder / "outputs_alpaca" / f"{engine}.json"
+    output = folder / "outputs_alpaca" / f"{name}.json"
     beside = {"vllm": "bare", "transformers": "eights"}[engine]
-    return Way(f"`expo generate --engine {engine}`", command, output, output.with_suffix(".meta.json"), beside)
+    label = f"`expo generate --engine {engine}{f' --seed-mode {seeds}' if seeds else ''}`"
+    label += " by the other checkout" if checkout else ""
+    return Way(label, command, output, output.with_suffix(".meta.json"), beside)
 
 
 def script_way(
@@ -247,6 +268,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, help="only the first rows")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="measure another checkout of expo too")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:4], help="only these")
     options = parser.parse_args()
     os.environ |= {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
@@ -266,7 +288,13 @@ def main() -> None:
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for way in found.values():
-        print(row(way, found.get(way.beside, way), found.get("bare") if "vllm" in way.command else None))
+        print(
+            row(
+                way,
+                found.get(way.beside, way),
+                found.get("bare") if "vllm" in way.command and "row" not in way.command else None,
+            )
+        )
 
 
 if __name__ == "__main__":

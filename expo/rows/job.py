@@ -37,19 +37,6 @@ TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_paralle
 """The settings that say how a run is done, not what."""
 
 
-class LiveEngine(Protocol):
-    """What the loop knows of an engine; see `expo.engines.Engine`."""
-
-    def load(self, setup: Any) -> None:  # noqa: ANN401 - the verb's
-        """Go on with another setup."""
-
-    def close(self) -> None:
-        """Give back memory and processes."""
-
-    def versions(self) -> dict[str, str]:
-        """Names and versions of the libraries that did the work."""
-
-
 class Setup(Protocol):
     """What an engine is started with; see `expo.engines`."""
 
@@ -256,7 +243,11 @@ class EngineKeeper:
     def engine_for(self, job: RowJob) -> Any:  # noqa: ANN401 - of the verb's kind
         """The live engine where it can do this job, else a new one."""
         if self._engine is not None and type(job.setup) is type(self._setup) and job.setup.takes_over(self._setup):
-            self._engine.load(job.setup)
+            try:
+                self._engine.load(job.setup)
+            except BaseException:
+                self.close()  # what its weights are now is not known
+                raise
         else:
             self.close()
             self._engine = job.open_engine()
