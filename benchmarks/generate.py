@@ -2,12 +2,13 @@
 
 Runs whole processes on the instructions of a JSON file, each once a round, in an order drawn at random:
 
-- `expo generate --engine vllm`,
+- `expo generate --engine vllm --seed-mode shared`, and with `--ways … vllm-rows` the same with a seed per row,
 - bare vLLM: what a user would write, with the engine arguments expo takes, `LLM.generate` with the same sampling
   parameters, and one JSON file at the end,
 - `expo generate --engine transformers`,
 - transformers in batches of 8 in input order, with its own sampling and the same penalties, in the data type that
-  expo takes (float32 where the CPU has no bfloat16 arithmetic); with `--ways eights-own` also in the checkpoint's own.
+  expo takes (float32 where the CPU has no bfloat16 arithmetic); with `--ways eights-own` also in the checkpoint's own,
+- with `--against FOLDER` and `--ways … vllm-against transformers-against`, another checkout's expo.
 
 Prints a Markdown table. *Generating* is the time from the loaded engine to the last row; *outside steps* the share of
 it that is not spent in the engine's own steps; *same rows* the answers that are bare vLLM's, which on a CPU are all.
