@@ -47,7 +47,7 @@ def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Ta
     for table, content in document.items():
         if not isinstance(content, dict):
             where = "[common] or a command's, such as [extrapolate]"
-            raise InputError(f"{path}: {table!r} stands outside of the tables; put it into {where}")
+            raise InputError(f"{path}: {table!r} is outside any table; move it into {where}")
         if table not in known_tables:
             raise InputError(f"{path}: unknown table [{table}]{_nearest(table, known_tables)}")
         tables[table] = content if table in extra_tables else _checked_keys(path, table, content)
@@ -65,12 +65,12 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
             raise InputError(f"{path}: unknown key {key!r} in [{table}]{_nearest(key, known)}")
         repeatable = key in repeatable_names
         if isinstance(value, (list, dict)) and not repeatable:
-            raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
+            raise InputError(f"{path}: {key!r} in [{table}] expects one value, not {value!r}")
         each = value if isinstance(value, list) else [value]
         if any(isinstance(one, (list, dict)) for one in each):
-            raise InputError(f"{path}: {key!r} in [{table}] takes a value or a plain list of them, not {value!r}")
+            raise InputError(f"{path}: {key!r} in [{table}] expects a value or a flat list of values, not {value!r}")
         if any(isinstance(one, str) and "\0" in one for one in each):
-            raise InputError(f"{path}: {key!r} in [{table}] holds a NUL character, which no path or name may have")
+            raise InputError(f"{path}: {key!r} in [{table}] contains a NUL character, which no path or name may have")
         if any(isinstance(one, bool) for one in each) and key not in switches:
             raise InputError(f"{path}: {key!r} in [{table}] expects a value, not true or false")
         values[key] = [value] if repeatable and not isinstance(value, list) else value

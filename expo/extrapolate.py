@@ -240,7 +240,7 @@ def _require_space(work: Plan) -> None:
     copied = sum(file.stat().st_size for file in work.side_files.values())
     needed, free = (work.pair.nbytes + copied) * len(work.todo) - staged, shutil.disk_usage(folder).free
     if needed > free:
-        raise EnvironmentFailure(f"{folder} has {_amount(free)} free and {_amount(needed)} are needed")
+        raise EnvironmentFailure(f"{folder} has {_amount(free)} free, but {_amount(needed)} are needed")
 
 
 def _amount(nbytes: int) -> str:
@@ -304,7 +304,7 @@ def _finish_shard(output: StagedOutput, file: StagedShard, shard: ShardPlan, del
 def _require_unchanged(work: Plan) -> None:
     for side, location in (("sft", work.sft), ("dpo", work.dpo)):
         if source_fingerprint(location) != work.todo[0].fingerprint[side]:
-            raise InputError(f"{location.path} changed while it was read; run the command again")
+            raise InputError(f"{location.path} changed while it was read; rerun the command")
 
 
 def _check_change(work: Plan, staged: Sequence[StagedOutput]) -> None:

@@ -176,7 +176,7 @@ def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} does not hold a JSON object")
+        raise InputError(f"{file} does not contain a JSON object")
     return content
 
 
@@ -194,17 +194,17 @@ def read_rows(path: Path) -> list[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: a file of rows ends in {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: a file of rows must end in {', '.join(SUFFIXES)}")
     content = _content(path)
     try:
         rows = reader(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a valid {path.suffix[1:]} file: {error}") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path} does not hold a list of objects, but {_what(rows)}")
+        raise InputError(f"{path} does not contain a list of objects, but {_what(rows)}")
     number = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
     if number is not None:
-        raise InputError(f"{path} does not hold a list of objects: row {number} is {shown(rows[number])}")
+        raise InputError(f"{path} does not contain a list of objects: row {number} is {shown(rows[number])}")
     return rows
 
 
@@ -228,7 +228,7 @@ def _what(value: object) -> str:
     if not isinstance(value, dict):
         return shown(value)
     lists = [key for key, inner in value.items() if isinstance(inner, list)]
-    return "one object" + (f"; the list under its key {lists[0]!r} belongs in a file of its own" if lists else "")
+    return "one object" + (f"; the list under its key {lists[0]!r} belongs in its own file" if lists else "")
 
 
 def _utf8_text(content: bytes) -> str:
@@ -237,7 +237,7 @@ def _utf8_text(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from error
+        raise ValueError(f"it is not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from error
 
 
 def _read_json(content: bytes) -> Any:  # noqa: ANN401 - any JSON value; checked by the caller
@@ -265,7 +265,7 @@ def _read_csv(content: bytes) -> list[Any]:
         raise ValueError(str(error)) from error
     number = next((number for number, row in enumerate(rows) if None in row), None)
     if number is not None:
-        raise ValueError(f"row {number} has more fields than the header; text that holds commas is quoted")
+        raise ValueError(f"row {number} has more fields than the header; quote text that contains commas")
     return rows
 
 

@@ -158,7 +158,7 @@ def _is_equal(part: Part, sources: SourceFiles) -> bool:
 def _require_unchanged(work: Plan) -> None:
     for side, location in (("sft", work.sft), ("dpo", work.dpo)):
         if source_fingerprint(location) != work.fingerprints[side]:
-            raise InputError(f"{location.path} changed while it was read; run the command again")
+            raise InputError(f"{location.path} changed while it was read; rerun the command")
 
 
 # --- the picture --------------------------------------------------------------------------------------------------

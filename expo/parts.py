@@ -77,7 +77,7 @@ def read_part(text: str, environment: Mapping[str, str]) -> Part:
         return _from_slurm(environment)
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if found is None:
-        raise InputError(f"--part is i/N, such as 0/8, or slurm, not {text!r}")
+        raise InputError(f"--part must be i/N (such as 0/8) or slurm, not {text!r}")
     index, count = int(found[1]), int(found[2])
     require_count("--part", count)
     if index >= count:
@@ -92,7 +92,7 @@ def require_count(flag: str, count: int) -> None:
         InputError: It is not between 1 and `MAX_PARTS`.
     """
     if not 1 <= count <= MAX_PARTS:
-        raise InputError(f"{flag} takes 1 to {MAX_PARTS} parts, not {count}")
+        raise InputError(f"{flag} must be 1 to {MAX_PARTS} parts, not {count}")
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Part:
@@ -101,7 +101,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Part:
     index, beside = divmod(number - first, max(step, 1))
     if beside or not 0 <= index < count:
         raise InputError(
-            f"--part slurm: task {number} of an array of {count} from {first} in steps of {step} is no part; "
+            f"--part slurm: task {number} of an array of {count} from {first} in steps of {step} is not a valid part; "
             "submit a plain range such as --array=0-7, or give --part i/N"
         )
     require_count("--part slurm", count)

@@ -301,10 +301,10 @@ def plan(config: ScoreConfig) -> ScoreJob:
     if not outputs.is_file():
         raise InputError(f"no outputs to score: {outputs} does not exist; run `expo generate` first, or pass --outputs")
     if config.dataset is not None and not task.by_id:
-        raise InputError(f"--dataset is for mtbench: the outputs of {task.name} hold their prompts")
+        raise InputError(f"--dataset is for mtbench: the outputs of {task.name} contain their prompts")
     conversations = read_conversations(outputs, task, dataset=config.dataset, limit=config.limit)
     if not conversations:
-        raise InputError(f"{outputs} holds no rows")
+        raise InputError(f"{outputs} contains no rows")
     location = find_folder(config.reward_model) or locate(config.reward_model)
     require_reward_model(location.path)
     refuse_inside(folder, location, flag="--output-dir")
@@ -348,7 +348,7 @@ def require_reward_model(model: Path) -> None:
     causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if causal:
         raise InputError(
-            f"{model.name} is a {causal[0]}, not a reward model: it has no trained score head; give a model with one "
+            f"{model.name} is a {causal[0]}, not a reward model: it has no trained score head; use a model with one "
             "label, such as weqweasdas/RM-Mistral-7B"
         )
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels")

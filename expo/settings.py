@@ -168,7 +168,7 @@ def require_choice(flag: str, value: str, choices: object) -> None:
         InputError: It is one; the message names the flag.
     """
     names = get_args(choices)
-    require(value in names, f"{flag} is one of {', '.join(names)}, not {value!r}")
+    require(value in names, f"{flag} must be one of {', '.join(names)}, not {value!r}")
 
 
 def require_device(value: str) -> None:
@@ -178,7 +178,7 @@ def require_device(value: str) -> None:
         InputError: It is one; the message names the flag.
     """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
-    require(known, f"--device is auto, cpu, cuda or cuda:N, not {value!r}")
+    require(known, f"--device must be auto, cpu, cuda or cuda:N, not {value!r}")
 
 
 def require_base_url(url: str | None) -> None:
@@ -195,7 +195,7 @@ def require_base_url(url: str | None) -> None:
     except ValueError:
         known = False
     known = known and not parts.query and not parts.fragment and url.isascii() and url.isprintable() and " " not in url
-    require(known, f"--base-url is a URL such as http://localhost:8000/v1, not {without_secrets(url)!r}")
+    require(known, f"--base-url must be a URL such as http://localhost:8000/v1, not {without_secrets(url)!r}")
 
 
 def require_regexes(flag: str, patterns: tuple[str, ...]) -> None:
@@ -223,7 +223,7 @@ def read_bytes(flag: str, value: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?B)", value, re.IGNORECASE)
     units = {name.upper(): size for name, size in BYTE_UNITS.items()}
     nbytes = float(found[1]) * units[found[2].upper()] if found and found[2].upper() in units else 0.0
-    require(1 <= nbytes < math.inf, f"{flag} is a size such as 500MB or 5GB, not {shown(value)}")
+    require(1 <= nbytes < math.inf, f"{flag} must be a size such as 500MB or 5GB, not {shown(value)}")
     return int(nbytes)
 
 
@@ -236,7 +236,7 @@ def read_alpha_for(value: str) -> tuple[str, float]:
         alpha = math.nan
     require(
         bool(equals and pattern) and math.isfinite(alpha),
-        f"--alpha-for is REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
+        f"--alpha-for must be REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
     )
     require_alpha(alpha, f"--alpha-for {pattern!r}")
     require_regexes("--alpha-for", (pattern,))
@@ -250,7 +250,7 @@ def require_alpha(alpha: float, flag: str = "--alpha") -> None:
         InputError: It is one; the message names the flag.
     """
     require(math.isfinite(alpha), f"{flag} must be a finite number, not {alpha!r}")
-    require(abs(alpha) <= MAX_ALPHA, f"{flag} {alpha!r} is more than float32 holds")
+    require(abs(alpha) <= MAX_ALPHA, f"{flag} {alpha!r} exceeds the range of float32")
 
 
 def require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:
@@ -261,7 +261,7 @@ def require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...])
     """
     for repository in repositories:
         well_formed = "/" in repository and is_hub_id(repository)
-        require(well_formed, f"--push-to-hub takes a hub id such as me/my-model, not {repository!r}")
+        require(well_formed, f"--push-to-hub must be a hub id such as me/my-model, not {repository!r}")
         known = [model.partition("@")[0].lower() for model in inputs]
         require(repository.lower() not in known, f"--push-to-hub {repository} is an input; choose another repository")
     if len(set(repositories)) < len(repositories):
@@ -279,10 +279,11 @@ def require_name(name: str | None) -> None:
     plain = name == Path(name).name and not name.startswith(".") and name_problem(name) is None
     require(plain, f"--name {shown(name)} is not a plain file name")
     require(
-        not name.endswith(OWN_ENDINGS), f"--name {shown(name)} ends as the files beside an output do; choose another"
+        not name.endswith(OWN_ENDINGS),
+        f"--name {shown(name)} has a suffix reserved for files beside an output; choose another",
     )
     length = len(name.encode())
-    require(length <= MAX_NAME_BYTES, f"--name {shown(name)} has {length} bytes; a file name takes {MAX_NAME_BYTES}")
+    require(length <= MAX_NAME_BYTES, f"--name {shown(name)} has {length} bytes; the limit is {MAX_NAME_BYTES}")
 
 
 def require_text(flag: str, value: str | None) -> None:

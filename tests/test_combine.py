@@ -180,7 +180,7 @@ def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path, config: dic
 @pytest.mark.parametrize("name", ["mlp.qweight", "mlp.weight.absmax", "mlp.SCB", "mlp.weight_scale_inv"])
 def test_quantized_checkpoints_are_known_by_their_tensors(tmp_path: Path, name: str) -> None:
     sft, dpo = random_pair({"w": (2,), name: (2,)})
-    with pytest.raises(InputError, match=rf"sft is quantized \(it holds {name}\)"):
+    with pytest.raises(InputError, match=rf"sft is quantized \(it contains {name}\)"):
         plan(tmp_path, sft, dpo)
 
 
@@ -217,7 +217,7 @@ def test_a_result_that_overflows_is_refused_or_written(tmp_path: Path, action: s
     dpo = {"w": torch.tensor([1.0, 60000.0 if action == "extrapolate" else 70000.0])}
     exclude = ("w",) if action == "copy" else ()
     pair = plan(tmp_path / "no", sft, dpo, dtype="float16", exclude=exclude)
-    with pytest.raises(InputError, match=r"tensor w holds NaN or infinity .* too large for F16"):
+    with pytest.raises(InputError, match=r"tensor w contains NaN or infinity .* too large for F16"):
         stream(pair)
     pair = plan(tmp_path / "yes", sft, dpo, dtype="float16", exclude=exclude, allow_nonfinite=True)
     assert tensors_of(pair, stream(pair)[0])["w"].tolist() == [1.0, float("inf")]

@@ -159,7 +159,7 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
     """
     entries, index_file = _names(path), path / weights.index
     if PARTIAL_FOLDER in entries:
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
+        raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")
     present = fnmatch.filter(entries, weights.pattern)
     index = read_json(index_file, unique=True) if weights.index in entries else None
     weight_map = {} if index is None else _weight_map(index_file, index, weights)
@@ -168,8 +168,7 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
         raise InputError(_no_weights(path, present, weights))
     if weights.single in present and weights.single not in names:
         raise InputError(
-            f"{path} holds {weights.single} beside {weights.index}, which does not name it: "
-            "remove the one that is stale"
+            f"{path} has both {weights.single} and {weights.index}, which does not list it: remove the stale one"
         )
     shards = tuple(weights.read_shard(path / name) for name in names)
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -197,12 +196,12 @@ def _names(folder: Path) -> list[str]:
 def _no_weights(path: Path, present: list[str], weights: WeightFormat) -> str:
     if holds_only_bin(path):
         return (
-            f"{path} holds .bin weights only, which are pickles and may carry code: --allow-pickle reads them with "
+            f"{path} has only .bin weights, which are pickles and may contain code: --allow-pickle reads them with "
             "torch's weights_only loader, or convert them to safetensors with `save_pretrained`"
         )
     if present:
-        return f"{path} holds {shown(present[0])} but neither {weights.single} nor {weights.index}"
-    return f"{path} holds no {weights.name} weights ({weights.single} or {weights.index})"
+        return f"{path} contains {shown(present[0])} but neither {weights.single} nor {weights.index}"
+    return f"{path} contains no {weights.name} weights ({weights.single} or {weights.index})"
 
 
 def _weight_map(index: Path, content: dict[str, Any], weights: WeightFormat) -> dict[str, str]:
@@ -221,23 +220,23 @@ def _check_tensors(path: Path, shards: tuple[Shard, ...], tensors: dict[str, Ten
     if twice := repeated(tensor.name for shard in shards for tensor in shard.tensors):
         raise InputError(f"{path}: tensor {shown(twice)} is in more than one shard")
     if not tensors:
-        raise InputError(f"{path} holds no tensors")
+        raise InputError(f"{path} contains no tensors")
 
 
 def _check_against_index(index: Path, tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise InputError(f"{index} says tensor {shown(name)} is in {file}, where it is not")
+            raise InputError(f"{index} says tensor {shown(name)} is in {file}, but it is not")
     unnamed = sorted(set(tensors) - set(weight_map))
     if unnamed:
-        raise InputError(f"{index} does not name tensor {shown(unnamed[0])} of its own shards")
+        raise InputError(f"{index} does not list tensor {shown(unnamed[0])} of its own shards")
 
 
 def _compare_total_size(index: Path, metadata: object, nbytes: int) -> None:
     # A warning only: every tensor is there in full, and tools disagree on what total_size counts (tied tensors).
     said = metadata.get("total_size", nbytes) if isinstance(metadata, dict) else nbytes
     if said != nbytes:
-        log.warning("%s says total_size %s; its tensors, all whole, have %d bytes", index, shown(said), nbytes)
+        log.warning("%s says total_size %s, but its tensors (all complete) have %d bytes", index, shown(said), nbytes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -294,7 +293,7 @@ def _side_files(folder: Path) -> Iterator[Path]:
         if kind == "a folder" and not entry.is_symlink():
             yield from _side_files(entry)
         elif kind is not None:
-            log.warning("%s is %s and is not copied", entry, "a link to a folder" if kind == "a folder" else kind)
+            log.warning("%s is %s; not copied", entry, "a link to a folder" if kind == "a folder" else kind)
         elif not _matches(name, foreign):
             _require_copyable(entry)
             yield entry

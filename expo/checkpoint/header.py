@@ -103,9 +103,11 @@ def _checked_length(file: Path, head: bytes, size: int) -> int:
     if found := stand_in(head):
         raise InputError(f"{file} is not weights but {found}")
     if len(head) < 8:
-        raise InputError(f"{file} is truncated: {size} bytes are no safetensors file")
+        raise InputError(f"{file} is truncated: {size} bytes are too few for a safetensors file")
     if length > MAX_HEADER_BYTES:
-        raise InputError(f"{file} begins with {shown(head[:8])}: no safetensors file, or a header of {length} bytes")
+        raise InputError(
+            f"{file} begins with {shown(head[:8])}: not a safetensors file, or one with a header of {length} bytes"
+        )
     if 8 + length > size:
         raise InputError(f"{file} is truncated: its header claims {length} bytes, the file has {size}")
     return length
@@ -139,7 +141,7 @@ def _size(digits: str) -> int:
 
 
 def _no_size(text: str) -> NoReturn:
-    raise ValueError(f"{shown(text)} is no size or offset")
+    raise ValueError(f"{shown(text)} is not a valid size or offset")
 
 
 def _metadata(file: Path, value: object) -> dict[str, str]:

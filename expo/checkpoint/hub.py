@@ -65,7 +65,7 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> L
     if (local := find_folder(model)) is not None:
         return local
     if not model.strip():
-        raise InputError("a model's name is empty; give a directory or a hub id")
+        raise InputError("the model's name is empty; give a directory or a hub id")
     if expand_user(model).exists():
         raise InputError(f"{model} is a file; give the checkpoint's directory or a hub id")
     repository, at, revision = model.partition("@")
@@ -202,7 +202,7 @@ def explain(error: BaseException, repository: str, revision: str | None) -> Expo
         here = f"neither a local directory{_near_folder(repository)} nor a repository on the hub"
         return InputError(f"{wanted} is {here} (a private one needs HF_TOKEN)")
     if http_status(error) == 401:
-        return InputError(f"the hub does not accept the token that it was sent for {wanted}; {TOKEN_ADVICE}")
+        return InputError(f"the hub rejected the token for {wanted}; {TOKEN_ADVICE}")
     if http_status(error) == 403:
         return InputError(f"the hub denies access to {wanted}: {first_line(error)}")
     if isinstance(error, errors.LocalEntryNotFoundError) or is_offline():

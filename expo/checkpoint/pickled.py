@@ -113,7 +113,9 @@ def read_pickled_checkpoint(path: Path) -> Checkpoint:
     found = read_checkpoint(path, PICKLED)
     tied = _tied_heads(found)
     if tied:
-        log.info("%s: %s is the embedding and written once, as such", path.name, ", ".join(sorted(tied)))
+        log.info(
+            "%s: %s is tied to the embedding and written once, as the embedding", path.name, ", ".join(sorted(tied))
+        )
     shards = tuple(
         replace(
             shard,
@@ -165,7 +167,7 @@ def read_pickled_shard(file: Path) -> Shard:
     outline = _read_outline(file)
     state = _unpickle(file, outline.archive)
     if not isinstance(state, dict):
-        raise InputError(f"{file} holds a {type(state).__name__}, not a model's state dict; {CONVERT}")
+        raise InputError(f"{file} contains a {type(state).__name__}, not a model's state dict; {CONVERT}")
     # dict's own method: the pickle may have hidden that of its OrderedDict
     tensors = [_tensor(file, name, value, outline.records) for name, value in dict.items(state)]
     _refuse_wrapped(file, tensors)
@@ -192,9 +194,11 @@ def _check_signature(file: Path, prefix: bytes) -> None:
     if found := stand_in(prefix):
         raise InputError(f"{file} is not weights but {found}")
     if prefix.startswith(b"\x80"):
-        raise InputError(f"{file} is a bare pickle, or in torch's format from before 1.6, which is not read; {CONVERT}")
+        raise InputError(
+            f"{file} is a bare pickle, or in torch's format from before 1.6, which is not supported; {CONVERT}"
+        )
     if not prefix.startswith(b"PK\3\4"):
-        raise InputError(f"{file} is no archive of torch's: download it again")
+        raise InputError(f"{file} is not a torch archive: download it again")
 
 
 def _outline(file: Path, archive: zipfile.ZipFile, stream: IO[bytes]) -> _Outline:
@@ -202,7 +206,7 @@ def _outline(file: Path, archive: zipfile.ZipFile, stream: IO[bytes]) -> _Outlin
     if not {"data.pkl", "version"} <= entries.keys():
         raise InputError(f"{file} is a zip archive, but not one of torch's; {CONVERT}")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise InputError(f"{file} was written on a big-endian machine, which is not read; {CONVERT}")
+        raise InputError(f"{file} was written on a big-endian machine, which is not supported; {CONVERT}")
     copy, records = io.BytesIO(), {}
     with zipfile.ZipFile(copy, "w") as small:
         for name, entry in entries.items():
@@ -227,7 +231,7 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             continue
         stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         if name in entries or not stored or entry.flag_bits & 1:
-            raise zipfile.BadZipFile(f"its record {name!r} is there twice, compressed or encrypted")
+            raise zipfile.BadZipFile(f"its record {name!r} is duplicated, compressed or encrypted")
         if entry.header_offset < 0 or (not name.startswith("data/") and entry.file_size > MAX_HEADER_BYTES):
             raise zipfile.BadZipFile(f"its record {name!r} begins before the file, or is absurdly large")
         entries[name] = entry
@@ -254,8 +258,8 @@ def _unpickle(file: Path, archive: io.BytesIO) -> object:
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to {named[1]!r}" if named else type(error).__name__
         raise InputError(
-            f"{file} is refused by torch's weights_only loader ({reason}): it is damaged, or holds more than tensors; "
-            "take a safetensors version of it"
+            f"{file} is refused by torch's weights_only loader ({reason}): it is damaged, or contains more than "
+            "tensors; use a safetensors version of it"
         ) from error
 
 
@@ -264,7 +268,7 @@ def _tensor(file: Path, name: object, value: object, records: dict[int, _Record]
 
     if not isinstance(name, str) or name == "__metadata__" or not _is_unicode(name):
         what = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-        raise InputError(f"{file} has {what} for a tensor's name; {CONVERT}")
+        raise InputError(f"{file} has {what} as a tensor name; {CONVERT}")
     if not isinstance(value, torch.Tensor):
         raise InputError(
             f"{file}: {name!r} is a {type(value).__name__}, not a tensor: this is a trainer's checkpoint, not a "

@@ -154,16 +154,16 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
         token, (ours, theirs) = min(difference.moved.items(), key=lambda item: item[1])
         more = f" (and {len(difference.moved) - 1} more tokens differ)" if len(difference.moved) > 1 else ""
         raise InputError(
-            f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so rows of the "
-            "embeddings do not belong together; give the SFT model that DPO was trained from"
+            f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so their "
+            "embedding rows do not correspond; use the SFT model that DPO was trained from"
         )
     shared = {*difference.only_sft.values()} & {*difference.only_dpo.values()}
     renamed = sorted(number for number in shared if number < common)
     if renamed:
         old, new = (_token_of(renamed[0], only) for only in (difference.only_sft, difference.only_dpo))
         raise InputError(
-            f"number {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so rows of "
-            "the embeddings do not belong together; --exclude the embedding and the head to copy them from DPO"
+            f"number {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so their "
+            "embedding rows do not correspond; --exclude the embedding and the head to copy them from DPO"
         )
     if difference.unknown:
         log.warning("%s differs between %s and %s; their token numbers were not compared", SENTENCEPIECE_FILE, sft, dpo)

@@ -57,7 +57,7 @@ def not_meant(levels: Levels) -> frozenset[str]:
 COMMAND = Command(
     config=GenerateConfig,
     verb="expo.generate",
-    help="Answer a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts.",
+    help="Generate answers to a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts.",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *GENERATORS), "rule": RULES},

@@ -29,7 +29,7 @@ def show(found: Inspection) -> Shown:
 COMMAND = Command(
     config=InspectConfig,
     verb="expo.inspection",
-    help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits.",
+    help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and judge whether ExPO suits the pair.",
     examples=EXAMPLES,
     show=show,
 )

@@ -74,7 +74,7 @@ def _use_recipe(ctx: typer.Context, name: str | None) -> str | None:
     if name is not None:
         recipe = known_recipes.load(name)
         if recipe.trust_remote_code:
-            log.info("%s comes with model code of its own: --trust-remote-code runs it", recipe.name)
+            log.info("%s ships its own model code: pass --trust-remote-code to run it", recipe.name)
         _add_defaults(ctx, "recipe", recipe.tables)
     return name
 
@@ -100,13 +100,13 @@ ConfigOption = Annotated[
         metavar="FILE.toml",
         is_eager=True,
         callback=_use_config,
-        help="Read settings from a file with a table per command, and [common].",
+        help="Read settings from a file with one table per command, plus [common].",
     ),
 ]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Take the settings of a known model."
+        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Use the settings of a known model."
     ),
 ]
 DebugOption = Annotated[
@@ -193,7 +193,7 @@ def refused_value(error: Exception) -> str:
     from_file = str(ctx.get_parameter_source(param.name)).endswith(".DEFAULT_MAP")
     files = [f"--{source}" for source in ("config", "recipe") if param.name in ctx.meta.get(f"expo.{source}", ())]
     origin = f", from {files[0]}" if from_file and files else ""
-    return f"; it is {shown(details[0].get('input'))}{origin}"
+    return f"; got {shown(details[0].get('input'))}{origin}"
 
 
 def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[str] = ()) -> Config:
@@ -229,7 +229,7 @@ def print_result(result: Shown, *, as_json: bool) -> None:
     """Print a result, as JSON or as text, and end with exit code 3 where rows failed."""
     print(_json(result.data) if as_json else result.text)
     if result.failed:
-        log.warning("%d rows failed and are marked; the same command tries them again", result.failed)
+        log.warning("%d rows failed and are marked; rerun the same command to retry them", result.failed)
         raise typer.Exit(PARTLY_FAILED)
 
 
@@ -290,11 +290,11 @@ for name, module in COMMANDS.items():
 
 @app.command("recipes", epilog=recipes.EXAMPLES)
 def _recipes(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these recipes.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the models known by name, with their SFT checkpoint, α and source."""
+    """List the known models with their SFT checkpoint, α and source."""
     print_result(recipes.show(names), as_json=as_json)
 
 
@@ -384,5 +384,5 @@ def main() -> None:
         end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
-        _say("stopped; the same command goes on from here")
+        _say("stopped; rerun the same command to continue")
     sys.exit(code)

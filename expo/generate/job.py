@@ -208,7 +208,9 @@ class GenerateJob(RowJob):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             require_columns(rows, self.columns, files.final)
         except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
-            raise InputError(f"{files.final} is damaged, or {files.meta.name} is another's: move both away") from error
+            raise InputError(
+                f"{files.final} is damaged, or {files.meta.name} does not belong to it: move both away"
+            ) from error
         return rows
 
     def render(self, rows: Sequence[Row]) -> dict[Path, str]:
@@ -302,7 +304,7 @@ def plan(config: GenerateConfig) -> GenerateJob:
     require_fitting(config, engine, spec)
     task = find_task(config.task)
     if config.n > 1 and not task.samples:
-        raise InputError(f"--n above 1 is not for {task.name}: one answer per row")
+        raise InputError(f"--n above 1 is not supported for {task.name}: its format holds one answer per prompt")
     if config.temperature is None and not task.temperatures:
         config = replace(config, temperature=DEFAULT_TEMPERATURE)
     model = find_model(config, spec)

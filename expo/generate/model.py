@@ -109,7 +109,7 @@ def _served(config: GenerateConfig) -> Model:
     model = config.model or ""
     name = model.rstrip("/").split("/")[-1]
     if not name.strip(".") and config.name is None:
-        raise InputError(f"--model {model!r} gives the output no name; pass --name")
+        raise InputError(f"no output name can be derived from --model {model!r}; pass --name")
     record: Row = {"model": {"name": model, "revision": None}}
     return Model(path=Path(model), name=name, record=record, fingerprint={"model": model})
 
@@ -215,6 +215,6 @@ def require_generator(path: Path) -> None:
     """
     for architecture in read_config(path).get("architectures") or []:
         if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
+            raise InputError(f"{path.name} is a {architecture}, a reward model, which cannot generate")
     if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
+        raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")

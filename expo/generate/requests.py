@@ -21,7 +21,7 @@ ANSWER = assistant(".")
 """Stands for an answer that is not there yet, where the length of a conversation is estimated."""
 
 FAILED = {"finish_reason": "error"}
-NO_ANSWER_BEFORE = "the turn before it has no answer"
+NO_ANSWER_BEFORE = "the previous turn has no answer"
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ class RequestBuilder:
                 unanswerable[key] = ids
                 continue
             if len(ids) >= budget:
-                takes = "the model takes" if budget == self.model.context_length else "its conversation has room for"
-                unanswerable[key] = f"the prompt has {len(ids)} tokens, {takes} {budget}"
+                limit = "the model takes" if budget == self.model.context_length else "its conversation's budget is"
+                unanswerable[key] = f"the prompt has {len(ids)} tokens, {limit} {budget}"
                 continue
             most = min(self.config.max_tokens, budget - len(ids))
             name, sample, turn = key
@@ -163,4 +163,4 @@ def require_one_system_message(prompts: Sequence[Prompt], config: GenerateConfig
         return
     for number, prompt in enumerate(prompts):
         if any(message["role"] == "system" for message in prompt.messages):
-            raise InputError(f"row {number} has a system message of its own: leave --system out, or take it from there")
+            raise InputError(f"row {number} has its own system message: drop --system, or remove that message")

@@ -204,7 +204,7 @@ class Inspection:
         """What does not match, as kind → tensors; the kinds that there are none of are left out."""
         kinds = {
             "integers that differ": self.unequal,
-            "stored on one side only, and not the embedding that the other ties it to": self.untied,
+            "heads stored on one side only that differ from the embedding the other ties them to": self.untied,
         }
         return {**mismatches(self.overlap), **{kind: names for kind, names in kinds.items() if names}}
 
@@ -259,8 +259,8 @@ class Inspection:
         notes = [note for kind, names in kinds.items() for note in listed(f"{kind} ({len(names)})", names)]
         if (sizes := self.overlap.vocabulary) is not None:
             notes.append(
-                f"vocabularies of {sizes.sft} and {sizes.dpo} rows: compared are the {sizes.common} that both have "
-                "(`expo extrapolate` takes them with --vocab common)"
+                f"vocabularies of {sizes.sft} and {sizes.dpo} rows: only the {sizes.common} that both have are compared "
+                "(`expo extrapolate` needs --vocab common for this pair)"
             )
         return "\n".join([*_aligned(rows), "", *notes, f"{self.suits}: {self.verdict}"])
 
@@ -271,14 +271,14 @@ class Inspection:
 def _likely(found: Inspection) -> str:
     return (
         f"‖Δ‖ is {_number(found.total.relative)} of ‖θ_sft‖ (zephyr's SFT → DPO: {SFT_TO_DPO}, its pretrained → SFT: "
-        f"{PRETRAINED_TO_SFT}), which fits a θ_dpo trained from this θ_sft; no norm can prove it"
+        f"{PRETRAINED_TO_SFT}), consistent with a θ_dpo trained from this θ_sft, though no norm can prove it"
     )
 
 
 def _suspect(found: Inspection) -> str:
     relative = found.total.relative
     if found.nonfinite:
-        return f"{listed('NaN, infinity or values too large to be squared', found.nonfinite)[0]}; look at these first"
+        return f"{listed('NaN, infinity or values too large to be squared', found.nonfinite)[0]}; check these first"
     if relative is None:
         return "θ_sft is all zeros"
     return (
@@ -305,7 +305,7 @@ VERDICTS: dict[Suits, Callable[[Inspection], str]] = {
 
 # --- text ---------------------------------------------------------------------------------------------------------
 
-HEADINGS = ("module", "‖Δ‖/‖θ_sft‖", "least in layer", "most in layer", "1 − cos", "tensors", "identical")
+HEADINGS = ("module", "‖Δ‖/‖θ_sft‖", "min (layer)", "max (layer)", "1 − cos", "tensors", "identical")
 
 
 def _row(module: Module) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def _find(repository: str, *, private: bool) -> Destination:
     except RepositoryNotFoundError:
         return Destination(repository)
     if private and not info.private:
-        raise InputError(f"{repository} is there and public: make it private on the hub, or leave out --private")
+        raise InputError(f"{repository} already exists and is public: make it private on the hub, or drop --private")
     files = [sibling.rfilename for sibling in info.siblings or []]
     manifest = _read_manifest(repository, info.sha) if MANIFEST_FILE in files else {}
     _require_no_other_weights(repository, files, manifest)
@@ -107,10 +107,10 @@ def _find(repository: str, *, private: bool) -> Destination:
 def _require_writer(account: Row, repository: str) -> None:
     name, owner = account["name"], repository.split("/")[0]
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InputError(f"the hub token of {name} may only read; pushing to {repository} needs one that may write")
+        raise InputError(f"the hub token of {name} is read-only; pushing to {repository} needs one with write access")
     organisations = [one["name"] for one in account.get("orgs", []) if one.get("roleInOrg") != "read"]
     if owner.lower() not in {known.lower() for known in (name, *organisations)}:
-        raise InputError(f"the hub token is {name}'s, who may not write to {repository}; choose {name}/…")
+        raise InputError(f"the hub token belongs to {name}, who may not write to {repository}; choose {name}/…")
 
 
 def _read_manifest(repository: str, commit: str | None) -> Row:
@@ -128,7 +128,9 @@ def _require_no_other_weights(repository: str, files: list[str], manifest: Row) 
     others = sorted(set(files) - set(manifest.get("files", [])))
     weights = [name for name in others if any(fnmatch.fnmatchcase(name, pattern) for pattern in WEIGHTS)]
     if weights:
-        raise InputError(f"{repository} holds weights that expo did not push ({weights[0]}); choose another repository")
+        raise InputError(
+            f"{repository} contains weights that expo did not push ({weights[0]}); choose another repository"
+        )
 
 
 def make_repository(destination: Destination, *, private: bool) -> None:
@@ -193,8 +195,10 @@ def _explain(error: Exception, repository: str) -> ExpoError:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # an upload's thread
     status = http_status(cause)
     if status == 401:
-        return InputError(f"the hub does not accept the token that it was sent; {TOKEN_ADVICE}")
+        return InputError(f"the hub rejected the token; {TOKEN_ADVICE}")
     if status in USERS_FAULT or "README.md" in str(error):
         said = getattr(cause, "server_message", None) or str(cause)
         return InputError(f"the hub refuses the push to {repository}: {' '.join(said.split())}")
-    return EnvironmentFailure(f"pushing to {repository} failed: {first_line(cause)}; the same command pushes again")
+    return EnvironmentFailure(
+        f"pushing to {repository} failed: {first_line(cause)}; rerun the same command to push again"
+    )

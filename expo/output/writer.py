@@ -82,10 +82,10 @@ def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Che
         if fault is None:
             return True
         if not overwrite:
-            raise InputError(f"{fault}; --overwrite makes the output again")
+            raise InputError(f"{fault}; --overwrite rebuilds the output")
     foreign = sorted(set(_files(folder)) - _own_files(manifest, journal))
     if foreign:
-        raise InputError(f"the output folder {folder} holds files expo did not write ({foreign[0]}); choose another")
+        raise InputError(f"the output folder {folder} contains files expo did not write ({foreign[0]}); choose another")
     made_with = journal[0].get("fingerprint") if journal else (manifest or {}).get("fingerprint")
     if made_with is not None and not overwrite:
         require_same(folder, made_with, fingerprint)
@@ -102,7 +102,7 @@ def _read_manifest(folder: Path) -> Row | None:
         content = read_json(file) if file.is_file() else {}
     except InputError as error:
         raise InputError(
-            f"{error}; without it expo's files are not known: remove {folder}, or choose another"
+            f"{error}; without it expo cannot tell its own files: remove {folder}, or choose another"
         ) from error
     return content if _is_manifest(content) else None
 
@@ -125,10 +125,10 @@ def _fault(folder: Path, manifest: Row, weights: Checksums | None) -> str | None
     for side, files in (weights or {}).items():
         then = _checksums_in(manifest, side)
         if then is None:
-            log.warning("%s was made without --verify: of %s only sizes and times are compared", folder, side)
+            log.warning("%s was made without --verify: only sizes and times of %s are compared", folder, side)
         elif then != files:
             changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
-            return f"{folder} was made from other weights of {side} ({changed[0]} has another checksum)"
+            return f"{folder} was made from different weights of {side} ({changed[0]} has another checksum)"
     return None
 
 
@@ -251,7 +251,7 @@ class StagedShard:
         try:
             yield
         except OSError as error:
-            message = f"writing {self._path} failed: {error.strerror}; the same command goes on from here"
+            message = f"writing {self._path} failed: {error.strerror}; rerun the same command to continue"
             raise EnvironmentFailure(message) from error
 
     def finish(self) -> str:
@@ -308,7 +308,7 @@ class StagedOutput:
             return rows
         self._journal.append([{"weights": weights}])
         if rows:
-            log.warning("what is staged in %s may be of other weights; it is made again", self.folder)
+            log.warning("the files staged in %s may come from other weights; rebuilding them", self.folder)
         return []
 
     def _open_journal(self, fingerprint: Row) -> Journal:
@@ -335,7 +335,7 @@ class StagedOutput:
         """Forget recorded shards whose staged bytes are not what was written."""
         for name, record in list(self.records.items()):
             if hash_file(self._path(name)) != record.xxh3:
-                log.warning("the staged %s is damaged; it is made again", name)
+                log.warning("the staged %s is damaged; rebuilding it", name)
                 del self.records[name]
 
     def start_shard(self, name: str, header: bytes, nbytes: int, disk: Background | None = None) -> StagedShard:
@@ -392,7 +392,9 @@ class StagedOutput:
             raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> EnvironmentFailure:
-        return EnvironmentFailure(f"completing {self.folder} failed: {error.strerror}; the same command goes on")
+        return EnvironmentFailure(
+            f"completing {self.folder} failed: {error.strerror}; rerun the same command to continue"
+        )
 
     def _rename_all(self) -> None:
         rows = read_journal(self._staging / JOURNAL_FILE)

@@ -88,7 +88,7 @@ class RowFiles:
         if self.journal.exists():
             header, *rows = read_journal(self.journal) or [{}]
             if rows and not isinstance(header.get("fingerprint"), dict):
-                raise InputError(f"{self.journal} is damaged: remove it to start anew")
+                raise InputError(f"{self.journal} is damaged: remove it to start over")
             return Found(State.UNFINISHED, journal=rows, fingerprint=header.get("fingerprint") if rows else None)
         if not self.meta.exists():
             return Found(State.WITHOUT_META if self.final.exists() else State.ABSENT)
@@ -134,7 +134,7 @@ class RowFiles:
         try:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"{self.journal.parent} cannot be a folder: choose another --output-dir") from error
+            raise InputError(f"cannot create the folder {self.journal.parent}: choose another --output-dir") from error
         return Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
 
     @contextmanager
@@ -188,7 +188,7 @@ def require_columns(rows: Sequence[Row], columns: Columns, path: Path) -> Sequen
     for row in rows:
         if columns.keys() <= row.keys() and all(isinstance(row[name], kind) for name, kind in columns.items()):
             continue
-        raise InputError(f"{path} is damaged: remove it to start anew")
+        raise InputError(f"{path} is damaged: remove it to start over")
     return rows
 
 

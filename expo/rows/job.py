@@ -353,7 +353,7 @@ def _difference(job: RowJob, meta: Row) -> InputError | None:
             return None
         items = beyond
     if texts_sha256(items[:count]) != meta[job.files.items_key]:
-        return InputError(f"{job.files.final} was made from other rows; --overwrite replaces it")
+        return InputError(f"{job.files.final} was made from different rows; --overwrite replaces it")
     return None
 
 
@@ -368,8 +368,8 @@ def _rows_of(job: RowJob, journal: Journal) -> Rows:
     dropped = len(there.keys() - set(job.keys))
     if dropped and not job.config.overwrite:
         raise InputError(
-            f"the unfinished {job.files.final} has {dropped} rows that this run has no place for (a smaller --limit?): "
-            "finish it as it was begun, or drop them with --overwrite"
+            f"the unfinished {job.files.final} has {dropped} rows that this run does not include (a smaller --limit?): "
+            "finish it with its original settings, or discard them with --overwrite"
         )
     return job.answered(rows)
 

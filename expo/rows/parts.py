@@ -82,8 +82,8 @@ def require_same_cut(whole: RowJob, count: int | None) -> None:
     there = min(others)
     now = f", not of {count}" if count else ""
     raise InputError(
-        f"{folder} holds parts of {there}{now}: go on with --part i/{there} or --data-parallel {there} and --join "
-        f"{there}, or start anew with --overwrite"
+        f"{folder} has parts of {there}{now}: continue with --part i/{there} or --data-parallel {there} and --join "
+        f"{there}, or start over with --overwrite"
     )
 
 
@@ -111,9 +111,9 @@ def read_part(job: RowJob) -> MadePart:
         raise NotMade(f"damaged, remove {files.final}")
     expected, there = len(job.keys), meta["rows"]
     if there > expected:
-        raise InputError(f"{files.final} has {there} rows, made with a larger --limit; join with that one")
+        raise InputError(f"{files.final} has {there} rows, made with a larger --limit; join with the same --limit")
     if texts_sha256(job.items[:there]) != meta[files.items_key]:
-        raise InputError(f"{files.final} was made from other prompts; --part with --overwrite replaces it")
+        raise InputError(f"{files.final} was made from different prompts; --part with --overwrite replaces it")
     if there < expected:
         raise NotMade(f"unfinished, {there} of {expected} rows")
     return MadePart(meta, job.by_key(map(json.loads, text.splitlines())))
@@ -123,9 +123,9 @@ def _why_not_made(files: RowFiles, found: Found) -> str:
     if found.state is State.UNFINISHED:
         return "still running" if is_held(files) else f"unfinished, {len(found.journal)} rows"
     return {
-        State.ABSENT: "not begun",
-        State.WITHOUT_META: f"without its meta file, remove {files.final}",
-        State.WITHOUT_FINAL: "without its file",
+        State.ABSENT: "not started",
+        State.WITHOUT_META: f"missing its meta file, remove {files.final}",
+        State.WITHOUT_FINAL: "missing its file",
         State.DAMAGED: f"damaged, remove {files.meta} and {files.final.name}",
     }[found.state]
 

@@ -108,7 +108,7 @@ class Crew:
         finally:
             progress.close()
         if self._lost:
-            raise EnvironmentFailure(f"{'; '.join(self._lost)}; the same command goes on with the rest")
+            raise EnvironmentFailure(f"{'; '.join(self._lost)}; rerun the same command to continue")
 
     def _start(self, worker: Worker) -> None:
         self._running.append(worker)

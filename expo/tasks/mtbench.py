@@ -33,7 +33,7 @@ def read(row: Row) -> Prompt:
     """A question: `question_id`, `category`, `turns`, or `prompt_id`, `category`, `prompt` as some copies have it."""
     turns = row.get("turns", row.get("prompt"))
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise InputError("has no turns (or prompt) column that holds a list of texts")
+        raise InputError("has no turns (or prompt) column with a list of texts")
     name = row.get("question_id", row.get("prompt_id"))
     if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
         raise InputError("has no question_id (or prompt_id) that is a number or text")

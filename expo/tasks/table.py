@@ -20,7 +20,7 @@ def read_ultrafeedback(row: Row) -> Prompt:
     first = messages[0] if isinstance(messages, list) and messages else None
     text = first.get("content") if isinstance(first, dict) else row.get("prompt")
     if not isinstance(text, str):
-        raise InputError("has no messages or prompt column that holds text")
+        raise InputError("has no messages or prompt column with text")
     return Prompt(_id(row, "prompt_id"), (user(text),))
 
 
@@ -28,7 +28,7 @@ def read_alpaca(row: Row) -> Prompt:
     """The instruction; the output row repeats which of AlpacaEval's data sets it is from."""
     text = row.get("instruction")
     if not isinstance(text, str):
-        raise InputError("has no instruction column that holds text")
+        raise InputError("has no instruction column with text")
     return Prompt("", (user(text),), {"dataset": row.get("dataset", "")})
 
 
@@ -36,13 +36,13 @@ def read_file_row(row: Row) -> Prompt:
     """A row of a prompt file: `prompt` or `instruction`, else `messages` that end with the user's turn."""
     name = _id(row, "id")
     if row.get("instruction") and row.get("input") and not row.get("prompt"):
-        raise InputError("has an input beside its instruction: join both in a prompt column")
+        raise InputError("has both an instruction and an input: combine them in a prompt column")
     for column in ("prompt", "instruction"):
         if isinstance(row.get(column), str):
             return Prompt(name, (user(row[column]),))
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise InputError("has no prompt, instruction or messages column that holds text")
+        raise InputError("has no prompt, instruction or messages column with text")
     turns = tuple({"role": message["role"], "content": message["content"]} for message in messages)
     if turns[-1]["role"] != "user":
         raise InputError(f"has messages that end with a turn of role {turns[-1]['role']!r}; the last is the user's")
@@ -136,10 +136,10 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     path = Path(name)
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"no task {name!r}: give {', '.join(TASKS)}, or a {'/'.join(SUFFIXES)} file of prompts")
+        raise InputError(f"no task {name!r}: use {', '.join(TASKS)}, or a {'/'.join(SUFFIXES)} file of prompts")
     if path.stem in TASKS:
         raise InputError(
-            f"outputs of {name} would lie among those of the task {path.stem}: rename the file, or use "
+            f"outputs of {name} would be mixed with those of the task {path.stem}: rename the file, or use "
             f"`{path.stem} --dataset {name}`"
         )
     return Task(path.stem, path, ".jsonl", read_file_row, write_jsonl, answer, asked, samples=True)

@@ -157,7 +157,7 @@ def load_prompts(task: Task, dataset: str | None = None) -> list[Prompt]:
     rows = read_rows(source) if isinstance(source, Path) else _load_from_hub(source)
     prompts = list(_prompts(task, rows, name))
     if not prompts:
-        raise InputError(f"{name} holds no prompts")
+        raise InputError(f"{name} contains no prompts")
     return _with_ids(task, prompts, name)
 
 
@@ -169,7 +169,7 @@ def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
             raise InputError(f"row {number} of {name} {error}") from error
         turns = (*prompt.messages, *prompt.followups)
         if not all(is_utf8(text) for text in (prompt.id, *(turn["content"] for turn in turns))):
-            raise InputError(f"row {number} of {name} holds half of a surrogate pair, which is no text")
+            raise InputError(f"row {number} of {name} contains half of a surrogate pair, which is not valid text")
         yield prompt
 
 
@@ -194,9 +194,9 @@ def _with_ids(task: Task, prompts: list[Prompt], name: str) -> list[Prompt]:
     if again is None and all(prompt.id for prompt in prompts):
         return prompts
     if task.by_id:
-        raise InputError(f"{name} has two rows with the id {again}; answers are told apart by their ids")
+        raise InputError(f"{name} has two rows with the id {again}; answers are matched by id")
     if again:
-        log.warning("%s has two rows with the id %s: rows go by their numbers instead", name, again)
+        log.warning("%s has two rows with the id %s: rows are numbered instead", name, again)
     return [replace(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
 
 
@@ -285,7 +285,7 @@ def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
     try:
         answers = task.answers(row)
     except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"row {number} of {path} is no {task.name} answer: it has no choices with turns") from error
+        raise InputError(f"row {number} of {path} is not a {task.name} answer: it has no choices with turns") from error
     if not all(isinstance(text, str) for text in answers):
-        raise InputError(f"row {number} of {path} is no {task.name} answer: its turns are not all text")
+        raise InputError(f"row {number} of {path} is not a {task.name} answer: its turns are not all text")
     return answers

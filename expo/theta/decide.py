@@ -70,7 +70,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
     }
     dropped = [name for name in sft.tensors if name not in dpo.tensors and name not in tied]
     problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, settings)
-    problems += listed("heads on one side only, of another size than the embedding they are tied to", _unlike(tied))
+    problems += listed("heads on one side only that differ in size from their tied embedding", _unlike(tied))
     if problems:
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
@@ -127,7 +127,7 @@ def refuse_quantized(*checkpoints: Checkpoint) -> None:
         if method is not None:
             raise InputError(
                 f"{checkpoint.path.name} is quantized ({method}); extrapolate the unquantized checkpoints and "
-                "quantize the result (of weights that were made plain again config.json must not say otherwise)"
+                "quantize the result (for dequantized weights, remove the quantization from config.json)"
             )
 
 
@@ -136,7 +136,7 @@ def _quantization(checkpoint: Checkpoint) -> str | None:
     for table in config_tables(checkpoint.config):
         for said in filter(None, map(table.get, ("quantization_config", "compression_config"))):
             return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
-    return next((f"it holds {name}" for name in checkpoint.tensors if name.split(".")[-1] in QUANTIZED), None)
+    return next((f"it contains {name}" for name in checkpoint.tensors if name.split(".")[-1] in QUANTIZED), None)
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]
         names = tuple(name for name in free if search(name))
         if not names:
             taken = any(map(search, dpo.tensors))
-            left = " that an earlier pattern left" if taken else ""
+            left = " that earlier patterns left" if taken else ""
             raise InputError(f"{flag} '{pattern}' matches no tensor{left}")
         for name in names:
             del free[name]

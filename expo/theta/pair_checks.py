@@ -27,7 +27,7 @@ def check_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weight
     if _files(sft_weights) == _files(dpo_weights):
         raise InputError(f"SFT ({sft.path}) and DPO ({dpo.path}) are the same files; every θ(α) would be DPO")
     if _is_made_from(sft, dpo) and not _is_made_from(dpo, sft):
-        log.warning("%s says that it was made from %s: are --sft and --dpo swapped?", sft.label, dpo.label)
+        log.warning("%s says it was trained from %s: are --sft and --dpo swapped?", sft.label, dpo.label)
 
 
 def _files(checkpoint: Checkpoint) -> set[tuple[int, int]]:
@@ -61,11 +61,11 @@ def check_change(norm: float | None, relative: float | None) -> None:
     """
     if norm == 0:
         raise InputError(
-            "SFT and DPO hold the same weights in every tensor that is extrapolated, so θ(α) would be DPO: are both "
+            "SFT and DPO have the same weights in every tensor that is extrapolated, so θ(α) would be DPO: are both "
             "paths right?"
         )
     if relative is not None and relative > UNRELATED_CHANGE:
         log.warning(
-            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, and about 0.04 where DPO was trained from SFT: is this such a pair?",
+            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, but about 0.04 where DPO was trained from SFT: is this the right pair?",
             relative,
         )

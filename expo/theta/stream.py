@@ -345,8 +345,8 @@ class Combiner:
 def _require_finite(part: Part, values: Tensor) -> None:
     if not is_finite(values):
         raise InputError(
-            f"the result for tensor {part.dpo.name} holds NaN or infinity (from the inputs, or too large for "
-            f"{part.dtype}); --allow-nonfinite writes it all the same"
+            f"the result for tensor {part.dpo.name} contains NaN or infinity (from the inputs, or too large for "
+            f"{part.dtype}); --allow-nonfinite writes it anyway"
         )
 
 

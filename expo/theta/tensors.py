@@ -130,4 +130,4 @@ class Theta:
 
 def _require_known(tensor: TensorPlan) -> None:
     if tensor.dtype not in TORCH_DTYPES:
-        raise InputError(f"{tensor.name} is of type {tensor.dtype}, which no torch tensor has: it cannot be loaded")
+        raise InputError(f"{tensor.name} has type {tensor.dtype}, which torch does not support: it cannot be loaded")
