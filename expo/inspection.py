@@ -30,7 +30,7 @@ from expo.progress import Progress, bytes_bar
 from expo.theta.adapter.folders import require_base
 from expo.theta.decide import overlap
 from expo.theta.decide_adapter import overlap_adapter
-from expo.theta.plan import Overlap, PairSettings, Part
+from expo.theta.plan import Overlap, PairSettings, Segment
 
 if TYPE_CHECKING:
     from expo.theta.stream import SourceFiles  # imports torch, which planning does without
@@ -40,7 +40,7 @@ COMPARED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class InspectPlan:
     """Everything `expo inspect` will do."""
 
     config: InspectConfig
@@ -54,7 +54,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of DPO that are measured."""
-        return sum(part.nbytes for part in self.overlap.parts)
+        return sum(segment.nbytes for segment in self.overlap.segments)
 
     def describe(self) -> Row:
         """The plan as plain data."""
@@ -62,7 +62,7 @@ class Plan:
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
-            "tensors": {"measured": len(both.parts), "compared": len(both.exact) + len(both.heads)},
+            "tensors": {"measured": len(both.segments), "compared": len(both.exact) + len(both.heads)},
             "mismatches": {kind: list(names) for kind, names in mismatches(both).items()},
             "bytes": self.nbytes,
             "picture": None if self.picture is None else str(self.picture),
@@ -76,16 +76,16 @@ def run(config: InspectConfig) -> Inspection:
         InputError: The settings or inputs are at fault, or the picture would replace something else.
         EnvironmentFailure: I/O failed; nothing is left behind.
     """
-    work = plan(config)
-    if work.picture is None:
-        return _measure(work)
-    _require_writable(work.picture.parent)
-    found = _measure(work)
-    write_atomic(work.picture, _draw(found, work.picture.suffix.lower(), _mark(work.fingerprints)))
-    return replace(found, picture=work.picture)
+    job = plan(config)
+    if job.picture is None:
+        return _measure(job)
+    _require_writable(job.picture.parent)
+    found = _measure(job)
+    write_atomic(job.picture, _draw(found, job.picture.suffix.lower(), _mark(job.fingerprints)))
+    return replace(found, picture=job.picture)
 
 
-def plan(config: InspectConfig) -> Plan:
+def plan(config: InspectConfig) -> InspectPlan:
     """Tell from headers what can be compared; nothing is written.
 
     Raises:
@@ -98,7 +98,7 @@ def plan(config: InspectConfig) -> Plan:
     if picture is not None:
         refuse_inside(picture, sft, dpo)
         _refuse_picture(picture, _mark(fingerprints), overwrite=config.overwrite)
-    return Plan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
+    return InspectPlan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
 
 
 def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
@@ -110,43 +110,43 @@ def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def _measure(work: Plan) -> Inspection:
+def _measure(job: InspectPlan) -> Inspection:
     from expo.theta.stream import SourceFiles
 
-    both = work.overlap
-    with SourceFiles(*both.sources) as sources, closing(bytes_bar(work.nbytes, "inspect")) as progress:
-        figures = _figures(work, sources, progress)
-        unequal = tuple(part.dpo.name for part in both.exact if not _is_equal(part, sources))
-        untied = tuple(part.dpo.name for part in both.heads if not _is_equal(part, sources))
-    _require_unchanged(work)
-    where = places(part.dpo.name for part in both.parts)
-    measured = tuple(Measured(part, where[part.dpo.name], figures[part.dpo.name]) for part in both.parts)
-    return Inspection(work.sft.label, work.dpo.label, both, measured, unequal, untied)
+    both = job.overlap
+    with SourceFiles(*both.sources) as sources, closing(bytes_bar(job.nbytes, "inspect")) as progress:
+        figures = _figures(job, sources, progress)
+        unequal = tuple(segment.dpo.name for segment in both.exact if not _is_equal(segment, sources))
+        untied = tuple(segment.dpo.name for segment in both.heads if not _is_equal(segment, sources))
+    _require_unchanged(job)
+    where = places(segment.dpo.name for segment in both.segments)
+    measured = tuple(Measured(segment, where[segment.dpo.name], figures[segment.dpo.name]) for segment in both.segments)
+    return Inspection(job.sft.label, job.dpo.label, both, measured, unequal, untied)
 
 
-def _figures(work: Plan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
+def _figures(job: InspectPlan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
     """The figures of every floating-point tensor; one run per file of DPO, so that only its pieces are remembered."""
     from expo.theta import stream
 
-    device, workers = find_device(work.config.device, prefer_gpu=False), work.config.workers or stream.default_workers()
+    device, workers = find_device(job.config.device, prefer_gpu=False), job.config.workers or stream.default_workers()
     combiner = stream.Combiner(sources, PairSettings(alphas=()), device, workers, exact_norms=True)
     empty = Figures(tensors=1, identical=1, delta_squared=0.0, sft_squared=0.0, dpo_squared=0.0)
-    figures = {part.dpo.name: empty for part in work.overlap.parts}
-    for _, parts in groupby(work.overlap.parts, key=lambda part: part.dpo.file):
-        pieces = combiner.run([(part, 0) for part in parts], [], progress.update)
+    figures = {segment.dpo.name: empty for segment in job.overlap.segments}
+    for _, segments in groupby(job.overlap.segments, key=lambda segment: segment.dpo.file):
+        pieces = combiner.run([(segment, 0) for segment in segments], [], progress.update)
         for name, of_tensor in groupby(pieces, key=lambda piece: piece[0].dpo.name):
             norms = stream.total_norms(norms for _, norms in of_tensor)
             figures[name] = Figures(1, int(norms.delta == 0), norms.delta, norms.sft, norms.dpo)
     return figures
 
 
-def _is_equal(part: Part, sources: SourceFiles) -> bool:
-    """Whether both sides of a part have the same bytes."""
-    if part.sft is None or part.sft.nbytes != part.dpo.nbytes:
+def _is_equal(segment: Segment, sources: SourceFiles) -> bool:
+    """Whether both sides of a segment have the same bytes."""
+    if segment.sft is None or segment.sft.nbytes != segment.dpo.nbytes:
         return False
-    sides = [(info, bytearray(COMPARED_BYTES)) for info in (part.sft, part.dpo)]
-    for first in range(0, part.nbytes, COMPARED_BYTES):
-        length = min(COMPARED_BYTES, part.nbytes - first)
+    sides = [(info, bytearray(COMPARED_BYTES)) for info in (segment.sft, segment.dpo)]
+    for first in range(0, segment.nbytes, COMPARED_BYTES):
+        length = min(COMPARED_BYTES, segment.nbytes - first)
         for info, buffer in sides:
             sources.read(info.file, info.start + first, memoryview(buffer)[:length])
         left, right = (buffer[:length] for _, buffer in sides)
@@ -155,9 +155,9 @@ def _is_equal(part: Part, sources: SourceFiles) -> bool:
     return True
 
 
-def _require_unchanged(work: Plan) -> None:
-    for side, location in (("sft", work.sft), ("dpo", work.dpo)):
-        if source_fingerprint(location) != work.fingerprints[side]:
+def _require_unchanged(job: InspectPlan) -> None:
+    for side, location in (("sft", job.sft), ("dpo", job.dpo)):
+        if source_fingerprint(location) != job.fingerprints[side]:
             raise InputError(f"{location.path} changed while it was read; rerun the command")
 
 

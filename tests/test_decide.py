@@ -99,7 +99,7 @@ def test_a_head_stored_on_one_side_is_the_embedding(tmp_path: Path, stores: str,
 
 def check_equal(pair: PairPlan) -> None:
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        Combiner(sources, PairSettings(alphas=()), CPU, 2).run([(part, 0) for part in pair.equal], [])
+        Combiner(sources, PairSettings(alphas=()), CPU, 2).run([(segment, 0) for segment in pair.equal], [])
 
 
 @pytest.mark.parametrize("stores", ["sft", "dpo"])

@@ -20,11 +20,11 @@ def command(
     replies: Annotated[int, typer.Option(help="The pipe that takes a line for each.")],
 ) -> None:
     """Do jobs for the process that started this one."""
-    with closing(EngineKeeper()) as keeper, os.fdopen(jobs) as lines, os.fdopen(replies, "w") as told:
+    with closing(EngineKeeper()) as keeper, os.fdopen(jobs) as lines, os.fdopen(replies, "w") as answers:
         for line in lines:
             code = _do(json.loads(line), keeper)
-            told.write(json.dumps({"exit_code": code}) + "\n")
-            told.flush()
+            answers.write(json.dumps({"exit_code": code}) + "\n")
+            answers.flush()
 
 
 def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:

@@ -16,7 +16,7 @@ from expo.checkpoint.places import Place
 from expo.errors import listed
 from expo.stats import cosine_distance, relative_change
 from expo.theta.pair_checks import UNRELATED_CHANGE
-from expo.theta.plan import Overlap, Part
+from expo.theta.plan import Overlap, Segment
 
 Suits = Literal["likely", "suspect", "identical", "mismatched"]
 
@@ -88,14 +88,14 @@ class Figures:
 class Measured:
     """One floating-point tensor of both checkpoints."""
 
-    part: Part
+    segment: Segment
     place: Place
     figures: Figures
 
     @property
     def name(self) -> str:
         """Its name in DPO."""
-        return self.part.dpo.name
+        return self.segment.dpo.name
 
     def describe(self) -> dict[str, Any]:
         """The tensor as plain data."""
@@ -104,9 +104,9 @@ class Measured:
         return {
             "name": self.name,
             **self.place._asdict(),
-            "shape": list(self.part.dpo.shape),
-            "sft_dtype": self.part.sft.dtype if self.part.sft else None,
-            "dpo_dtype": self.part.dpo.dtype,
+            "shape": list(self.segment.dpo.shape),
+            "sft_dtype": self.segment.sft.dtype if self.segment.sft else None,
+            "dpo_dtype": self.segment.dpo.dtype,
             **figures,
             "identical": self.figures.identical == 1,
         }
@@ -259,7 +259,7 @@ class Inspection:
         notes = [note for kind, names in kinds.items() for note in listed(f"{kind} ({len(names)})", names)]
         if (sizes := self.overlap.vocabulary) is not None:
             notes.append(
-                f"vocabularies of {sizes.sft} and {sizes.dpo} rows: only the {sizes.common} that both have are compared "
+                f"vocabularies of {sizes.sft} and {sizes.dpo} rows: only the {sizes.common} in both are compared "
                 "(`expo extrapolate` needs --vocab common for this pair)"
             )
         return "\n".join([*_aligned(rows), "", *notes, f"{self.suits}: {self.verdict}"])

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 NO_CHANGE = "0.85"
 """A light grey: on a logarithmic scale zero has no colour of its own."""
-MOST_WRITTEN = 8
+MAX_LABELLED_LAYERS = 8
 """Layers up to which the values are written into the cells."""
-MOST_TICKS = 32
+MAX_TICKS = 32
 MARK_KEYS = {".png": "Comment", ".svg": "Description", ".pdf": "Keywords"}
 """Where each format keeps a mark."""
 NO_DATES: dict[str, dict[str, str | None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -111,7 +111,7 @@ def _draw_cells(
         axes.axhline(row - 0.5, color="white", linewidth=4 if row == layered else 1)
     axes.invert_yaxis()
     axes.set_yticks(range(len(names)), names, parse_math=False)
-    step = next(step for step in (1, 2, 5, 10, 20, 50, len(layers)) if len(layers) <= step * MOST_TICKS)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, len(layers)) if len(layers) <= step * MAX_TICKS)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer" if layers else "")
     axes.spines[:].set_visible(False)
@@ -148,7 +148,11 @@ def _write_values(axes: Axes, mesh: ScalarMappable, values: Any, layered: int) -
     for row, numbers in enumerate(values):
         wide = row >= layered
         places = (
-            {(columns - 1) / 2: numbers[0]} if wide else dict(enumerate(numbers)) if columns <= MOST_WRITTEN else {}
+            {(columns - 1) / 2: numbers[0]}
+            if wide
+            else dict(enumerate(numbers))
+            if columns <= MAX_LABELLED_LAYERS
+            else {}
         )
         for column, value in places.items():
             if not math.isnan(value):

@@ -11,7 +11,7 @@ from pathlib import Path
 from expo.errors import InputError
 from expo.files import SUFFIXES, Row, json_line, json_lines
 from expo.tasks import mtbench
-from expo.tasks.task import Answer, Prompt, Source, Task, is_message, user
+from expo.tasks.task import Answer, HubSource, Prompt, Task, is_message, user
 
 
 def read_ultrafeedback(row: Row) -> Prompt:
@@ -95,7 +95,7 @@ def asked(row: Row) -> list[object]:
 TASKS = {
     "ultrafeedback": Task(
         "ultrafeedback",
-        Source("HuggingFaceH4/ultrafeedback_binarized", "test_gen"),
+        HubSource("HuggingFaceH4/ultrafeedback_binarized", "test_gen"),
         ".jsonl",
         read_ultrafeedback,
         write_jsonl,
@@ -105,7 +105,7 @@ TASKS = {
     ),
     "alpaca": Task(
         "alpaca",
-        Source("tatsu-lab/alpaca_eval", "eval", file="alpaca_eval.json"),
+        HubSource("tatsu-lab/alpaca_eval", "eval", file="alpaca_eval.json"),
         ".json",
         read_alpaca,
         write_alpaca,
@@ -115,7 +115,7 @@ TASKS = {
     "mtbench": Task(
         "mtbench",
         # FastChat's own copy: FastChat's judge finds questions by the ids in this file.
-        Source("lmsys/mt-bench", file="data/mt_bench/question.jsonl", kind="space"),
+        HubSource("lmsys/mt-bench", file="data/mt_bench/question.jsonl", kind="space"),
         ".jsonl",
         mtbench.read,
         mtbench.write,

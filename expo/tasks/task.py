@@ -75,7 +75,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Source:
+class HubSource:
     """Where a task's rows are on the hub."""
 
     repository: str
@@ -92,7 +92,7 @@ class Task:
 
     name: str
     """Names the folders `outputs_<name>` and `rewards_<name>`."""
-    source: Source | Path
+    source: HubSource | Path
     suffix: str
     """Of the output file: .jsonl, or .json for a list of objects."""
     read: Callable[[Row], Prompt]
@@ -173,19 +173,19 @@ def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
         yield prompt
 
 
-def _source(task: Task, dataset: str | None) -> tuple[Source | Path, str]:
+def _source(task: Task, dataset: str | None) -> tuple[HubSource | Path, str]:
     if dataset is None:
-        return task.source, task.name if isinstance(task.source, Source) else str(task.source)
+        return task.source, task.name if isinstance(task.source, HubSource) else str(task.source)
     path = Path(dataset).expanduser()
     if path.is_file():
         return path, dataset
     if path.suffix.lower() in SUFFIXES or path.is_absolute() or path.is_dir():
         raise InputError(f"no such prompt file: {dataset}")
-    if not isinstance(task.source, Source):
-        return Source(dataset), dataset
+    if not isinstance(task.source, HubSource):
+        return HubSource(dataset), dataset
     if dataset.partition("@")[0] == task.source.repository:  # another revision of the task's own
         return replace(task.source, repository=dataset), dataset
-    return Source(dataset, task.source.split), dataset
+    return HubSource(dataset, task.source.split), dataset
 
 
 def _with_ids(task: Task, prompts: list[Prompt], name: str) -> list[Prompt]:
@@ -200,7 +200,7 @@ def _with_ids(task: Task, prompts: list[Prompt], name: str) -> list[Prompt]:
     return [replace(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
 
 
-def _load_from_hub(source: Source) -> list[Row]:
+def _load_from_hub(source: HubSource) -> list[Row]:
     repository, _, revision = source.repository.partition("@")
     try:
         if source.file is not None:

@@ -19,7 +19,7 @@ from expo.theta.plan import (
     Overlap,
     PairPlan,
     PairSettings,
-    Part,
+    Segment,
     TensorPlan,
     Vocabulary,
     lay_out,
@@ -94,10 +94,10 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
     for info in dpo.tensors.values():
         pair = _partner(info, sft, tied, vocabulary, settings)
         kinds[_likeness(pair)].append(pair)
-    parts = [_plan_tensor(pair, None, settings).parts[0] for pair in kinds["alike"]]
+    segments = [_plan_tensor(pair, None, settings).segments[0] for pair in kinds["alike"]]
     return Overlap(
-        parts=tuple(part for part in parts if not part.is_raw),
-        exact=tuple(part for part in parts if part.is_raw),
+        segments=tuple(segment for segment in segments if not segment.is_raw),
+        exact=tuple(segment for segment in segments if segment.is_raw),
         heads=tuple(_equal(side, head) for head, side in tied.items()),
         only_sft=tuple(name for name in sft.tensors if name not in dpo.tensors and name not in tied),
         only_dpo=tuple(pair.dpo.name for pair in kinds["missing"]),
@@ -188,10 +188,10 @@ def _unlike(tied: dict[str, Checkpoint]) -> list[str]:
     return [head for head, (a, b) in heads.items() if (a.shape, a.dtype) != (b.shape, b.dtype)]
 
 
-def _equal(side: Checkpoint, head: str) -> Part:
+def _equal(side: Checkpoint, head: str) -> Segment:
     """The comparison of a stored head with its own embedding."""
     stored, embedding = side.tensors[head], _embedding_of(head, side)
-    return Part("match", stored, embedding, (), stored.dtype, 0, stored.nbytes)
+    return Segment("match", stored, embedding, (), stored.dtype, 0, stored.nbytes)
 
 
 def _vocabulary(sft: Checkpoint, dpo: Checkpoint) -> Vocabulary | None:
@@ -260,7 +260,7 @@ def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
     return both_float or (sft.dtype == dpo.dtype and dpo.dtype in EXACT_DTYPES)
 
 
-# --- parts --------------------------------------------------------------------------------------------------------
+# --- segments --------------------------------------------------------------------------------------------------------
 
 
 def output_dtype(info: TensorInfo, settings: PairSettings) -> str:
@@ -275,14 +275,14 @@ def _plan_tensor(pair: _Pair, own_alpha: float | None, settings: PairSettings) -
     rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
     if pair.rows is not None:
         rows = [(info.rows(0, pair.rows), pair.sft), (info.rows(pair.rows, info.shape[0]), None)]
-    parts: list[Part] = []
+    segments: list[Segment] = []
     offset = 0
     for dpo, sft in rows:
         nbytes = dpo.numel * DTYPES[dtype].bits // 8
-        if nbytes or not parts:
-            parts.append(Part(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
+        if nbytes or not segments:
+            segments.append(Segment(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
         offset += nbytes
-    return TensorPlan(info.name, dtype, info.shape, offset, tuple(parts))
+    return TensorPlan(info.name, dtype, info.shape, offset, tuple(segments))
 
 
 def action_for(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:

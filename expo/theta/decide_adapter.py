@@ -13,7 +13,7 @@ from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.theta.adapter.tensors import Adapter, read_adapter
 from expo.theta.decide import action_for, match_patterns, output_dtype, refuse_quantized
-from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Part, TensorPlan, lay_out
+from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Segment, TensorPlan, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
         InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
     """
     plan = plan_adapter(base, folder, PairSettings(alphas=()))
-    parts = [_with_partner(part) for shard in plan.shards for part, _ in shard.parts()]
+    segments = [_with_partner(segment) for shard in plan.shards for segment, _ in shard.segments()]
     return Overlap(
-        parts=tuple(part for part in parts if not part.is_raw),
-        exact=tuple(part for part in parts if part.is_raw),
+        segments=tuple(segment for segment in segments if not segment.is_raw),
+        exact=tuple(segment for segment in segments if segment.is_raw),
         heads=(),
         only_sft=(),
         only_dpo=(),
@@ -62,12 +62,12 @@ def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
     )
 
 
-def _with_partner(part: Part) -> Part:
+def _with_partner(segment: Segment) -> Segment:
     """A tensor that is left alone is its own partner."""
-    if part.sft is not None:
-        return part
-    action: Action = "extrapolate" if part.dpo.dtype in FLOAT_DTYPES else "match"
-    return dataclasses.replace(part, action=action, sft=part.dpo)
+    if segment.sft is not None:
+        return segment
+    action: Action = "extrapolate" if segment.dpo.dtype in FLOAT_DTYPES else "match"
+    return dataclasses.replace(segment, action=action, sft=segment.dpo)
 
 
 def _warn_of_idle(matches: tuple[Match, ...], adapter: Adapter) -> None:
@@ -86,4 +86,4 @@ def _plan_tensor(info: TensorInfo, adapter: Adapter, own: Match | None, settings
     action = "merge" if low_rank else action_for(dpo, sft, dtype)
     alphas = settings.alphas if own is None else (own.alpha,) * len(settings.alphas)
     nbytes = info.numel * DTYPES[dtype].bits // 8
-    return TensorPlan(name, dtype, info.shape, nbytes, (Part(action, dpo, sft, alphas, dtype, 0, nbytes, low_rank),))
+    return TensorPlan(name, dtype, info.shape, nbytes, (Segment(action, dpo, sft, alphas, dtype, 0, nbytes, low_rank),))

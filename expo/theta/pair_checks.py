@@ -66,6 +66,6 @@ def check_change(norm: float | None, relative: float | None) -> None:
         )
     if relative is not None and relative > UNRELATED_CHANGE:
         log.warning(
-            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, but about 0.04 where DPO was trained from SFT: is this the right pair?",
+            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, but about 0.04 if DPO was trained from SFT: is this the right pair?",
             relative,
         )

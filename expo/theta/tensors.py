@@ -20,7 +20,7 @@ from expo.errors import InputError
 from expo.theta.buffers import TORCH_DTYPES
 from expo.theta.norms import Norms
 from expo.theta.pair_checks import check_change
-from expo.theta.plan import PairPlan, Part, TensorPlan
+from expo.theta.plan import PairPlan, Segment, TensorPlan
 from expo.theta.stream import Combiner, SourceFiles, default_workers, total_norms
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ class Theta:
             self._combiner = Combiner(sources, self._plan.settings, CPU, self._workers)
             if self._plan.equal:
                 comparing = Combiner(sources, replace(self._plan.settings, alphas=()), CPU, self._workers)
-                comparing.run([(part, 0) for part in self._plan.equal], [])
+                comparing.run([(segment, 0) for segment in self._plan.equal], [])
             self._stack = opening.pop_all()
         return self
 
@@ -108,9 +108,9 @@ class Theta:
         """
         planned = self._tensors[name]
         values = torch.empty(planned.shape, dtype=TORCH_DTYPES[planned.dtype], device=CPU)
-        parts: list[tuple[Part, int]] = [(part, part.offset) for part in planned.parts]
+        segments: list[tuple[Segment, int]] = [(segment, segment.offset) for segment in planned.segments]
         with self._lock, torch.inference_mode(False), CPU:
-            pieces = self._combiner.run(parts, [_Memory(values)])
+            pieces = self._combiner.run(segments, [_Memory(values)])
             self._norms[name] = total_norms(norms for _, norms in pieces)
         return values
 
