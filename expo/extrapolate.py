@@ -1,7 +1,7 @@
 """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft) as a checkpoint.
 
-Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). What is computed is in
-`theta/`, how files become final in `output/writer.py`, what they say of themselves in `output/manifest.py`.
+Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). The arithmetic is in `theta/`, staging
+and committing files in `output/writer.py`, the manifest and model card in `output/manifest.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from expo.theta.stream import Combiner  # imports torch, which planning does without
 
 FORMAT = 1
-"""Raised when the same settings would give other bytes."""
+"""Incremented when the same settings would give different bytes."""
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ class Output:
     folder: Path
     fingerprint: Row
     complete: bool
-    """Whether it is there already."""
+    """Whether it already exists."""
     destination: Destination | None
-    """Where on the hub it goes; None where it stays here."""
+    """Where it is pushed; None if it is not."""
 
     def describe(self) -> Row:
         """The output as plain data."""
@@ -124,7 +124,7 @@ class Written:
     status: str
     """"written" or "already complete"."""
     pushed: Pushed | None = None
-    """Where it is on the hub, where it was pushed."""
+    """Where it is on the hub, if it was pushed."""
 
 
 def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
@@ -132,7 +132,7 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
 
     Raises:
         InputError: The settings or inputs are at fault; nothing is left behind.
-        EnvironmentFailure: I/O failed; the same call goes on from there.
+        EnvironmentFailure: I/O failed; calling again continues.
     """
     job = plan(config)
     finished = [finish_interrupted(output.folder, output.fingerprint) for output in job.todo]
@@ -155,7 +155,7 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     """Decide everything from headers; nothing is written.
 
     Raises:
-        InputError: The inputs do not fit together, or an output folder may not be used.
+        InputError: The inputs do not match, or an output folder cannot be used.
     """
     destinations = find_destinations(config.repositories, private=config.private)
     sft, dpo = find_pair(config)
@@ -187,7 +187,7 @@ def _checksums(sft: Location, dpo: Location) -> Checksums:
 
 
 def _verified(config: ExtrapolateConfig, output: Output, weights: Checksums | None) -> Output:
-    """The output, complete only where the weights are those it was made from and its own are whole."""
+    """The output, complete only if it was made from these weights and its own are intact."""
     if weights is None or not output.complete:
         return output
     complete = is_complete(output.folder, output.fingerprint, overwrite=config.overwrite, weights=weights)
@@ -248,7 +248,7 @@ def _amount(nbytes: int) -> str:
 
 
 def _write_shards(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> Row:
-    """Combine what is not there yet; when the first read was, and the seconds that combining took."""
+    """Combine the missing shards; returns the time of the first read and the seconds that combining took."""
     for output in staged:
         output.verify()
     first_read, settings = time.time(), job.pair.settings
@@ -274,7 +274,7 @@ def _write_shards(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> Row:
 
 
 def _in_turn(pair: PairPlan) -> list[Path]:
-    """The weight files in about the order they are read: a file of each side in turn."""
+    """The weight files in approximate reading order: a file of each side in turn."""
     sides = zip_longest(*([shard.file for shard in source.shards] for source in pair.sources))
     return [file for files in sides for file in files if file is not None]
 

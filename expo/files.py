@@ -1,8 +1,8 @@
-"""Files: reading small ones that others made, without trusting them; reading rows; writing what is whole or absent.
+"""Files: reading small untrusted ones; reading rows; atomic writes.
 
 A name in a model folder may belong to a pipe, a device, a web page or a git-lfs pointer, and JSON may contain what
-cannot be written back: reading ends in a value or in one line that says what is wrong. A file of expo's own only ever
-gets its final name by `os.replace`, when it is complete and on the disk.
+cannot be written back: reading returns a value or fails with a one-line message. expo's own files get their final
+name by `os.replace`, once they are complete and on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What a name may belong to other than a file."""
+"""What a path may be other than a file."""
 
 LFS_POINTER = (b"version https://git-lfs", b"version https://hawser")
 STAND_INS = (
@@ -52,7 +52,7 @@ HEAD_BYTES = 64
 
 
 def shown(value: object) -> str:
-    """A value from a file as messages show it: on one line, shortened to fit."""
+    """A value from a file for a message: on one line, shortened."""
     text = repr(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
@@ -92,7 +92,7 @@ def name_problem(name: str) -> str | None:
 
 
 def stand_in(head: bytes) -> str | None:
-    """What a file that begins with `head` is if a failed download left it, and what to do; None for any other."""
+    """What a file that begins with `head` is, and what to do, if a failed download left it; otherwise None."""
     begin = head.lstrip().lower()
     return next((what for beginnings, what in STAND_INS if begin.startswith(beginnings)), None)
 
@@ -103,7 +103,7 @@ def unreadable(file: Path, error: Exception) -> InputError:
 
 
 def kind_of(file: Path) -> str | None:
-    """What a name belongs to if not to a file, such as "a pipe"; links are followed.
+    """What a path is if not a file, such as "a pipe"; links are followed.
 
     Raises:
         InputError: It does not exist, or access to it is denied.
@@ -159,7 +159,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """A JSON file that contains an object.
 
     Args:
         file: The file.
@@ -224,7 +224,7 @@ def _content(path: Path) -> bytes:
 
 
 def _what(value: object) -> str:
-    """What a JSON file holds instead of a list."""
+    """What a JSON file contains instead of a list."""
     if not isinstance(value, dict):
         return shown(value)
     lists = [key for key, inner in value.items() if isinstance(inner, list)]

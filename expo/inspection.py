@@ -1,8 +1,8 @@
-"""`expo inspect`: how far θ_dpo is from θ_sft, per layer and module, and whether the pair looks like one ExPO suits.
+"""`expo inspect`: how far θ_dpo is from θ_sft, per layer and module, and whether ExPO suits the pair.
 
-The plan tells from headers which tensors can be compared (`plan`); one pass over both checkpoints measures them
-(`_measure`). A pair that does not fit is not refused: what does not match is named. What the figures say is in
-`findings.py`, how they are drawn in `plots.py`.
+The plan lists from headers which tensors can be compared (`plan`); one pass over both checkpoints measures them
+(`_measure`). A mismatched pair is not refused: the mismatches are reported. The interpretation of the figures is in
+`output/findings.py`, the picture in `output/plots.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from expo.theta.stream import SourceFiles  # imports torch, which planning does without
 
 COMPARED_BYTES = 1 << 20
-"""Of an integer tensor at a time."""
+"""How much of an integer tensor is compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class InspectPlan:
     dpo: Location
     overlap: Overlap
     fingerprints: Row
-    """What tells the state of both."""
+    """The state of both inputs."""
     picture: Path | None
 
     @property
@@ -70,7 +70,7 @@ class InspectPlan:
 
 
 def run(config: InspectConfig) -> Inspection:
-    """Measure a pair, and draw it if a picture is wanted.
+    """Measure a pair, and draw it if a picture is requested.
 
     Raises:
         InputError: The settings or inputs are at fault, or the picture would replace something else.
@@ -86,11 +86,11 @@ def run(config: InspectConfig) -> Inspection:
 
 
 def plan(config: InspectConfig) -> InspectPlan:
-    """Tell from headers what can be compared; nothing is written.
+    """List from headers what can be compared; nothing is written.
 
     Raises:
-        InputError: An input is no whole checkpoint, quantized, or an adapter to something else, or the picture may
-            not be written where it is wanted.
+        InputError: An input is incomplete, quantized, or an adapter to another model, or the picture would replace
+            something else.
     """
     sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
     fingerprints = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
@@ -125,7 +125,7 @@ def _measure(job: InspectPlan) -> Inspection:
 
 
 def _figures(job: InspectPlan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
-    """The figures of every floating-point tensor; one run per file of DPO, so that only its pieces are remembered."""
+    """The figures of every floating-point tensor; one run per file of DPO, to bound the pieces held in memory."""
     from expo.theta import stream
 
     device, workers = find_device(job.config.device, prefer_gpu=False), job.config.workers or stream.default_workers()
@@ -164,7 +164,7 @@ def _require_unchanged(job: InspectPlan) -> None:
 # --- the picture --------------------------------------------------------------------------------------------------
 
 MARK = "expo inspect "
-"""Begins what a picture says, in its metadata, about the weights it was drawn from."""
+"""Prefix of the metadata entry that identifies the weights a picture was drawn from."""
 
 
 def _mark(fingerprints: Row) -> str:
@@ -184,7 +184,7 @@ def _refuse_picture(picture: Path, mark: str, *, overwrite: bool) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Make the picture's folder, before a long measurement whose picture would have no place."""
+    """Create the picture's folder before the long measurement, so that it fails early."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

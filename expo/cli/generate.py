@@ -39,10 +39,10 @@ def show(result: Generated) -> Shown:
 
 
 def not_meant(levels: Levels) -> frozenset[str]:
-    """The settings that name the other source: a recipe names a model and the pair it is of; so may `[common]`.
+    """The settings of the source that is not used: a recipe names both a model and its pair, and so may `[common]`.
 
-    The first of flags, the command's table, `[common]` and the recipe that names one decides. A recipe alone means its
-    model.
+    The first of flags, the command's table, `[common]` and the recipe that names a source decides. A recipe alone means
+    its model.
     """
     for number, level in enumerate(levels, start=1):
         lower = frozenset().union(*levels[number:]) - level

@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def show(found: Inspection) -> Shown:
-    """The findings; where the picture is, is logged."""
+    """The findings; the picture's path is logged."""
     log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
     return Shown(found.describe(), found.text())
 

@@ -1,4 +1,4 @@
-"""What an output says of itself: expo.json and the model card, from the plan and what was written."""
+"""The metadata of an output: expo.json and the model card, from the plan and the written shards."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Origin:
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
     """‖θ_dpo − θ_sft‖, ‖θ_sft‖ and their ratio over the extrapolated tensors; None where not finite.
 
-    Of large tensors they are estimates (`norms.sampled_norms`); `expo inspect` takes all weights.
+    For large tensors these are estimates (`norms.sampled_norms`); `expo inspect` uses all weights.
     """
-    # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
+    # fsum, because a resumed run has the records in another order; null, because JSON has no NaN.
     delta = math.sqrt(math.fsum(record.delta_squared for record in records.values()))
     size = math.sqrt(math.fsum(record.sft_squared for record in records.values()))
     figures = {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
@@ -46,7 +46,7 @@ def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
 
 
 def vocabulary_rows(pair: PairPlan) -> Row:
-    """What becomes of the rows of vocabularies of different size; empty where they have one size."""
+    """What happens to the rows of vocabularies of different sizes; empty if the sizes are equal."""
     if pair.vocabulary is None:
         return {}
     sft, dpo, common = pair.vocabulary.sft, pair.vocabulary.dpo, pair.vocabulary.common
@@ -55,7 +55,7 @@ def vocabulary_rows(pair: PairPlan) -> Row:
 
 
 def _source_names(origin: Origin) -> Row:
-    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
+    """The sources as given; for a path, its last part, since the rest means nothing to others."""
     config = origin.config
     return {
         "sft": config.sft if origin.sft.hub_id else origin.sft.name,
@@ -116,7 +116,7 @@ def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> st
 
 
 def _command(origin: Origin, alpha: float) -> str:
-    """The command that makes this output of the same revisions, whatever else was made in the run."""
+    """The command that reproduces this output from the same revisions, whatever else the run wrote."""
     names = (*changing(ExtrapolateConfig, "weights"), "allow_pickle")
     sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else one.name for one in (origin.sft, origin.dpo))
     settings = {name: getattr(origin.config, name) for name in names}

@@ -1,8 +1,8 @@
 """Push finished checkpoints to model repositories on the hub.
 
-`find_destinations` asks the hub, before any work, whether the token may write to a repository and what it holds;
-`push` uploads. What is pushed is what the output's manifest lists, whatever else lies in the folder, and what is
-removed from the repository is what an earlier manifest there lists.
+`find_destinations` asks the hub, before any work, whether the token may write to a repository and what it contains;
+`push` uploads the files listed in the output's manifest, whatever else is in the folder, and removes those that only
+an earlier manifest in the repository lists.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ T = TypeVar("T")
 WEIGHTS = ("*.safetensors", *OTHER_FORMATS)
 
 USERS_FAULT = (400, 402, 403, 404, 422)
-"""What the hub answers to a push that it would refuse again."""
+"""HTTP statuses of a push that would fail again."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A model repository that an output goes to."""
+    """A model repository to push an output to."""
 
     repository: str
     """`owner/name`."""
     manifest: Row = field(default_factory=dict)
-    """The expo.json it holds; empty where there is none."""
+    """Its expo.json; empty if there is none."""
 
     def require_same_output(self, fingerprint: Row) -> None:
-        """Refuse a repository that holds another output of expo.
+        """Refuse a repository with a different output of expo.
 
         Raises:
             InputError: It was made from something else; the message names what differs.
@@ -68,14 +68,14 @@ class Pushed:
 
 
 def find_destinations(repositories: Sequence[str], *, private: bool) -> list[Destination]:
-    """See whether models may be pushed to these repositories; nothing is made or changed.
+    """Check whether models may be pushed to these repositories; nothing is created or changed.
 
     Args:
-        repositories: `owner/name` each; none need exist.
-        private: Whether only private repositories will do.
+        repositories: `owner/name` each; they need not exist.
+        private: Whether to require private repositories.
 
     Raises:
-        InputError: No token, one that may not write there, or a repository that holds other weights.
+        InputError: No token, one without write access, or a repository with other weights.
         EnvironmentFailure: The hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -134,7 +134,7 @@ def _require_no_other_weights(repository: str, files: list[str], manifest: Row) 
 
 
 def make_repository(destination: Destination, *, private: bool) -> None:
-    """Make the repository where it does not exist.
+    """Create the repository if it does not exist.
 
     Raises:
         InputError: The hub refuses it.
@@ -147,7 +147,7 @@ def make_repository(destination: Destination, *, private: bool) -> None:
 
 
 def push(destination: Destination, folder: Path) -> Pushed:
-    """Upload a finished output; files that are there already are not sent again.
+    """Upload a finished output; files already there are not sent again.
 
     Args:
         destination: Where it goes; the repository exists.
@@ -155,7 +155,7 @@ def push(destination: Destination, folder: Path) -> Pushed:
 
     Raises:
         InputError: The hub refuses it.
-        EnvironmentFailure: The upload broke; the same call goes on from there.
+        EnvironmentFailure: The upload failed; calling again continues.
     """
     from huggingface_hub import HfApi
 

@@ -1,4 +1,4 @@
-"""Prompt sets: where their rows come from, how a row becomes a conversation, and how answers are written and read back.
+"""Tasks: where their rows come from, how a row becomes a conversation, and how answers are written and read back.
 
 `table.py` lists them. A file of prompts is a task too.
 """

@@ -1,4 +1,4 @@
-"""The table of tasks, and those of one answer per prompt: UltraFeedback, AlpacaEval, and files of prompts.
+"""The table of tasks, and the single-turn ones: UltraFeedback, AlpacaEval, and files of prompts.
 
 To add a task, write its functions (in a module of its own, as `mtbench.py`) and add a line to `TASKS`.
 """
@@ -25,7 +25,7 @@ def read_ultrafeedback(row: Row) -> Prompt:
 
 
 def read_alpaca(row: Row) -> Prompt:
-    """The instruction; the output row repeats which of AlpacaEval's data sets it is from."""
+    """The instruction; the output row repeats which of AlpacaEval's data sets it comes from."""
     text = row.get("instruction")
     if not isinstance(text, str):
         raise InputError("has no instruction column with text")
@@ -33,7 +33,7 @@ def read_alpaca(row: Row) -> Prompt:
 
 
 def read_file_row(row: Row) -> Prompt:
-    """A row of a prompt file: `prompt` or `instruction`, else `messages` that end with the user's turn."""
+    """A row of a prompt file: `prompt` or `instruction`, otherwise `messages` that end with a user turn."""
     name = _id(row, "id")
     if row.get("instruction") and row.get("input") and not row.get("prompt"):
         raise InputError("has both an instruction and an input: combine them in a prompt column")
@@ -55,7 +55,7 @@ def _id(row: Row, column: str) -> str:
 
 
 def write_jsonl(answers: Sequence[Answer], _generator: str) -> str:
-    """The paper's format, and the earlier messages where there are some."""
+    """The paper's format, plus the earlier messages, if any."""
     return json_lines(
         {
             "prompt": answer.prompt.messages[-1]["content"],
@@ -69,7 +69,7 @@ def write_jsonl(answers: Sequence[Answer], _generator: str) -> str:
 
 
 def write_alpaca(answers: Sequence[Answer], generator: str) -> str:
-    """What `alpaca_eval evaluate --model_outputs` takes: a list, so that its `pandas.read_json` reads it."""
+    """The format of `alpaca_eval evaluate --model_outputs`: a list, which its `pandas.read_json` reads."""
     rows = [
         {
             "dataset": answer.prompt.columns["dataset"],
@@ -127,10 +127,10 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or the one a prompt file makes.
+    """The task of that name, or a task made from a prompt file.
 
     Raises:
-        InputError: Neither, or a file whose outputs would lie among those of a task.
+        InputError: Neither, or a file whose outputs would be mixed with those of a task.
     """
     if name in TASKS:
         return TASKS[name]
