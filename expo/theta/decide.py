@@ -1,4 +1,4 @@
-"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only looks at the pair.
+"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only compares the pair.
 
 Tensors match by name. A DPO model that is an adapter over SFT has `decide_adapter.py`.
 """
@@ -31,8 +31,8 @@ QUANTIZED = frozenset(
         *("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB"),
     )
 )
-"""What the names of tensors end in that GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes put beside the weights;
-older checkpoints have them without a word in config.json."""
+"""Suffixes of the tensors that GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes store beside the weights;
+older checkpoints have them without an entry in config.json."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
 
     Args:
         sft: The SFT checkpoint θ_sft.
-        dpo: The DPO checkpoint θ_dpo, as which the outputs are made.
+        dpo: The DPO checkpoint θ_dpo, whose layout the outputs have.
         settings: How to combine them.
 
     Returns:
         The plan, for all α together.
 
     Raises:
-        InputError: The checkpoints do not fit together; the message lists every kind of mismatch.
+        InputError: The checkpoints do not match; the message lists every kind of mismatch.
     """
     refuse_quantized(sft, dpo)
     matches = match_patterns(dpo, settings)
@@ -82,7 +82,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
 
 
 def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
-    """Tell what of a pair can be compared, and what cannot; tied heads and vocabularies as in `plan_pair`.
+    """List what can be compared in a pair and what cannot; tied heads and vocabularies as in `plan_pair`.
 
     Raises:
         InputError: A checkpoint is quantized.
@@ -117,7 +117,7 @@ def _likeness(pair: _Pair) -> str:
 
 
 def refuse_quantized(*checkpoints: Checkpoint) -> None:
-    """Refuse checkpoints whose weights are no plain numbers.
+    """Refuse quantized checkpoints.
 
     Raises:
         InputError: One of them is quantized; the message names it and the method.
@@ -132,7 +132,7 @@ def refuse_quantized(*checkpoints: Checkpoint) -> None:
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint is quantized, by its config or else by a tensor that only goes with quantized weights."""
+    """How a checkpoint is quantized, by its config or by a tensor that only quantized weights have."""
     for table in config_tables(checkpoint.config):
         for said in filter(None, map(table.get, ("quantization_config", "compression_config"))):
             return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
@@ -143,10 +143,10 @@ def _quantization(checkpoint: Checkpoint) -> str | None:
 
 
 def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]:
-    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it.
+    """The tensors each pattern applies to: --exclude before --alpha-for, and the first match of a tensor wins.
 
     Raises:
-        InputError: A pattern takes no tensor.
+        InputError: A pattern applies to no tensor.
     """
     patterns = [("--exclude", pattern, 0.0) for pattern in settings.exclude]
     patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in settings.alpha_for]
@@ -169,7 +169,7 @@ def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]
 
 
 def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
-    """Heads that one side alone stores and the other ties to its embedding, with the side that stores them."""
+    """Heads that only one side stores and the other ties to its embedding, with the side that stores them."""
     found = {}
     for head, embedding in TIED_HEADS:
         for stores, lacks in ((sft, dpo), (dpo, sft)):
@@ -286,7 +286,7 @@ def _plan_tensor(pair: _Pair, own_alpha: float | None, settings: PairSettings) -
 
 
 def action_for(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
-    """What happens to a tensor with this partner, none where SFT is not read, that is written in this type."""
+    """What happens to a tensor with this partner (None if SFT is not read), written in this type."""
     if sft is None:
         return "copy" if dtype == dpo.dtype else "convert"
     return "match" if dpo.dtype in EXACT_DTYPES else "extrapolate"

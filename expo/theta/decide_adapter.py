@@ -1,6 +1,6 @@
 """Decide from headers alone what happens to every tensor where DPO is a LoRA adapter over SFT: `plan_adapter`.
 
-The output is made as the base is. A tensor that the adapter leaves alone is the base's, byte for byte.
+The output has the base's layout. A tensor that the adapter does not change is the base's, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def plan_adapter(base: Checkpoint, folder: Path, settings: PairSettings) -> Pair
     Args:
         base: The checkpoint the adapter was trained on, θ_sft; θ_dpo is this one with the adapter merged.
         folder: The adapter's folder.
-        settings: How to combine them; its patterns are searched in the base's tensor names.
+        settings: How to combine them; its patterns apply to the base's tensor names.
 
     Returns:
         The plan, for all α together.
 
     Raises:
-        InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
+        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized.
     """
     refuse_quantized(base)
     adapter = read_adapter(folder, base)
@@ -42,10 +42,10 @@ def plan_adapter(base: Checkpoint, folder: Path, settings: PairSettings) -> Pair
 
 
 def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
-    """A base and its adapter as a pair to look at: every tensor, also those that the adapter leaves alone.
+    """A base and its adapter compared as a pair: every tensor, including those that the adapter does not change.
 
     Raises:
-        InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
+        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized.
     """
     plan = plan_adapter(base, folder, PairSettings(alphas=()))
     segments = [_with_partner(segment) for shard in plan.shards for segment, _ in shard.segments()]
@@ -63,7 +63,7 @@ def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
 
 
 def _with_partner(segment: Segment) -> Segment:
-    """A tensor that is left alone is its own partner."""
+    """An unchanged tensor is its own partner."""
     if segment.sft is not None:
         return segment
     action: Action = "extrapolate" if segment.dpo.dtype in FLOAT_DTYPES else "match"

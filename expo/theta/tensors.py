@@ -1,7 +1,7 @@
 """θ(α) tensor by tensor, for an engine that loads it: the plan of a pair, executed into memory instead of files.
 
-Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensor and not with the model: nothing of a
-tensor is kept once it was handed out. How tensors come to be is in `stream.py`.
+Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensor and not with the model: a tensor is
+not kept after it was returned. The computation is in `stream.py`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CPU = torch.device("cpu")
 
 
 class _Memory:
-    """A sink that puts pieces where they belong in a tensor."""
+    """A sink that writes pieces to their place in a tensor."""
 
     def __init__(self, values: Tensor) -> None:
         self._bytes = values.view(-1).view(torch.uint8).numpy()
 
     def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:  # noqa: ARG002
-        """Take a piece; pieces do not overlap, so several threads may bring theirs at once."""
+        """Take a piece; pieces do not overlap, so several threads may write at once."""
         self._bytes[offset : offset + len(data)] = np.frombuffer(data, np.uint8)  # numpy lets other threads run
         done()
 
@@ -46,7 +46,7 @@ class Theta:
         workers: Threads that read and combine. Default: the processors this process may use, at most four.
 
     Raises:
-        InputError: A tensor is of a type that torch does not have.
+        InputError: A tensor has a type that torch does not support.
     """
 
     def __init__(self, plan: PairPlan, workers: int | None = None) -> None:
@@ -55,7 +55,7 @@ class Theta:
         for tensor in self._tensors.values():
             _require_known(tensor)
         self._workers = workers or default_workers()
-        self._lock = threading.Lock()  # a combiner runs one thing at a time
+        self._lock = threading.Lock()  # a combiner does one run at a time
         self._norms: dict[str, Norms] = {}
         self._stack = ExitStack()
         self._combiner: Combiner
@@ -64,10 +64,10 @@ class Theta:
         """Open the files, and compare what must be equal.
 
         Raises:
-            InputError: A head that one side leaves out is not the other's embedding.
+            InputError: A head that one side omits is not the other's embedding.
             EnvironmentFailure: A file cannot be read.
         """
-        with ExitStack() as opening, torch.inference_mode(False), CPU:  # whatever the engine has set
+        with ExitStack() as opening, torch.inference_mode(False), CPU:  # whatever the engine set
             sources = opening.enter_context(SourceFiles(*self._plan.sources))
             self._combiner = Combiner(sources, self._plan.settings, CPU, self._workers)
             if self._plan.equal:
@@ -115,10 +115,10 @@ class Theta:
         return values
 
     def check_change(self) -> None:
-        """Look for a mistaken pair once every tensor was read; nothing where one was not, or α changes nothing.
+        """Check for a mistaken pair once every tensor was read; does nothing before, or if α has no effect.
 
         Raises:
-            InputError: SFT and DPO hold the same values.
+            InputError: SFT and DPO have the same values.
         """
         changes = self._plan.has_change and any(self._plan.settings.alphas)
         if changes and len(self._norms) == len(self._tensors):
