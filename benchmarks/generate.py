@@ -158,9 +158,9 @@ class Figures:
 def ways(options: argparse.Namespace, folder: Path) -> dict[str, Way]:
     """What to measure, in the order of one round."""
     found = {engine: expo_way(options, folder, engine, seeds=SEEDS[engine]) for engine in ("vllm", "transformers")}
-    work, embedded = (plan(GenerateConfig(engine=engine, **shared_settings(options))) for engine in found)
-    sampling = {key: getattr(work.config, key) for key in SAMPLING}
-    arguments = engine_arguments(work.setup)
+    job, embedded = (plan(GenerateConfig(engine=engine, **shared_settings(options))) for engine in found)
+    sampling = {key: getattr(job.config, key) for key in SAMPLING}
+    arguments = engine_arguments(job.setup)
     found["bare"] = script_way("bare vLLM", BARE_VLLM, options, folder / "bare.json", arguments, sampling, "bare")
     for name, kind in (("eights", embedded.config.dtype), ("eights-own", "auto")):
         label = f"transformers, batches of 8 in input order, {OWN if kind == 'auto' else kind}"

@@ -1,4 +1,4 @@
-"""A command's settings, resolved, as the arguments that give them again: for a process of its own, and to be shown."""
+"""A command's resolved settings as command-line arguments: for a new process, and for display."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from expo.settings import POSITIONAL, flag, settings_of
 
 
 def arguments_of(settings: CommonConfig) -> list[str]:
-    """The arguments after `expo <command>` that make these settings, whatever file or recipe they came from.
+    """The arguments after `expo <command>` that give these settings, whatever file or recipe they came from.
 
-    A value that begins with a dash goes as `--flag=value`, so that it stays a value.
+    A value that begins with a dash is written as `--flag=value`, so that it is not parsed as a flag.
     """
     arguments: list[str] = []
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
@@ -34,5 +34,5 @@ def _words(spelling: str, value: object) -> list[str]:
 
 
 def shown(command: str, settings: CommonConfig) -> str:
-    """The command line of these settings, to be copied into a shell."""
+    """The command line for these settings, quoted for a shell."""
     return shlex.join(["expo", command, *arguments_of(settings)])

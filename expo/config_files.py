@@ -1,6 +1,6 @@
-"""The TOML files that settings may come from: one table per command, and `[common]`.
+"""TOML files of settings: one table per command, and `[common]`.
 
-Only names are checked here; values are, by typer as flags are and by the classes in `config.py`.
+Only names are checked here; typer checks the values as it checks flags, and so do the classes in `config/`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Ta
         Table name → key → value, keys spelled with underscores.
 
     Raises:
-        InputError: No such file, no TOML, or an unknown table or key (the nearest one is named).
+        InputError: No such file, invalid TOML, or an unknown table or key (the nearest one is named).
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def load_tables(path: Path, *, extra_tables: frozenset[str] = frozenset()) -> Ta
     for table, content in document.items():
         if not isinstance(content, dict):
             where = "[common] or a command's, such as [extrapolate]"
-            raise InputError(f"{path}: {table!r} stands outside of the tables; put it into {where}")
+            raise InputError(f"{path}: {table!r} is outside any table; move it into {where}")
         if table not in known_tables:
             raise InputError(f"{path}: unknown table [{table}]{_nearest(table, known_tables)}")
         tables[table] = content if table in extra_tables else _checked_keys(path, table, content)
@@ -65,12 +65,12 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
             raise InputError(f"{path}: unknown key {key!r} in [{table}]{_nearest(key, known)}")
         repeatable = key in repeatable_names
         if isinstance(value, (list, dict)) and not repeatable:
-            raise InputError(f"{path}: {key!r} in [{table}] takes one value, not {value!r}")
+            raise InputError(f"{path}: {key!r} in [{table}] expects one value, not {value!r}")
         each = value if isinstance(value, list) else [value]
         if any(isinstance(one, (list, dict)) for one in each):
-            raise InputError(f"{path}: {key!r} in [{table}] takes a value or a plain list of them, not {value!r}")
+            raise InputError(f"{path}: {key!r} in [{table}] expects a value or a flat list of values, not {value!r}")
         if any(isinstance(one, str) and "\0" in one for one in each):
-            raise InputError(f"{path}: {key!r} in [{table}] holds a NUL character, which no path or name may have")
+            raise InputError(f"{path}: {key!r} in [{table}] contains a NUL character, which no path or name may have")
         if any(isinstance(one, bool) for one in each) and key not in switches:
             raise InputError(f"{path}: {key!r} in [{table}] expects a value, not true or false")
         values[key] = [value] if repeatable and not isinstance(value, list) else value
@@ -78,7 +78,7 @@ def _checked_keys(path: Path, table: str, content: dict[str, Any]) -> dict[str, 
 
 
 def _names_with(kind: type, command: str) -> set[str]:
-    """The settings whose defaults are of a type: tuples may be repeated, booleans are switches."""
+    """The settings whose default has this type: tuples are repeatable, booleans are switches."""
     return {field.name for field in dataclasses.fields(COMMANDS[command]) if isinstance(field.default, kind)}
 
 
@@ -88,7 +88,7 @@ def _nearest(word: str, known: set[str]) -> str:
 
 
 def values_for(command: str, tables: Tables) -> dict[str, Any]:
-    """The values a file holds for one command: its own table over `[common]`."""
+    """The values in a file for one command: its own table over `[common]`."""
     shared = {key: value for key, value in tables.get("common", {}).items() if key in field_names(command)}
     for key in shared.keys() - _names_with(tuple, command):  # one α, say, where another command takes several
         if isinstance(shared[key], list) and len(shared[key]) == 1:
@@ -105,18 +105,18 @@ def _types_in_json(kind: Any) -> tuple[type, ...]:  # noqa: ANN401 - a type
 
 
 LOADER_KEYS = {name: _types_in_json(get_type_hints(ThetaConfig)[name]) for name in settings_of(ThetaConfig)}
-"""What `--model-loader-extra-config` of vLLM's `--load-format expo` may hold, and of which type."""
+"""The keys that `--model-loader-extra-config` accepts with vLLM's `--load-format expo`, and their types."""
 
 
 def theta_from(values: dict[str, Any], model: str) -> ThetaConfig:
-    """The θ(α) that plain data describes, such as the options of an engine's loader.
+    """The θ(α) described by plain data, such as the options of an engine's loader.
 
     Args:
         values: The keys of `LOADER_KEYS`; `sft` and `alpha` are needed.
         model: The engine's model, which is θ_dpo where `dpo` is not given.
 
     Raises:
-        InputError: A key is unknown or missing, or a value is not what it should be.
+        InputError: A key is unknown or missing, or a value is invalid.
     """
     known = f"the load format expo takes {', '.join(LOADER_KEYS)}"
     unknown = sorted(values.keys() - LOADER_KEYS.keys())

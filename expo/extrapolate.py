@@ -1,7 +1,7 @@
 """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft) as a checkpoint.
 
-Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). What is computed is in
-`theta/`, how files become final in `output/writer.py`, what they say of themselves in `output/manifest.py`.
+Plan from headers (`plan`), then a loop over shards and pieces (`_write_shards`). The arithmetic is in `theta/`, staging
+and committing files in `output/writer.py`, the manifest and model card in `output/manifest.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from expo.theta.stream import Combiner  # imports torch, which planning does without
 
 FORMAT = 1
-"""Raised when the same settings would give other bytes."""
+"""Incremented when the same settings would give different bytes."""
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,9 @@ class Output:
     folder: Path
     fingerprint: Row
     complete: bool
-    """Whether it is there already."""
+    """Whether it already exists."""
     destination: Destination | None
-    """Where on the hub it goes; None where it stays here."""
+    """Where it is pushed; None if it is not."""
 
     def describe(self) -> Row:
         """The output as plain data."""
@@ -77,7 +77,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Plan(Origin):
+class ExtrapolatePlan(Origin):
     """Everything `expo extrapolate` will do."""
 
     outputs: tuple[Output, ...]
@@ -124,7 +124,7 @@ class Written:
     status: str
     """"written" or "already complete"."""
     pushed: Pushed | None = None
-    """Where it is on the hub, where it was pushed."""
+    """Where it is on the hub, if it was pushed."""
 
 
 def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
@@ -132,18 +132,18 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
 
     Raises:
         InputError: The settings or inputs are at fault; nothing is left behind.
-        EnvironmentFailure: I/O failed; the same call goes on from there.
+        EnvironmentFailure: I/O failed; calling again continues.
     """
-    work = plan(config)
-    finished = [finish_interrupted(output.folder, output.fingerprint) for output in work.todo]
+    job = plan(config)
+    finished = [finish_interrupted(output.folder, output.fingerprint) for output in job.todo]
     if any(finished):
-        work = plan(config)
-    for output in work.outputs:
+        job = plan(config)
+    for output in job.outputs:
         if output.destination:
             make_repository(output.destination, private=config.private)
-    if work.todo:
-        _execute(work)
-    return tuple(map(_written, work.outputs))
+    if job.todo:
+        _execute(job)
+    return tuple(map(_written, job.outputs))
 
 
 def _written(output: Output) -> Written:
@@ -151,11 +151,11 @@ def _written(output: Output) -> Written:
     return Written(output.alpha, output.folder, "already complete" if output.complete else "written", pushed)
 
 
-def plan(config: ExtrapolateConfig) -> Plan:
+def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     """Decide everything from headers; nothing is written.
 
     Raises:
-        InputError: The inputs do not fit together, or an output folder may not be used.
+        InputError: The inputs do not match, or an output folder cannot be used.
     """
     destinations = find_destinations(config.repositories, private=config.private)
     sft, dpo = find_pair(config)
@@ -172,7 +172,7 @@ def plan(config: ExtrapolateConfig) -> Plan:
     verified = tuple(_verified(config, output, weights) for output in outputs)
     if verified != outputs:
         pair = _plan_pair(config, sft, dpo, verified)
-    return Plan(config, sft, dpo, pair, weights, verified, output_side_files(sft.path, dpo.path))
+    return ExtrapolatePlan(config, sft, dpo, pair, weights, verified, output_side_files(sft.path, dpo.path))
 
 
 def _plan_pair(config: ExtrapolateConfig, sft: Location, dpo: Location, outputs: Sequence[Output]) -> PairPlan:
@@ -187,7 +187,7 @@ def _checksums(sft: Location, dpo: Location) -> Checksums:
 
 
 def _verified(config: ExtrapolateConfig, output: Output, weights: Checksums | None) -> Output:
-    """The output, complete only where the weights are those it was made from and its own are whole."""
+    """The output, complete only if it was made from these weights and its own are intact."""
     if weights is None or not output.complete:
         return output
     complete = is_complete(output.folder, output.fingerprint, overwrite=config.overwrite, weights=weights)
@@ -215,57 +215,57 @@ def _plan_output(
     return Output(alpha, folder, made_from, complete, destination)
 
 
-def _execute(work: Plan) -> None:
+def _execute(job: ExtrapolatePlan) -> None:
     started, clock = time.time(), time.perf_counter()
-    _require_space(work)
+    _require_space(job)
     with ExitStack() as stack:
         staged = [
             stack.enter_context(
-                StagedOutput(output.folder, output.fingerprint, weights=work.weights, fsync=work.config.fsync)
+                StagedOutput(output.folder, output.fingerprint, weights=job.weights, fsync=job.config.fsync)
             )
-            for output in work.todo
+            for output in job.todo
         ]
-        times = {"started": started, **_write_shards(work, staged)}
-        _require_unchanged(work)
-        _check_change(work, staged)
+        times = {"started": started, **_write_shards(job, staged)}
+        _require_unchanged(job)
+        _check_change(job, staged)
         times["seconds"] = round(time.perf_counter() - clock, 3)
-        for output, folder in zip(work.todo, staged, strict=True):
-            _add_other_files(work, output, folder, times)
+        for output, folder in zip(job.todo, staged, strict=True):
+            _add_other_files(job, output, folder, times)
             folder.commit()
 
 
-def _require_space(work: Plan) -> None:
-    folder = next(parent for parent in (work.todo[0].folder, *work.todo[0].folder.resolve().parents) if parent.exists())
-    staged = sum(file.stat().st_size for output in work.todo for file in output.folder.glob(".expo-partial/*.partial"))
-    copied = sum(file.stat().st_size for file in work.side_files.values())
-    needed, free = (work.pair.nbytes + copied) * len(work.todo) - staged, shutil.disk_usage(folder).free
+def _require_space(job: ExtrapolatePlan) -> None:
+    folder = next(parent for parent in (job.todo[0].folder, *job.todo[0].folder.resolve().parents) if parent.exists())
+    staged = sum(file.stat().st_size for output in job.todo for file in output.folder.glob(".expo-partial/*.partial"))
+    copied = sum(file.stat().st_size for file in job.side_files.values())
+    needed, free = (job.pair.nbytes + copied) * len(job.todo) - staged, shutil.disk_usage(folder).free
     if needed > free:
-        raise EnvironmentFailure(f"{folder} has {_amount(free)} free and {_amount(needed)} are needed")
+        raise EnvironmentFailure(f"{folder} has {_amount(free)} free, but {_amount(needed)} are needed")
 
 
 def _amount(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes} bytes"
 
 
-def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
-    """Combine what is not there yet; when the first read was, and the seconds that combining took."""
+def _write_shards(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> Row:
+    """Combine the missing shards; returns the time of the first read and the seconds that combining took."""
     for output in staged:
         output.verify()
-    first_read, settings = time.time(), work.pair.settings
-    with reading_ahead(_in_turn(work.pair)):
+    first_read, settings = time.time(), job.pair.settings
+    with reading_ahead(_in_turn(job.pair)):
         from expo.theta import stream
-    device, workers = find_device(work.config.device, prefer_gpu=False), work.config.workers or stream.default_workers()
+    device, workers = find_device(job.config.device, prefer_gpu=False), job.config.workers or stream.default_workers()
     with ExitStack() as stack:
-        progress = stack.enter_context(closing(bytes_bar(work.pair.nbytes * len(staged), "extrapolate")))
+        progress = stack.enter_context(closing(bytes_bar(job.pair.nbytes * len(staged), "extrapolate")))
         started = time.perf_counter()
-        sources = stack.enter_context(stream.SourceFiles(*work.pair.sources))
+        sources = stack.enter_context(stream.SourceFiles(*job.pair.sources))
         disk = stack.enter_context(Background())
-        if work.pair.equal:
+        if job.pair.equal:
             stream.Combiner(sources, replace(settings, alphas=()), device, workers).run(
-                [(part, 0) for part in work.pair.equal], []
+                [(segment, 0) for segment in job.pair.equal], []
             )
         combiner = stream.Combiner(sources, settings, device, workers)
-        for shard in work.pair.shards:
+        for shard in job.pair.shards:
             if any(shard.name not in output.records for output in staged):
                 _write_shard(shard, combiner, staged, disk, progress)
             else:
@@ -274,7 +274,7 @@ def _write_shards(work: Plan, staged: Sequence[StagedOutput]) -> Row:
 
 
 def _in_turn(pair: PairPlan) -> list[Path]:
-    """The weight files in about the order they are read: a file of each side in turn."""
+    """The weight files in approximate reading order: a file of each side in turn."""
     sides = zip_longest(*([shard.file for shard in source.shards] for source in pair.sources))
     return [file for files in sides for file in files if file is not None]
 
@@ -289,7 +289,7 @@ def _write_shard(
         for output in staged:
             files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
             stack.callback(files[-1].close)
-        pieces = combiner.run(shard.parts(), files, progress.update)
+        pieces = combiner.run(shard.segments(), files, progress.update)
         norms = total_norms(norms for _, norms in pieces)
         for output, file in zip(staged, files, strict=True):
             disk.submit(_finish_shard, output, file, shard, norms.delta, norms.sft)
@@ -301,26 +301,26 @@ def _finish_shard(output: StagedOutput, file: StagedShard, shard: ShardPlan, del
         output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), delta, sft))
 
 
-def _require_unchanged(work: Plan) -> None:
-    for side, location in (("sft", work.sft), ("dpo", work.dpo)):
-        if source_fingerprint(location) != work.todo[0].fingerprint[side]:
-            raise InputError(f"{location.path} changed while it was read; run the command again")
+def _require_unchanged(job: ExtrapolatePlan) -> None:
+    for side, location in (("sft", job.sft), ("dpo", job.dpo)):
+        if source_fingerprint(location) != job.todo[0].fingerprint[side]:
+            raise InputError(f"{location.path} changed while it was read; rerun the command")
 
 
-def _check_change(work: Plan, staged: Sequence[StagedOutput]) -> None:
-    changed = [folder for output, folder in zip(work.todo, staged, strict=True) if output.alpha]
-    if changed and work.pair.has_change:
+def _check_change(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> None:
+    changed = [folder for output, folder in zip(job.todo, staged, strict=True) if output.alpha]
+    if changed and job.pair.has_change:
         figures = delta_figures(changed[0].records)
         check_change(figures["norm"], figures["relative"])
 
 
-def _add_other_files(work: Plan, output: Output, folder: StagedOutput, times: Row) -> None:
-    for name, file in work.side_files.items():
+def _add_other_files(job: ExtrapolatePlan, output: Output, folder: StagedOutput, times: Row) -> None:
+    for name, file in job.side_files.items():
         folder.add_copy(name, file)
-    if work.config.dtype != "auto" and CONFIG_FILE in work.side_files:
-        folder.add_text(CONFIG_FILE, config_with_dtype(work.pair.dpo.path, work.config.dtype))
-    if not work.pair.is_single_file:
-        folder.add_text(INDEX_FILE, index_json(work.pair))
-    folder.add_text(CARD_FILE, card(work, output.alpha, folder.records))
-    files = sorted({*work.side_files, *folder.records, CARD_FILE, *([] if work.pair.is_single_file else [INDEX_FILE])})
-    folder.add_text(MANIFEST_FILE, manifest(work, output.alpha, output.fingerprint, folder.records, files, times))
+    if job.config.dtype != "auto" and CONFIG_FILE in job.side_files:
+        folder.add_text(CONFIG_FILE, config_with_dtype(job.pair.dpo.path, job.config.dtype))
+    if not job.pair.is_single_file:
+        folder.add_text(INDEX_FILE, index_json(job.pair))
+    folder.add_text(CARD_FILE, card(job, output.alpha, folder.records))
+    files = sorted({*job.side_files, *folder.records, CARD_FILE, *([] if job.pair.is_single_file else [INDEX_FILE])})
+    folder.add_text(MANIFEST_FILE, manifest(job, output.alpha, output.fingerprint, folder.records, files, times))

@@ -1,8 +1,8 @@
-"""Files: reading small ones that others made, without trusting them; reading rows; writing what is whole or absent.
+"""Files: reading small untrusted ones; reading rows; atomic writes.
 
 A name in a model folder may belong to a pipe, a device, a web page or a git-lfs pointer, and JSON may contain what
-cannot be written back: reading ends in a value or in one line that says what is wrong. A file of expo's own only ever
-gets its final name by `os.replace`, when it is complete and on the disk.
+cannot be written back: reading returns a value or fails with a one-line message. expo's own files get their final
+name by `os.replace`, once they are complete and on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What a name may belong to other than a file."""
+"""What a path may be other than a file."""
 
 LFS_POINTER = (b"version https://git-lfs", b"version https://hawser")
 STAND_INS = (
@@ -52,7 +52,7 @@ HEAD_BYTES = 64
 
 
 def shown(value: object) -> str:
-    """A value from a file as messages show it: on one line, shortened to fit."""
+    """A value from a file for a message: on one line, shortened."""
     text = repr(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
@@ -92,7 +92,7 @@ def name_problem(name: str) -> str | None:
 
 
 def stand_in(head: bytes) -> str | None:
-    """What a file that begins with `head` is if a failed download left it, and what to do; None for any other."""
+    """What a file that begins with `head` is, and what to do, if a failed download left it; otherwise None."""
     begin = head.lstrip().lower()
     return next((what for beginnings, what in STAND_INS if begin.startswith(beginnings)), None)
 
@@ -103,7 +103,7 @@ def unreadable(file: Path, error: Exception) -> InputError:
 
 
 def kind_of(file: Path) -> str | None:
-    """What a name belongs to if not to a file, such as "a pipe"; links are followed.
+    """What a path is if not a file, such as "a pipe"; links are followed.
 
     Raises:
         InputError: It does not exist, or access to it is denied.
@@ -159,7 +159,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """A JSON file that contains an object.
 
     Args:
         file: The file.
@@ -176,7 +176,7 @@ def read_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} does not hold a JSON object")
+        raise InputError(f"{file} does not contain a JSON object")
     return content
 
 
@@ -194,17 +194,17 @@ def read_rows(path: Path) -> list[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: a file of rows ends in {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: a file of rows must end in {', '.join(SUFFIXES)}")
     content = _content(path)
     try:
         rows = reader(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a valid {path.suffix[1:]} file: {error}") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path} does not hold a list of objects, but {_what(rows)}")
+        raise InputError(f"{path} does not contain a list of objects, but {_what(rows)}")
     number = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
     if number is not None:
-        raise InputError(f"{path} does not hold a list of objects: row {number} is {shown(rows[number])}")
+        raise InputError(f"{path} does not contain a list of objects: row {number} is {shown(rows[number])}")
     return rows
 
 
@@ -224,11 +224,11 @@ def _content(path: Path) -> bytes:
 
 
 def _what(value: object) -> str:
-    """What a JSON file holds instead of a list."""
+    """What a JSON file contains instead of a list."""
     if not isinstance(value, dict):
         return shown(value)
     lists = [key for key, inner in value.items() if isinstance(inner, list)]
-    return "one object" + (f"; the list under its key {lists[0]!r} belongs in a file of its own" if lists else "")
+    return "one object" + (f"; the list under its key {lists[0]!r} belongs in its own file" if lists else "")
 
 
 def _utf8_text(content: bytes) -> str:
@@ -237,7 +237,7 @@ def _utf8_text(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from error
+        raise ValueError(f"it is not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from error
 
 
 def _read_json(content: bytes) -> Any:  # noqa: ANN401 - any JSON value; checked by the caller
@@ -265,7 +265,7 @@ def _read_csv(content: bytes) -> list[Any]:
         raise ValueError(str(error)) from error
     number = next((number for number, row in enumerate(rows) if None in row), None)
     if number is not None:
-        raise ValueError(f"row {number} has more fields than the header; text that holds commas is quoted")
+        raise ValueError(f"row {number} has more fields than the header; quote text that contains commas")
     return rows
 
 

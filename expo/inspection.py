@@ -1,8 +1,8 @@
-"""`expo inspect`: how far θ_dpo is from θ_sft, per layer and module, and whether the pair looks like one ExPO suits.
+"""`expo inspect`: how far θ_dpo is from θ_sft, per layer and module, and whether ExPO suits the pair.
 
-The plan tells from headers which tensors can be compared (`plan`); one pass over both checkpoints measures them
-(`_measure`). A pair that does not fit is not refused: what does not match is named. What the figures say is in
-`findings.py`, how they are drawn in `plots.py`.
+The plan lists from headers which tensors can be compared (`plan`); one pass over both checkpoints measures them
+(`_measure`). A mismatched pair is not refused: the mismatches are reported. The interpretation of the figures is in
+`output/findings.py`, the picture in `output/plots.py`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from expo.progress import Progress, bytes_bar
 from expo.theta.adapter.folders import require_base
 from expo.theta.decide import overlap
 from expo.theta.decide_adapter import overlap_adapter
-from expo.theta.plan import Overlap, PairSettings, Part
+from expo.theta.plan import Overlap, PairSettings, Segment
 
 if TYPE_CHECKING:
     from expo.theta.stream import SourceFiles  # imports torch, which planning does without
 
 COMPARED_BYTES = 1 << 20
-"""Of an integer tensor at a time."""
+"""How much of an integer tensor is compared at a time."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class InspectPlan:
     """Everything `expo inspect` will do."""
 
     config: InspectConfig
@@ -48,13 +48,13 @@ class Plan:
     dpo: Location
     overlap: Overlap
     fingerprints: Row
-    """What tells the state of both."""
+    """The state of both inputs."""
     picture: Path | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of DPO that are measured."""
-        return sum(part.nbytes for part in self.overlap.parts)
+        return sum(segment.nbytes for segment in self.overlap.segments)
 
     def describe(self) -> Row:
         """The plan as plain data."""
@@ -62,7 +62,7 @@ class Plan:
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
-            "tensors": {"measured": len(both.parts), "compared": len(both.exact) + len(both.heads)},
+            "tensors": {"measured": len(both.segments), "compared": len(both.exact) + len(both.heads)},
             "mismatches": {kind: list(names) for kind, names in mismatches(both).items()},
             "bytes": self.nbytes,
             "picture": None if self.picture is None else str(self.picture),
@@ -70,27 +70,27 @@ class Plan:
 
 
 def run(config: InspectConfig) -> Inspection:
-    """Measure a pair, and draw it if a picture is wanted.
+    """Measure a pair, and draw it if a picture is requested.
 
     Raises:
         InputError: The settings or inputs are at fault, or the picture would replace something else.
         EnvironmentFailure: I/O failed; nothing is left behind.
     """
-    work = plan(config)
-    if work.picture is None:
-        return _measure(work)
-    _require_writable(work.picture.parent)
-    found = _measure(work)
-    write_atomic(work.picture, _draw(found, work.picture.suffix.lower(), _mark(work.fingerprints)))
-    return replace(found, picture=work.picture)
+    job = plan(config)
+    if job.picture is None:
+        return _measure(job)
+    _require_writable(job.picture.parent)
+    found = _measure(job)
+    write_atomic(job.picture, _draw(found, job.picture.suffix.lower(), _mark(job.fingerprints)))
+    return replace(found, picture=job.picture)
 
 
-def plan(config: InspectConfig) -> Plan:
-    """Tell from headers what can be compared; nothing is written.
+def plan(config: InspectConfig) -> InspectPlan:
+    """List from headers what can be compared; nothing is written.
 
     Raises:
-        InputError: An input is no whole checkpoint, quantized, or an adapter to something else, or the picture may
-            not be written where it is wanted.
+        InputError: An input is incomplete, quantized, or an adapter to another model, or the picture would replace
+            something else.
     """
     sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
     fingerprints = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
@@ -98,7 +98,7 @@ def plan(config: InspectConfig) -> Plan:
     if picture is not None:
         refuse_inside(picture, sft, dpo)
         _refuse_picture(picture, _mark(fingerprints), overwrite=config.overwrite)
-    return Plan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
+    return InspectPlan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
 
 
 def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
@@ -110,43 +110,43 @@ def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def _measure(work: Plan) -> Inspection:
+def _measure(job: InspectPlan) -> Inspection:
     from expo.theta.stream import SourceFiles
 
-    both = work.overlap
-    with SourceFiles(*both.sources) as sources, closing(bytes_bar(work.nbytes, "inspect")) as progress:
-        figures = _figures(work, sources, progress)
-        unequal = tuple(part.dpo.name for part in both.exact if not _is_equal(part, sources))
-        untied = tuple(part.dpo.name for part in both.heads if not _is_equal(part, sources))
-    _require_unchanged(work)
-    where = places(part.dpo.name for part in both.parts)
-    measured = tuple(Measured(part, where[part.dpo.name], figures[part.dpo.name]) for part in both.parts)
-    return Inspection(work.sft.label, work.dpo.label, both, measured, unequal, untied)
+    both = job.overlap
+    with SourceFiles(*both.sources) as sources, closing(bytes_bar(job.nbytes, "inspect")) as progress:
+        figures = _figures(job, sources, progress)
+        unequal = tuple(segment.dpo.name for segment in both.exact if not _is_equal(segment, sources))
+        untied = tuple(segment.dpo.name for segment in both.heads if not _is_equal(segment, sources))
+    _require_unchanged(job)
+    where = places(segment.dpo.name for segment in both.segments)
+    measured = tuple(Measured(segment, where[segment.dpo.name], figures[segment.dpo.name]) for segment in both.segments)
+    return Inspection(job.sft.label, job.dpo.label, both, measured, unequal, untied)
 
 
-def _figures(work: Plan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
-    """The figures of every floating-point tensor; one run per file of DPO, so that only its pieces are remembered."""
+def _figures(job: InspectPlan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:
+    """The figures of every floating-point tensor; one run per file of DPO, to bound the pieces held in memory."""
     from expo.theta import stream
 
-    device, workers = find_device(work.config.device, prefer_gpu=False), work.config.workers or stream.default_workers()
+    device, workers = find_device(job.config.device, prefer_gpu=False), job.config.workers or stream.default_workers()
     combiner = stream.Combiner(sources, PairSettings(alphas=()), device, workers, exact_norms=True)
     empty = Figures(tensors=1, identical=1, delta_squared=0.0, sft_squared=0.0, dpo_squared=0.0)
-    figures = {part.dpo.name: empty for part in work.overlap.parts}
-    for _, parts in groupby(work.overlap.parts, key=lambda part: part.dpo.file):
-        pieces = combiner.run([(part, 0) for part in parts], [], progress.update)
+    figures = {segment.dpo.name: empty for segment in job.overlap.segments}
+    for _, segments in groupby(job.overlap.segments, key=lambda segment: segment.dpo.file):
+        pieces = combiner.run([(segment, 0) for segment in segments], [], progress.update)
         for name, of_tensor in groupby(pieces, key=lambda piece: piece[0].dpo.name):
             norms = stream.total_norms(norms for _, norms in of_tensor)
             figures[name] = Figures(1, int(norms.delta == 0), norms.delta, norms.sft, norms.dpo)
     return figures
 
 
-def _is_equal(part: Part, sources: SourceFiles) -> bool:
-    """Whether both sides of a part have the same bytes."""
-    if part.sft is None or part.sft.nbytes != part.dpo.nbytes:
+def _is_equal(segment: Segment, sources: SourceFiles) -> bool:
+    """Whether both sides of a segment have the same bytes."""
+    if segment.sft is None or segment.sft.nbytes != segment.dpo.nbytes:
         return False
-    sides = [(info, bytearray(COMPARED_BYTES)) for info in (part.sft, part.dpo)]
-    for first in range(0, part.nbytes, COMPARED_BYTES):
-        length = min(COMPARED_BYTES, part.nbytes - first)
+    sides = [(info, bytearray(COMPARED_BYTES)) for info in (segment.sft, segment.dpo)]
+    for first in range(0, segment.nbytes, COMPARED_BYTES):
+        length = min(COMPARED_BYTES, segment.nbytes - first)
         for info, buffer in sides:
             sources.read(info.file, info.start + first, memoryview(buffer)[:length])
         left, right = (buffer[:length] for _, buffer in sides)
@@ -155,16 +155,16 @@ def _is_equal(part: Part, sources: SourceFiles) -> bool:
     return True
 
 
-def _require_unchanged(work: Plan) -> None:
-    for side, location in (("sft", work.sft), ("dpo", work.dpo)):
-        if source_fingerprint(location) != work.fingerprints[side]:
-            raise InputError(f"{location.path} changed while it was read; run the command again")
+def _require_unchanged(job: InspectPlan) -> None:
+    for side, location in (("sft", job.sft), ("dpo", job.dpo)):
+        if source_fingerprint(location) != job.fingerprints[side]:
+            raise InputError(f"{location.path} changed while it was read; rerun the command")
 
 
 # --- the picture --------------------------------------------------------------------------------------------------
 
 MARK = "expo inspect "
-"""Begins what a picture says, in its metadata, about the weights it was drawn from."""
+"""Prefix of the metadata entry that identifies the weights a picture was drawn from."""
 
 
 def _mark(fingerprints: Row) -> str:
@@ -184,7 +184,7 @@ def _refuse_picture(picture: Path, mark: str, *, overwrite: bool) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Make the picture's folder, before a long measurement whose picture would have no place."""
+    """Create the picture's folder before the long measurement, so that it fails early."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

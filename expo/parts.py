@@ -1,4 +1,4 @@
-"""A run in parts: how a part is named, which rows it has, and where its files lie. Nothing is read or written here.
+"""A run in parts: how a part is named, which rows it has, and where its files are. Nothing is read or written here.
 
 Part i of N has the rows i, i + N, i + 2N, …: long and short prompts spread evenly, and a larger `--limit` only adds
 rows to the end of each part.
@@ -22,7 +22,7 @@ SLURM_INDEX, SLURM_COUNT = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"
 SLURM_FIRST, SLURM_STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"
 
 FILE_NAME = re.compile(r"\.?(\d+-of-(\d+))\.(?:jsonl|meta\.json|journal\.jsonl)")
-"""A part's files: its rows, its meta file, and the journal while it is made."""
+"""A part's files: its rows, its meta file, and the journal while it runs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
     """N."""
 
     def __str__(self) -> str:
-        """As `--part` takes it."""
+        """In the syntax of `--part`."""
         return f"{self.index}/{self.count}"
 
     @property
@@ -44,7 +44,7 @@ class Part:
         return f"{self.index}-of-{self.count}"
 
     def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The items that are this part's, in order."""
+        """This part's items, in order."""
         return items[self.index :: self.count]
 
 
@@ -59,7 +59,7 @@ def folder_name(name: str) -> str:
 
 
 def counts_in(file_names: Sequence[str]) -> set[int]:
-    """Into how many parts a run was cut, from the names in its folder of parts; more than one number is a mix."""
+    """How many parts a run was divided into, from the file names in its folder of parts; several numbers are a mix."""
     return {int(found[2]) for found in map(FILE_NAME.fullmatch, file_names) if found}
 
 
@@ -71,13 +71,13 @@ def read_part(text: str, environment: Mapping[str, str]) -> Part:
         environment: The process's environment.
 
     Raises:
-        InputError: It is neither, i is out of range, or the environment is not that of a task of an array job.
+        InputError: It is neither, i is out of range, or this is not a task of an array job.
     """
     if text == SLURM:
         return _from_slurm(environment)
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if found is None:
-        raise InputError(f"--part is i/N, such as 0/8, or slurm, not {text!r}")
+        raise InputError(f"--part must be i/N (such as 0/8) or slurm, not {text!r}")
     index, count = int(found[1]), int(found[2])
     require_count("--part", count)
     if index >= count:
@@ -86,13 +86,13 @@ def read_part(text: str, environment: Mapping[str, str]) -> Part:
 
 
 def require_count(flag: str, count: int) -> None:
-    """Refuse a number of parts that is none.
+    """Refuse an invalid number of parts.
 
     Raises:
         InputError: It is not between 1 and `MAX_PARTS`.
     """
     if not 1 <= count <= MAX_PARTS:
-        raise InputError(f"{flag} takes 1 to {MAX_PARTS} parts, not {count}")
+        raise InputError(f"{flag} must be 1 to {MAX_PARTS} parts, not {count}")
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Part:
@@ -101,7 +101,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Part:
     index, beside = divmod(number - first, max(step, 1))
     if beside or not 0 <= index < count:
         raise InputError(
-            f"--part slurm: task {number} of an array of {count} from {first} in steps of {step} is no part; "
+            f"--part slurm: task {number} of an array of {count} from {first} in steps of {step} is not a valid part; "
             "submit a plain range such as --array=0-7, or give --part i/N"
         )
     require_count("--part slurm", count)

@@ -1,7 +1,7 @@
-"""`expo score`: rate what `expo generate` wrote with a reward model.
+"""`expo score`: score the answers of `expo generate` with a reward model.
 
-The plan is made from the outputs and the reward model's small files (`plan`); batches by length under a token
-budget are then scored longest first, each durable before the next; the final files are written in output order.
+The plan is made from the outputs and the reward model's small files (`plan`); batches by length, within a token
+budget, are then scored longest first, each durable before the next; the final files are written in output order.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ ROW_COLUMNS: Columns = {
     "tokens": int,
     "truncated": bool,
 }
-"""What every row has."""
+"""The columns of every row."""
 JOURNAL_COLUMNS: Columns = {"row": int, "token_ids_xxh3": str}
-"""What it has in the journal besides: which row it is, and of what."""
+"""The additional columns in the journal: which row it is, and of which tokens."""
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ class ScoreRow:
 
     @cached_property
     def token_ids_xxh3(self) -> str:
-        """Tells what the reward is of."""
+        """Identifies what was scored."""
         return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
 
     def journal_row(self, reward: float | None) -> Row:
-        """The row as the journal keeps it; without a reward it failed."""
+        """The row in the journal's form; a reward of None means it failed."""
         turn = self.conversation.turn
         return {
             "row": self.number,
@@ -85,7 +85,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run made."""
+    """The result of a run."""
 
     rewards: Path
     meta: Path
@@ -98,15 +98,15 @@ class Scored:
 
 
 def run(config: ScoreConfig, keeper: EngineKeeper | None = None) -> Scored:
-    """Score every row that is not scored yet.
+    """Score every row that has no score yet.
 
     Args:
         config: The settings.
-        keeper: Has an engine that goes on after this run; without one it is closed at the end.
+        keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
 
     Raises:
         InputError: The settings or inputs are at fault.
-        EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
+        EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
     done = run_job(plan(config), keeper)
     meta, files = done.meta, done.job.files
@@ -147,7 +147,7 @@ class ScoreJob(RowJob):
         return [list(row.conversation.messages) for row in self.rows]
 
     def items_beyond(self) -> list[object]:
-        """The conversations of the whole file: the fingerprint does not say what is in it."""
+        """The conversations of the whole file, whose content is not part of the fingerprint."""
         task = find_task(self.config.task)
         whole = read_conversations(self.outputs, task, dataset=self.config.dataset)
         return [list(conversation.messages) for conversation in whole]
@@ -166,7 +166,7 @@ class ScoreJob(RowJob):
         return row["reward"] is not None
 
     def is_current(self, row: Row) -> bool:
-        """Whether it is the reward of what is there now: the outputs may have been made anew since."""
+        """Whether it is the reward of the current answer: the outputs may have been regenerated since."""
         one = self.by_number.get(self.key_of(row))
         return one is not None and row["token_ids_xxh3"] == one.token_ids_xxh3
 
@@ -178,7 +178,7 @@ class ScoreJob(RowJob):
         """The rows without an answer."""
         return {key: row.journal_row(None) for key, row in self.by_number.items() if row.failed and key not in done}
 
-    # --- making them
+    # --- producing them
 
     def open_engine(self) -> Scorer:
         """Start the engine."""
@@ -186,7 +186,7 @@ class ScoreJob(RowJob):
         return engine
 
     def execute(self, engine: Scorer, done: Rows) -> Iterator[list[Row]]:
-        """Score what is not scored, in batches that are a pure function of all rows."""
+        """Score the remaining rows, in batches that are a pure function of all rows."""
         rows = [row for row in self.rows if not row.failed]
         for numbers in token_batches([len(row.token_ids) for row in rows], self.config.batch_tokens):
             batch = [rows[number] for number in numbers]
@@ -219,7 +219,7 @@ class ScoreJob(RowJob):
         return [{**one.journal_row(None), **row} for one, row in zip(self.rows, rows, strict=False)]
 
     def render(self, rows: Sequence[Row]) -> dict[Path, str]:
-        """The rewards, one number a line, and the file that says more of each."""
+        """The rewards, one number per line, and the file with the details of each row."""
         public = [{key: value for key, value in row.items() if key not in JOURNAL_COLUMNS} for row in rows]
         return {
             rows_file(self.files): json_lines(public),
@@ -227,7 +227,7 @@ class ScoreJob(RowJob):
         }
 
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
-        """What the meta file holds."""
+        """The content of the meta file."""
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
         mean, standard_error = mean_and_standard_error(rewards)
         return {
@@ -270,7 +270,7 @@ class ScoreJob(RowJob):
 
 
 def rows_file(files: RowFiles) -> Path:
-    """The file beside the rewards that has a row's id, sample, tokens and whether it was cut."""
+    """The file beside the rewards with each row's id, sample, tokens and whether it was truncated."""
     return files.final.with_name(f"{files.name}.rows.jsonl")
 
 
@@ -301,10 +301,10 @@ def plan(config: ScoreConfig) -> ScoreJob:
     if not outputs.is_file():
         raise InputError(f"no outputs to score: {outputs} does not exist; run `expo generate` first, or pass --outputs")
     if config.dataset is not None and not task.by_id:
-        raise InputError(f"--dataset is for mtbench: the outputs of {task.name} hold their prompts")
+        raise InputError(f"--dataset is for mtbench: the outputs of {task.name} contain their prompts")
     conversations = read_conversations(outputs, task, dataset=config.dataset, limit=config.limit)
     if not conversations:
-        raise InputError(f"{outputs} holds no rows")
+        raise InputError(f"{outputs} contains no rows")
     location = find_folder(config.reward_model) or locate(config.reward_model)
     require_reward_model(location.path)
     refuse_inside(folder, location, flag="--output-dir")
@@ -348,7 +348,7 @@ def require_reward_model(model: Path) -> None:
     causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if causal:
         raise InputError(
-            f"{model.name} is a {causal[0]}, not a reward model: it has no trained score head; give a model with one "
+            f"{model.name} is a {causal[0]}, not a reward model: it has no trained score head; use a model with one "
             "label, such as weqweasdas/RM-Mistral-7B"
         )
     labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels")
@@ -375,7 +375,7 @@ def _score_rows(
 
 
 def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
-    """Which rows failed, and every row's id and sample, as generate's meta file says; nothing where it has none.
+    """Which rows failed, and every row's id and sample, from generate's meta file; empty if there is none.
 
     Raises:
         InputError: It is damaged.

@@ -1,7 +1,7 @@
-"""What a setting says of itself, said once; the fingerprints that follow from it; and the checks of settings' values.
+"""The metadata of settings, the fingerprints derived from it, and the checks of their values.
 
-A setting is a field of a config class, `name: Annotated[type, Setting("…")] = default`. Here is what is asked of such
-fields; the fields themselves are in `config/`, and `cli/program.py` makes the options.
+A setting is a field of a config class, `name: Annotated[type, Setting("…")] = default`. The fields
+themselves are in `config/`, and `cli/program.py` turns them into options.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from expo.files import Row, is_utf8, name_problem, shown
 from expo.redact import without_secrets
 
 POSITIONAL = "task"
-"""The one setting that is an argument and no option."""
+"""The one setting that is an argument instead of an option."""
 
 Change: TypeAlias = Literal["nothing", "rows", "batches", "weights"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting, beside its name, type and default."""
+    """A setting's metadata, beside its name, type and default."""
 
     help: str
-    """The sentence that describes it, here and in `--help`."""
+    """Its description, here and in `--help`."""
     metavar: str | None = None
     flags: tuple[str, ...] = ()
     """Further spellings of its flag."""
     changes: Change = "nothing"
-    """What its value changes, and so is recorded for: rows, weights, or how rows are batched, which changes the rows of
-    an engine that pads. What is recorded by its content (models, data sets, templates) is `nothing` here."""
+    """What its value changes, and is recorded for: rows, weights, or how rows are batched, which changes the rows of an
+    engine that pads. `nothing` if the content is recorded instead (models, data sets, templates)."""
     needs: str | None = None
-    """What an engine must be capable of for it (`EngineSpec.can`); None: it goes with every engine."""
+    """The capability it needs of an engine (`EngineSpec.can`); None: it works with every engine."""
     absent: object = ...
-    """The value that outputs were made with whose fingerprint lacks this setting: what was done before it existed. It
-    never changes, whatever becomes of the default. An engine whose outputs differ says so (`EngineSpec.absent`)."""
+    """The value to assume for outputs whose fingerprint lacks this setting: the behaviour before it existed. It never
+    changes, even if the default does. An engine whose outputs differ overrides it (`EngineSpec.absent`)."""
 
     def __post_init__(self) -> None:
-        """Check that the author of a setting thought of the outputs that exist already."""
+        """Check that the author of a setting has considered existing outputs."""
         if (self.changes == "nothing") is not (self.absent is ...):
             raise TypeError(f"{self.help!r}: `absent` belongs to settings that change something, and to each of them")
 
 
 def settings_of(kind: type) -> dict[str, Setting]:
-    """A config class's settings: its own first, in the order they are written, then those it shares."""
+    """A config class's settings: its own first, in definition order, then inherited ones."""
     hints = get_type_hints(kind, include_extras=True)
     written = (name for base in kind.__mro__ for name in inspect.get_annotations(base))
     return {name: hints[name].__metadata__[0] for name in dict.fromkeys(written)}
@@ -62,17 +62,17 @@ def flag(name: str) -> str:
 
 
 def changing(kind: type, *what: Change) -> tuple[str, ...]:
-    """The settings that change something of these."""
+    """The settings that change any of these."""
     return tuple(name for name, setting in settings_of(kind).items() if setting.changes in what)
 
 
 def recorded(config: object, *what: Change) -> Row:
-    """The values of the settings that change something of these, as JSON has them."""
+    """The values of the settings that change any of these, as in JSON."""
     return {name: _plain(getattr(config, name)) for name in changing(type(config), *what)}
 
 
 def absent_values(config: object, *what: Change) -> Row:
-    """What outputs were made with that say nothing of the settings that change something of these.
+    """The values to assume for outputs that do not record the settings that change any of these.
 
     Args:
         config: The config.
@@ -85,23 +85,23 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-# --- fingerprints: what an output was made from, and whether that is what it would be made from now -----------------
+# --- fingerprints: what an output was made from, and whether that is still the same --------------------------------
 
 
 def normalised(fingerprint: Row, absent: Row) -> Row:
-    """A fingerprint without the settings that have the value of outputs that say nothing of them."""
+    """A fingerprint without the settings that have their `absent` value."""
     return {key: value for key, value in fingerprint.items() if key not in absent or value != absent[key]}
 
 
 class Fingerprint(dict[str, Any]):
-    """Every setting and source that changes an output, as its meta file has it.
+    """Every setting and source that changes an output, as recorded in its meta file.
 
-    What has its `absent` value is left out. One read from a file, by this version of expo or one that wrote all values
-    down, is a plain dict, and equal to this one where it says the same, so that no comparison can forget the rule.
+    Settings with their `absent` value are left out. A fingerprint read from a file is a plain dict, which may have all
+    values written out; it compares equal to this one if it means the same.
 
     Args:
         values: The settings and sources.
-        absent: Setting → the value that outputs without it were made with.
+        absent: Setting → the value to assume for outputs without it.
     """
 
     def __init__(self, values: Row, absent: Row) -> None:
@@ -142,10 +142,10 @@ def is_hub_id(text: str) -> bool:
 
 
 MAX_NAME_BYTES = 200
-"""Of an output's name, which has endings of its own; file systems take 255."""
+"""Of an output's name, to which suffixes are added; file systems allow 255."""
 
 OWN_ENDINGS = (".meta", ".rows")
-"""Of the names of files that stand beside an output."""
+"""Suffixes in the names of files beside an output."""
 
 MAX_ALPHA = 3.4028234663852886e38
 """The largest float32, in which the arithmetic is done."""
@@ -162,30 +162,30 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_choice(flag: str, value: str, choices: object) -> None:
-    """Refuse a value that is none of a Literal's.
+    """Refuse a value that is not one of a Literal's.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: It is not; the message names the flag.
     """
     names = get_args(choices)
-    require(value in names, f"{flag} is one of {', '.join(names)}, not {value!r}")
+    require(value in names, f"{flag} must be one of {', '.join(names)}, not {value!r}")
 
 
 def require_device(value: str) -> None:
-    """Refuse what is no device.
+    """Refuse an invalid device.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: It is invalid; the message names the flag.
     """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
-    require(known, f"--device is auto, cpu, cuda or cuda:N, not {value!r}")
+    require(known, f"--device must be auto, cpu, cuda or cuda:N, not {value!r}")
 
 
 def require_base_url(url: str | None) -> None:
-    """Refuse what is no URL of a server.
+    """Refuse an invalid URL of a server.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: It is invalid; the message names the flag.
     """
     if url is None:
         return
@@ -195,14 +195,14 @@ def require_base_url(url: str | None) -> None:
     except ValueError:
         known = False
     known = known and not parts.query and not parts.fragment and url.isascii() and url.isprintable() and " " not in url
-    require(known, f"--base-url is a URL such as http://localhost:8000/v1, not {without_secrets(url)!r}")
+    require(known, f"--base-url must be a URL such as http://localhost:8000/v1, not {without_secrets(url)!r}")
 
 
 def require_regexes(flag: str, patterns: tuple[str, ...]) -> None:
-    """Refuse what is no regular expression.
+    """Refuse invalid regular expressions.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: One is invalid; the message names the flag.
     """
     for pattern in patterns:
         try:
@@ -223,12 +223,12 @@ def read_bytes(flag: str, value: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?B)", value, re.IGNORECASE)
     units = {name.upper(): size for name, size in BYTE_UNITS.items()}
     nbytes = float(found[1]) * units[found[2].upper()] if found and found[2].upper() in units else 0.0
-    require(1 <= nbytes < math.inf, f"{flag} is a size such as 500MB or 5GB, not {shown(value)}")
+    require(1 <= nbytes < math.inf, f"{flag} must be a size such as 500MB or 5GB, not {shown(value)}")
     return int(nbytes)
 
 
 def read_alpha_for(value: str) -> tuple[str, float]:
-    """`REGEX=A` as a pattern and a number; the last `=` counts."""
+    """Split `REGEX=A` at the last `=` into a pattern and a number."""
     pattern, equals, number = value.rpartition("=")
     try:
         alpha = float(number)
@@ -236,7 +236,7 @@ def read_alpha_for(value: str) -> tuple[str, float]:
         alpha = math.nan
     require(
         bool(equals and pattern) and math.isfinite(alpha),
-        f"--alpha-for is REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
+        f"--alpha-for must be REGEX=A with a finite number A, such as 'self_attn=0.5', not {value!r}",
     )
     require_alpha(alpha, f"--alpha-for {pattern!r}")
     require_regexes("--alpha-for", (pattern,))
@@ -244,24 +244,24 @@ def read_alpha_for(value: str) -> tuple[str, float]:
 
 
 def require_alpha(alpha: float, flag: str = "--alpha") -> None:
-    """Refuse an α that float32 cannot hold.
+    """Refuse an α that float32 cannot represent.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: It is not finite or too large; the message names the flag.
     """
     require(math.isfinite(alpha), f"{flag} must be a finite number, not {alpha!r}")
-    require(abs(alpha) <= MAX_ALPHA, f"{flag} {alpha!r} is more than float32 holds")
+    require(abs(alpha) <= MAX_ALPHA, f"{flag} {alpha!r} exceeds the range of float32")
 
 
 def require_repositories(repositories: tuple[str, ...], inputs: tuple[str, ...]) -> None:
-    """Refuse repositories that are misspelled, inputs, or one for several α.
+    """Refuse repositories that are malformed, an input, or shared by several α.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: One is; the message names the flag.
     """
     for repository in repositories:
         well_formed = "/" in repository and is_hub_id(repository)
-        require(well_formed, f"--push-to-hub takes a hub id such as me/my-model, not {repository!r}")
+        require(well_formed, f"--push-to-hub must be a hub id such as me/my-model, not {repository!r}")
         known = [model.partition("@")[0].lower() for model in inputs]
         require(repository.lower() not in known, f"--push-to-hub {repository} is an input; choose another repository")
     if len(set(repositories)) < len(repositories):
@@ -272,23 +272,24 @@ def require_name(name: str | None) -> None:
     """Refuse a name that is not a plain file name.
 
     Raises:
-        InputError: It is one; the message names the flag.
+        InputError: It is not; the message names the flag.
     """
     if name is None:
         return
     plain = name == Path(name).name and not name.startswith(".") and name_problem(name) is None
     require(plain, f"--name {shown(name)} is not a plain file name")
     require(
-        not name.endswith(OWN_ENDINGS), f"--name {shown(name)} ends as the files beside an output do; choose another"
+        not name.endswith(OWN_ENDINGS),
+        f"--name {shown(name)} has a suffix reserved for files beside an output; choose another",
     )
     length = len(name.encode())
-    require(length <= MAX_NAME_BYTES, f"--name {shown(name)} has {length} bytes; a file name takes {MAX_NAME_BYTES}")
+    require(length <= MAX_NAME_BYTES, f"--name {shown(name)} has {length} bytes; the limit is {MAX_NAME_BYTES}")
 
 
 def require_text(flag: str, value: str | None) -> None:
-    """Refuse what cannot be written down: a word of the command line may be no UTF-8.
+    """Refuse text that cannot be encoded: an argument on the command line may be invalid UTF-8.
 
     Raises:
-        InputError: It is so; the message names the flag.
+        InputError: It cannot; the message names the flag.
     """
     require(value is None or is_utf8(value), f"{flag} {shown(value)} is not UTF-8")

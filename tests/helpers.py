@@ -305,7 +305,7 @@ def stream(pair: PairPlan, workers: int = 2, device: torch.device = CPU) -> list
         for shard in pair.shards:
             told: list[int] = []
             sinks = [Memory(shard.nbytes) for _ in results]
-            combiner.run(shard.parts(), sinks, told.append)
+            combiner.run(shard.segments(), sinks, told.append)
             for result, sink in zip(results, sinks, strict=True):
                 sink.check(shard.nbytes - len(shard.header))
                 sink.content[: len(shard.header)] = shard.header

@@ -214,7 +214,7 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "huge alpha": ({"lora_alpha": 10**400}, "not a number"),
     "pattern of another type": ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),
     "pattern to text": ({"alpha_pattern": {"q_proj": "8"}}, r"alpha_pattern\['q_proj'\] is '8'"),
-    "pattern that is no expression": ({"rank_pattern": {"q_(proj": 4}}, "no regular expression"),
+    "pattern that is no expression": ({"rank_pattern": {"q_(proj": 4}}, "not a regular expression"),
     "another rank": ({"r": 3}, r"ranks that differ .*model.q_proj.weight 2×2 ≠ 3"),
     "another layout": ({"fan_in_fan_out": True}, r"stored as \[in, out\].*model.q_proj.weight \[6, 8\] ≠ \[8, 6\]"),
 }
@@ -252,15 +252,15 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "a convolution": (convolution(), "convolution"),
     "DoRA's magnitudes": (
         {**pair_of(), A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)},
-        "lora_magnitude_vector is no tensor of a plain LoRA",
+        "lora_magnitude_vector is not a tensor of a plain LoRA",
     ),
-    "a factor's bias": ({**pair_of(), B.replace("weight", "bias"): torch.ones(8)}, "lora_B.bias is no tensor of"),
+    "a factor's bias": ({**pair_of(), B.replace("weight", "bias"): torch.ones(8)}, "lora_B.bias is not a tensor of"),
     "single tokens": (
         {"base_model.model.model.q_proj.token_adapter.trainable_tokens_delta": torch.ones(2, 6)},
-        "trainable_tokens_delta is no tensor of a plain LoRA",
+        "trainable_tokens_delta is not a tensor of a plain LoRA",
     ),
     "two adapters": ({**pair_of(), A.replace(".weight", ".second.weight"): torch.ones(2, 6)}, "more than one adapter"),
-    "no prefix": (renamed("base_model.model.", ""), "is no tensor of a plain LoRA"),
+    "no prefix": (renamed("base_model.model.", ""), "is not a tensor of a plain LoRA"),
     "another prefix": (renamed("model.q_proj", "q_proj"), "the base lacks: q_proj.weight"),
     "a module too many": ({**pair_of(), **renamed("q_proj", "k_proj")}, "the base lacks: model.k_proj.weight"),
     "a saved one too many": ({**pair_of(), "base_model.model.score.weight": torch.ones(2)}, "lacks: score.weight"),
@@ -316,9 +316,9 @@ def no_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (missing, "holds adapter_config.json but no adapter_model.safetensors"),
+        (missing, "contains adapter_config.json but no adapter_model.safetensors"),
         (pickled, "adapter_model.bin only; load it with peft and save it again as safetensors"),
-        (whole_model, "holds both model.safetensors and adapter_config.json"),
+        (whole_model, "contains both model.safetensors and adapter_config.json"),
         (torn, "truncated"),
         (no_json, "not valid JSON"),
     ],

@@ -99,7 +99,7 @@ def test_resumed_equals_uninterrupted(pair: Pair, tmp_path: Path) -> None:
 def test_a_result_that_is_not_finite_is_found_without_a_bound(tmp_path: Path) -> None:
     sft, dpo = {"w": torch.zeros(9, dtype=torch.float16)}, {"w": torch.full((9,), 65504.0, dtype=torch.float16)}
     pair = helpers.write_checkpoint(tmp_path / "sft", sft), helpers.write_checkpoint(tmp_path / "dpo", dpo)
-    with pytest.raises(InputError, match="tensor w holds NaN or infinity"):
+    with pytest.raises(InputError, match="tensor w contains NaN or infinity"):
         write(pair, tmp_path / "out", 1e6, rule="clipped")
 
 
@@ -134,7 +134,7 @@ def test_outputs_of_the_linear_rule_are_as_before_there_were_others(pair: Pair, 
 def test_an_unknown_rule_is_refused_with_the_known_ones(pair: Pair, tmp_path: Path, expo) -> None:
     result = expo(pair, "--alpha", 0.5, "--output", tmp_path / "out", "--rule", "cliped")
     assert (result.code, result.stdout) == (2, "")
-    assert "--rule is one of linear, clipped, not 'cliped'" in result.stderr
+    assert "--rule must be one of linear, clipped, not 'cliped'" in result.stderr
 
 
 def test_help_shows_the_option_once_there_is_a_choice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def test_the_command_line_knows_it(llama_pair, task, tmp_path, capsys):
     words = ["generate", str(task), "--model", str(llama_pair[1]), "--output-dir", str(tmp_path), "--max-tokens", "8"]
     assert cli.run([*words, "--engine", "dice", "--limit", "3"]) == 0
     assert cli.run([*words, "--engine", "cards"]) == 2
-    assert "--engine is one of auto, vllm, transformers, openai, dice, not 'cards'" in capsys.readouterr().err
+    assert "--engine must be one of auto, vllm, transformers, openai, dice, not 'cards'" in capsys.readouterr().err
 
 
 def test_settings_of_other_engines_are_refused(llama_pair, task):

@@ -138,13 +138,13 @@ REFUSED: dict[str, Bad] = {
     "no alpha": Bad("--alpha is missing: give at least one, such as --alpha 0.3", args=("--output", OUT)),
     "alpha is nan": Bad("--alpha must be a finite number, not nan", args=("--alpha", "nan", "--output", OUT)),
     "alpha is inf": Bad("finite number, not inf", args=("--alpha", "0.1", "--alpha", "inf", "--output", OUT)),
-    "alpha is infinite in float32": Bad("--alpha 1e+39 is more than float32 holds", args=("--alpha", "1e39")),
+    "alpha is infinite in float32": Bad("--alpha 1e+39 exceeds the range of float32", args=("--alpha", "1e39")),
     "alpha is no number": Bad("Invalid value for '--alpha'", args=("--alpha", "half", "--output", OUT)),
     "alpha twice": Bad(
         "--alpha 0.1 is given more than once", args=("--alpha", "0.1", "--alpha", "0.10", "--output", OUT)
     ),
     "an unknown dtype": Bad("'int8' is not one of", args=(*GOOD, "--dtype", "int8")),
-    "an unknown device": Bad("--device is auto, cpu, cuda or cuda:N, not 'tpu'", args=(*GOOD, "--device", "tpu")),
+    "an unknown device": Bad("--device must be auto, cpu, cuda or cuda:N, not 'tpu'", args=(*GOOD, "--device", "tpu")),
     "no workers": Bad("--workers must be positive, not 0", args=(*GOOD, "--workers", "0")),
     "an unknown option": Bad("No such option: --alhpa", args=(*GOOD, "--alhpa", "1")),
     "a bad regex": Bad("--exclude '(' is not a regular expression", args=(*GOOD, "--exclude", "(")),
@@ -164,10 +164,10 @@ REFUSED: dict[str, Bad] = {
     "an unknown recipe": Bad("no recipe 'gpt-5'; `expo recipes` lists them", args=(*GOOD, "--recipe", "gpt-5")),
     # --- the output
     "output holds other files": Bad(
-        "holds files expo did not write (mine.txt)", lambda root: output(root, mine_txt="x")
+        "contains files expo did not write (mine.txt)", lambda root: output(root, mine_txt="x")
     ),
     "output holds another's expo.json": Bad(
-        "holds files expo did not write (expo.json)", lambda root: output(root, expo_json='{"files": 5}')
+        "contains files expo did not write (expo.json)", lambda root: output(root, expo_json='{"files": 5}')
     ),
     "output holds a broken expo.json": Bad(
         "out/expo.json is not valid JSON", lambda root: output(root, expo_json="{"), ("--overwrite", *GOOD)
@@ -205,11 +205,11 @@ REFUSED: dict[str, Bad] = {
     # --- folders
     "SFT holds nothing": Bad("no safetensors weights", lambda root: (root / "e").mkdir(), ("--sft", "{root}/e", *GOOD)),
     "only .bin": Bad(
-        "holds .bin weights only",
+        "has only .bin weights",
         lambda root: (root / "sft/model.safetensors").rename(root / "sft/pytorch_model.bin"),
     ),
     "only an adapter": Bad(
-        "holds 'adapter_model.safetensors' but neither model.safetensors nor",
+        "contains 'adapter_model.safetensors' but neither model.safetensors nor",
         lambda root: (root / "sft/model.safetensors").rename(root / "sft/adapter_model.safetensors"),
     ),
     "an unfinished output for input": Bad(
@@ -270,7 +270,7 @@ REFUSED: dict[str, Bad] = {
         "dpo/config.json is not valid JSON", lambda root: put(root / "dpo/config.json", "{")
     ),
     "a config that is no object": Bad(
-        "dpo/config.json does not hold a JSON object", lambda root: put(root / "dpo/config.json", "[1]")
+        "dpo/config.json does not contain a JSON object", lambda root: put(root / "dpo/config.json", "[1]")
     ),
     "a config that is not UTF-8": Bad(
         "dpo/config.json is not valid JSON: 'utf-8' codec", lambda root: put(root / "dpo/config.json", b'{"a": "\xff"}')
@@ -323,14 +323,20 @@ REFUSED: dict[str, Bad] = {
     "a header that is no object": Bad("damaged header: it is not a JSON object", lambda root: header(root, [])),
     "a header nested too deeply": Bad("maximum recursion", lambda root: header(root, b"[" * 100_000)),
     "zeros behind the header": Bad("damaged header: Extra data", lambda root: header(root, named("norm") + bytes(4))),
-    "NaN in the header": Bad("'NaN' is no size", lambda root: header(root, b'{"norm":{"shape":[NaN]}}')),
-    "infinity in the header": Bad("'-Infinity' is no size", lambda root: header(root, b'{"norm":[-Infinity]}')),
-    "a size of a million digits": Bad("9999… is no size", lambda root: header(root, b'{"norm":[%s]}' % (b"9" * 10**6))),
-    "a size of 2**64": Bad("'18446744073709551616' is no size", lambda root: header(root, tensor(shape=[2**64]))),
-    "a negative size": Bad("'-8' is no size", lambda root: header(root, tensor(shape=[-8]))),
-    "minus zero for a size": Bad("'-0' is no size", lambda root: header(root, b'{"norm":{"shape":[-0]}}')),
-    "a size with a point": Bad("'8.0' is no size", lambda root: header(root, tensor(shape=[8.0]))),
-    "a size with an exponent": Bad("'8e0' is no size", lambda root: header(root, b'{"norm":{"shape":[8e0]}}')),
+    "NaN in the header": Bad("'NaN' is not a valid size", lambda root: header(root, b'{"norm":{"shape":[NaN]}}')),
+    "infinity in the header": Bad(
+        "'-Infinity' is not a valid size", lambda root: header(root, b'{"norm":[-Infinity]}')
+    ),
+    "a size of a million digits": Bad(
+        "9999… is not a valid size", lambda root: header(root, b'{"norm":[%s]}' % (b"9" * 10**6))
+    ),
+    "a size of 2**64": Bad(
+        "'18446744073709551616' is not a valid size", lambda root: header(root, tensor(shape=[2**64]))
+    ),
+    "a negative size": Bad("'-8' is not a valid size", lambda root: header(root, tensor(shape=[-8]))),
+    "minus zero for a size": Bad("'-0' is not a valid size", lambda root: header(root, b'{"norm":{"shape":[-0]}}')),
+    "a size with a point": Bad("'8.0' is not a valid size", lambda root: header(root, tensor(shape=[8.0]))),
+    "a size with an exponent": Bad("'8e0' is not a valid size", lambda root: header(root, b'{"norm":{"shape":[8e0]}}')),
     "true for a size": Bad("has no valid shape", lambda root: header(root, tensor(shape=[True, 8]))),
     "a text for a size": Bad("has no valid shape", lambda root: header(root, tensor(shape=["8"]))),
     "no shape": Bad("has no valid shape", lambda root: header(root, tensor(shape=None))),
@@ -370,7 +376,7 @@ REFUSED: dict[str, Bad] = {
         "'t99999' appears twice",
         lambda root: header(root, json.dumps({f"t{i}": 0 for i in range(100_000)}).encode()[:-1] + b',"t99999":0}'),
     ),
-    "no tensors": Bad("sft holds no tensors", lambda root: header(root, {}, b"")),
+    "no tensors": Bad("sft contains no tensors", lambda root: header(root, {}, b"")),
     "a tensor called ../../etc/x": Bad(
         "the name '../../etc/x' is a path that leaves its folder", lambda root: header(root, named("../../etc/x"))
     ),
@@ -488,7 +494,7 @@ REFUSED: dict[str, Bad] = {
         lambda root: raw_safetensors(root / "dpo/model-00002-of-00002.safetensors", {"norm": BF16}, bytes(16)),
     ),
     "model.safetensors beside an index": Bad(
-        "holds model.safetensors beside model.safetensors.index.json, which does not name it",
+        "has both model.safetensors and model.safetensors.index.json, which does not list it",
         lambda root: shutil.copy(root / "sft/model.safetensors", root / "dpo"),
     ),
     # --- the pair
@@ -509,13 +515,13 @@ REFUSED: dict[str, Bad] = {
     "one folder by two names": Bad(
         "are the same files", lambda root: same_weights(root, lambda old, new: new.symlink_to(old))
     ),
-    "the same weights": Bad("SFT and DPO hold the same weights", lambda root: same_weights(root, shutil.copytree)),
+    "the same weights": Bad("SFT and DPO have the same weights", lambda root: same_weights(root, shutil.copytree)),
     "other numbers for a token": Bad(
         "the token 'b' is number 1 in sft and 2 in dpo (and 1 more tokens differ)",
         lambda root: tokens(root, {"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "b": 2}),
     ),
     # --- values
-    "NaN in SFT": Bad("the result for tensor norm holds NaN or infinity", lambda root: nan_in(root / "sft")),
+    "NaN in SFT": Bad("the result for tensor norm contains NaN or infinity", lambda root: nan_in(root / "sft")),
     "overflow": Bad("too large for F16", args=("--alpha", "1e30", "--dtype", "float16", "--output", OUT)),
     "overflow without another dtype": Bad(
         "too large for BF16",
@@ -636,7 +642,7 @@ def test_scalars_and_tensors_without_elements(tmp_path: Path) -> None:
 
 WARNED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a wrong total_size": (
-        "index.json says total_size 5; its tensors, all whole, have 302 bytes",
+        "index.json says total_size 5, but its tensors (all complete) have 302 bytes",
         lambda root: index(root, metadata={"total_size": 5}),
     ),
     "a total_size that is no number": ("says total_size '5'", lambda root: index(root, metadata={"total_size": "5"})),

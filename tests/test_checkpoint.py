@@ -107,7 +107,7 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ((), "holds no safetensors weights"),
+        ((), "contains no safetensors weights"),
         (("pytorch_model.bin",), r"\.bin weights only"),
         (("adapter_model.safetensors",), "adapter_model.safetensors' but neither model.safetensors nor"),
         (("model.safetensors", ".expo-partial"), "unfinished output"),
@@ -122,7 +122,7 @@ def test_folders_without_weights(tmp_path: Path, files: tuple[str, ...], message
 
 def test_a_checkpoint_without_tensors(tmp_path: Path) -> None:
     raw_safetensors(tmp_path / "model.safetensors", {})
-    with pytest.raises(InputError, match="holds no tensors"):
+    with pytest.raises(InputError, match="contains no tensors"):
         checkpoint.read_checkpoint(tmp_path)
 
 

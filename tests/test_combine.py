@@ -95,7 +95,7 @@ def test_pieces_cover_every_byte_once_in_order(tmp_path: Path) -> None:
     pair = plan(tmp_path, mixed, dpo)
     (shard,) = pair.shards
     position = len(shard.header)
-    for piece in streaming.pieces(shard.parts(), 1 << 20):
+    for piece in streaming.pieces(shard.segments(), 1 << 20):
         assert piece.offset == position
         assert 0 < piece.length <= (1 << 20) // 4, "the float32 side must fit too"
         position += 2 * piece.length
@@ -180,7 +180,7 @@ def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path, config: dic
 @pytest.mark.parametrize("name", ["mlp.qweight", "mlp.weight.absmax", "mlp.SCB", "mlp.weight_scale_inv"])
 def test_quantized_checkpoints_are_known_by_their_tensors(tmp_path: Path, name: str) -> None:
     sft, dpo = random_pair({"w": (2,), name: (2,)})
-    with pytest.raises(InputError, match=rf"sft is quantized \(it holds {name}\)"):
+    with pytest.raises(InputError, match=rf"sft is quantized \(it contains {name}\)"):
         plan(tmp_path, sft, dpo)
 
 
@@ -217,7 +217,7 @@ def test_a_result_that_overflows_is_refused_or_written(tmp_path: Path, action: s
     dpo = {"w": torch.tensor([1.0, 60000.0 if action == "extrapolate" else 70000.0])}
     exclude = ("w",) if action == "copy" else ()
     pair = plan(tmp_path / "no", sft, dpo, dtype="float16", exclude=exclude)
-    with pytest.raises(InputError, match=r"tensor w holds NaN or infinity .* too large for F16"):
+    with pytest.raises(InputError, match=r"tensor w contains NaN or infinity .* too large for F16"):
         stream(pair)
     pair = plan(tmp_path / "yes", sft, dpo, dtype="float16", exclude=exclude, allow_nonfinite=True)
     assert tensors_of(pair, stream(pair)[0])["w"].tolist() == [1.0, float("inf")]
@@ -231,12 +231,12 @@ def test_norms_add_up_over_pieces(tmp_path: Path, dtype: torch.dtype) -> None:
     with SourceFiles(pair.sft, pair.dpo) as sources:
         combiner = Combiner(sources, pair.settings, CPU, 2, exact_norms=True)
         told: list[int] = []
-        found = combiner.run(pair.shards[0].parts(), [], told.append)
+        found = combiner.run(pair.shards[0].segments(), [], told.append)
         assert sum(told) == sum(tensor.nbytes for tensor in pair.shards[0].tensors), "progress without sinks too"
     for name in ("big", "small"):
         s, d = (side[name].double() for side in (sft, dpo))
         expected = [float((side**2).sum()) for side in (d - s, s, d)]
-        mine = streaming.total_norms(norms for part, norms in found if part.dpo.name == name)
+        mine = streaming.total_norms(norms for segment, norms in found if segment.dpo.name == name)
         assert list(mine[:3]) == pytest.approx(expected, rel=2e-4 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -255,7 +255,7 @@ def test_a_sink_that_fails_ends_the_run(tmp_path: Path, workers: int) -> None:
     with SourceFiles(pair.sft, pair.dpo) as sources:
         combiner = Combiner(sources, pair.settings, CPU, workers)
         with pytest.raises(EnvironmentFailure, match="the disk is full"):
-            combiner.run(pair.shards[0].parts(), [Failing(pair.shards[0].nbytes)])
+            combiner.run(pair.shards[0].segments(), [Failing(pair.shards[0].nbytes)])
 
 
 class Late(Memory):
@@ -276,7 +276,7 @@ def test_sinks_may_keep_buffers(tmp_path: Path) -> None:
     pair = plan(tmp_path, *random_pair({"w": (40, 1 << 18)}))
     with SourceFiles(pair.sft, pair.dpo) as sources:
         sink = Late(pair.shards[0].nbytes, keep=3)
-        Combiner(sources, pair.settings, CPU, 2).run(pair.shards[0].parts(), [sink])
+        Combiner(sources, pair.settings, CPU, 2).run(pair.shards[0].segments(), [sink])
     sink.check(pair.shards[0].nbytes - len(pair.shards[0].header))
 
 
@@ -285,7 +285,7 @@ def test_memory_is_bounded_whatever_the_number_of_alphas(tmp_path: Path) -> None
     with SourceFiles(pair.sft, pair.dpo) as sources:
         combiner = Combiner(sources, pair.settings, CPU, 4)
         buffers = sum(len(out.buffers) for out in combiner._outputs)
-        assert buffers * combiner._piece_bytes <= streaming.MOST_OUTPUT_BYTES
+        assert buffers * combiner._piece_bytes <= streaming.MAX_OUTPUT_BYTES
 
 
 @pytest.mark.gpu

@@ -65,7 +65,7 @@ def test_a_tensor_with_an_alpha_of_its_own_is_the_same_as_with_that_alpha_for_al
         ({"alpha_for": (("nothing", 1.0),)}, r"--alpha-for 'nothing' matches no tensor$"),
         (
             {"alpha_for": (("attn", 1.0), (r"0\.attn", 2.0))},
-            r"--alpha-for '0\\\.attn' matches no tensor that an earlier pattern left",
+            r"--alpha-for '0\\\.attn' matches no tensor that earlier patterns left",
         ),
         (
             {"exclude": ("norm",), "alpha_for": (("norm", 1.0),)},
@@ -99,7 +99,7 @@ def test_a_head_stored_on_one_side_is_the_embedding(tmp_path: Path, stores: str,
 
 def check_equal(pair: PairPlan) -> None:
     with SourceFiles(pair.sft, pair.dpo) as sources:
-        Combiner(sources, PairSettings(alphas=()), CPU, 2).run([(part, 0) for part in pair.equal], [])
+        Combiner(sources, PairSettings(alphas=()), CPU, 2).run([(segment, 0) for segment in pair.equal], [])
 
 
 @pytest.mark.parametrize("stores", ["sft", "dpo"])
@@ -118,7 +118,7 @@ def test_a_head_of_another_size_than_its_embedding_is_refused(tmp_path: Path, st
     sft, dpo = random_pair({EMBEDDING: (300, 70)})
     side = {"sft": sft, "dpo": dpo}[stores]
     side[HEAD] = side[EMBEDDING][:299].clone()
-    with pytest.raises(InputError, match=f"of another size than the embedding they are tied to: {HEAD}"):
+    with pytest.raises(InputError, match=f"that differ in size from their tied embedding: {HEAD}"):
         plan(tmp_path, sft, dpo)
 
 

@@ -461,7 +461,7 @@ def test_verify_finds_weights_that_changed_unseen(pair: Pair, tmp_path: Path, si
     flip(max((tmp_path / side).glob("*.safetensors")))
     assert [one.status for one in write(pair, tmp_path / "out")] == ["already complete"]
     before = tree(tmp_path / "out")
-    with pytest.raises(InputError, match="; --overwrite makes the output again"):
+    with pytest.raises(InputError, match="; --overwrite rebuilds the output"):
         write(pair, tmp_path / "out", verify=True)
     assert tree(tmp_path / "out") == before
     assert [one.status for one in write(pair, tmp_path / "out", verify=True, overwrite=True)] == ["written"]
@@ -477,7 +477,7 @@ def test_verify_reads_weights_only_when_nothing_else_is_left_to_refuse(
         write(pair, tmp_path / "out", verify=True, exclude=("no_such",))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
-    with pytest.raises(InputError, match="holds files expo did not write"):
+    with pytest.raises(InputError, match="contains files expo did not write"):
         write(pair, tmp_path / "out", verify=True)
 
 
@@ -568,7 +568,7 @@ def test_signals_stop_resumably(long_job: tuple[Pair, Path], tmp_path: Path, sig
     process = start(pair, tmp_path / "out")
     seen, stderr = stop_at(process, tmp_path / "out", 10, signal_number)
     assert seen == code
-    assert stderr.splitlines() == ["expo: stopped; the same command goes on from here"]
+    assert stderr.splitlines() == ["expo: stopped; rerun the same command to continue"]
     assert looks_unfinished(tmp_path / "out")
     made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / ".expo-partial").glob("*.partial")}
     assert len(made) >= 10
@@ -598,7 +598,7 @@ def test_a_damaged_staged_shard_is_made_again(tmp_path: Path, damage: str, caplo
         victim.write_bytes({"flip": content, "cut": content[:500], "lengthen": content + b"\0"}[damage])
     write(pair, tmp_path / "out", 0.3)
     assert [record.getMessage() for record in caplog.records if "damaged" in record.message] == [
-        f"the staged {victim.name.removesuffix('.partial')} is damaged; it is made again"
+        f"the staged {victim.name.removesuffix('.partial')} is damaged; rebuilding it"
     ]
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(tmp_path / "whole"))
 

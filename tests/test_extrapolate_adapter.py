@@ -344,7 +344,7 @@ def test_an_untrained_adapter_is_refused(by_hand: Pair, tmp_path: Path) -> None:
     tensors = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
     tensors["base_model.model.model.norm.weight"] = read_checkpoint_tensors(by_hand[0])["model.norm.weight"]
     save_file(tensors, by_hand[1] / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="SFT and DPO hold the same weights"):
+    with pytest.raises(InputError, match="SFT and DPO have the same weights"):
         write(by_hand, tmp_path / "out", 0.3)
 
 
@@ -370,7 +370,9 @@ def test_what_is_not_finite_is_refused_or_written(by_hand: Pair, tmp_path: Path,
     tensors = load_file(by_hand[1] / "adapter_model.safetensors")
     tensors["base_model.model.model.up.lora_B.weight"][1, 2] = float("inf")
     save_file(tensors, by_hand[1] / "adapter_model.safetensors")
-    expected = nullcontext() if allowed else pytest.raises(InputError, match=r"tensor model\.up\.weight holds NaN or")
+    expected = (
+        nullcontext() if allowed else pytest.raises(InputError, match=r"tensor model\.up\.weight contains NaN or")
+    )
     with expected:
         write(by_hand, tmp_path / "out", 0.3, allow_nonfinite=allowed)
     assert (tmp_path / "out").exists() == allowed
@@ -583,16 +585,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no weights": (
         lambda root: (root / "lora/adapter_model.safetensors").unlink(),
-        "holds adapter_config.json but no adapter_model.safetensors",
+        "contains adapter_config.json but no adapter_model.safetensors",
     ),
     "weights of another format": (
         lambda root: (root / "lora/adapter_model.safetensors").rename(root / "lora/adapter_model.bin"),
         "adapter_model.bin only; load it with peft and save it again as safetensors",
     ),
-    "no tensors": (lambda root: empty(root / "lora"), "adapter_model.safetensors holds no tensors"),
+    "no tensors": (lambda root: empty(root / "lora"), "adapter_model.safetensors contains no tensors"),
     "a whole model beside it": (
         lambda root: write_checkpoint(root / "lora", {"w": torch.ones(2)}),
-        "holds both model.safetensors and adapter_config.json",
+        "contains both model.safetensors and adapter_config.json",
     ),
 }
 

@@ -233,7 +233,7 @@ def test_an_input_that_changes_during_the_run(
     at_first_read(change)
     result = expo(pair, "--alpha", "0.3", "--output", tmp_path / "out")
     assert (result.code, len(result.stderr.splitlines())) == (2, 1)
-    assert f"{tmp_path / side} changed while it was read; run the command again" in result.stderr
+    assert f"{tmp_path / side} changed while it was read; rerun the command" in result.stderr
     assert not (tmp_path / "out").exists()
     assert expo(pair, "--alpha", "0.3", "--output", tmp_path / "out").code == 0
 

@@ -12,7 +12,7 @@ from expo.checkpoint.folder import TensorInfo
 from expo.checkpoint.places import places
 from expo.output.findings import PRETRAINED_TO_SFT, SFT_TO_DPO, Figures, Inspection, Measured
 from expo.theta.pair_checks import UNRELATED_CHANGE
-from expo.theta.plan import Overlap, Part, Vocabulary
+from expo.theta.plan import Overlap, Segment, Vocabulary
 
 FIGURES = {"tensors", "identical", "relative", "cosine", "one_minus_cosine", "delta_norm", "sft_norm", "dpo_norm"}
 NOTHING = Overlap((), (), (), (), (), (), (), None)
@@ -22,8 +22,8 @@ def info(name: str, dtype: str = "BF16", shape: tuple[int, ...] = (2, 3)) -> Ten
     return TensorInfo(name, dtype, shape, Path("model.safetensors"), 0, 0)
 
 
-def part(name: str) -> Part:
-    return Part("extrapolate", info(name), info(name, "F32"), (), "BF16", 0, 0)
+def segment(name: str) -> Segment:
+    return Segment("extrapolate", info(name), info(name, "F32"), (), "BF16", 0, 0)
 
 
 def moved(relative: float, size: float = 1.0) -> Figures:
@@ -33,7 +33,7 @@ def moved(relative: float, size: float = 1.0) -> Figures:
 
 def found(tensors: dict[str, Figures], overlap: Overlap = NOTHING, **others: tuple[str, ...]) -> Inspection:
     where = places(tensors)
-    measured = tuple(Measured(part(name), where[name], figures) for name, figures in tensors.items())
+    measured = tuple(Measured(segment(name), where[name], figures) for name, figures in tensors.items())
     return Inspection("sft", "dpo", overlap, measured, others.get("unequal", ()), others.get("untied", ()))
 
 
@@ -128,7 +128,9 @@ def test_the_table_is_aligned_and_names_what_does_not_match() -> None:
 
 
 def test_the_data_has_everything() -> None:
-    both = Overlap((), (part("ids"), part("mask")), (part("head"),), ("a",), ("e",), (ONE,), (ONE,), Vocabulary(5, 3))
+    both = Overlap(
+        (), (segment("ids"), segment("mask")), (segment("head"),), ("a",), ("e",), (ONE,), (ONE,), Vocabulary(5, 3)
+    )
     data = found(MODEL, both, unequal=("ids",)).describe()
     assert data.keys() == {
         "sft", "dpo", "suits", "verdict", "total", "modules", "layers", "cells", "tensors", "only_in_sft",

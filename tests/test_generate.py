@@ -258,7 +258,7 @@ def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(llama_pair, p
         verb.run(settings(llama_pair[1], prompt_file, tmp_path))
     journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
     before = journal.read_bytes()
-    with pytest.raises(InputError, match=r"the unfinished .*dpo\.jsonl has \d+ rows that this run has no place for"):
+    with pytest.raises(InputError, match=r"the unfinished .*dpo\.jsonl has \d+ rows that this run does not include"):
         verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=1))
     assert journal.read_bytes() == before
     assert verb.run(settings(llama_pair[1], prompt_file, tmp_path, limit=1, overwrite=True)).rows == 1
@@ -337,7 +337,7 @@ def test_too_little_memory_is_one_line_and_keeps_the_rows(llama_pair, prompt_fil
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "sampling_noise", greedy)
-        message = "^out of memory; a smaller --batch-tokens reduces memory use, and the same command goes on$"
+        message = "^out of memory; a smaller --batch-tokens reduces memory use; rerun the same command to continue$"
         with pytest.raises(EnvironmentFailure, match=message):
             verb.run(settings(llama_pair[1], prompt_file, tmp_path))
     journal = tmp_path / "outputs_questions" / ".dpo.journal.jsonl"
@@ -437,7 +437,7 @@ def test_values_out_of_range_name_their_flag(value, flag):
     [
         ({"task": "alpaca", "n": 2}, "--n above 1 is not for alpaca: one answer per row"),
         ({"task": "mtbench", "n": 2}, "--n above 1 is not for mtbench"),
-        ({"engine": "magic"}, "--engine is one of auto, vllm, transformers, openai, not 'magic'"),
+        ({"engine": "magic"}, "--engine must be one of auto, vllm, transformers, openai, not 'magic'"),
     ],
 )
 def test_what_the_tables_of_tasks_and_engines_refuse_names_its_flag(value, message):
@@ -498,7 +498,7 @@ def test_a_damaged_journal_is_one_line_that_says_what_to_remove(llama_pair, prom
     work = verb.plan(settings(llama_pair[1], prompt_file, tmp_path))
     work.files.journal.parent.mkdir()
     write_rows(work.files.journal, [line if line is not None else {"fingerprint": work.fingerprint} for line in lines])
-    with pytest.raises(InputError, match=r"\.dpo\.journal\.jsonl is damaged: remove it to start anew$"):
+    with pytest.raises(InputError, match=r"\.dpo\.journal\.jsonl is damaged: remove it to start over$"):
         verb.run(settings(llama_pair[1], prompt_file, tmp_path))
 
 
@@ -527,7 +527,9 @@ def test_a_temperature_near_0_is_vllms_lowest(llama_pair, prompt_file, tmp_path)
 
 
 def test_a_reward_model_cannot_generate(trained, prompt_file, tmp_path):
-    with pytest.raises(InputError, match="tiny-rm is a LlamaForSequenceClassification: it scores and cannot generate"):
+    with pytest.raises(
+        InputError, match="tiny-rm is a LlamaForSequenceClassification: a reward model, which cannot generate"
+    ):
         verb.run(settings(trained / "tiny-rm", prompt_file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -547,7 +549,7 @@ def test_a_model_without_chat_template_is_refused(llama_pair, prompt_file, tmp_p
 
 
 def test_empty_prompts_file_and_missing_column(llama_pair, tmp_path):
-    with pytest.raises(InputError, match="holds no prompts"):
+    with pytest.raises(InputError, match="contains no prompts"):
         verb.plan(settings(llama_pair[1], write_rows(tmp_path / "e.jsonl", []), tmp_path))
     with pytest.raises(InputError, match=r"row 1 of .* has no prompt, instruction or messages column"):
         verb.plan(settings(llama_pair[1], write_rows(tmp_path / "c.jsonl", [{"prompt": "a"}, {"text": "b"}]), tmp_path))

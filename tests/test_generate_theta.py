@@ -172,14 +172,14 @@ def test_what_turns_up_while_loading_is_one_error(llama_pair, task, tmp_path):
     next(iter(tensors.values())).view(-1)[0] = torch.nan
     save_file(tensors, shard, {"format": "pt"})
     pair = of_pair((tmp_path / "bad" / "0", tmp_path / "bad" / "1"))
-    with pytest.raises(InputError, match="holds NaN or infinity"):
+    with pytest.raises(InputError, match="contains NaN or infinity"):
         verb.run(settings(task, **pair))
     assert verb.run(settings(task, **pair, allow_nonfinite=True)).status == "written"
 
 
 def test_the_same_weights_twice_are_refused(llama_pair, task, tmp_path):
     shutil.copytree(llama_pair[1], tmp_path / "copy")
-    with pytest.raises(InputError, match="SFT and DPO hold the same weights"):
+    with pytest.raises(InputError, match="SFT and DPO have the same weights"):
         verb.run(settings(task, **of_pair((tmp_path / "copy", llama_pair[1]))))
 
 
@@ -193,8 +193,8 @@ def test_the_same_weights_twice_are_refused(llama_pair, task, tmp_path):
         ({"model": "m", "exclude": ("a",)}, "--exclude is for --sft, --dpo and --alpha, not for --model"),
         ({"model": "m", "allow_pickle": True}, "--allow-pickle is for --sft, --dpo and --alpha"),
         ({"sft": "s", "dpo": "d", "alpha": float("inf")}, "--alpha must be a finite number, not inf"),
-        ({"sft": "s", "dpo": "d", "alpha": 1e39}, "--alpha 1e+39 is more than float32 holds"),
-        ({"sft": "s", "dpo": "d", "alpha": 1.0, "alpha_for": ("a",)}, "--alpha-for is REGEX=A"),
+        ({"sft": "s", "dpo": "d", "alpha": 1e39}, "--alpha 1e+39 exceeds the range of float32"),
+        ({"sft": "s", "dpo": "d", "alpha": 1.0, "alpha_for": ("a",)}, "--alpha-for must be REGEX=A"),
     ],
 )
 def test_settings_that_do_not_say_what_answers(given: dict[str, Any], message: str) -> None:

@@ -68,7 +68,7 @@ BAD_HEADERS = {
     "metadata that is no text": ({"__metadata__": {"a": 1}, "a": F32}, EIGHT, "__metadata__"),
     "an entry that is no object": ({"a": 3}, EIGHT, "'a' is not an object"),
     "an unknown dtype": ({"a": entry("F31", [2], 0, 8)}, EIGHT, "unknown dtype 'F31'"),
-    "a negative size": ({"a": entry("F32", [-2], 0, 8)}, EIGHT, "'-2' is no size"),
+    "a negative size": ({"a": entry("F32", [-2], 0, 8)}, EIGHT, "'-2' is not a valid size"),
     "a shape that is no list": ({"a": {**F32, "shape": 2}}, EIGHT, "no valid shape"),
     "true for a size": ({"a": {**F32, "shape": [True, 2]}}, EIGHT, "no valid shape"),
     "three offsets": ({"a": {**F32, "data_offsets": [0, 4, 8]}}, EIGHT, "no valid data_offsets"),

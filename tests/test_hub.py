@@ -75,7 +75,7 @@ def answer(monkeypatch, result, *, files=("model.safetensors",)):
         (errors.LocalEntryNotFoundError("x"), EnvironmentFailure, "the hub cannot be reached"),
         (httpx.ConnectError("x"), EnvironmentFailure, "fetching org/name@v1 from the hub failed"),
         (errors.HfHubHTTPError("x", response=response(404)), EnvironmentFailure, "fetching org/name@v1 from the hub"),
-        (errors.HfHubHTTPError("x", response=response(401)), InputError, "does not accept the token"),
+        (errors.HfHubHTTPError("x", response=response(401)), InputError, "rejected the token"),
         (errors.HfHubHTTPError("x", response=response(403)), InputError, "denies access to org/name@v1: x"),
         (RuntimeError("CAS Client Error"), EnvironmentFailure, "fetching org/name@v1 from the hub failed: CAS"),
         (
@@ -333,7 +333,7 @@ def test_what_the_hub_refuses(hub: FakeHub, on_hub: tuple[Path, Path], locate_on
             2,
             "team/private is neither a local directory nor a repository on the hub (a private one needs HF_TOKEN)",
         ),
-        ("hf_anotherHubsToken", 2, "the hub does not accept the token that it was sent for team/private; set HF_TOKEN"),
+        ("hf_anotherHubsToken", 2, "the hub rejected the token for team/private; set HF_TOKEN"),
     ],
 )
 def test_a_private_model_needs_its_owners_token(

@@ -282,7 +282,7 @@ def test_inputs_that_change_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
         write_checkpoint(tmp_path / "sft", {**sft, "x": torch.ones(1)})
 
     monkeypatch.setattr(stream.SourceFiles, "read", touch)
-    with pytest.raises(InputError, match="sft changed while it was read; run the command again"):
+    with pytest.raises(InputError, match="sft changed while it was read; rerun the command"):
         inspect(tmp_path, sft, dpo, output=str(tmp_path / "x.png"))
     assert not list(tmp_path.glob("*x.png*"))
 

@@ -169,7 +169,9 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(run, out, prom
     with pytest.raises(InputError) as caught:
         run(join=3)
     text = str(caught.value)
-    assert text.startswith("2 of 3 parts cannot be joined yet: 0/3 (not begun), 2/3 (not begun); to make one: expo ")
+    assert text.startswith(
+        "2 of 3 parts cannot be joined yet: 0/3 (not started), 2/3 (not started); to make one: expo "
+    )
     assert f"expo generate {prompt_file} " in text
     assert "--part 0/3" in text
     assert "--join" not in text
@@ -220,8 +222,8 @@ ROWS, META = "1-of-2.jsonl", "1-of-2.meta.json"
         (damage(ROWS, cut), f"damaged, remove .*{ROWS}"),
         (damage(ROWS, flip), f"damaged, remove .*{ROWS}"),
         (damage(ROWS, empty), f"damaged, remove .*{ROWS}"),
-        (damage(ROWS, Path.unlink), "without its file"),
-        (damage(META, Path.unlink), f"without its meta file, remove .*{ROWS}"),
+        (damage(ROWS, Path.unlink), "missing its file"),
+        (damage(META, Path.unlink), f"missing its meta file, remove .*{ROWS}"),
         (damage(META, empty), f"damaged, remove .*{META} and {ROWS}"),
         (damage(META, cut), f"damaged, remove .*{META} and {ROWS}"),
         (damage(META, lambda path: path.write_text("[]")), f"damaged, remove .*{META} and {ROWS}"),
@@ -270,7 +272,7 @@ def test_parts_of_other_prompts_are_refused(run, out, prompt_file):  # noqa: F81
 def test_a_run_is_not_cut_otherwise_half_way(run, out):
     run("0/3")
     for other in ({"part": "0/2"}, {"join": 2}, {}, {"data_parallel": 2}):
-        with pytest.raises(InputError, match=r"m\.parts holds parts of 3.*: go on with --part i/3"):
+        with pytest.raises(InputError, match=r"m\.parts has parts of 3.*: continue with --part i/3"):
             run(**other)
     whole = run(folder="whole").output.read_bytes()
     assert run(overwrite=True).output.read_bytes() == whole
@@ -298,7 +300,7 @@ def test_a_part_that_was_stopped_is_continued(run, engine):
     engine.dies_after = 1
     with pytest.raises(EnvironmentFailure):
         run("0/2")
-    with pytest.raises(InputError, match=r"0/2 \(unfinished, 2 rows\), 1/2 \(not begun\)"):
+    with pytest.raises(InputError, match=r"0/2 \(unfinished, 2 rows\), 1/2 \(not started\)"):
         run(join=2)
     assert json.loads(run("0/2").meta.read_text())["rows_this_run"] == 4
     run("1/2")

@@ -224,7 +224,7 @@ def test_a_turn_that_does_not_fit_is_marked_and_so_is_the_one_after_it(llama_pai
     errors = meta_of(tmp_path / "a")["errors"]
     assert [(one["row"], one["id"], one["turn"]) for one in errors] == [(2, "82", 0), (3, "82", 1), (5, "83", 1)]
     assert "the model takes 128" in errors[0]["reason"]
-    assert errors[1]["reason"] == "the turn before it has no answer"
+    assert errors[1]["reason"] == "the previous turn has no answer"
     assert "the model takes 128" in errors[2]["reason"]
     again = verb.run(settings(llama_pair[1], tmp_path / "a", questions))  # nothing can be otherwise
     assert (again.status, again.failed, meta_of(tmp_path / "a")["rows_this_run"]) == ("already complete", 3, 5)

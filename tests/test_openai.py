@@ -276,9 +276,13 @@ ENDS = {
         InputError,
         "choose another --max-tokens",
     ),
-    "no money": (error(402, "pay first"), EnvironmentFailure, "cannot answer now: pay first .*same command goes on"),
-    "always busy": (BUSY, EnvironmentFailure, "cannot answer now: slow down .*the same command goes on with the rest"),
-    "always cut": (cut, EnvironmentFailure, "did not answer in 11 tries: .*the same command goes on with the rest"),
+    "no money": (
+        error(402, "pay first"),
+        EnvironmentFailure,
+        "cannot answer now: pay first .*rerun the same command to continue",
+    ),
+    "always busy": (BUSY, EnvironmentFailure, "cannot answer now: slow down .*rerun the same command to continue"),
+    "always cut": (cut, EnvironmentFailure, "did not answer in 11 tries: .*rerun the same command to continue"),
     "no JSON": (
         reply(200, b"<html>log in</html>"),
         EnvironmentFailure,
@@ -338,7 +342,7 @@ REFUSED = [
     ({"model": "../"}, "gives the output no name; pass --name"),
     ({"concurrency": 0}, "--concurrency must be positive"),
     *(
-        ({"base_url": url}, "--base-url is a URL such as http://localhost:8000/v1, not ")
+        ({"base_url": url}, "--base-url must be a URL such as http://localhost:8000/v1, not ")
         for url in ("localhost:8000", "ftp://a/v1", "http://", "http://a:b/v1", "http://a/v1?k=1", "http://a/v 1")
     ),
 ]

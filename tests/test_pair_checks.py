@@ -80,5 +80,5 @@ def test_a_large_change_is_a_warning(relative: float | None, warned: bool, caplo
 
 
 def test_no_change_is_refused() -> None:
-    with pytest.raises(InputError, match="hold the same weights"):
+    with pytest.raises(InputError, match="have the same weights"):
         check_change(0.0, 0.0)

@@ -33,9 +33,9 @@ def test_parts_are_read(text, part):
 
 BAD = [
     ("8/8", "--part 8/8: parts are counted from 0, so i is at most 7"),
-    ("1/0", "--part takes 1 to 10000 parts, not 0"),
-    ("0/10001", "--part takes 1 to 10000 parts, not 10001"),
-    *((text, "--part is i/N, such as 0/8, or slurm, not ") for text in ("", "3", "-1/8", "1/8/2", "a/b", "1 / 8")),
+    ("1/0", "--part must be 1 to 10000 parts, not 0"),
+    ("0/10001", "--part must be 1 to 10000 parts, not 10001"),
+    *((text, "--part must be i/N (such as 0/8) or slurm, not ") for text in ("", "3", "-1/8", "1/8/2", "a/b", "1 / 8")),
     ("Slurm", "not 'Slurm'"),
 ]
 
@@ -75,10 +75,10 @@ def test_an_array_job_says_which_part(environment, part, monkeypatch):
         ({"SLURM_ARRAY_TASK_ID": "3"}, "SLURM_ARRAY_TASK_MIN is not set"),
         (array(3, 0, None), "SLURM_ARRAY_TASK_COUNT is not set"),
         (array("x", 0, 4), "SLURM_ARRAY_TASK_ID is 'x', not a number"),
-        (array(7, 0, 3), "task 7 of an array of 3 from 0 in steps of 1 is no part; submit a plain range"),
-        (array(5, 0, 3, 2), "task 5 of an array of 3 from 0 in steps of 2 is no part"),
-        (array(1, 2, 3), "is no part"),
-        (array(0, 0, 20000), "--part slurm takes 1 to 10000 parts, not 20000"),
+        (array(7, 0, 3), "task 7 of an array of 3 from 0 in steps of 1 is not a valid part; submit a plain range"),
+        (array(5, 0, 3, 2), "task 5 of an array of 3 from 0 in steps of 2 is not a valid part"),
+        (array(1, 2, 3), "is not a valid part"),
+        (array(0, 0, 20000), "--part slurm must be 1 to 10000 parts, not 20000"),
     ],
 )
 def test_an_environment_without_a_part_is_refused(environment, message):
@@ -94,8 +94,8 @@ def test_an_environment_without_a_part_is_refused(environment, message):
         ({"part": "0/2", "join": 2}, "--part and --join do not go together: join when all parts are made"),
         ({"part": "0/2", "data_parallel": 2}, "--part and --data-parallel do not go together: it makes and joins"),
         ({"join": 2, "data_parallel": 2}, "--join and --data-parallel do not go together"),
-        ({"join": 0}, "--join takes 1 to 10000 parts, not 0"),
-        ({"data_parallel": 0}, "--data-parallel takes 1 to 10000 parts, not 0"),
+        ({"join": 0}, "--join must be 1 to 10000 parts, not 0"),
+        ({"data_parallel": 0}, "--data-parallel must be 1 to 10000 parts, not 0"),
     ],
 )
 def test_ways_to_cut_a_run_do_not_mix(values, message):

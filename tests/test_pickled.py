@@ -439,7 +439,7 @@ def test_without_the_flag_nothing_is_unpickled(
         writer(tmp_path / name, tensors, shards=shards)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("was loaded"))
     refused(
-        expo(tmp_path), f"{tmp_path / side} holds .bin weights only, which are pickles and may carry code: --allow-p"
+        expo(tmp_path), f"{tmp_path / side} has only .bin weights, which are pickles and may contain code: --allow-p"
     )
     monkeypatch.undo()
     assert expo(tmp_path, "--allow-pickle").code == 0
@@ -520,8 +520,8 @@ def bytes_of(content: bytes) -> Callable[[Path], object]:
 
 W = torch.randn(3, 4)
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (bytes_of(b""), "is no archive of torch's: download it again"),
-    "noise": (bytes_of(b"\x13\x37" * 50), "is no archive of torch's: download it again"),
+    "nothing": (bytes_of(b""), "is not a torch archive: download it again"),
+    "noise": (bytes_of(b"\x13\x37" * 50), "is not a torch archive: download it again"),
     "a git-lfs pointer": (
         bytes_of(b"version https://git-lfs.github.com/spec/v1\noid x\n"),
         "is not weights but a git-lfs pointer",
@@ -539,21 +539,21 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "any zip archive": (lambda file: rezip(file, data_pkl=None), "is a zip archive, but not one of torch's"),
     "no version": (lambda file: rezip(file, version=None), "is a zip archive, but not one of torch's"),
     "a future version": (lambda file: rezip(file, version=b"99"), "is refused by torch's weights_only loader"),
-    "a compressed archive": (lambda file: rezip(file, compression=zipfile.ZIP_DEFLATED), "is there twice, compressed"),
-    "a record that is there twice": (twice, "is there twice, compressed or encrypted"),
+    "a compressed archive": (lambda file: rezip(file, compression=zipfile.ZIP_DEFLATED), "is duplicated, compressed"),
+    "a record that is there twice": (twice, "is duplicated, compressed or encrypted"),
     "a record that is elsewhere": (moved, "is not where its directory says"),
     "a record that is missing": (lambda file: rezip(file, data__0=None), "is refused by torch's weights_only loader"),
     "a record that is too short": (lambda file: rezip(file, data__0=bytes(8)), "'w' ends beyond its data"),
     "a big-endian machine's": (lambda file: rezip(file, byteorder=b"big"), "was written on a big-endian machine"),
     "a pickle that ends early": (lambda file: rezip(file, data_pkl=b"\x80\x02}"), "loader (EOFError): it is damaged"),
     "a pickle without stack": (lambda file: rezip(file, data_pkl=b"\x80\x020."), "is refused by torch's weights_only"),
-    "a list": (of([W]), "holds a list, not a model's state dict"),
-    "a tensor alone": (of(W), "holds a Tensor, not a model's state dict"),
+    "a list": (of([W]), "contains a list, not a model's state dict"),
+    "a tensor alone": (of(W), "contains a Tensor, not a model's state dict"),
     "nested": (of({"state_dict": {"w": W}}), "'state_dict' is a dict, not a tensor: this is a trainer's checkpoint"),
     "a number among them": (of({"w": W, "epoch": 3}), "'epoch' is a int, not a tensor: this is a trainer's checkpoint"),
-    "a name that is no text": (of({7: W}), "has a int for a tensor's name"),
-    "a name with half a character": (of({"\ud800": W}), r"has '\ud800' for a tensor's name"),
-    "a reserved name": (of({"__metadata__": W}), "has '__metadata__' for a tensor's name"),
+    "a name that is no text": (of({7: W}), "has a int as a tensor name"),
+    "a name with half a character": (of({"\ud800": W}), r"has '\ud800' as a tensor name"),
+    "a reserved name": (of({"__metadata__": W}), "has '__metadata__' as a tensor name"),
     "a wrapper's prefix": (of({"module.w": W, "module.v": W}), "every name begins with 'module.'"),
     "a compiled model's prefix": (of({"_orig_mod.w": W}), "every name begins with '_orig_mod.'"),
     "a transposed view": (of({"w": W.t()}), "'w' of shape [4, 3] is a view with strides [1, 4]; load the model with"),
@@ -564,7 +564,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a wide complex one": (of({"w": W.to(torch.complex128)}), "'w' has the type complex128"),
     "a conjugate": (of({"w": W.to(torch.complex64).conj()}), "'w' is the conjugate or negative of what is stored"),
     "one without values": (of({"w": W.to("meta")}), "'w' has no values in the file"),
-    "no tensors": (of({}), "holds no tensors"),
+    "no tensors": (of({}), "contains no tensors"),
 }
 
 

@@ -153,7 +153,7 @@ def test_a_push_that_fails(
     assert failed.stderr.splitlines()[-1].startswith(f"expo: error: {message}")
     assert tree(finished) == before
     if code == 1:
-        assert failed.stderr.endswith("; the same command pushes again\n")
+        assert failed.stderr.endswith("; rerun the same command to push again\n")
         failing.times = 0
         assert push().code == 0
         assert pushed_files(hub) == before
@@ -199,8 +199,8 @@ def nothing(_: FakeHub) -> None:
 
 REFUSED = {
     "no token": (nothing, (), None, "pushing to me/model needs a hub token; set HF_TOKEN or run `hf auth login`"),
-    "a wrong token": (nothing, (), "hf_anotherHubsToken", "the hub does not accept the token that it was sent; set H"),
-    "a reader's token": (nothing, (), READER, "the hub token of me may only read; pushing to me/model needs one that"),
+    "a wrong token": (nothing, (), "hf_anotherHubsToken", "the hub rejected the token; set H"),
+    "a reader's token": (nothing, (), READER, "the hub token of me is read-only; pushing to me/model needs one with"),
     "another's name": (
         nothing,
         ("--push-to-hub", "you/model"),
@@ -211,13 +211,13 @@ REFUSED = {
         weights_of_others,
         (),
         WRITER,
-        "me/model holds weights that expo did not push (model.safetensors); choose another repository",
+        "me/model contains weights that expo did not push (model.safetensors); choose another repository",
     ),
     "public": (
         public,
         ("--private",),
         WRITER,
-        "me/model is there and public: make it private on the hub, or leave",
+        "me/model already exists and is public: make it private on the hub, or drop",
     ),
 }
 

@@ -196,7 +196,7 @@ def test_rows_whose_file_is_damaged_are_scored_again(reward_model, outputs, tmp_
 
 FOREIGN = {
     "another program's": ({"errors": ["x"], "per_row": [1]}, None),
-    "no object": ([], "m.meta.json does not hold a JSON object; move it away to score m.jsonl without it"),
+    "no object": ([], "m.meta.json does not contain a JSON object; move it away to score m.jsonl without it"),
     "errors of another kind": ({"command": "generate", "errors": ["x"], "per_row": {}}, "m.meta.json is damaged: move"),
     "ids without samples": (
         {"command": "generate", "errors": [], "per_row": {"id": ["a"], "sample": []}},
@@ -260,7 +260,7 @@ def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(reward_model,
     interrupt(settings(reward_model, tmp_path))
     journal = tmp_path / "rewards_q" / ".m.journal.jsonl"
     before = journal.read_bytes()
-    with pytest.raises(InputError, match=r"the unfinished .*m\.jsonl has \d+ rows that this run has no place for"):
+    with pytest.raises(InputError, match=r"the unfinished .*m\.jsonl has \d+ rows that this run does not include"):
         verb.run(settings(reward_model, tmp_path, limit=1))
     assert journal.read_bytes() == before
     assert verb.run(settings(reward_model, tmp_path, limit=1, overwrite=True)).n == 1

@@ -71,9 +71,9 @@ def test_a_row_without_an_answer_stays_without_a_reward(reward_model, tmp_path):
 
 def test_what_is_missing_or_of_other_outputs_is_refused(reward_model, outputs, tmp_path):  # noqa: F811
     verb.run(settings(reward_model, tmp_path, part="0/2"))
-    with pytest.raises(InputError, match=r"1 of 2 parts cannot be joined yet: 1/2 \(not begun\).*expo score q.jsonl"):
+    with pytest.raises(InputError, match=r"1 of 2 parts cannot be joined yet: 1/2 \(not started\).*expo score q.jsonl"):
         verb.run(settings(reward_model, tmp_path, join=2))
-    with pytest.raises(InputError, match="holds parts of 2"):
+    with pytest.raises(InputError, match="has parts of 2"):
         verb.run(settings(reward_model, tmp_path))
     with pytest.raises(InputError, match=r"0-of-2.jsonl was made with another max-length \(None then, 7 now\)"):
         verb.run(settings(reward_model, tmp_path, part="0/2", max_length=7))

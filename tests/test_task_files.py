@@ -52,17 +52,21 @@ def test_files_that_are_read(tmp_path, name, content, texts):
 
 
 REFUSED = {
-    "an empty file": ("q.jsonl", b"", "holds no prompts"),
+    "an empty file": ("q.jsonl", b"", "contains no prompts"),
     "an empty json file": ("q.json", b"", "is not a valid json file"),
-    "an empty csv file": ("q.csv", b"", "holds no prompts"),
+    "an empty csv file": ("q.csv", b"", "contains no prompts"),
     "an empty parquet file": ("q.parquet", b"", "is not a valid parquet file"),
     "UTF-16": ("q.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
     "UTF-16 csv": ("q.csv", "prompt\na\n".encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
-    "Latin-1": ("q.jsonl", '{"prompt": "ä"}\n'.encode("latin-1"), "it is no UTF-8 text (byte 0xe4 at 12)"),
+    "Latin-1": ("q.jsonl", '{"prompt": "ä"}\n'.encode("latin-1"), "it is not UTF-8 text (byte 0xe4 at 12)"),
     "a torn line": ("q.jsonl", '{"prompt": "a"}\n{"prompt": "b', "line 2: Unterminated string"),
-    "half of a surrogate pair": ("q.jsonl", '{"prompt": "\\ud83d"}', "row 0 of {} holds half of a surrogate pair"),
-    "lines that are no objects": ("q.jsonl", '{"prompt": "a"}\n"b"\n', "does not hold a list of objects: row 1 is 'b'"),
-    "one object": ("q.json", '{"prompt": "a"}', "does not hold a list of objects, but one object"),
+    "half of a surrogate pair": ("q.jsonl", '{"prompt": "\\ud83d"}', "row 0 of {} contains half of a surrogate pair"),
+    "lines that are no objects": (
+        "q.jsonl",
+        '{"prompt": "a"}\n"b"\n',
+        "does not contain a list of objects: row 1 is 'b'",
+    ),
+    "one object": ("q.json", '{"prompt": "a"}', "does not contain a list of objects, but one object"),
     "rows under a key": ("q.json", '{"data": [{"prompt": "a"}]}', "the list under its key 'data' belongs in a file"),
     "an unclosed quote": ("q.csv", 'prompt\n"a\nb\n', "unexpected end of data"),
     "a comma without quotes": ("q.csv", "prompt\na, b\n", "row 0 has more fields than the header"),
@@ -71,12 +75,12 @@ REFUSED = {
     "an instruction with an input": (
         "q.jsonl",
         '{"instruction": "a", "input": ""}\n{"instruction": "Sum it up", "input": "b"}',
-        "row 1 of {} has an input beside its instruction: join both in a prompt column",
+        "row 1 of {} has both an instruction and an input: combine them in a prompt column",
     ),
     "parts for content": (
         "q.jsonl",
         json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
-        "row 0 of {} has no prompt, instruction or messages column that holds text",
+        "row 0 of {} has no prompt, instruction or messages column with text",
     ),
     "the assistant's turn last": (
         "q.jsonl",
@@ -90,7 +94,7 @@ REFUSED = {
     "a name of a task": (
         "alpaca.jsonl",
         '{"prompt": "a"}',
-        "would lie among those of the task alpaca: rename the file",
+        "would be mixed with those of the task alpaca: rename the file",
     ),
 }
 
@@ -153,7 +157,7 @@ def test_ids_are_the_rows_own_where_all_differ_else_their_numbers(tmp_path, capl
     with caplog.at_level("WARNING", logger="expo"):
         assert [prompt.id for prompt in prompts_in(tmp_path, "q.jsonl", content)] == used
     alike = len({str(name) for name in given}) < len(given) and None not in given
-    assert ("rows go by their numbers instead" in caplog.text) == alike
+    assert ("rows are numbered instead" in caplog.text) == alike
 
 
 def test_a_rows_own_system_message_and_system_are_too_many(tmp_path):
@@ -166,5 +170,5 @@ def test_a_rows_own_system_message_and_system_are_too_many(tmp_path):
 
 
 def test_a_file_of_rows_has_an_ending_that_says_so(tmp_path):
-    with pytest.raises(InputError, match=r"a file of rows ends in \.jsonl, \.json, \.parquet, \.csv"):
+    with pytest.raises(InputError, match=r"a file of rows must end in \.jsonl, \.json, \.parquet, \.csv"):
         read_rows(tmp_path / "rows.txt")

@@ -95,7 +95,7 @@ def test_a_pair_that_the_workers_refuse_is_one_line_and_exit_code_2(trained, run
     arguments += ["--engine", "vllm", "--output-dir", tmp_path]
     result = run_warm("-m", "expo", "generate", tmp_path / "q.jsonl", *arguments, env=plugin)
     assert (result.code, result.stdout) == (2, "")
-    assert "expo: error: the result for tensor model.norm.weight holds NaN" in result.stderr
+    assert "expo: error: the result for tensor model.norm.weight contains NaN" in result.stderr
     assert not (tmp_path / "outputs_q" / "tiny-dpo-ExPO-a1.0.jsonl").exists()
 
 

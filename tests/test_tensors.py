@@ -205,9 +205,9 @@ def break_head(sft: Tensors, dpo: Tensors) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (break_values, "tensor norm holds NaN or infinity"),
+        (break_values, "tensor norm contains NaN or infinity"),
         (break_integers, "tensor count differs between SFT and DPO"),
-        (break_change, "SFT and DPO hold the same weights"),
+        (break_change, "SFT and DPO have the same weights"),
         (break_head, "the head lm_head.weight is stored on one side only"),
     ],
 )
@@ -229,5 +229,5 @@ def test_a_type_that_torch_does_not_have_is_refused_before_anything_is_read(tmp_
     for side in ("sft", "dpo"):
         raw_safetensors(tmp_path / side / "model.safetensors", {"a": entry("F4", [4], 0, 2)}, b"\1\2")
         (tmp_path / side / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="a is of type F4, which no torch tensor has"):
+    with pytest.raises(InputError, match="a has type F4, which torch does not support"):
         theta_of((tmp_path / "sft", tmp_path / "dpo"), exclude=("a",))

@@ -134,8 +134,8 @@ class EngineDeadError(Exception):
 
 STEPS = [
     (EngineDeadError("EngineCore encountered an issue. See stack trace"), "EngineDeadError: EngineCore encountered"),
-    (RuntimeError(CUDA), r"CUDA out of memory.*; --engine-arg max_num_seqs=32.*memory; the same command"),
-    (AssertionError(), "AssertionError: AssertionError; the same command"),
+    (RuntimeError(CUDA), r"CUDA out of memory.*; --engine-arg max_num_seqs=32.*memory; rerun the same command"),
+    (AssertionError(), "AssertionError: AssertionError; rerun the same command"),
 ]
 
 
@@ -144,7 +144,7 @@ def test_an_engine_that_dies_keeps_its_rows_and_the_rerun_asks_for_the_others(fa
     fake(step=(3, error))
     with pytest.raises(EnvironmentFailure, match=f"the vLLM engine died: .*{message}") as caught:
         verb.run(config)
-    assert one_line(caught.value).endswith("the same command goes on with the rest")
+    assert one_line(caught.value).endswith("rerun the same command to continue")
     folder = Path(config.output_dir) / "outputs_q"
     assert not (folder / "m.jsonl").exists()
     kept = (folder / ".m.journal.jsonl").read_text().splitlines()[1:]

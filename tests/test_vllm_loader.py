@@ -42,7 +42,7 @@ def test_every_setting_of_a_theta_is_a_key() -> None:
         ({"exclude": "norm"}, "exclude of the load format expo cannot be 'norm'"),
         ({"exclude": [1]}, r"exclude of the load format expo cannot be \[1\]"),
         ({"allow_pickle": 1}, "allow_pickle of the load format expo cannot be 1"),
-        ({"missing": "drop"}, "--missing is one of error, copy-dpo, not 'drop'"),
+        ({"missing": "drop"}, "--missing must be one of error, copy-dpo, not 'drop'"),
         ({"alpha": float("nan")}, "--alpha must be a finite number"),
     ],
 )

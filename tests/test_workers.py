@@ -147,7 +147,7 @@ def test_a_part_that_fails_again_and_again_ends_the_run_with_its_last_words(crew
     """The others are let finish first."""
     with pytest.raises(EnvironmentFailure) as caught, crew_of("time.sleep(0.5)", program) as crew:
         crew.watch("generate", 8, 0)
-    assert str(caught.value) == f"{words}; the same command goes on with the rest"
+    assert str(caught.value) == f"{words}; rerun the same command to continue"
     assert [worker.starts for worker in crew._workers] == [1, starts]
 
 

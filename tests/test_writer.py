@@ -178,7 +178,7 @@ def test_shards_staged_from_other_weights_are_made_again(tmp_path: Path, caplog:
     assert staged(new, "a") == []
     assert staged(None) == staged(new) == ["a"]
     assert len(caplog.messages) == 2
-    assert caplog.messages[1].endswith("may be of other weights; it is made again")
+    assert caplog.messages[1].endswith("may come from other weights; rebuilding them")
 
 
 def test_a_torn_last_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_folders_with_other_contents_are_refused(tmp_path: Path, name: str, over
         write(tmp_path, ONE)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match="holds files expo did not write") as caught:
+    with pytest.raises(InputError, match="contains files expo did not write") as caught:
         is_complete(tmp_path, TWO, overwrite=overwrite)
     assert name in str(caught.value)
 

@@ -1,1 +1,1 @@
-"""What others wrote: model folders, their indexes, headers, tokenizers, pickles, and where on the hub a model is."""
+"""Reading models: folders, indexes, headers, tokenizers, pickles, and models on the hub."""

@@ -1,4 +1,4 @@
-"""The types that tensors of a safetensors file have: the one table of them. Nothing here needs torch."""
+"""The one table of safetensors dtypes. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple
 
 
 class Dtype(NamedTuple):
-    """A type of a safetensors file's tensors."""
+    """A safetensors dtype."""
 
     bits: int
     """Of one element."""
     torch: str | None
-    """torch's name for it, which is also its name in settings and in config.json; None where torch has no such type."""
+    """torch's name for it, also used in settings and config.json; None if torch has no such type."""
     kind: Literal["float", "exact", "other"] = "other"
     """float can be extrapolated; exact (buffers and the like) must be equal on both sides; other can only be copied."""
 
@@ -40,7 +40,7 @@ DTYPES = {
     "F6_E3M2": Dtype(6, None),
     "F4": Dtype(4, None),
 }
-"""By the name that safetensors headers have."""
+"""By the name in safetensors headers."""
 
 FLOAT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "float")
 EXACT_DTYPES = frozenset(name for name, dtype in DTYPES.items() if dtype.kind == "exact")

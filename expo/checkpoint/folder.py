@@ -1,6 +1,6 @@
-"""Read a safetensors checkpoint's plan: which tensor lies where, from headers alone.
+"""Read the layout of a safetensors checkpoint: where each tensor is, from headers alone.
 
-Here: the folder with its index, config.json and model card, the side files that go along, and fingerprints. Not here:
+Here: the folder with its index, config.json and model card, the side files, and fingerprints. Not here:
 one file's header (`header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
 (`theta/stream.py`), and finding or fetching the folder (`hub.py`).
 To add a format of weights, write a reader of its shards and a `WeightFormat`.
@@ -45,7 +45,7 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 CONFIG_FILE = "config.json"
 PARTIAL_FOLDER = ".expo-partial"
-"""Where an unfinished output keeps its files; a folder that has one is not a finished checkpoint."""
+"""Where an unfinished output keeps its files; a folder with it is not a finished checkpoint."""
 
 FOREIGN_SUFFIXES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
@@ -58,13 +58,13 @@ FOREIGN_FOLDERS = ("checkpoint-*", "original", "runs", "global_step*", "__pycach
 FINGERPRINTED = (".safetensors", ".bin", ".json", ".jinja")
 MAX_CARD_BYTES = 1_000_000
 BIN_TAIL_BYTES = 1 << 20
-"""What is hashed of a .bin file: its end, where a zip archive lists its records with their checksums."""
+"""How much of a .bin file's end is hashed, where a zip archive lists its records with their checksums."""
 
 log = logging.getLogger(__name__)
 
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What tells a PEFT adapter from a checkpoint."""
+"""Identifies a PEFT adapter."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class Location:
     """The model's short name: the last part of its hub id or path."""
     hub_id: str | None = None
     revision: str | None = None
-    """The commit on the hub that `path` holds."""
+    """The commit on the hub that is in `path`."""
 
     @property
     def label(self) -> str:
-        """How people refer to the model: its hub id, else the directory's name."""
+        """The model's display name: its hub id, or the directory's name."""
         return self.hub_id or self.name
 
 
@@ -99,27 +99,27 @@ def refuse_inside(output: Path, *inputs: Location, flag: str = "--output") -> No
 
 
 def find_folder(model: str) -> Location | None:
-    """A model that is a local directory; None where the name belongs to none."""
+    """A model in a local directory; None if there is no such directory."""
     path = expand_user(model)
     return Location(path=path, name=path.resolve().name) if model.strip() and path.is_dir() else None
 
 
 def expand_user(model: str) -> Path:
-    """A path whose ~ is resolved, where somebody has that name."""
+    """A path with ~ expanded, if that user exists."""
     try:
         return Path(model).expanduser()
-    except RuntimeError:  # ~name, where nobody has that name
+    except RuntimeError:  # ~name without such a user
         return Path(model)
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a model's folder holds a PEFT adapter."""
+    """Whether a model's folder contains a PEFT adapter."""
     return (path / ADAPTER_CONFIG).is_file()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's plan."""
+    """A checkpoint's layout."""
 
     path: Path
     shards: tuple[Shard, ...]
@@ -133,14 +133,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a folder holds weights of one format."""
+    """The files of one weight format."""
 
     name: str
     single: str
-    """The file that holds all tensors, where there is no index."""
+    """The file with all tensors, if there is no index."""
     index: str
     pattern: str
-    """What weight files of this format are called; one that is not read is warned about."""
+    """Glob of this format's weight files; one that is not read gets a warning."""
     read_shard: Callable[[Path], Shard]
 
 
@@ -152,14 +152,14 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
 
     Args:
         path: The checkpoint's folder.
-        weights: Which of its weights to read.
+        weights: The format to read.
 
     Raises:
         InputError: No such weights, an unfinished or ambiguous folder, or damaged files.
     """
     entries, index_file = _names(path), path / weights.index
     if PARTIAL_FOLDER in entries:
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
+        raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")
     present = fnmatch.filter(entries, weights.pattern)
     index = read_json(index_file, unique=True) if weights.index in entries else None
     weight_map = {} if index is None else _weight_map(index_file, index, weights)
@@ -168,8 +168,7 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
         raise InputError(_no_weights(path, present, weights))
     if weights.single in present and weights.single not in names:
         raise InputError(
-            f"{path} holds {weights.single} beside {weights.index}, which does not name it: "
-            "remove the one that is stale"
+            f"{path} has both {weights.single} and {weights.index}, which does not list it: remove the stale one"
         )
     shards = tuple(weights.read_shard(path / name) for name in names)
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -197,12 +196,12 @@ def _names(folder: Path) -> list[str]:
 def _no_weights(path: Path, present: list[str], weights: WeightFormat) -> str:
     if holds_only_bin(path):
         return (
-            f"{path} holds .bin weights only, which are pickles and may carry code: --allow-pickle reads them with "
+            f"{path} has only .bin weights, which are pickles and may contain code: --allow-pickle reads them with "
             "torch's weights_only loader, or convert them to safetensors with `save_pretrained`"
         )
     if present:
-        return f"{path} holds {shown(present[0])} but neither {weights.single} nor {weights.index}"
-    return f"{path} holds no {weights.name} weights ({weights.single} or {weights.index})"
+        return f"{path} contains {shown(present[0])} but neither {weights.single} nor {weights.index}"
+    return f"{path} contains no {weights.name} weights ({weights.single} or {weights.index})"
 
 
 def _weight_map(index: Path, content: dict[str, Any], weights: WeightFormat) -> dict[str, str]:
@@ -221,23 +220,23 @@ def _check_tensors(path: Path, shards: tuple[Shard, ...], tensors: dict[str, Ten
     if twice := repeated(tensor.name for shard in shards for tensor in shard.tensors):
         raise InputError(f"{path}: tensor {shown(twice)} is in more than one shard")
     if not tensors:
-        raise InputError(f"{path} holds no tensors")
+        raise InputError(f"{path} contains no tensors")
 
 
 def _check_against_index(index: Path, tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise InputError(f"{index} says tensor {shown(name)} is in {file}, where it is not")
+            raise InputError(f"{index} says tensor {shown(name)} is in {file}, but it is not")
     unnamed = sorted(set(tensors) - set(weight_map))
     if unnamed:
-        raise InputError(f"{index} does not name tensor {shown(unnamed[0])} of its own shards")
+        raise InputError(f"{index} does not list tensor {shown(unnamed[0])} of its own shards")
 
 
 def _compare_total_size(index: Path, metadata: object, nbytes: int) -> None:
-    # A warning only: every tensor is there in full, and tools disagree on what total_size counts (tied tensors).
+    # Only a warning: all tensors are complete, and tools disagree on what total_size counts (tied tensors).
     said = metadata.get("total_size", nbytes) if isinstance(metadata, dict) else nbytes
     if said != nbytes:
-        log.warning("%s says total_size %s; its tensors, all whole, have %d bytes", index, shown(said), nbytes)
+        log.warning("%s says total_size %s, but its tensors (all complete) have %d bytes", index, shown(said), nbytes)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -246,7 +245,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The metadata of a model folder's card (README.md); empty where there is none, or none that can be read."""
+    """The metadata of a model folder's card (README.md); empty if missing or unreadable."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
@@ -260,7 +259,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def config_with_dtype(folder: Path, dtype: str) -> str:
-    """A config.json's text with its dtype, under whichever name it has, replaced."""
+    """The text of config.json with its dtype replaced, under whichever key it has."""
     config = read_config(folder)
     nested = [value for value in config.values() if isinstance(value, dict)]
     for table in (config, *nested):
@@ -273,14 +272,14 @@ def config_with_dtype(folder: Path, dtype: str) -> str:
 
 
 def side_files(path: Path) -> list[Path]:
-    """The files that go along with a checkpoint's weights, relative to its folder, sorted.
+    """The files that accompany a checkpoint's weights, relative to its folder, sorted.
 
     Config, generation config, tokenizer, chat template, remote code, licence; no weights of any format, no
-    README, no optimizer states, no `checkpoint-*`, `original/` or hidden folders. What is no file, and links to
-    folders, which may lead anywhere, are left out with a warning.
+    README, no optimizer states, no `checkpoint-*`, `original/` or hidden folders. Anything other than a file, and links
+    to folders, which may lead anywhere, are left out with a warning.
 
     Raises:
-        InputError: A file or folder cannot be read, has a name that cannot be written, or is a git-lfs pointer.
+        InputError: A file or folder cannot be read, has a name that is not UTF-8, or is a git-lfs pointer.
     """
     return sorted(file.relative_to(path) for file in _side_files(path))
 
@@ -294,7 +293,7 @@ def _side_files(folder: Path) -> Iterator[Path]:
         if kind == "a folder" and not entry.is_symlink():
             yield from _side_files(entry)
         elif kind is not None:
-            log.warning("%s is %s and is not copied", entry, "a link to a folder" if kind == "a folder" else kind)
+            log.warning("%s is %s; not copied", entry, "a link to a folder" if kind == "a folder" else kind)
         elif not _matches(name, foreign):
             _require_copyable(entry)
             yield entry
@@ -317,14 +316,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def source_fingerprint(location: Location) -> dict[str, Any]:
-    """What tells a model's state: its commit on the hub, or its files' headers, sizes and times."""
+    """Identifies a model's state: its commit on the hub, or its files' headers, sizes and times."""
     if location.hub_id is not None:
         return {"hub_id": location.hub_id, "revision": location.revision}
     return fingerprint(location.path)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """What tells a model folder's state without reading its weights.
+    """Identifies a model folder's state without reading its weights.
 
     Every large file's size and modification time, and one hash over the safetensors headers, the ends of .bin files
     and the small files.
@@ -333,7 +332,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
         `files` (name → [bytes, mtime in ns]) and `headers_xxh3` (hexadecimal).
 
     Raises:
-        InputError: A file cannot be read, such as a link to nothing.
+        InputError: A file cannot be read, such as a broken link.
     """
     hasher = xxhash.xxh3_128()
     files: dict[str, list[int]] = {}
@@ -359,7 +358,7 @@ def weights_xxh3(path: Path) -> dict[str, str]:
 
 
 def _hashed_content(file: Path) -> Iterator[bytes]:
-    """Of safetensors files the header, of .bin files the end, of other large files the first bytes, else everything."""
+    """The header of safetensors files, the end of .bin files, the first bytes of other large files; otherwise all."""
     with open_file(file) as stream:
         try:
             size = os.fstat(stream.fileno()).st_size

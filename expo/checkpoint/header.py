@@ -1,7 +1,7 @@
-"""A safetensors file's header, parsed and checked by hand: the byte offsets are what the streaming needs.
+"""A safetensors file's header, parsed and checked by hand, because streaming needs the byte offsets.
 
-Refused is what the safetensors library refuses, and what it accepts though no writer means it: keys that appear twice,
-unknown fields, names that are paths out of a folder. Nothing is allocated that the file itself does not hold.
+Refuses what the safetensors library refuses, and what it accepts although no writer intends it: duplicate keys, unknown
+fields, names that are paths out of a folder. No more memory is allocated than the file is long.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 MAX_SIZE = 2**64 - 1
-"""The largest size, offset or number of elements the format can say."""
+"""The largest size, offset or number of elements that the format can represent."""
 
 FIELDS = ("dtype", "shape", "data_offsets")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: what it is and where its bytes lie."""
+    """One tensor of a checkpoint: what it is and where its bytes are."""
 
     name: str
     dtype: str
@@ -64,14 +64,14 @@ class Shard:
     nbytes: int
     """The whole file's size."""
     output_name: str | None = None
-    """What an output calls it, where that is not the file's own name."""
+    """Its name in an output, if different from the file's own."""
 
 
 def read_shard(file: Path) -> Shard:
     """Parse and check one safetensors header.
 
     Raises:
-        InputError: The file is no whole, well-formed safetensors file; the message says what is wrong.
+        InputError: The file is incomplete or malformed; the message says what is wrong.
     """
     raw, size = _read_header(file)
     header = _parse(file, raw[8:])
@@ -103,9 +103,11 @@ def _checked_length(file: Path, head: bytes, size: int) -> int:
     if found := stand_in(head):
         raise InputError(f"{file} is not weights but {found}")
     if len(head) < 8:
-        raise InputError(f"{file} is truncated: {size} bytes are no safetensors file")
+        raise InputError(f"{file} is truncated: {size} bytes are too few for a safetensors file")
     if length > MAX_HEADER_BYTES:
-        raise InputError(f"{file} begins with {shown(head[:8])}: no safetensors file, or a header of {length} bytes")
+        raise InputError(
+            f"{file} begins with {shown(head[:8])}: not a safetensors file, or one with a header of {length} bytes"
+        )
     if 8 + length > size:
         raise InputError(f"{file} is truncated: its header claims {length} bytes, the file has {size}")
     return length
@@ -132,14 +134,14 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
 
 
 def _size(digits: str) -> int:
-    # The length is looked at first: Python would turn any number of digits into an integer, in quadratic time.
+    # The length is checked first: Python would turn any number of digits into an integer, in quadratic time.
     if digits.startswith("-") or len(digits) > len(str(MAX_SIZE)) or int(digits) > MAX_SIZE:
         _no_size(digits)
     return int(digits)
 
 
 def _no_size(text: str) -> NoReturn:
-    raise ValueError(f"{shown(text)} is no size or offset")
+    raise ValueError(f"{shown(text)} is not a valid size or offset")
 
 
 def _metadata(file: Path, value: object) -> dict[str, str]:
@@ -150,7 +152,7 @@ def _metadata(file: Path, value: object) -> dict[str, str]:
 
 
 def is_text_map(value: object) -> TypeGuard[dict[str, str]]:
-    """Whether a value from JSON is an object of texts that can all be written back."""
+    """Whether a JSON value is an object that maps text to text, all encodable as UTF-8."""
     return isinstance(value, dict) and all(
         isinstance(item, str) and is_utf8(item) and is_utf8(key) for key, item in value.items()
     )
@@ -178,11 +180,11 @@ def _tensor(file: Path, name: str, entry: object, data_start: int) -> TensorInfo
 
 
 def _is_sizes(value: list[Any]) -> bool:
-    return all(type(item) is int for item in value)  # true is an int, and no size
+    return all(type(item) is int for item in value)  # in Python true is an int
 
 
 def _elements(shape: list[int]) -> float:
-    """The number of elements; infinity where the format cannot say it, as soon as that is known."""
+    """The number of elements; infinity as soon as it exceeds what the format can represent."""
     count = 1
     for size in shape:
         count *= size

@@ -1,7 +1,7 @@
 """Finding a model: a local directory, or a hub id (`org/name`, `org/name@revision`) downloaded to the cache.
 
 Only the files that are needed are downloaded. Every request to the hub goes through `explain_hub_errors`, which turns
-its errors into one line each. Nothing here reads weights (`checkpoint.py`) or uploads (`publish.py`).
+its errors into one line each. Nothing here reads weights (`folder.py`) or uploads (`output/publish.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NOT_WEIGHTS = (
 """Files of a checkpoint that are never needed."""
 
 OTHER_FORMATS = (*NOT_WEIGHTS, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-"""Files that are not needed where there are safetensors weights."""
+"""Files that are not needed if there are safetensors weights."""
 
 
 def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
@@ -56,16 +56,16 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> L
     Args:
         model: A directory, a hub id, or `id@revision`.
         weights_only: Download only the weights, config.json and the tokenizer.
-        pickled: Download .bin weights where the hub has no safetensors.
+        pickled: Download .bin weights if the hub has no safetensors.
 
     Raises:
-        InputError: No such directory or repository, no access to it, or only .bin weights where `pickled` is false.
+        InputError: No such directory or repository, no access to it, or only .bin weights and `pickled` is false.
         EnvironmentFailure: The hub cannot be reached.
     """
     if (local := find_folder(model)) is not None:
         return local
     if not model.strip():
-        raise InputError("a model's name is empty; give a directory or a hub id")
+        raise InputError("the model's name is empty; give a directory or a hub id")
     if expand_user(model).exists():
         raise InputError(f"{model} is a file; give the checkpoint's directory or a hub id")
     repository, at, revision = model.partition("@")
@@ -117,7 +117,7 @@ def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled
 
 
 def _has_safetensors(repository: str, revision: str | None) -> bool:
-    """Whether the repository has safetensors weights; assumed where the hub cannot be reached."""
+    """Whether the repository has safetensors weights; assumed if the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -164,7 +164,7 @@ def network_errors() -> tuple[type[Exception], ...]:
 
 
 def require_usable_token() -> None:
-    """Refuse a token that no header can hold; the HTTP library's own error would show it.
+    """Refuse a token that is invalid in an HTTP header; the HTTP library's own error would reveal it.
 
     Raises:
         InputError: The token contains white space, a control character or a letter outside ASCII.
@@ -176,7 +176,7 @@ def require_usable_token() -> None:
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:
-    """Run `action`, turning the hub's errors into messages of one line.
+    """Run `action`, turning the hub's errors into one-line messages.
 
     Raises:
         InputError: The repository or revision does not exist, is gated, or is not cached while offline.
@@ -202,7 +202,7 @@ def explain(error: BaseException, repository: str, revision: str | None) -> Expo
         here = f"neither a local directory{_near_folder(repository)} nor a repository on the hub"
         return InputError(f"{wanted} is {here} (a private one needs HF_TOKEN)")
     if http_status(error) == 401:
-        return InputError(f"the hub does not accept the token that it was sent for {wanted}; {TOKEN_ADVICE}")
+        return InputError(f"the hub rejected the token for {wanted}; {TOKEN_ADVICE}")
     if http_status(error) == 403:
         return InputError(f"the hub denies access to {wanted}: {first_line(error)}")
     if isinstance(error, errors.LocalEntryNotFoundError) or is_offline():
@@ -230,7 +230,7 @@ def is_offline() -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status of an error's response; None where there was no response."""
+    """The HTTP status of an error's response; None if there was no response."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None

@@ -1,9 +1,9 @@
-"""Read a `.bin` checkpoint's plan: where in torch's zip archives each tensor's bytes lie.
+"""Read the layout of a `.bin` checkpoint: where in torch's zip archives each tensor's bytes are.
 
 `torch.save` writes a zip archive without compression: one pickle of names, types, shapes and strides, and a record
 of raw bytes per storage. Here the archive is copied without its weights, torch's weights_only loader unpickles the
-copy, and each tensor is traced back to its record, so that everything after it reads .bin files at offsets as it
-reads safetensors files. No weights are read here, and Python's own unpickler never runs.
+copy, and each tensor is traced back to its record, so that all later code reads .bin files at offsets, just like
+safetensors files. No weights are read here, and Python's own unpickler never runs.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEEDED_TORCH = (2, 11)
-"""Below 2.10 ways around the weights_only loader are known; below 2.11 loading to the meta device reads weights."""
+"""Before 2.10 the weights_only loader has known bypasses; before 2.11 loading to the meta device reads weights."""
 
 METADATA = {"format": "pt"}
-"""What transformers expects in the header of a safetensors file made from torch's tensors."""
+"""What transformers expects in the header of a safetensors file of torch tensors."""
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-"""What the names of output heads end in."""
+"""Suffixes of the names of output heads."""
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-"""What training wrappers put before every name."""
+"""Prefixes that training wrappers add to every name."""
 
 CONVERT = "load the model with transformers and write it with `save_pretrained`"
-"""What to do with weights that are valid but not laid out as is needed here."""
+"""What to do with weights that are valid but in an unsupported layout."""
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a zip record: signature, …, bytes of its name, bytes of its extra field."""
@@ -77,13 +77,13 @@ class _Outline:
     """An archive without its weights."""
 
     archive: io.BytesIO
-    """The same records, those of storages with no bytes."""
+    """The same records, but empty for storages."""
     records: dict[int, _Record]
-    """Where a storage is in `archive` → where it is in the .bin file."""
+    """A storage's offset in `archive` → its record in the .bin file."""
 
 
 def read_source(location: Location, allow_pickle: bool) -> Checkpoint:
-    """Read the plan of a model's safetensors weights, or, where it has none and that is allowed, of its .bin weights.
+    """Read the layout of a model's safetensors weights or, if it has none and that is allowed, of its .bin weights.
 
     Raises:
         InputError: No such weights, or damaged ones.
@@ -97,7 +97,7 @@ def read_source(location: Location, allow_pickle: bool) -> Checkpoint:
 
 
 def read_pickled_checkpoint(path: Path) -> Checkpoint:
-    """Read the plan of a checkpoint whose weights are pytorch_model.bin, or shards of it and an index.
+    """Read the layout of a checkpoint whose weights are pytorch_model.bin, or shards with an index.
 
     A head that shares its bytes with the embedding, in a model whose config ties the two, is left out, as
     `save_pretrained` leaves it out of safetensors files.
@@ -106,14 +106,16 @@ def read_pickled_checkpoint(path: Path) -> Checkpoint:
         path: The checkpoint's folder.
 
     Raises:
-        InputError: The files are damaged, hold something else than tensors, or need code to be read.
+        InputError: The files are damaged, contain anything but tensors, or need code to be read.
         EnvironmentFailure: The installed torch is too old to read them safely.
     """
     _require_torch()
     found = read_checkpoint(path, PICKLED)
     tied = _tied_heads(found)
     if tied:
-        log.info("%s: %s is the embedding and written once, as such", path.name, ", ".join(sorted(tied)))
+        log.info(
+            "%s: %s is tied to the embedding and written once, as the embedding", path.name, ", ".join(sorted(tied))
+        )
     shards = tuple(
         replace(
             shard,
@@ -160,13 +162,13 @@ def read_pickled_shard(file: Path) -> Shard:
     """Find a .bin file's tensors, without reading them.
 
     Raises:
-        InputError: The file is no whole archive of a state dict; the message says what is wrong.
+        InputError: The file is not a complete archive of a state dict; the message says what is wrong.
     """
     outline = _read_outline(file)
     state = _unpickle(file, outline.archive)
     if not isinstance(state, dict):
-        raise InputError(f"{file} holds a {type(state).__name__}, not a model's state dict; {CONVERT}")
-    # dict's own method: the pickle may have hidden that of its OrderedDict
+        raise InputError(f"{file} contains a {type(state).__name__}, not a model's state dict; {CONVERT}")
+    # dict's own method: the pickle may have shadowed that of its OrderedDict
     tensors = [_tensor(file, name, value, outline.records) for name, value in dict.items(state)]
     _refuse_wrapped(file, tensors)
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
@@ -192,9 +194,11 @@ def _check_signature(file: Path, prefix: bytes) -> None:
     if found := stand_in(prefix):
         raise InputError(f"{file} is not weights but {found}")
     if prefix.startswith(b"\x80"):
-        raise InputError(f"{file} is a bare pickle, or in torch's format from before 1.6, which is not read; {CONVERT}")
+        raise InputError(
+            f"{file} is a bare pickle, or in torch's format from before 1.6, which is not supported; {CONVERT}"
+        )
     if not prefix.startswith(b"PK\3\4"):
-        raise InputError(f"{file} is no archive of torch's: download it again")
+        raise InputError(f"{file} is not a torch archive: download it again")
 
 
 def _outline(file: Path, archive: zipfile.ZipFile, stream: IO[bytes]) -> _Outline:
@@ -202,7 +206,7 @@ def _outline(file: Path, archive: zipfile.ZipFile, stream: IO[bytes]) -> _Outlin
     if not {"data.pkl", "version"} <= entries.keys():
         raise InputError(f"{file} is a zip archive, but not one of torch's; {CONVERT}")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-        raise InputError(f"{file} was written on a big-endian machine, which is not read; {CONVERT}")
+        raise InputError(f"{file} was written on a big-endian machine, which is not supported; {CONVERT}")
     copy, records = io.BytesIO(), {}
     with zipfile.ZipFile(copy, "w") as small:
         for name, entry in entries.items():
@@ -218,7 +222,7 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The records torch reads, by their names below the archive's one folder.
 
     Raises:
-        zipfile.BadZipFile: One is there twice, compressed, encrypted, or cannot be where the directory says.
+        zipfile.BadZipFile: One is duplicated, compressed, encrypted, or has an impossible position.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     for entry in archive.infolist():
@@ -227,7 +231,7 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             continue
         stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         if name in entries or not stored or entry.flag_bits & 1:
-            raise zipfile.BadZipFile(f"its record {name!r} is there twice, compressed or encrypted")
+            raise zipfile.BadZipFile(f"its record {name!r} is duplicated, compressed or encrypted")
         if entry.header_offset < 0 or (not name.startswith("data/") and entry.file_size > MAX_HEADER_BYTES):
             raise zipfile.BadZipFile(f"its record {name!r} begins before the file, or is absurdly large")
         entries[name] = entry
@@ -248,14 +252,14 @@ def _unpickle(file: Path, archive: io.BytesIO) -> object:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about protocols and old classes: nothing a user can act on
+            warnings.simplefilter("ignore")  # about protocols and old classes, which a user cannot act on
             return torch.load(archive, map_location="meta", weights_only=True, mmap=False)
     except Exception as error:  # a pickle made by others can raise anything
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to {named[1]!r}" if named else type(error).__name__
         raise InputError(
-            f"{file} is refused by torch's weights_only loader ({reason}): it is damaged, or holds more than tensors; "
-            "take a safetensors version of it"
+            f"{file} is refused by torch's weights_only loader ({reason}): it is damaged, or contains more than "
+            "tensors; use a safetensors version of it"
         ) from error
 
 
@@ -264,13 +268,13 @@ def _tensor(file: Path, name: object, value: object, records: dict[int, _Record]
 
     if not isinstance(name, str) or name == "__metadata__" or not _is_unicode(name):
         what = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-        raise InputError(f"{file} has {what} for a tensor's name; {CONVERT}")
+        raise InputError(f"{file} has {what} as a tensor name; {CONVERT}")
     if not isinstance(value, torch.Tensor):
         raise InputError(
             f"{file}: {name!r} is a {type(value).__name__}, not a tensor: this is a trainer's checkpoint, not a "
             f"model's state dict; {CONVERT}"
         )
-    tensor = torch.Tensor.detach(value)  # without what was saved with it and could hide its methods
+    tensor = torch.Tensor.detach(value)  # without saved attributes that could shadow its methods
     oddity = _oddity(tensor)
     record = None if oddity else _record(tensor, records)
     if record is None:
@@ -283,7 +287,7 @@ def _tensor(file: Path, name: object, value: object, records: dict[int, _Record]
 
 
 def _is_unicode(name: str) -> bool:
-    """Whether a safetensors header, JSON in UTF-8, can hold the name."""
+    """Whether the name can be written in a safetensors header, which is UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -292,7 +296,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _oddity(tensor: Tensor) -> str | None:
-    """What keeps a tensor's values from being one run of bytes, if anything does."""
+    """Why a tensor's values are not one contiguous run of bytes, or None."""
     if str(tensor.layout) != "torch.strided":
         return "is sparse"
     if _dtype_name(tensor) not in FROM_TORCH:
@@ -305,7 +309,7 @@ def _oddity(tensor: Tensor) -> str | None:
 
 
 def _record(tensor: Tensor, records: dict[int, _Record]) -> _Record | None:
-    """The record a tensor is from: torch notes on a storage that it loads to the meta device where its bytes are."""
+    """The record of a tensor: torch records in a storage loaded to the meta device where its bytes are."""
     offset = tensor.untyped_storage()._checkpoint_offset
     return records.get(offset) if isinstance(offset, int) else None
 

@@ -1,4 +1,4 @@
-"""Where in a model a tensor belongs, told from its name's structure: its layer and its module.
+"""Where in a model a tensor belongs, from the structure of its name: its layer and its module.
 
 No table of models: the first number in a name is the layer, further numbers (experts and the like) are pooled, and
 the weight and the bias of a module belong together.
@@ -24,7 +24,7 @@ class Place(NamedTuple):
     """Where a tensor belongs."""
 
     layer: int | None
-    """None outside the layers, as embeddings and heads are."""
+    """None outside the layers, as for embeddings and heads."""
     module: str
 
 

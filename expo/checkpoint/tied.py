@@ -1,6 +1,6 @@
-"""Heads that are tied to their embeddings: which they are, and what a config says of them.
+"""Heads that are tied to their embeddings: which there are, and what a config says about them.
 
-To teach it another model's tied head, add a line to `TIED_HEADS`.
+To support another model's tied head, add a line to `TIED_HEADS`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TIED_HEADS = (
     ("embed_out.weight", "gpt_neox.embed_in.weight"),
     ("output.weight", "model.tok_embeddings.weight"),
 )
-"""Heads with the embeddings they are tied to: a checkpoint of a tied model may leave the head out."""
+"""Heads and the embeddings they are tied to: a checkpoint of a tied model may omit the head."""
 
 TIED_BY_DEFAULT = frozenset(
     {"bloom", "cohere", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
 )
-"""Model types whose config.json leaves tie_word_embeddings out where it is true."""
+"""Model types whose config.json omits tie_word_embeddings when it is true."""
 
 
 def config_tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -35,7 +35,7 @@ def config_tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def ties_head(config: dict[str, Any]) -> bool | None:
-    """Whether a model takes its embedding for its head; None where the config is silent or its tables disagree."""
+    """Whether a model uses its embedding as its head; None if the config does not say or its tables disagree."""
     flags = {bool(table["tie_word_embeddings"]) for table in config_tables(config) if "tie_word_embeddings" in table}
     if not flags and config.get("model_type") in TIED_BY_DEFAULT:
         return True

@@ -1,7 +1,7 @@
-"""Which number a model folder's tokenizer gives each token, and where two models differ; no model code runs.
+"""The token ids of a model folder's tokenizer, and where two models differ; no model code runs.
 
-A row of the embedding means the token of its number. Where SFT and DPO number a token differently, their rows are not
-of one token, and a difference between them means nothing. Here: `tokenizer.json`, `vocab.json`, `added_tokens.json`
+A row of the embedding belongs to the token with that id. If SFT and DPO give a token different ids, their rows do not
+correspond, and the difference between them means nothing. Here: `tokenizer.json`, `vocab.json`, `added_tokens.json`
 and `tokenizer_config.json`; a sentencepiece model alone is compared as bytes. Not here: chat templates and which token
 ends an answer, which are DPO's business.
 """
@@ -24,7 +24,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 COMPARED_BYTES = 1 << 20
 
 Pairs = Iterator[tuple[Any, Any]]
-"""Token and number, as a file has them, right or wrong."""
+"""Token and id, as in a file, unchecked."""
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class TokenDifference:
     """How two tokenizers differ."""
 
     moved: dict[str, tuple[int, int]]
-    """Tokens that both have under different numbers: token → (SFT's, DPO's)."""
+    """Tokens that both have with different ids: token → (SFT's, DPO's)."""
     only_sft: dict[str, int]
-    """Tokens that only SFT has; empty where one side has no whole list of its tokens."""
+    """Tokens that only SFT has; empty if one side has no complete list of its tokens."""
     only_dpo: dict[str, int]
     """Tokens that only DPO has."""
     unknown: bool = False
-    """The sentencepiece models differ and no file lists their tokens."""
+    """Whether the sentencepiece models differ and no file lists their tokens."""
 
 
 def _entries(value: object) -> Pairs:
@@ -51,7 +51,7 @@ def _entries(value: object) -> Pairs:
 def _vocabulary(content: dict[str, Any]) -> Pairs:
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # Unigram: [token, score], in the order of their numbers
+    if isinstance(vocabulary, list):  # Unigram: [token, score], in the order of their ids
         yield from ((entry[0], number) for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry)
     yield from _entries(vocabulary)
     added = content.get("added_tokens")
@@ -72,11 +72,11 @@ READERS: dict[str, Callable[[dict[str, Any]], Pairs]] = {
     "added_tokens.json": _entries,
     "tokenizer_config.json": _added_tokens_decoder,
 }
-"""The files that number tokens; of two numbers for a token the first counts."""
+"""The files with token ids; the first id of a token counts."""
 
 
 def token_numbers(folder: Path) -> dict[str, int]:
-    """Token → number, from all files of a model folder that say so; empty where there are none.
+    """Token → id, from all files of a model folder that list them; empty if there are none.
 
     Raises:
         InputError: One of them cannot be read.
@@ -90,9 +90,9 @@ def token_numbers(folder: Path) -> dict[str, int]:
 
 
 def compare_tokens(sft: Path, dpo: Path) -> TokenDifference | None:
-    """How the tokenizers of two model folders differ; None where they do not, or where nothing can be compared.
+    """How the tokenizers of two model folders differ; None if they do not, or if nothing can be compared.
 
-    A `tokenizer.json` of 30 MB is parsed only where both sides have one and they differ.
+    A `tokenizer.json` of 30 MB is parsed only if both sides have one and they differ.
 
     Raises:
         InputError: A tokenizer's file cannot be read.
@@ -116,7 +116,7 @@ def _lists_all(folder: Path) -> bool:
 
 
 def _has_same(name: str, sft: Path, dpo: Path) -> bool | None:
-    """Whether both folders have a file with the same bytes; None where one does not have it."""
+    """Whether both folders have a file with the same bytes; None if one lacks it."""
     files = sft / name, dpo / name
     if not all(file.exists() for file in files):
         return None
@@ -132,20 +132,20 @@ def _token_of(number: int, numbers: dict[str, int]) -> str:
 
 
 def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
-    """Refuse a pair that numbers a token differently; warn of tokens that only one side has.
+    """Refuse a pair with different ids for a token; warn about tokens that only one side has.
 
     Args:
         sft: SFT's folder.
         dpo: DPO's folder.
-        common: Where the vocabularies differ in size the rows that both have; a number below it must be one token's.
-            (Where they have one size a token may have got another name, as reserved ones do.)
+        common: If the vocabularies differ in size, the number of rows that both have; ids below it must mean the same
+            token. (If the sizes are equal, a token may have been renamed, as reserved ones are.)
 
     Raises:
-        InputError: A token that both have has two numbers, or a common number has two tokens; the message names both.
+        InputError: A shared token has two ids, or a shared id has two tokens; the message names both.
     """
     try:
         difference = compare_tokens(sft, dpo)
-    except InputError as error:  # SFT's tokenizer is needed for nothing else
+    except InputError as error:  # SFT's tokenizer is not needed for anything else
         log.warning("%s; the token numbers of SFT and DPO were not compared", error)
         return
     if difference is None:
@@ -154,16 +154,16 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
         token, (ours, theirs) = min(difference.moved.items(), key=lambda item: item[1])
         more = f" (and {len(difference.moved) - 1} more tokens differ)" if len(difference.moved) > 1 else ""
         raise InputError(
-            f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so rows of the "
-            "embeddings do not belong together; give the SFT model that DPO was trained from"
+            f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so their "
+            "embedding rows do not correspond; use the SFT model that DPO was trained from"
         )
     shared = {*difference.only_sft.values()} & {*difference.only_dpo.values()}
     renamed = sorted(number for number in shared if number < common)
     if renamed:
         old, new = (_token_of(renamed[0], only) for only in (difference.only_sft, difference.only_dpo))
         raise InputError(
-            f"number {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so rows of "
-            "the embeddings do not belong together; --exclude the embedding and the head to copy them from DPO"
+            f"number {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so their "
+            "embedding rows do not correspond; --exclude the embedding and the head to copy them from DPO"
         )
     if difference.unknown:
         log.warning("%s differs between %s and %s; their token numbers were not compared", SENTENCEPIECE_FILE, sft, dpo)

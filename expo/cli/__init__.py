@@ -1,4 +1,4 @@
-"""The program: a module per command; `options.py` makes their options of the config classes, `program.py` wires all."""
+"""The program: a module per command; `program.py` turns their config classes into options and wires everything."""
 
 from expo.cli.program import main, run
 

@@ -1,4 +1,4 @@
-"""What a command says of itself. Its settings make its options, its verb does the work, and it says what is shown.
+"""What defines a command: its config class gives its options, its verb does the work, and `show` presents the result.
 
 To add a command, write its config class, its verb, and a module here with a `COMMAND`; list both in `config.COMMANDS`
 and in `program.py`.
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 from expo.config import CommonConfig
 
 Levels: TypeAlias = tuple[set[str], set[str], set[str], set[str]]
-"""The names of the settings that flags, the command's own table, `[common]` and the recipe give."""
+"""The names of the settings given by flags, the command's own table, `[common]` and the recipe."""
 
 
 class Shown(NamedTuple):
-    """What is printed of a result."""
+    """How a result is printed."""
 
     data: dict[str, Any]
     """With --json."""
@@ -33,12 +33,12 @@ class Command:
 
     config: type[CommonConfig]
     verb: str
-    """The module with `plan` and `run`, imported when it is needed."""
+    """The module with `plan` and `run`, imported when needed."""
     help: str
     examples: str
     show: Callable[[Any], Shown]
-    """Says and logs what came of it, from what `run` returns."""
+    """Logs the outcome and says what to print, from what `run` returns."""
     choices: Mapping[str, Collection[str]] = field(default_factory=dict)
-    """Setting → the names it takes, where a table of extensions has them; hidden while there is one only."""
+    """Setting → its choices, where a table of extensions lists them; hidden while there is only one."""
     leave_out: Callable[[Levels], Collection[str]] | None = None
-    """The settings that keep their default, whatever was given; by default there are none."""
+    """The settings that keep their default, whatever was given; none if omitted."""

@@ -24,7 +24,7 @@ EXAMPLES = (
 
 
 def show(outputs: Sequence[Written]) -> Shown:
-    """The outputs' paths; what became of each is logged."""
+    """The outputs' paths; the status of each is logged."""
     for output in outputs:
         log.info("α = %r: %s: %s", output.alpha, output.status, output.path)
         if output.pushed:

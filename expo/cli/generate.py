@@ -39,10 +39,10 @@ def show(result: Generated) -> Shown:
 
 
 def not_meant(levels: Levels) -> frozenset[str]:
-    """The settings that name the other source: a recipe names a model and the pair it is of; so may `[common]`.
+    """The settings of the source that is not used: a recipe names both a model and its pair, and so may `[common]`.
 
-    The first of flags, the command's table, `[common]` and the recipe that names one decides. A recipe alone means its
-    model.
+    The first of flags, the command's table, `[common]` and the recipe that names a source decides. A recipe alone means
+    its model.
     """
     for number, level in enumerate(levels, start=1):
         lower = frozenset().union(*levels[number:]) - level
@@ -57,7 +57,7 @@ def not_meant(levels: Levels) -> frozenset[str]:
 COMMAND = Command(
     config=GenerateConfig,
     verb="expo.generate",
-    help="Answer a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts.",
+    help="Generate answers to a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts.",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *GENERATORS), "rule": RULES},

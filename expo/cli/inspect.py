@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def show(found: Inspection) -> Shown:
-    """The findings; where the picture is, is logged."""
+    """The findings; the picture's path is logged."""
     log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
     return Shown(found.describe(), found.text())
 
@@ -29,7 +29,7 @@ def show(found: Inspection) -> Shown:
 COMMAND = Command(
     config=InspectConfig,
     verb="expo.inspection",
-    help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and tell whether the pair looks like one ExPO suits.",
+    help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and judge whether ExPO suits the pair.",
     examples=EXAMPLES,
     show=show,
 )

@@ -1,7 +1,7 @@
-"""The program: options made of settings, wiring, streams, exit codes. Commands declare; the verbs decide.
+"""The program: options from settings, wiring, streams, exit codes. Commands declare; verbs decide.
 
-stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr. An option
-is made of each field of a command's config class, and read from typer's context again by the field's name. A config
+stdout carries data only (with `--json` exactly one JSON object); progress, warnings and errors go to stderr. Each
+field of a command's config class becomes an option, whose value is read back from typer's context by name. A config
 file's and a recipe's values become typer's defaults, so that they are checked as flags are.
 """
 
@@ -53,13 +53,13 @@ PROCESS_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-"""Set before torch is loaded, which reads it then; what is set already stays."""
+"""Set before torch is loaded, which then reads it; existing values are kept."""
 
 GC_OBJECTS = 20_000
-"""New objects after which garbage is looked for; 700, the default, take a seventh of the time of engines' imports."""
+"""Allocations between garbage collections; the default, 700, costs a seventh of the time of engine imports."""
 
 NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-"""Set where stderr is not a terminal; the libraries would draw their bars into a log."""
+"""Set if stderr is not a terminal, where the libraries' progress bars would fill a log."""
 
 # --- options -------------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def _use_recipe(ctx: typer.Context, name: str | None) -> str | None:
     if name is not None:
         recipe = known_recipes.load(name)
         if recipe.trust_remote_code:
-            log.info("%s comes with model code of its own: --trust-remote-code runs it", recipe.name)
+            log.info("%s ships its own model code: pass --trust-remote-code to run it", recipe.name)
         _add_defaults(ctx, "recipe", recipe.tables)
     return name
 
@@ -100,13 +100,13 @@ ConfigOption = Annotated[
         metavar="FILE.toml",
         is_eager=True,
         callback=_use_config,
-        help="Read settings from a file with a table per command, and [common].",
+        help="Read settings from a file with one table per command, plus [common].",
     ),
 ]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Take the settings of a known model."
+        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Use the settings of a known model."
     ),
 ]
 DebugOption = Annotated[
@@ -120,13 +120,13 @@ NO_SETTINGS: dict[str, tuple[Any, object]] = {
     "recipe": (RecipeOption, None),
     "debug": (DebugOption, False),
 }
-"""The options of every command with settings that are none themselves, and their defaults."""
+"""The options that are not settings, of every command with settings, and their defaults."""
 
 
 def options_of(command: Command) -> Callable[..., None]:
-    """A function with a parameter for each setting of a command, and those of `NO_SETTINGS`, that runs it.
+    """A function that runs a command, with a parameter for each of its settings and of `NO_SETTINGS`.
 
-    Typer reads a function's signature, which is made here of the fields of the config class.
+    Typer reads a function's signature, which is built here from the fields of the config class.
     """
 
     def run_it(ctx: typer.Context, as_json: bool, **_others: object) -> None:
@@ -159,7 +159,7 @@ def _option(
     default: object,
     choices: Collection[str] | None,
 ) -> tuple[Any, object]:
-    """A setting as typer has it: an annotation, and a default; booleans are switches, tuples are repeatable."""
+    """A setting for typer: an annotation and a default; booleans are switches, tuples are repeatable."""
     default = Parameter.empty if default is dataclasses.MISSING else default
     text: dict[str, Any] = {"metavar": setting.metavar, "help": setting.help}
     if choices is not None:
@@ -173,14 +173,14 @@ def _option(
 
 
 def given_names(ctx: typer.Context) -> Levels:
-    """The settings that flags, the command's own table, `[common]` and the recipe give, what counts most first."""
+    """The settings given by flags, the command's own table, `[common]` and the recipe, in order of precedence."""
     flags = {name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith(".COMMANDLINE")}
     file, own = set(ctx.meta.get("expo.config", ())), set(ctx.meta.get("expo.config.own", ()))
     return flags, own, file - own, set(ctx.meta.get("expo.recipe", ()))
 
 
 def refused_value(error: Exception) -> str:
-    """What a usage error of typer's leaves out: the value, and the option that gave it where that was no flag.
+    """What typer's usage errors leave out: the value, and where it came from if not a flag.
 
     Returns:
         The end of a message; empty where no value was refused.
@@ -193,7 +193,7 @@ def refused_value(error: Exception) -> str:
     from_file = str(ctx.get_parameter_source(param.name)).endswith(".DEFAULT_MAP")
     files = [f"--{source}" for source in ("config", "recipe") if param.name in ctx.meta.get(f"expo.{source}", ())]
     origin = f", from {files[0]}" if from_file and files else ""
-    return f"; it is {shown(details[0].get('input'))}{origin}"
+    return f"; got {shown(details[0].get('input'))}{origin}"
 
 
 def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[str] = ()) -> Config:
@@ -215,7 +215,7 @@ def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[
 
 
 def run_command(command: Command, ctx: typer.Context, *, as_json: bool) -> None:
-    """Do what a command line says: plan or run its verb, and print what came of it."""
+    """Plan or run a command's verb, and print the result."""
     left_out = command.leave_out(given_names(ctx)) if command.leave_out else ()
     settings = settings_from(ctx, command.config, left_out)
     verb = import_module(command.verb)
@@ -229,7 +229,7 @@ def print_result(result: Shown, *, as_json: bool) -> None:
     """Print a result, as JSON or as text, and end with exit code 3 where rows failed."""
     print(_json(result.data) if as_json else result.text)
     if result.failed:
-        log.warning("%d rows failed and are marked; the same command tries them again", result.failed)
+        log.warning("%d rows failed and are marked; rerun the same command to retry them", result.failed)
         raise typer.Exit(PARTLY_FAILED)
 
 
@@ -290,11 +290,11 @@ for name, module in COMMANDS.items():
 
 @app.command("recipes", epilog=recipes.EXAMPLES)
 def _recipes(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these recipes.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the models known by name, with their SFT checkpoint, α and source."""
+    """List the known models with their SFT checkpoint, α and source."""
     print_result(recipes.show(names), as_json=as_json)
 
 
@@ -309,7 +309,7 @@ def _on_terminate(signal_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _clean(text: str) -> str:
-    """Text that came from anywhere, fit for a terminal and a log: no secret, no control character."""
+    """Untrusted text made safe for a terminal and a log: no secrets, no control characters."""
     return re.sub(CONTROL_CHARACTER, lambda found: repr(found[0])[1:-1], without_secrets(text))
 
 
@@ -384,5 +384,5 @@ def main() -> None:
         end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
-        _say("stopped; the same command goes on from here")
+        _say("stopped; rerun the same command to continue")
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""What a worker process does: jobs that come as lines on a pipe, with one engine for all (`expo.rows.worker`)."""
+"""The worker process: runs jobs read as lines from a pipe, with one engine for all (`expo.rows.worker`)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from expo.rows import EngineKeeper
 
 
 def command(
-    jobs: Annotated[int, typer.Option(help="The pipe that jobs come from.")],
-    replies: Annotated[int, typer.Option(help="The pipe that takes a line for each.")],
+    jobs: Annotated[int, typer.Option(help="Descriptor of the pipe to read jobs from.")],
+    replies: Annotated[int, typer.Option(help="Descriptor of the pipe to write a line per job to.")],
 ) -> None:
-    """Do jobs for the process that started this one."""
-    with closing(EngineKeeper()) as keeper, os.fdopen(jobs) as lines, os.fdopen(replies, "w") as told:
+    """Run jobs for the process that started this one."""
+    with closing(EngineKeeper()) as keeper, os.fdopen(jobs) as lines, os.fdopen(replies, "w") as answers:
         for line in lines:
             code = _do(json.loads(line), keeper)
-            told.write(json.dumps({"exit_code": code}) + "\n")
-            told.flush()
+            answers.write(json.dumps({"exit_code": code}) + "\n")
+            answers.flush()
 
 
 def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:

@@ -264,7 +264,7 @@ def find_engine(engines: Mapping[str, EngineSpec], name: str) -> tuple[str, Engi
     if name in engines:
         return name, engines[name]
     if name != "auto":
-        raise InputError(f"--engine is one of auto, {', '.join(engines)}, not {name!r}")
+        raise InputError(f"--engine must be one of auto, {', '.join(engines)}, not {name!r}")
     reasons: list[str] = []
     for candidate, spec in engines.items():
         reason = spec.call("why_not")

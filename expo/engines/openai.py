@@ -156,7 +156,7 @@ class OpenaiGenerator:
         except APIConnectionError as error:
             raise EnvironmentFailure(
                 f"{self._name} did not answer in {1 + MAX_RETRIES} tries: {_cause(error)}; "
-                "the same command goes on with the rest"
+                "rerun the same command to continue"
             ) from error
         return self._outcome(request, answer.http_response.content)
 
@@ -233,7 +233,7 @@ class OpenaiGenerator:
     def _run_error(self, status: int, reason: str) -> ExpoError:
         if status in RUN_STATUSES:
             return InputError(f"{self._name} {RUN_STATUSES[status]}: {reason}")
-        return EnvironmentFailure(f"{self._name} cannot answer now: {reason}; the same command goes on with the rest")
+        return EnvironmentFailure(f"{self._name} cannot answer now: {reason}; rerun the same command to continue")
 
     def load(self, setup: GeneratorSetup) -> None:
         """Go on with other settings."""

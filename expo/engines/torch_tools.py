@@ -90,7 +90,9 @@ def out_of_memory_hint(advice: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise EnvironmentFailure(f"out of memory; {advice} reduces memory use, and the same command goes on") from error
+        raise EnvironmentFailure(
+            f"out of memory; {advice} reduces memory use; rerun the same command to continue"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -144,7 +144,7 @@ def _running() -> Iterator[None]:
     except Exception as error:
         advice = f"{MEMORY_ADVICE}; " if is_out_of_memory(error) else ""
         reason = f"{type(error).__name__}: {_reason(error)}"
-        advice += "the same command goes on with the rest"
+        advice += "rerun the same command to continue"
         raise EnvironmentFailure(f"the vLLM engine died: {reason}; {advice}") from error
 
 

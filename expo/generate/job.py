@@ -1,4 +1,4 @@
-"""What `expo generate` will do, decided from the prompts and the model's small files; and how its rows are made."""
+"""The plan of `expo generate`, made from the prompts and the model's small files, and how its rows are produced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from expo.tasks import Answer, Prompt, Task, find_task, load_prompts, read_outpu
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run made."""
+    """The result of a run."""
 
     output: Path
     meta: Path
@@ -49,15 +49,15 @@ class Generated:
 
 
 def run(config: GenerateConfig, keeper: EngineKeeper | None = None) -> Generated:
-    """Generate every row that is not there yet.
+    """Generate every missing row.
 
     Args:
         config: The settings.
-        keeper: Has an engine that goes on after this run; without one it is closed at the end.
+        keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
 
     Raises:
         InputError: The settings or inputs are at fault.
-        EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
+        EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
     done = run_job(plan(config), keeper)
     files = done.job.files
@@ -86,7 +86,7 @@ class GenerateJob(RowJob):
     prompts: tuple[Prompt, ...]
     builder: RequestBuilder
     first: Turn
-    """What is asked first; later turns are made of its answers."""
+    """The first turn; later turns are built from its answers."""
     setup: GeneratorSetup
 
     # --- its rows
@@ -98,7 +98,7 @@ class GenerateJob(RowJob):
 
     @property
     def turns(self) -> int:
-        """The maximum of turns a prompt has."""
+        """The maximum number of turns of a prompt."""
         return max((prompt.turns for prompt in self.prompts), default=1)
 
     @property
@@ -108,7 +108,7 @@ class GenerateJob(RowJob):
 
     @property
     def items(self) -> list[object]:
-        """The conversations that are answered, answers left out."""
+        """The conversations to answer, without the answers."""
         return [prompt.asked(turn) for prompt, _, turn in self._rows()]
 
     def _rows(self) -> Iterator[tuple[Prompt, int, int]]:
@@ -131,20 +131,20 @@ class GenerateJob(RowJob):
         return bool(row["finish_reason"] != "error")
 
     def pending(self, done: Mapping[Key, Row]) -> bool:
-        """Whether any prompt has no answer that can have one."""
+        """Whether any answerable prompt has no answer."""
         return any(request.key not in done for turn in self._each_turn(done) for request in turn.requests)
 
     def impossible(self, done: Mapping[Key, Row]) -> Rows:
-        """The rows whose prompt the model cannot take, or whose turn before failed."""
+        """The rows whose prompt the model cannot take, or whose previous turn failed."""
         return {key: failed_row(key, why) for turn in self._each_turn(done) for key, why in turn.unanswerable.items()}
 
     def _each_turn(self, done: Mapping[Key, Row]) -> Iterator[Turn]:
-        """Every turn, one after the other, from the answers that are there when it is come to."""
+        """Every turn in order, each built from the answers available when it is reached."""
         yield self.first
         for number in range(1, self.turns):
             yield self.builder.turn(self.prompts, number, done)
 
-    # --- making them
+    # --- producing them
 
     def open_engine(self) -> Generator:
         """Start the engine."""
@@ -152,7 +152,7 @@ class GenerateJob(RowJob):
         return engine
 
     def execute(self, engine: Generator, done: Rows) -> Iterator[list[Row]]:
-        """Ask for what is not answered, turn by turn."""
+        """Request the missing answers, turn by turn."""
         for turn in self._each_turn(done):
             finished = {key for key, row in done.items() if self.is_answered(row)}
             if all(request.key in finished for request in turn.requests):
@@ -169,7 +169,7 @@ class GenerateJob(RowJob):
         return worker_environments(self.engine, self.spec, self.config, count)
 
     def journal_row(self, one: Outcome) -> Row:
-        """An answer as the journal keeps it; its text is without the stop token."""
+        """An answer in the journal's form; its text excludes the stop token."""
         if isinstance(one, Failure):
             return failed_row(one.request.key, one.reason)
         if isinstance(one, Completion):
@@ -188,7 +188,7 @@ class GenerateJob(RowJob):
         }
 
     def _named(self, key: Key) -> Row:
-        """A key's columns; the turn is one where the task has several."""
+        """A key's columns; includes the turn if the task has several."""
         prompt, sample, turn = key
         return {"id": prompt, "sample": sample, **({"turn": turn} if self.turns > 1 else {})}
 
@@ -198,7 +198,7 @@ class GenerateJob(RowJob):
         """The rows of the finished output, from its final file and the per-row figures in its meta file.
 
         Raises:
-            InputError: The two do not belong together.
+            InputError: The two are inconsistent.
         """
         files = self.files
         if self.part is not None:
@@ -208,7 +208,9 @@ class GenerateJob(RowJob):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             require_columns(rows, self.columns, files.final)
         except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
-            raise InputError(f"{files.final} is damaged, or {files.meta.name} is another's: move both away") from error
+            raise InputError(
+                f"{files.final} is damaged, or {files.meta.name} does not belong to it: move both away"
+            ) from error
         return rows
 
     def render(self, rows: Sequence[Row]) -> dict[Path, str]:
@@ -218,7 +220,7 @@ class GenerateJob(RowJob):
         return {self.files.final: self.task.write(answers, self.name)}
 
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:
-        """What the meta file holds."""
+        """The content of the meta file."""
         config = self.recorded_config()
         if self.config.base_url is not None:
             config["base_url"] = without_secrets(self.config.base_url)
@@ -228,7 +230,7 @@ class GenerateJob(RowJob):
             for number, row in enumerate(rows)
             if not self.is_answered(row)
         ]
-        # A longer run batches its rows otherwise than the one it extends, which padded rows show below float32.
+        # A longer run batches its rows differently from the one it extends, which shows in padded rows below float32.
         batches_matter = self.spec.pads and self.config.dtype != "float32"
         repeatable = figures.repeatable and not (extends and batches_matter)
         return {
@@ -302,7 +304,7 @@ def plan(config: GenerateConfig) -> GenerateJob:
     require_fitting(config, engine, spec)
     task = find_task(config.task)
     if config.n > 1 and not task.samples:
-        raise InputError(f"--n above 1 is not for {task.name}: one answer per row")
+        raise InputError(f"--n above 1 is not supported for {task.name}: its format holds one answer per prompt")
     if config.temperature is None and not task.temperatures:
         config = replace(config, temperature=DEFAULT_TEMPERATURE)
     model = find_model(config, spec)

@@ -1,4 +1,4 @@
-"""The model that answers: a checkpoint, the θ(α) that an engine makes of a pair while it loads, or one a server has."""
+"""The model that answers: a checkpoint, a θ(α) that the engine combines while it loads, or a server's model."""
 
 from __future__ import annotations
 
@@ -34,48 +34,48 @@ from expo.theta.pair import ThetaPlan, plan_theta
 
 @dataclass(frozen=True)
 class Model:
-    """What the plan knows of the model."""
+    """What the plan knows about the model."""
 
     path: Path
-    """Its folder; where a server has it, the name it has there."""
+    """Its folder, or its name on the server."""
     name: str
-    """Its short name, which the output has by default."""
+    """Its short name, the default name of the output."""
     record: Row
-    """What the meta file says of it."""
+    """Its entries in the meta file."""
     fingerprint: Row
-    """What tells its rows from another model's."""
+    """What distinguishes its rows from another model's."""
     tokenizer: ChatTokenizer | None = None
-    """None where the server has it."""
+    """None if the server tokenizes."""
     context_length: int = UNLIMITED
-    """The longest sequence it takes, in tokens, as far as is known here."""
+    """The longest sequence it accepts, in tokens, as far as is known here."""
     theta: ThetaPlan | None = None
-    """The θ(α) that is made of a pair while the engine loads, where that answers."""
+    """The θ(α) that the engine combines while it loads, if that is the model."""
 
     def describe(self) -> Row:
         """The model as plain data."""
         return describe_theta(self.theta) if self.theta is not None else {"model": str(self.path)}
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int]]:
-        """The prompts' token ids; empty ones where the server has the tokenizer."""
+        """The prompts' token ids; empty if the server tokenizes."""
         if self.tokenizer is None:
             return [()] * len(conversations)
         return self.tokenizer.encode(conversations, generation_prompt=True)
 
     def encode_each(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int] | str]:
-        """The prompts' token ids, or why the chat template gives one none."""
+        """The prompts' token ids, or for each that the chat template rejects, why."""
         return self.encode(conversations) if self.tokenizer is None else self.tokenizer.encode_each(conversations)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer's token ids; an engine that gives ids has a tokenizer beside it."""
+        """The text of an answer's token ids; with an engine that returns ids there is a tokenizer."""
         return self.tokenizer.decode([ids])[0] if self.tokenizer is not None else ""
 
     def stop_ids(self, further: Sequence[int]) -> tuple[int, ...]:
-        """Token ids that end an answer, beside those that the server knows."""
+        """Token ids that end an answer, besides those that the server knows."""
         own = self.tokenizer.stop_ids() if self.tokenizer is not None else ()
         return tuple(sorted({*own, *further}))
 
     def pad_id(self, stop_ids: Sequence[int]) -> int:
-        """An id to fill batches with."""
+        """An id to pad batches with."""
         own = self.tokenizer.pad_id if self.tokenizer is not None else None
         return own if own is not None else (*stop_ids, 0)[0]
 
@@ -84,7 +84,7 @@ def find_model(config: GenerateConfig, spec: EngineSpec) -> Model:
     """The model a run uses.
 
     Raises:
-        InputError: There is no such model, or it cannot answer.
+        InputError: There is no such model, or it cannot generate.
         EnvironmentFailure: The hub cannot be reached.
     """
     return _local(config, spec) if "local" in spec.can else _served(config)
@@ -105,20 +105,20 @@ def _local(config: GenerateConfig, spec: EngineSpec) -> Model:
 
 
 def _served(config: GenerateConfig) -> Model:
-    """The server's word is taken for what its model is: under one name it is one model, at any URL."""
+    """The server is trusted about its model: one name means one model, at any URL."""
     model = config.model or ""
     name = model.rstrip("/").split("/")[-1]
     if not name.strip(".") and config.name is None:
-        raise InputError(f"--model {model!r} gives the output no name; pass --name")
+        raise InputError(f"no output name can be derived from --model {model!r}; pass --name")
     record: Row = {"model": {"name": model, "revision": None}}
     return Model(path=Path(model), name=name, record=record, fingerprint={"model": model})
 
 
 def require_fitting(config: GenerateConfig, engine: str, spec: EngineSpec) -> None:
-    """Refuse settings that go with another engine.
+    """Refuse settings that the engine does not support.
 
     Raises:
-        InputError: There is one, or an engine that asks a server has no URL.
+        InputError: There is one, or an engine that uses a server has no URL.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, setting in settings_of(GenerateConfig).items():
@@ -134,16 +134,16 @@ def require_fitting(config: GenerateConfig, engine: str, spec: EngineSpec) -> No
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The model that answers."""
 
     folder: Path
-    """Where its config, tokenizer and code are, and its weights unless it is a θ(α)."""
+    """Its config, tokenizer and code, and its weights unless it is a θ(α)."""
     name: str
-    """What its outputs are called."""
+    """The name of its outputs."""
     fingerprint: Row
     record: Row
-    """What the meta file says of it."""
+    """Its entries in the meta file."""
     theta: ThetaPlan | None = None
 
 
@@ -157,11 +157,11 @@ def describe_theta(theta: ThetaPlan) -> Row:
     }
 
 
-def find_source(config: GenerateConfig) -> Source:
-    """Find the model and plan its weights; nothing is read of them but their headers.
+def find_source(config: GenerateConfig) -> ModelSource:
+    """Find the model and plan its weights, reading only their headers.
 
     Raises:
-        InputError: It is not there, cannot answer, or the pair does not fit together.
+        InputError: It does not exist, cannot generate, or the pair does not match.
         EnvironmentFailure: The hub cannot be reached.
     """
     if config.theta is not None:
@@ -174,10 +174,12 @@ def find_source(config: GenerateConfig) -> Source:
         )
     require_generator(location.path)
     refuse_inside(Path(config.output_dir), location, flag="--output-dir")
-    return Source(location.path, location.name, {"model": source_fingerprint(location)}, {"model": _record(location)})
+    return ModelSource(
+        location.path, location.name, {"model": source_fingerprint(location)}, {"model": _record(location)}
+    )
 
 
-def _theta_source(config: ThetaConfig, output: Path) -> Source:
+def _theta_source(config: ThetaConfig, output: Path) -> ModelSource:
     theta = plan_theta(config)
     for location in (theta.sft, theta.dpo):
         require_generator(location.path)
@@ -190,7 +192,7 @@ def _theta_source(config: ThetaConfig, output: Path) -> Source:
         **recorded(config, "weights"),
     }
     record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha}
-    return Source(folder, theta.name, fingerprint, record, theta)
+    return ModelSource(folder, theta.name, fingerprint, record, theta)
 
 
 def _record(location: Location) -> Row:
@@ -198,7 +200,7 @@ def _record(location: Location) -> Row:
 
 
 def _linked(theta: ThetaPlan) -> Path:
-    """A folder of links to the side files, which are SFT's and the adapter's; it lives as long as the plan."""
+    """A folder of links to the side files of SFT and the adapter; it lives as long as the plan."""
     folder = Path(tempfile.mkdtemp(prefix="expo-"))
     weakref.finalize(theta, shutil.rmtree, folder, ignore_errors=True)
     for name, file in theta.side_files.items():
@@ -208,13 +210,13 @@ def _linked(theta: ThetaPlan) -> Path:
 
 
 def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot answer: one expo has not finished writing, or a reward model.
+    """Refuse a model folder that cannot generate: an unfinished output of expo, or a reward model.
 
     Raises:
         InputError: It is one of these.
     """
     for architecture in read_config(path).get("architectures") or []:
         if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}: it scores and cannot generate")
+            raise InputError(f"{path.name} is a {architecture}, a reward model, which cannot generate")
     if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: run the command that makes it again")
+        raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")

@@ -1,7 +1,7 @@
-"""What an engine is asked: the first turn's requests from the prompts alone, later ones from the answers before them.
+"""The engine's requests: the first turn's from the prompts alone, later ones from the answers before them.
 
-A later turn's prompt is `apply_chat_template` of the conversation so far. What it asks for depends on its own earlier
-answers only, so that a run may be stopped between any two rows.
+A later turn's prompt is `apply_chat_template` of the conversation so far. It depends only on the earlier answers of its
+own conversation, so a run may be stopped between any two rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from expo.generate.model import Model
 from expo.tasks import Message, Prompt, Task, assistant
 
 ANSWER = assistant(".")
-"""Stands for an answer that is not there yet, where the length of a conversation is estimated."""
+"""Stands for a missing answer when the length of a conversation is estimated."""
 
 FAILED = {"finish_reason": "error"}
-NO_ANSWER_BEFORE = "the turn before it has no answer"
+NO_ANSWER_BEFORE = "the previous turn has no answer"
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Turn:
     """One turn of all rows."""
 
     requests: tuple[Request, ...] = ()
-    """Prompt-major, one per sample; rows without one do not fit the context."""
+    """Prompt-major, one per sample; rows that do not fit the context have none."""
     unanswerable: dict[Key, str] = field(default_factory=dict)
-    """Row key → why it has no request: its prompt is too long, or the chat template refuses it."""
+    """Row key → why it has no request: its prompt is too long, or the chat template rejects it."""
 
     def of(self, ids: Container[str]) -> Turn:
         """The same turn of some prompts only."""
@@ -43,20 +43,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class RequestBuilder:
-    """Makes requests of prompts."""
+    """Builds requests from prompts."""
 
     config: GenerateConfig
     task: Task
     model: Model
     token_budgets: Mapping[str, int]
-    """Prompt id → the tokens its whole conversation may take; a function of that prompt alone."""
+    """Prompt id → the maximum tokens of its whole conversation; a function of that prompt alone."""
 
     @classmethod
     def begin(cls, config: GenerateConfig, task: Task, model: Model, prompts: Sequence[Prompt]) -> tuple[Self, Turn]:
         """The builder for some prompts, and their first turn.
 
         Raises:
-            InputError: The chat template refuses all prompts, or a conversation of several turns.
+            InputError: The chat template rejects all prompts, or a conversation of several turns.
         """
         opening = cls(config, task, model, {})
         ids = model.encode_each([opening.opening(prompt) for prompt in prompts])
@@ -69,29 +69,29 @@ class RequestBuilder:
         return builder, builder.build(asked)
 
     def opening(self, prompt: Prompt) -> tuple[Message, ...]:
-        """The conversation to answer first."""
+        """The conversation of the first turn."""
         if self.config.system is None:
             return prompt.messages
         return ({"role": "system", "content": self.config.system}, *prompt.messages)
 
     def temperature(self, prompt: Prompt) -> float:
-        """The user's temperature, else that of the row's category, else the paper's."""
+        """The user's temperature, or that of the row's category, or the paper's."""
         if self.config.temperature is not None:
             return self.config.temperature
         return self.task.temperatures.get(str(prompt.columns.get("category")), DEFAULT_TEMPERATURE)
 
     def budgets(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int] | str]) -> dict[str, int]:
-        """The tokens each prompt's conversation may take, at most the model's own limit.
+        """The maximum tokens of each prompt's conversation, at most the model's own limit.
 
-        An answer in a later prompt is text that is tokenized again, which may take more tokens than it was generated
-        with: it is given twice the room.
+        An answer in a later prompt is tokenized again, which may take more tokens than were generated: it is budgeted
+        twice.
 
         Args:
             prompts: The prompts.
             ids: Their first turns' token ids, or why there are none.
 
         Raises:
-            InputError: The chat template refuses a conversation of several turns.
+            InputError: The chat template rejects a conversation of several turns.
         """
         several = [prompt for prompt in prompts if prompt.followups]
         asked = {prompt.id: len(row) for prompt, row in zip(prompts, ids, strict=True)}
@@ -108,9 +108,9 @@ class RequestBuilder:
         """A later turn.
 
         Args:
-            prompts: The prompts, of which those with so many turns are asked.
+            prompts: The prompts; those with fewer turns are skipped.
             number: Which turn, from 1.
-            done: The answers there are, those of the turns before among them.
+            done: The answers so far, including those of the previous turns.
         """
         waiting = [(prompt, sample) for prompt in prompts if prompt.turns > number for sample in range(self.config.n)]
         lost = {
@@ -134,7 +134,7 @@ class RequestBuilder:
         return (*self.opening(prompt), *(message for pair in later for message in pair))
 
     def build(self, asked: Sequence[tuple[Key, Prompt, tuple[Message, ...], Sequence[int] | str]]) -> Turn:
-        """The requests for conversations and their token ids, and why some have none."""
+        """The requests for conversations given with their token ids, or with why they have none."""
         requests, unanswerable = [], {}
         for key, prompt, messages, ids in asked:
             budget = self.token_budgets[prompt.id]
@@ -142,8 +142,8 @@ class RequestBuilder:
                 unanswerable[key] = ids
                 continue
             if len(ids) >= budget:
-                takes = "the model takes" if budget == self.model.context_length else "its conversation has room for"
-                unanswerable[key] = f"the prompt has {len(ids)} tokens, {takes} {budget}"
+                limit = "the model takes" if budget == self.model.context_length else "its conversation's budget is"
+                unanswerable[key] = f"the prompt has {len(ids)} tokens, {limit} {budget}"
                 continue
             most = min(self.config.max_tokens, budget - len(ids))
             name, sample, turn = key
@@ -154,7 +154,7 @@ class RequestBuilder:
 
 
 def require_one_system_message(prompts: Sequence[Prompt], config: GenerateConfig) -> None:
-    """Refuse `--system` for conversations that begin with a system message: templates differ in what they do of two.
+    """Refuse `--system` for conversations with a system message of their own: templates treat two of them differently.
 
     Raises:
         InputError: A row has a system message of its own.
@@ -163,4 +163,4 @@ def require_one_system_message(prompts: Sequence[Prompt], config: GenerateConfig
         return
     for number, prompt in enumerate(prompts):
         if any(message["role"] == "system" for message in prompt.messages):
-            raise InputError(f"row {number} has a system message of its own: leave --system out, or take it from there")
+            raise InputError(f"row {number} has its own system message: drop --system, or remove that message")

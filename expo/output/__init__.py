@@ -1,1 +1,1 @@
-"""What an output is and says of itself: the checkpoint's writer, manifest and model card, pictures, publishing."""
+"""Outputs: the checkpoint writer, manifest and model card, findings, plots, publishing."""

@@ -26,9 +26,9 @@ def model_card(
     Args:
         title: The model's name.
         alpha: α.
-        formula: The rule's, of θ(α).
+        formula: The rule's formula of θ(α).
         sft: The SFT model.
-        dpo: The DPO model, whose licence is carried over; an adapter without one has SFT's.
+        dpo: The DPO model, whose licence is carried over; SFT's for an adapter without one.
         command: The command that makes this checkpoint.
         figures: Name → value, shown in a table.
         is_adapter: Whether DPO is an adapter over SFT.
@@ -80,6 +80,6 @@ from it, without further training:
 
 
 def licence(folder: Path) -> dict[str, Any]:
-    """The licence entries of a model folder's card; empty where there is no card or it has none."""
+    """The licence entries of a model folder's card; empty if there are none."""
     entries = read_card(folder)
     return {key: entries[key] for key in ("license", "license_name", "license_link") if key in entries}

@@ -1,4 +1,4 @@
-"""What an inspection of a pair found: figures per tensor, layer and module, the verdict, and both as text and data.
+"""The findings of an inspection: figures per tensor, layer and module, the verdict, and both as text and data.
 
 Nothing here reads a file; `inspection.py` measures.
 """
@@ -16,7 +16,7 @@ from expo.checkpoint.places import Place
 from expo.errors import listed
 from expo.stats import cosine_distance, relative_change
 from expo.theta.pair_checks import UNRELATED_CHANGE
-from expo.theta.plan import Overlap, Part
+from expo.theta.plan import Overlap, Segment
 
 Suits = Literal["likely", "suspect", "identical", "mismatched"]
 
@@ -28,11 +28,11 @@ PRETRAINED_TO_SFT = 0.99
 
 @dataclass(frozen=True)
 class Figures:
-    """How far some tensors lie apart, taken together."""
+    """How far a group of tensors is apart."""
 
     tensors: int
     identical: int
-    """Of these, how many hold the same values on both sides."""
+    """How many of these have the same values on both sides."""
     delta_squared: float
     """‖θ_dpo − θ_sft‖²."""
     sft_squared: float
@@ -40,7 +40,7 @@ class Figures:
 
     @classmethod
     def together(cls, parts: Iterable[Figures]) -> Figures:
-        """The figures of all these tensors, whatever their order."""
+        """The combined figures of all these tensors, independent of their order."""
         parts = list(parts)
         squares = [
             math.fsum(column)
@@ -59,14 +59,14 @@ class Figures:
 
     @property
     def relative(self) -> float | None:
-        """‖Δ‖/‖θ_sft‖; None where there is no such number."""
+        """‖Δ‖/‖θ_sft‖; None where it is undefined."""
         return relative_change(self.delta_squared, self.sft_squared) if self.finite and self.tensors else None
 
     @property
     def one_minus_cosine(self) -> float | None:
-        """1 − cos of the angle between θ_sft and θ_dpo; None where there is no such number.
+        """1 − cos of the angle between θ_sft and θ_dpo; None where it is undefined.
 
-        Where a tensor was merely scaled, what is left are the norms' own roundings, about 1e-6 in bfloat16.
+        If a tensor was merely scaled, only the norms' rounding errors remain, about 1e-6 in bfloat16.
         """
         return cosine_distance(self.delta_squared, self.sft_squared, self.dpo_squared) if self.finite else None
 
@@ -88,14 +88,14 @@ class Figures:
 class Measured:
     """One floating-point tensor of both checkpoints."""
 
-    part: Part
+    segment: Segment
     place: Place
     figures: Figures
 
     @property
     def name(self) -> str:
         """Its name in DPO."""
-        return self.part.dpo.name
+        return self.segment.dpo.name
 
     def describe(self) -> dict[str, Any]:
         """The tensor as plain data."""
@@ -104,9 +104,9 @@ class Measured:
         return {
             "name": self.name,
             **self.place._asdict(),
-            "shape": list(self.part.dpo.shape),
-            "sft_dtype": self.part.sft.dtype if self.part.sft else None,
-            "dpo_dtype": self.part.dpo.dtype,
+            "shape": list(self.segment.dpo.shape),
+            "sft_dtype": self.segment.sft.dtype if self.segment.sft else None,
+            "dpo_dtype": self.segment.dpo.dtype,
             **figures,
             "identical": self.figures.identical == 1,
         }
@@ -142,7 +142,7 @@ class Module:
 
 
 def mismatches(both: Overlap) -> dict[str, tuple[str, ...]]:
-    """What headers tell does not match, as kind → tensors; the kinds that there are none of are left out."""
+    """The mismatches visible in headers, as kind → tensors; empty kinds are left out."""
     kinds = {
         "only in SFT": both.only_sft,
         "only in DPO": both.only_dpo,
@@ -154,7 +154,7 @@ def mismatches(both: Overlap) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that was found."""
+    """All findings."""
 
     sft: str
     dpo: str
@@ -172,7 +172,7 @@ class Inspection:
 
     @property
     def nonfinite(self) -> tuple[str, ...]:
-        """Tensors with NaN, infinity, or values too large to be squared; they are in no sum."""
+        """Tensors with NaN, infinity, or values too large to square; excluded from all sums."""
         return tuple(one.name for one in self.tensors if not one.figures.finite)
 
     @property
@@ -201,16 +201,16 @@ class Inspection:
 
     @property
     def mismatches(self) -> dict[str, tuple[str, ...]]:
-        """What does not match, as kind → tensors; the kinds that there are none of are left out."""
+        """All mismatches, as kind → tensors; empty kinds are left out."""
         kinds = {
             "integers that differ": self.unequal,
-            "stored on one side only, and not the embedding that the other ties it to": self.untied,
+            "heads stored on one side only that differ from the embedding the other ties them to": self.untied,
         }
         return {**mismatches(self.overlap), **{kind: names for kind, names in kinds.items() if names}}
 
     @property
     def suits(self) -> Suits:
-        """Whether the pair looks like one that ExPO suits; a norm can make suspect, it cannot prove."""
+        """Whether ExPO suits the pair, as far as norms can tell: they can raise suspicion, not prove anything."""
         relative = self.total.relative
         if self.mismatches or not self.tensors:
             return "mismatched"
@@ -253,14 +253,14 @@ class Inspection:
         }
 
     def text(self) -> str:
-        """A table with a row per module, what does not match, and the verdict."""
+        """A table with a row per module, the mismatches, and the verdict."""
         rows = [HEADINGS, *(_row(module) for module in (*self.modules, Module("total", self.total, self.layers)))]
         kinds = {**self.mismatches, "NaN, infinity or too large to be squared": self.nonfinite}
         notes = [note for kind, names in kinds.items() for note in listed(f"{kind} ({len(names)})", names)]
         if (sizes := self.overlap.vocabulary) is not None:
             notes.append(
-                f"vocabularies of {sizes.sft} and {sizes.dpo} rows: compared are the {sizes.common} that both have "
-                "(`expo extrapolate` takes them with --vocab common)"
+                f"vocabularies of {sizes.sft} and {sizes.dpo} rows: only the {sizes.common} in both are compared "
+                "(`expo extrapolate` needs --vocab common for this pair)"
             )
         return "\n".join([*_aligned(rows), "", *notes, f"{self.suits}: {self.verdict}"])
 
@@ -271,14 +271,14 @@ class Inspection:
 def _likely(found: Inspection) -> str:
     return (
         f"‖Δ‖ is {_number(found.total.relative)} of ‖θ_sft‖ (zephyr's SFT → DPO: {SFT_TO_DPO}, its pretrained → SFT: "
-        f"{PRETRAINED_TO_SFT}), which fits a θ_dpo trained from this θ_sft; no norm can prove it"
+        f"{PRETRAINED_TO_SFT}), consistent with a θ_dpo trained from this θ_sft, though no norm can prove it"
     )
 
 
 def _suspect(found: Inspection) -> str:
     relative = found.total.relative
     if found.nonfinite:
-        return f"{listed('NaN, infinity or values too large to be squared', found.nonfinite)[0]}; look at these first"
+        return f"{listed('NaN, infinity or values too large to be squared', found.nonfinite)[0]}; check these first"
     if relative is None:
         return "θ_sft is all zeros"
     return (
@@ -305,7 +305,7 @@ VERDICTS: dict[Suits, Callable[[Inspection], str]] = {
 
 # --- text ---------------------------------------------------------------------------------------------------------
 
-HEADINGS = ("module", "‖Δ‖/‖θ_sft‖", "least in layer", "most in layer", "1 − cos", "tensors", "identical")
+HEADINGS = ("module", "‖Δ‖/‖θ_sft‖", "min (layer)", "max (layer)", "1 − cos", "tensors", "identical")
 
 
 def _row(module: Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What an output says of itself: expo.json and the model card, from the plan and what was written."""
+"""The metadata of an output: expo.json and the model card, from the plan and the written shards."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Origin:
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
     """‖θ_dpo − θ_sft‖, ‖θ_sft‖ and their ratio over the extrapolated tensors; None where not finite.
 
-    Of large tensors they are estimates (`norms.sampled_norms`); `expo inspect` takes all weights.
+    For large tensors these are estimates (`norms.sampled_norms`); `expo inspect` uses all weights.
     """
-    # fsum, since a resumed run has the records in another order; null, since JSON has no NaN.
+    # fsum, because a resumed run has the records in another order; null, because JSON has no NaN.
     delta = math.sqrt(math.fsum(record.delta_squared for record in records.values()))
     size = math.sqrt(math.fsum(record.sft_squared for record in records.values()))
     figures = {"norm": delta, "sft_norm": size, "relative": delta / size if size else 0.0}
@@ -46,7 +46,7 @@ def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
 
 
 def vocabulary_rows(pair: PairPlan) -> Row:
-    """What becomes of the rows of vocabularies of different size; empty where they have one size."""
+    """What happens to the rows of vocabularies of different sizes; empty if the sizes are equal."""
     if pair.vocabulary is None:
         return {}
     sft, dpo, common = pair.vocabulary.sft, pair.vocabulary.dpo, pair.vocabulary.common
@@ -54,40 +54,40 @@ def vocabulary_rows(pair: PairPlan) -> Row:
     return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
 
 
-def _source_names(work: Origin) -> Row:
-    """The sources as they were given; of a path its last part, since the rest says nothing to others."""
-    config = work.config
+def _source_names(origin: Origin) -> Row:
+    """The sources as given; for a path, its last part, since the rest means nothing to others."""
+    config = origin.config
     return {
-        "sft": config.sft if work.sft.hub_id else work.sft.name,
-        "dpo": config.dpo if work.dpo.hub_id else work.dpo.name,
+        "sft": config.sft if origin.sft.hub_id else origin.sft.name,
+        "dpo": config.dpo if origin.dpo.hub_id else origin.dpo.name,
     }
 
 
 def manifest(
-    work: Origin, alpha: float, fingerprint: Row, records: Mapping[str, ShardRecord], files: list[str], times: Row
+    origin: Origin, alpha: float, fingerprint: Row, records: Mapping[str, ShardRecord], files: list[str], times: Row
 ) -> str:
     """The text of expo.json."""
     content = {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": {**_source_names(work), "alpha": alpha, **recorded(work.config, "weights")},
+        "config": {**_source_names(origin), "alpha": alpha, **recorded(origin.config, "weights")},
         "alpha": alpha,
-        "rule": work.config.rule,
-        "formula": find_rule(work.config.rule).formula,
+        "rule": origin.config.rule,
+        "formula": find_rule(origin.config.rule).formula,
         "fingerprint": fingerprint,
         "sources": {
             side: {
                 "name": location.label,
                 "revision": location.revision,
-                **({"xxh3": work.weights[side]} if work.weights else {}),
+                **({"xxh3": origin.weights[side]} if origin.weights else {}),
             }
-            for side, location in (("sft", work.sft), ("dpo", work.dpo))
+            for side, location in (("sft", origin.sft), ("dpo", origin.dpo))
         },
-        "tensors": work.pair.tensor_counts(),
-        **vocabulary_rows(work.pair),
-        **({} if work.pair.adapter is None else {"lora": work.pair.adapter.describe()}),
+        "tensors": origin.pair.tensor_counts(),
+        **vocabulary_rows(origin.pair),
+        **({} if origin.pair.adapter is None else {"lora": origin.pair.adapter.describe()}),
         "delta": delta_figures(records),
-        "bytes": work.pair.nbytes,
+        "bytes": origin.pair.nbytes,
         "shards": {name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(records.items())},
         "files": files,
         "clock": times,
@@ -95,19 +95,19 @@ def manifest(
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def card(work: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
+def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     """The text of the model card."""
-    counts, relative = work.pair.tensor_counts(), delta_figures(records)["relative"]
+    counts, relative = origin.pair.tensor_counts(), delta_figures(records)["relative"]
     return model_card(
-        title=f"{work.dpo.name}-ExPO-a{alpha!r}",
+        title=f"{origin.dpo.name}-ExPO-a{alpha!r}",
         alpha=alpha,
-        formula=find_rule(work.config.rule).formula,
-        sft=work.sft,
-        dpo=work.dpo,
-        command=_command(work, alpha),
-        is_adapter=work.pair.adapter is not None,
+        formula=find_rule(origin.config.rule).formula,
+        sft=origin.sft,
+        dpo=origin.dpo,
+        command=_command(origin, alpha),
+        is_adapter=origin.pair.adapter is not None,
         figures={
-            "rule": work.config.rule,
+            "rule": origin.config.rule,
             "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
             "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
@@ -115,9 +115,9 @@ def card(work: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     )
 
 
-def _command(work: Origin, alpha: float) -> str:
-    """The command that makes this output of the same revisions, whatever else was made in the run."""
+def _command(origin: Origin, alpha: float) -> str:
+    """The command that reproduces this output from the same revisions, whatever else the run wrote."""
     names = (*changing(ExtrapolateConfig, "weights"), "allow_pickle")
-    sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else one.name for one in (work.sft, work.dpo))
-    settings = {name: getattr(work.config, name) for name in names}
+    sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else one.name for one in (origin.sft, origin.dpo))
+    settings = {name: getattr(origin.config, name) for name in names}
     return shown("extrapolate", ExtrapolateConfig(sft=sft, dpo=dpo, alpha=(alpha,), **settings))

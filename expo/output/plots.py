@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 NO_CHANGE = "0.85"
 """A light grey: on a logarithmic scale zero has no colour of its own."""
-MOST_WRITTEN = 8
-"""Layers up to which the values are written into the cells."""
-MOST_TICKS = 32
+MAX_LABELLED_LAYERS = 8
+"""Up to this many layers, values are written into the cells."""
+MAX_TICKS = 32
 MARK_KEYS = {".png": "Comment", ".svg": "Description", ".pdf": "Keywords"}
-"""Where each format keeps a mark."""
+"""The metadata key for the mark in each format."""
 NO_DATES: dict[str, dict[str, str | None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-"""What leaves the time out, so that the same figures give the same file."""
+"""Omits the date, so that the same figures give the same file."""
 
 
 def alpha_curve(
@@ -66,11 +66,11 @@ def change_map(
     """Draw ‖Δ‖/‖θ_sft‖ of every layer (across) and module (down), on a logarithmic colour scale.
 
     Args:
-        modules: Module → layer → value; None where there is no such number.
-        outside: The same of modules outside the layers, such as embeddings, which go across the whole picture.
+        modules: Module → layer → value; None where it is undefined.
+        outside: The same for modules outside the layers, such as embeddings, drawn across the whole width.
         title: The figure's title.
         suffix: .png, .svg or .pdf.
-        mark: A line of ASCII text that the file has in its metadata, uncompressed.
+        mark: A line of ASCII text stored uncompressed in the file's metadata.
 
     Returns:
         The file's content.
@@ -97,7 +97,7 @@ def change_map(
 def _draw_cells(
     axes: Axes, names: Sequence[str], grid: Sequence[Sequence[float | None]], layers: Sequence[int], layered: int
 ) -> None:
-    """Draw rows of cells; from row `layered` on they are one cell each, all across."""
+    """Draw rows of cells; from row `layered` on, each is a single cell across the whole width."""
     import numpy as np
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch
@@ -111,7 +111,7 @@ def _draw_cells(
         axes.axhline(row - 0.5, color="white", linewidth=4 if row == layered else 1)
     axes.invert_yaxis()
     axes.set_yticks(range(len(names)), names, parse_math=False)
-    step = next(step for step in (1, 2, 5, 10, 20, 50, len(layers)) if len(layers) <= step * MOST_TICKS)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, len(layers)) if len(layers) <= step * MAX_TICKS)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer" if layers else "")
     axes.spines[:].set_visible(False)
@@ -143,12 +143,16 @@ def _log_ticks(lowest: float, highest: float) -> list[float]:
 
 
 def _write_values(axes: Axes, mesh: ScalarMappable, values: Any, layered: int) -> None:  # noqa: ANN401
-    """Write numbers where there is room for them: into the modules outside the layers, and into few layers."""
+    """Write numbers where they fit: for modules outside the layers, and if there are few layers."""
     columns = values.shape[1]
     for row, numbers in enumerate(values):
         wide = row >= layered
         places = (
-            {(columns - 1) / 2: numbers[0]} if wide else dict(enumerate(numbers)) if columns <= MOST_WRITTEN else {}
+            {(columns - 1) / 2: numbers[0]}
+            if wide
+            else dict(enumerate(numbers))
+            if columns <= MAX_LABELLED_LAYERS
+            else {}
         )
         for column, value in places.items():
             if not math.isnan(value):

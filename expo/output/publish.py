@@ -1,8 +1,8 @@
 """Push finished checkpoints to model repositories on the hub.
 
-`find_destinations` asks the hub, before any work, whether the token may write to a repository and what it holds;
-`push` uploads. What is pushed is what the output's manifest lists, whatever else lies in the folder, and what is
-removed from the repository is what an earlier manifest there lists.
+`find_destinations` asks the hub, before any work, whether the token may write to a repository and what it contains;
+`push` uploads the files listed in the output's manifest, whatever else is in the folder, and removes those that only
+an earlier manifest in the repository lists.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ T = TypeVar("T")
 WEIGHTS = ("*.safetensors", *OTHER_FORMATS)
 
 USERS_FAULT = (400, 402, 403, 404, 422)
-"""What the hub answers to a push that it would refuse again."""
+"""HTTP statuses of a push that would fail again."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A model repository that an output goes to."""
+    """A model repository to push an output to."""
 
     repository: str
     """`owner/name`."""
     manifest: Row = field(default_factory=dict)
-    """The expo.json it holds; empty where there is none."""
+    """Its expo.json; empty if there is none."""
 
     def require_same_output(self, fingerprint: Row) -> None:
-        """Refuse a repository that holds another output of expo.
+        """Refuse a repository with a different output of expo.
 
         Raises:
             InputError: It was made from something else; the message names what differs.
@@ -68,14 +68,14 @@ class Pushed:
 
 
 def find_destinations(repositories: Sequence[str], *, private: bool) -> list[Destination]:
-    """See whether models may be pushed to these repositories; nothing is made or changed.
+    """Check whether models may be pushed to these repositories; nothing is created or changed.
 
     Args:
-        repositories: `owner/name` each; none need exist.
-        private: Whether only private repositories will do.
+        repositories: `owner/name` each; they need not exist.
+        private: Whether to require private repositories.
 
     Raises:
-        InputError: No token, one that may not write there, or a repository that holds other weights.
+        InputError: No token, one without write access, or a repository with other weights.
         EnvironmentFailure: The hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -97,7 +97,7 @@ def _find(repository: str, *, private: bool) -> Destination:
     except RepositoryNotFoundError:
         return Destination(repository)
     if private and not info.private:
-        raise InputError(f"{repository} is there and public: make it private on the hub, or leave out --private")
+        raise InputError(f"{repository} already exists and is public: make it private on the hub, or drop --private")
     files = [sibling.rfilename for sibling in info.siblings or []]
     manifest = _read_manifest(repository, info.sha) if MANIFEST_FILE in files else {}
     _require_no_other_weights(repository, files, manifest)
@@ -107,10 +107,10 @@ def _find(repository: str, *, private: bool) -> Destination:
 def _require_writer(account: Row, repository: str) -> None:
     name, owner = account["name"], repository.split("/")[0]
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InputError(f"the hub token of {name} may only read; pushing to {repository} needs one that may write")
+        raise InputError(f"the hub token of {name} is read-only; pushing to {repository} needs one with write access")
     organisations = [one["name"] for one in account.get("orgs", []) if one.get("roleInOrg") != "read"]
     if owner.lower() not in {known.lower() for known in (name, *organisations)}:
-        raise InputError(f"the hub token is {name}'s, who may not write to {repository}; choose {name}/…")
+        raise InputError(f"the hub token belongs to {name}, who may not write to {repository}; choose {name}/…")
 
 
 def _read_manifest(repository: str, commit: str | None) -> Row:
@@ -128,11 +128,13 @@ def _require_no_other_weights(repository: str, files: list[str], manifest: Row) 
     others = sorted(set(files) - set(manifest.get("files", [])))
     weights = [name for name in others if any(fnmatch.fnmatchcase(name, pattern) for pattern in WEIGHTS)]
     if weights:
-        raise InputError(f"{repository} holds weights that expo did not push ({weights[0]}); choose another repository")
+        raise InputError(
+            f"{repository} contains weights that expo did not push ({weights[0]}); choose another repository"
+        )
 
 
 def make_repository(destination: Destination, *, private: bool) -> None:
-    """Make the repository where it does not exist.
+    """Create the repository if it does not exist.
 
     Raises:
         InputError: The hub refuses it.
@@ -145,7 +147,7 @@ def make_repository(destination: Destination, *, private: bool) -> None:
 
 
 def push(destination: Destination, folder: Path) -> Pushed:
-    """Upload a finished output; files that are there already are not sent again.
+    """Upload a finished output; files already there are not sent again.
 
     Args:
         destination: Where it goes; the repository exists.
@@ -153,7 +155,7 @@ def push(destination: Destination, folder: Path) -> Pushed:
 
     Raises:
         InputError: The hub refuses it.
-        EnvironmentFailure: The upload broke; the same call goes on from there.
+        EnvironmentFailure: The upload failed; calling again continues.
     """
     from huggingface_hub import HfApi
 
@@ -193,8 +195,10 @@ def _explain(error: Exception, repository: str) -> ExpoError:
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error  # an upload's thread
     status = http_status(cause)
     if status == 401:
-        return InputError(f"the hub does not accept the token that it was sent; {TOKEN_ADVICE}")
+        return InputError(f"the hub rejected the token; {TOKEN_ADVICE}")
     if status in USERS_FAULT or "README.md" in str(error):
         said = getattr(cause, "server_message", None) or str(cause)
         return InputError(f"the hub refuses the push to {repository}: {' '.join(said.split())}")
-    return EnvironmentFailure(f"pushing to {repository} failed: {first_line(cause)}; the same command pushes again")
+    return EnvironmentFailure(
+        f"pushing to {repository} failed: {first_line(cause)}; rerun the same command to push again"
+    )

@@ -1,9 +1,9 @@
-"""Checkpoint folders that are whole or visibly unfinished: staging, resume by shard, commit.
+"""Checkpoint folders that are complete or visibly unfinished: staging, resume by shard, commit.
 
-An output is built in `<folder>/.expo-partial/` under names that end in `.partial`, which no loader takes for
-weights. A journal there records each whole shard. When all files are whole they are renamed into the folder:
-shards first, then the manifest, the index and config.json, without which nothing loads the folder. A run that
-is killed, even between two renames, is continued by the same command.
+An output is built in `<folder>/.expo-partial/` under names that end in `.partial`, which no loader mistakes for
+weights. A journal there records each complete shard. When all files are complete they are renamed into the folder:
+shards first, then the manifest, the index and config.json, without which nothing loads the folder. After a kill, even
+between two renames, rerunning the command continues.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from expo.settings import require_same
 MANIFEST_FILE = "expo.json"
 CARD_FILE = "README.md"
 LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
-"""Renamed last, in this order; removed first, in the other order."""
+"""Renamed last, in this order; removed first, in reverse order."""
 
 JOURNAL_FILE = "journal.jsonl"
 SUFFIX = ".partial"
 FLUSH_BYTES = 256 << 20
-"""A file is forced to the disk each time this much of it is written, so that little is left to do at its end."""
+"""A file is flushed to disk each time this much of it is written, so that little is left at its end."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A whole staged shard."""
+    """A complete staged shard."""
 
     shard: str
     nbytes: int
@@ -61,17 +61,17 @@ RECORD_KEYS = {field.name for field in fields(ShardRecord)}
 
 
 def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Checksums | None = None) -> bool:
-    """Whether the folder holds this output already; if not, whether it may be written there.
+    """Whether the folder already has this output; if not, check that it may be written there.
 
     Args:
         folder: The output folder; it need not exist.
         fingerprint: Every setting and source that changes the result.
         overwrite: Whether an output with other settings may be replaced.
-        weights: Checksums of the sources' weights, as the manifest has them; where they are given the output's own
-            weights are read and compared with its manifest too.
+        weights: Checksums of the sources' weights, as in the manifest; if given, the output's own weights are read
+            and compared with its manifest too.
 
     Raises:
-        InputError: The folder holds other files, or an output that is damaged or has other settings and no `overwrite`.
+        InputError: The folder has other files or, without `overwrite`, an output that is damaged or has other settings.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output {folder} is a file; choose another --output")
@@ -82,10 +82,10 @@ def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Che
         if fault is None:
             return True
         if not overwrite:
-            raise InputError(f"{fault}; --overwrite makes the output again")
+            raise InputError(f"{fault}; --overwrite rebuilds the output")
     foreign = sorted(set(_files(folder)) - _own_files(manifest, journal))
     if foreign:
-        raise InputError(f"the output folder {folder} holds files expo did not write ({foreign[0]}); choose another")
+        raise InputError(f"the output folder {folder} contains files expo did not write ({foreign[0]}); choose another")
     made_with = journal[0].get("fingerprint") if journal else (manifest or {}).get("fingerprint")
     if made_with is not None and not overwrite:
         require_same(folder, made_with, fingerprint)
@@ -102,13 +102,13 @@ def _read_manifest(folder: Path) -> Row | None:
         content = read_json(file) if file.is_file() else {}
     except InputError as error:
         raise InputError(
-            f"{error}; without it expo's files are not known: remove {folder}, or choose another"
+            f"{error}; without it expo cannot tell its own files: remove {folder}, or choose another"
         ) from error
     return content if _is_manifest(content) else None
 
 
 def _is_manifest(content: Row) -> bool:
-    """Whether a JSON object is what expo writes as a manifest, as far as it is looked at here."""
+    """Whether a JSON object looks like a manifest of expo, as far as it is used here."""
     files, shards = content.get("files"), content.get("shards")
     return (
         isinstance(content.get("fingerprint"), dict)
@@ -118,22 +118,22 @@ def _is_manifest(content: Row) -> bool:
 
 
 def _fault(folder: Path, manifest: Row, weights: Checksums | None) -> str | None:
-    """What is wrong with a finished output, if anything is."""
+    """What is wrong with a finished output, if anything."""
     for name in manifest["files"]:
         if not _is_whole(folder / name, manifest["shards"].get(name, {}), by_content=weights is not None):
             return f"{folder / name} is missing or damaged"
     for side, files in (weights or {}).items():
         then = _checksums_in(manifest, side)
         if then is None:
-            log.warning("%s was made without --verify: of %s only sizes and times are compared", folder, side)
+            log.warning("%s was made without --verify: only sizes and times of %s are compared", folder, side)
         elif then != files:
             changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
-            return f"{folder} was made from other weights of {side} ({changed[0]} has another checksum)"
+            return f"{folder} was made from different weights of {side} ({changed[0]} has another checksum)"
     return None
 
 
 def _checksums_in(manifest: Row, side: str) -> dict[str, str] | None:
-    """Of a side's weights, as the manifest says; None where it does not, or not as expo writes it."""
+    """The checksums of a side's weights in the manifest; None if missing or malformed."""
     sources = manifest.get("sources")
     said = sources.get(side) if isinstance(sources, dict) else None
     hashes = said.get("xxh3") if isinstance(said, dict) else None
@@ -161,11 +161,11 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
-    """Do the renames that were left by a run that had everything whole; whether there were any.
+    """Finish the renames of an interrupted commit; returns whether there were any.
 
     Args:
         folder: The output folder.
-        fingerprint: What the output is to be made from; another one's work is left alone.
+        fingerprint: What the output is made from; a commit with another fingerprint is left alone.
 
     Raises:
         InputError: Another run is writing there.
@@ -180,14 +180,14 @@ def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
 
 
 class StagedShard:
-    """One output file being written; pieces come in any order and are written and hashed in theirs.
+    """One output file being written; pieces arrive in any order and are written and hashed in sequence.
 
     Args:
         path: The staged file.
         header: Its first bytes.
-        nbytes: What its size will be; the disk's room for it is taken at once.
-        fsync: Whether `finish` forces it to the disk.
-        disk: Does that for what is written so far, now and then, beside the copying.
+        nbytes: Its final size; the disk space is allocated at once.
+        fsync: Whether `finish` flushes it to disk.
+        disk: Flushes what is written so far from time to time, in the background.
 
     Raises:
         EnvironmentFailure: The disk is full, or writing failed.
@@ -212,9 +212,9 @@ class StagedShard:
             opening.pop_all()
 
     def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """Take piece `number`, whose place in the file is `offset`; `done` is called when `data` is free again.
+        """Take piece `number`, which belongs at `offset` in the file; `done` is called when `data` is free again.
 
-        Called from several threads. Whoever brings the piece that is next writes it and all that wait behind it.
+        Called from several threads. The caller with the next piece writes it and all that wait behind it.
 
         Raises:
             EnvironmentFailure: The disk is full, or writing failed.
@@ -251,7 +251,7 @@ class StagedShard:
         try:
             yield
         except OSError as error:
-            message = f"writing {self._path} failed: {error.strerror}; the same command goes on from here"
+            message = f"writing {self._path} failed: {error.strerror}; rerun the same command to continue"
             raise EnvironmentFailure(message) from error
 
     def finish(self) -> str:
@@ -268,19 +268,19 @@ class StagedShard:
 
 
 class StagedOutput:
-    """An output folder while it is made; a context manager that keeps others out.
+    """An output folder while it is written; a context manager that holds its lock.
 
-    Left by an `InputError` it discards what was staged; left by anything else it keeps it for the next run.
+    On an `InputError` the staged files are discarded; on any other exception they are kept for the next run.
 
     Args:
         folder: The output folder.
-        fingerprint: What the output is made from; work staged under another one is thrown away.
-        weights: With --verify: shards that were not staged from these are made again.
-        fsync: Whether files are forced to the disk.
+        fingerprint: What the output is made from; files staged under another one are discarded.
+        weights: With --verify: shards that were not staged from these are rebuilt.
+        fsync: Whether files are flushed to disk.
 
     Raises:
         InputError: Another run is writing there.
-        EnvironmentFailure: The folder cannot be made or written.
+        EnvironmentFailure: The folder cannot be created or written.
     """
 
     def __init__(self, folder: Path, fingerprint: Row, *, weights: Checksums | None = None, fsync: bool = True) -> None:
@@ -308,7 +308,7 @@ class StagedOutput:
             return rows
         self._journal.append([{"weights": weights}])
         if rows:
-            log.warning("what is staged in %s may be of other weights; it is made again", self.folder)
+            log.warning("the files staged in %s may come from other weights; rebuilding them", self.folder)
         return []
 
     def _open_journal(self, fingerprint: Row) -> Journal:
@@ -332,18 +332,18 @@ class StagedOutput:
         self._journal.close()
 
     def verify(self) -> None:
-        """Forget recorded shards whose staged bytes are not what was written."""
+        """Drop the records of shards whose staged bytes have changed."""
         for name, record in list(self.records.items()):
             if hash_file(self._path(name)) != record.xxh3:
-                log.warning("the staged %s is damaged; it is made again", name)
+                log.warning("the staged %s is damaged; rebuilding it", name)
                 del self.records[name]
 
     def start_shard(self, name: str, header: bytes, nbytes: int, disk: Background | None = None) -> StagedShard:
-        """Open one shard's file; with `disk` it is forced to the disk beside the copying."""
+        """Open one shard's file; `disk` flushes it in the background."""
         return StagedShard(self._path(name), header, nbytes, fsync=self._fsync, disk=disk)
 
     def record(self, record: ShardRecord) -> None:
-        """Note that a shard is whole; a rerun keeps it."""
+        """Record that a shard is complete; a rerun keeps it."""
         self.records[record.shard] = record
         self._journal.append([asdict(record)])
 
@@ -367,10 +367,10 @@ class StagedOutput:
         return self._staging / (name + SUFFIX)
 
     def commit(self) -> None:
-        """Give every staged file its final name; everything must be whole.
+        """Give every staged file its final name; all must be complete.
 
         Raises:
-            EnvironmentFailure: Renaming failed; the next run goes on with it.
+            EnvironmentFailure: Renaming failed; the next run continues it.
         """
         files = self._in_order({*self.records, *self._staged})
         try:
@@ -381,10 +381,10 @@ class StagedOutput:
         self.finish_commit()
 
     def finish_commit(self) -> None:
-        """Do the renames of a commit, or those that a killed run left to do.
+        """Do the renames of a commit, or those that a killed run left.
 
         Raises:
-            EnvironmentFailure: Renaming failed; the next run goes on with it.
+            EnvironmentFailure: Renaming failed; the next run continues it.
         """
         try:
             self._rename_all()
@@ -392,7 +392,9 @@ class StagedOutput:
             raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> EnvironmentFailure:
-        return EnvironmentFailure(f"completing {self.folder} failed: {error.strerror}; the same command goes on")
+        return EnvironmentFailure(
+            f"completing {self.folder} failed: {error.strerror}; rerun the same command to continue"
+        )
 
     def _rename_all(self) -> None:
         rows = read_journal(self._staging / JOURNAL_FILE)

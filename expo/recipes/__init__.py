@@ -1,7 +1,7 @@
-"""Recipes: the models known by name, with the checkpoint they were trained from and their α.
+"""Recipes: known models, with the checkpoint they were trained from and their α.
 
 A recipe is a config file (`expo/config_files.py`) with one more table, `[recipe]`. To add one, add a TOML file
-here, named as the model is; nothing else lists them.
+here, named after the model; there is no other list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model known by name."""
+    """One known model."""
 
     name: str
     sft: str
@@ -27,7 +27,7 @@ class Recipe:
     source: str
     """Where α comes from."""
     trust_remote_code: bool
-    """Whether the model needs `--trust-remote-code`; a hint, never switched on from here."""
+    """Whether the model needs `--trust-remote-code`; only a hint, never enabled from here."""
     note: str
     tables: Tables
     """The settings, as `load_tables` gives them."""
@@ -51,7 +51,7 @@ def load(name: str) -> Recipe:
     """Read the recipe of that name (in any case).
 
     Raises:
-        InputError: There is none; the message lists what there is.
+        InputError: There is none; the message lists all names.
     """
     match = [known for known in names() if known.lower() == name.lower()]
     if not match:

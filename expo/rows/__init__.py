@@ -1,4 +1,4 @@
-"""Everything that is made row by row: what a row job is, the loop that runs it, its files, its parts and workers."""
+"""Row jobs (generate, score): what one is, the loop that runs it, its files, its parts and its workers."""
 
 from expo.rows.job import EngineKeeper, RowJob
 from expo.rows.run import run

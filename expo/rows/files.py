@@ -1,4 +1,4 @@
-"""The files of an output that is made row by row, and the one reader of what state they are in."""
+"""The files of a row job's output, and the one reader of their state."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from expo.files import Row, json_text, write_atomic
 from expo.journal import LOCK_SUFFIX, Journal, RunLock, read_journal
 
 Columns = Mapping[str, type | tuple[type, ...]]
-"""Column → what its values are."""
+"""Column → the type of its values."""
 
 ROW_SYNC_SECONDS = 1.0
 
 
 class State(Enum):
-    """What there is of an output."""
+    """The state of an output."""
 
-    ABSENT = "not begun"
-    UNFINISHED = "being made, or stopped while it was"
-    FINISHED = "whole"
-    WITHOUT_META = "a final file without its meta file: somebody else's"
+    ABSENT = "not started"
+    UNFINISHED = "in progress, or interrupted"
+    FINISHED = "complete"
+    WITHOUT_META = "a final file without its meta file: not written by expo"
     WITHOUT_FINAL = "a meta file without its final file"
-    DAMAGED = "a meta file that is not as expo wrote it"
+    DAMAGED = "an invalid meta file"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What there is of an output, read once."""
+    """The state of an output and its content, read once."""
 
     state: State
     meta: Row = field(default_factory=dict)
-    """Of a finished output."""
+    """The meta file of a finished output."""
     journal: Sequence[Row] = ()
-    """Of an unfinished one: the rows of its journal, without the header."""
+    """The rows in the journal of an unfinished output, without the header."""
     fingerprint: Row | None = None
-    """What it was made from; None where nothing says so."""
+    """What the output was made from; None if not recorded."""
 
 
 @dataclass(frozen=True)
 class RowFiles:
-    """The files of one output that is made row by row.
+    """The files of one row job's output.
 
-    While it is made there is a hidden journal, `.<name>.journal.jsonl`; what is under a final name is whole. The
-    meta file goes with it: its `fingerprint`, the number of `rows`, how many `failed`, and a hash of the items the
-    rows were made from. Where it is made in parts, a folder `<name>.parts` beside it has their files.
+    While it runs there is a hidden journal, `.<name>.journal.jsonl`; a file under its final name is complete. The
+    meta file beside it has its `fingerprint`, the number of `rows`, how many `failed`, and a hash of the items the
+    rows were made from. The files of a job's parts are in the folder `<name>.parts` beside it.
     """
 
     final: Path
@@ -58,7 +58,7 @@ class RowFiles:
     name: str
     """The output's name, without a suffix."""
     items_key: str
-    """Under which key the meta has the hash of what the rows were made from."""
+    """The meta file's key for the hash of the items."""
 
     @property
     def meta(self) -> Path:
@@ -72,7 +72,7 @@ class RowFiles:
 
     @property
     def parts_folder(self) -> Path:
-        """Where the parts of a run lie until they are joined."""
+        """Where the parts of a run are kept until they are joined."""
         return self.final.with_name(f"{self.name}.parts")
 
     def part(self, stem: str) -> RowFiles:
@@ -80,15 +80,15 @@ class RowFiles:
         return RowFiles(self.parts_folder / f"{stem}.jsonl", stem, self.items_key)
 
     def look(self) -> Found:
-        """Read what there is of the output.
+        """Read the state of the output.
 
         Raises:
-            InputError: The journal's header does not say what its rows were made from.
+            InputError: The journal's header has no fingerprint.
         """
         if self.journal.exists():
             header, *rows = read_journal(self.journal) or [{}]
             if rows and not isinstance(header.get("fingerprint"), dict):
-                raise InputError(f"{self.journal} is damaged: remove it to start anew")
+                raise InputError(f"{self.journal} is damaged: remove it to start over")
             return Found(State.UNFINISHED, journal=rows, fingerprint=header.get("fingerprint") if rows else None)
         if not self.meta.exists():
             return Found(State.WITHOUT_META if self.final.exists() else State.ABSENT)
@@ -103,7 +103,7 @@ class RowFiles:
         return Found(State.FINISHED, meta=meta, fingerprint=meta["fingerprint"])
 
     def _is_meta(self, content: object) -> bool:
-        """Whether a meta file's content says what a rerun goes by."""
+        """Whether a meta file's content has what a rerun needs."""
         if not isinstance(content, dict):
             return False
         counts = [content.get("rows"), content.get("failed")]
@@ -111,10 +111,10 @@ class RowFiles:
         return known and all(isinstance(count, int) for count in counts)
 
     def require_own(self) -> Found:
-        """What there is, where a run may go on from it.
+        """Read the state of an output that a run may continue.
 
         Raises:
-            InputError: It is somebody else's, or damaged.
+            InputError: It was not written by expo, or is damaged.
         """
         found = self.look()
         if found.state is State.WITHOUT_META:
@@ -126,20 +126,20 @@ class RowFiles:
     # --- writing
 
     def open_journal(self, fingerprint: Row) -> Journal:
-        """Begin or continue the journal, for one process at a time.
+        """Start or continue the journal, for one process at a time.
 
         Raises:
-            InputError: Another run is writing this output, or its folder cannot be one.
+            InputError: Another run is writing this output, or its folder cannot be created.
         """
         try:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"{self.journal.parent} cannot be a folder: choose another --output-dir") from error
+            raise InputError(f"cannot create the folder {self.journal.parent}: choose another --output-dir") from error
         return Journal(self.journal, {"fingerprint": fingerprint}, sync_every_s=ROW_SYNC_SECONDS)
 
     @contextmanager
     def holding(self, journal: Journal) -> Iterator[None]:
-        """Close the journal at the end, and leave none behind that has no rows."""
+        """Close the journal at the end; remove it if it has no rows."""
         try:
             yield
         finally:
@@ -151,7 +151,7 @@ class RowFiles:
 
     def finish(self, journal: Journal, contents: Mapping[Path, str], meta: Row) -> None:
         """Write the final files, the meta file last, and end the run; the journal is closed and removed."""
-        journal.is_empty = False  # from here on it says that the files under final names may not belong together
+        journal.is_empty = False  # from here on, its presence says that the final files may be inconsistent
         for path, text in contents.items():
             write_atomic(path, text)
         write_atomic(self.meta, json_text(meta, indent=2) + "\n")
@@ -159,7 +159,7 @@ class RowFiles:
         journal.close()
 
     def lock(self) -> RunLock | None:
-        """The right to write these files; None where another run has it, or may."""
+        """The lock for writing these files; None where another run has it, or may have it."""
         try:
             return RunLock(self.journal.with_name(self.journal.name + LOCK_SUFFIX), alone_here=False)
         except InputError:
@@ -172,28 +172,28 @@ class RowFiles:
 
 
 def checksum(text: bytes) -> str:
-    """SHA-256 of a file's content, as the meta file of a part has it."""
+    """SHA-256 of a file's content, as recorded in a part's meta file."""
     return sha256(text).hexdigest()
 
 
 def require_columns(rows: Sequence[Row], columns: Columns, path: Path) -> Sequence[Row]:
-    """Refuse rows that are not as expo wrote them.
+    """Refuse rows that lack a column or have a wrong type.
 
     Returns:
         The rows.
 
     Raises:
-        InputError: A row lacks a column, or has another kind of value there.
+        InputError: A row lacks a column, or has a value of another type.
     """
     for row in rows:
         if columns.keys() <= row.keys() and all(isinstance(row[name], kind) for name, kind in columns.items()):
             continue
-        raise InputError(f"{path} is damaged: remove it to start anew")
+        raise InputError(f"{path} is damaged: remove it to start over")
     return rows
 
 
 def refuse_replacing(file: Path, outputs: Iterable[Path]) -> None:
-    """Refuse outputs that would take an input file's place, also through links.
+    """Refuse outputs that would overwrite an input file, also through links.
 
     Raises:
         InputError: One is the file.

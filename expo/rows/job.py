@@ -1,8 +1,8 @@
 """What a row job is, and the one loop that runs it.
 
 `expo generate` and `expo score` are row jobs: each one's plan is a subclass of `RowJob`, which is all that the loop,
-the parts and the workers know of it. The loop makes rows as the engine finishes them, each durable before the next is
-waited for, and writes the final files when all are there. To add a job, write a subclass; nothing is listed here.
+the parts and the workers know of it. The loop records rows as the engine finishes them, each durable before it waits
+for the next, and writes the final files when all are there. To add a job, write a subclass; there is no table to edit.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from expo.settings import require_same
 log = logging.getLogger(__name__)
 
 Key = tuple[Any, ...]
-"""Tells a row from every other of its output."""
+"""Identifies a row within its output."""
 Rows = dict[Key, Row]
-"""Row key → row, as the journal has it."""
+"""Row key → row, as recorded in the journal."""
 
 TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
-"""The settings that say how a run is done, not what."""
+"""Settings of how a run is executed, not of what it produces."""
 
 
 class Setup(Protocol):
     """What an engine is started with; see `expo.engines`."""
 
     def takes_over(self, started: Any) -> bool:  # noqa: ANN401 - a setup of the same kind
-        """Whether an engine that was started with another setup can go on with this one."""
+        """Whether an engine started with another setup can switch to this one."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run of the engine took."""
+    """The cost of one run of the engine."""
 
     rows: int = 0
     tokens: int = 0
@@ -58,7 +58,7 @@ class Figures:
 
     @property
     def tokens_per_second(self) -> float:
-        """The engine's speed, its start left out."""
+        """The engine's speed, excluding its start."""
         return round(self.tokens / self.seconds, 1) if self.seconds else 0.0
 
 
@@ -74,18 +74,18 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class RowJob(ABC):
-    """Everything a verb will do, decided: what its rows are, and how to make and to write them."""
+    """Everything a verb will do: what its rows are, how to produce them and how to write them."""
 
     verb: ClassVar[str]
-    """The command that does it."""
+    """The command's name."""
     columns: ClassVar[Columns]
-    """What every row of the journal has."""
+    """The columns of every row in the journal."""
     seconds_key: ClassVar[str]
-    """Under which name the meta file has the seconds that the engine worked."""
+    """The meta file's key for the seconds that the engine worked."""
 
     config: RowsConfig
     engine: str
-    """The engine, chosen."""
+    """The resolved engine."""
     name: str
     """The output's name."""
     files: RowFiles
@@ -111,34 +111,34 @@ class RowJob(ABC):
         """What the rows are made from, in output order."""
 
     def items_beyond(self) -> Sequence[object] | None:
-        """What they would be made from without `--limit`; None where equal fingerprints say that it is the same."""
+        """The items without `--limit`; None where equal fingerprints imply that they are the same."""
         return None
 
     @abstractmethod
     def share(self, part: Part) -> Self:
-        """The same job with one part's rows; its files are those of the part."""
+        """The same job restricted to one part's rows and files."""
 
     @abstractmethod
     def key_of(self, row: Row) -> Key:
-        """Which row a row of the journal is."""
+        """The key of a row of the journal."""
 
     @abstractmethod
     def is_answered(self, row: Row) -> bool:
-        """Whether a row of the journal is what was wanted, and no failure."""
+        """Whether a row of the journal is a result, not a failure."""
 
-    def is_current(self, row: Row) -> bool:  # noqa: ARG002 - for those that can be outdated
-        """Whether a row of the journal was made from what it would be made from now."""
+    def is_current(self, row: Row) -> bool:  # noqa: ARG002 - for jobs whose rows can be outdated
+        """Whether a row of the journal was made from the current input."""
         return True
 
     @abstractmethod
     def pending(self, done: Mapping[Key, Row]) -> bool:
-        """Whether any row is not done that can be made."""
+        """Whether any row that can be produced is not done."""
 
     @abstractmethod
     def impossible(self, done: Mapping[Key, Row]) -> Rows:
-        """The rows that cannot be made, marked as failed, once all others are done."""
+        """The rows that cannot be produced, marked as failed, once all others are done."""
 
-    # --- making them
+    # --- producing them
 
     @abstractmethod
     def open_engine(self) -> Any:  # noqa: ANN401 - of the verb's kind
@@ -146,22 +146,22 @@ class RowJob(ABC):
 
     @abstractmethod
     def execute(self, engine: Any, done: Rows) -> Iterator[list[Row]]:  # noqa: ANN401
-        """Make the rows that are not done, as the journal keeps them, and yield them as they finish.
+        """Produce the rows that are not done, in the journal's form, and yield them as they finish.
 
         Args:
             engine: The engine, with this job's setup.
-            done: The rows that are there; the caller adds each that is yielded.
+            done: The rows that are done; the caller adds those that are yielded.
         """
 
     @abstractmethod
     def tokens(self, row: Row) -> int:
-        """The tokens whose number per second tells how fast rows are made."""
+        """The tokens of a row that count towards tokens per second."""
 
     def worker_environments(self, count: int) -> list[dict[str, str]]:
-        """What is set for each of several processes that share the job: the GPUs of its own, or its share of threads.
+        """The environment of each of several processes that share the job: its GPUs, or its share of CPU threads.
 
         Raises:
-            InputError: There are not GPUs enough, or the engine does not run here.
+            InputError: There are too few GPUs, or the engine does not run here.
         """
         raise NotImplementedError
 
@@ -169,7 +169,7 @@ class RowJob(ABC):
 
     @abstractmethod
     def finished_rows(self, meta: Row) -> list[Row]:
-        """The rows of the finished output, as the journal has them.
+        """The rows of the finished output, in the journal's form.
 
         Raises:
             InputError: It is damaged.
@@ -181,26 +181,26 @@ class RowJob(ABC):
 
     @abstractmethod
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:
-        """What the meta file holds; `rows`, `failed`, `fingerprint` and the hash of the items among it.
+        """The content of the meta file, including `rows`, `failed`, `fingerprint` and the hash of the items.
 
         Args:
             rows: All rows in output order.
-            figures: What this run took.
-            extends: Whether some of the rows are from an output that was finished before.
+            figures: The cost of this run.
+            extends: Whether some of the rows are from a previously finished output.
         """
 
-    # --- what follows
+    # --- derived
 
     def by_key(self, rows: Iterable[Row]) -> Rows:
         """Rows under their keys."""
         return {self.key_of(row): row for row in rows}
 
     def answered(self, rows: Iterable[Row]) -> Rows:
-        """Those of the rows that need not be made again."""
+        """The rows that need not be produced again."""
         return self.by_key(row for row in rows if self.is_answered(row) and self.is_current(row))
 
     def describe_parts(self) -> Row:
-        """What the plan says of parts."""
+        """The plan's entries about parts."""
         config = self.config
         return {
             **({"part": str(self.part)} if self.part else {}),
@@ -209,12 +209,12 @@ class RowJob(ABC):
         }
 
     def recorded_config(self) -> Row:
-        """The settings as the meta file has them."""
+        """The settings as recorded in the meta file."""
         values = dataclasses.asdict(self.config)
         return {name: value for name, value in values.items() if name not in TRANSIENT}
 
     def figures_in(self, meta: Row) -> Figures:
-        """What a run took, as its meta file says."""
+        """The cost of a run, from its meta file."""
         seconds = meta[self.seconds_key]
         return Figures(
             rows=meta["rows_this_run"],
@@ -233,7 +233,7 @@ class RowJob(ABC):
 class EngineKeeper:
     """An engine that outlives a job: opened when it is first needed, and given the next job's settings and weights.
 
-    To be closed at the end (`contextlib.closing`).
+    Close it at the end (`contextlib.closing`).
     """
 
     def __init__(self) -> None:
@@ -271,16 +271,16 @@ def _kept(keeper: EngineKeeper | None) -> Iterator[EngineKeeper]:
 
 
 def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Done:
-    """Make every row of a job, or of one part of it, that is not there yet.
+    """Produce every missing row of a job, or of one part of it.
 
     Args:
         job: What to do.
-        kept: Of a part: its rows that the whole output has already.
-        keeper: Has an engine that goes on after this job; without one the job's engine is closed at its end.
+        kept: For a part: its rows that the whole output already has.
+        keeper: Keeps the engine open after this job; without one, the engine is closed at the end.
 
     Raises:
-        InputError: The inputs are at fault, or there is an output with other settings.
-        EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
+        InputError: The inputs are at fault, or an output with other settings exists.
+        EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
     if job.whole is not None and job.whole.files.look().state is State.FINISHED and not job.pending(kept):
         return Done(job.whole, {"rows": len(job.keys), "failed": len(job.keys) - len(kept)}, "already complete")
@@ -344,23 +344,23 @@ def _difference(job: RowJob, meta: Row) -> InputError | None:
             return None
         items = beyond
     if texts_sha256(items[:count]) != meta[job.files.items_key]:
-        return InputError(f"{job.files.final} was made from other rows; --overwrite replaces it")
+        return InputError(f"{job.files.final} was made from different rows; --overwrite replaces it")
     return None
 
 
 def _rows_of(job: RowJob, journal: Journal) -> Rows:
-    """What an earlier run left that is of use.
+    """The usable rows of an earlier run.
 
     Raises:
-        InputError: A row has no place in this job, and `--overwrite` is not given.
+        InputError: A row does not belong to this job, and `--overwrite` is not given.
     """
     rows = require_columns(journal.rows, job.columns, job.files.journal)
     there = job.by_key(row for row in rows if job.is_answered(row))
     dropped = len(there.keys() - set(job.keys))
     if dropped and not job.config.overwrite:
         raise InputError(
-            f"the unfinished {job.files.final} has {dropped} rows that this run has no place for (a smaller --limit?): "
-            "finish it as it was begun, or drop them with --overwrite"
+            f"the unfinished {job.files.final} has {dropped} rows that this run does not include (a smaller --limit?): "
+            "finish it with its original settings, or discard them with --overwrite"
         )
     return job.answered(rows)
 

@@ -1,4 +1,4 @@
-"""A job in parts: what is there of the whole and of each part, and joining them into what one run makes."""
+"""A job in parts: the state of the whole and of each part, and joining them into what one run would write."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from expo.rows.job import Done, Figures, RowJob, Rows, rows_to_extend
 from expo.settings import require_same
 
 PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "tokens_per_second")
-"""What the joined meta file repeats of each part's, beside the seconds, where it is there."""
+"""What the joined meta file repeats from each part's, besides the seconds, where present."""
 
 
 @dataclass(frozen=True)
-class MadePart:
+class FinishedPart:
     """A part that is finished."""
 
     meta: Row
     rows: Rows
 
 
-class NotMade(Exception):
-    """A part is not finished, or not as it was when it was; the text says in a few words what is the matter."""
+class NotFinished(Exception):
+    """A part is not finished, or is damaged; the message says why in a few words."""
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 
 def whole_rows(whole: RowJob) -> Rows:
-    """The rows that the whole output has, finished or not; a part does not make them again.
+    """The rows that the whole output already has, finished or not; a part does not produce them again.
 
     Raises:
-        InputError: The output is there, was made with other settings, and `--overwrite` is not given.
+        InputError: The output was made with other settings, and `--overwrite` is not given.
     """
     found = whole.files.require_own()
     if found.fingerprint is None:
@@ -53,7 +53,7 @@ def whole_rows(whole: RowJob) -> Rows:
 
 
 def kept_of_the_whole(job: RowJob) -> Rows:
-    """The rows of a part that the whole output has already; refuses a run that is cut otherwise."""
+    """The rows of a part that the whole output already has; refuses a run with another number of parts."""
     if job.whole is None or job.part is None:
         require_same_cut(job, None)
         return {}
@@ -63,14 +63,14 @@ def kept_of_the_whole(job: RowJob) -> Rows:
 
 
 def require_same_cut(whole: RowJob, count: int | None) -> None:
-    """Refuse to go on with a run that was begun in another number of parts.
+    """Refuse to continue a run that was started with another number of parts.
 
     Args:
         whole: The job.
-        count: N; None for a run in one piece, which an output that is whole already does not hinder.
+        count: N; None for a run without parts, which is allowed where the output is already complete.
 
     Raises:
-        InputError: There are parts of another number.
+        InputError: The run was started with another number of parts.
     """
     folder = whole.files.parts_folder
     others = counts_in(_names_in(whole.files)) - {count}
@@ -82,8 +82,8 @@ def require_same_cut(whole: RowJob, count: int | None) -> None:
     there = min(others)
     now = f", not of {count}" if count else ""
     raise InputError(
-        f"{folder} holds parts of {there}{now}: go on with --part i/{there} or --data-parallel {there} and --join "
-        f"{there}, or start anew with --overwrite"
+        f"{folder} has parts of {there}{now}: continue with --part i/{there} or --data-parallel {there} and --join "
+        f"{there}, or start over with --overwrite"
     )
 
 
@@ -95,37 +95,37 @@ def _names_in(files: RowFiles) -> list[str]:
 # --- a part --------------------------------------------------------------------------------------------------------
 
 
-def read_part(job: RowJob) -> MadePart:
+def read_part(job: RowJob) -> FinishedPart:
     """A finished part, checked.
 
     Raises:
-        NotMade: It is not there, not finished, or damaged.
+        NotFinished: It is missing, unfinished, or damaged.
         InputError: It was made with other settings or from other prompts.
     """
     files, found = job.files, job.files.look()
     if found.state is not State.FINISHED:
-        raise NotMade(_why_not_made(files, found))
+        raise NotFinished(_why_not_finished(files, found))
     meta, text = found.meta, files.final.read_bytes()
     require_same(files.final, meta["fingerprint"], job.fingerprint, advice="--part with --overwrite replaces it")
     if checksum(text) != meta.get("rows_sha256"):
-        raise NotMade(f"damaged, remove {files.final}")
+        raise NotFinished(f"damaged, remove {files.final}")
     expected, there = len(job.keys), meta["rows"]
     if there > expected:
-        raise InputError(f"{files.final} has {there} rows, made with a larger --limit; join with that one")
+        raise InputError(f"{files.final} has {there} rows, made with a larger --limit; join with the same --limit")
     if texts_sha256(job.items[:there]) != meta[files.items_key]:
-        raise InputError(f"{files.final} was made from other prompts; --part with --overwrite replaces it")
+        raise InputError(f"{files.final} was made from different prompts; --part with --overwrite replaces it")
     if there < expected:
-        raise NotMade(f"unfinished, {there} of {expected} rows")
-    return MadePart(meta, job.by_key(map(json.loads, text.splitlines())))
+        raise NotFinished(f"unfinished, {there} of {expected} rows")
+    return FinishedPart(meta, job.by_key(map(json.loads, text.splitlines())))
 
 
-def _why_not_made(files: RowFiles, found: Found) -> str:
+def _why_not_finished(files: RowFiles, found: Found) -> str:
     if found.state is State.UNFINISHED:
         return "still running" if is_held(files) else f"unfinished, {len(found.journal)} rows"
     return {
-        State.ABSENT: "not begun",
-        State.WITHOUT_META: f"without its meta file, remove {files.final}",
-        State.WITHOUT_FINAL: "without its file",
+        State.ABSENT: "not started",
+        State.WITHOUT_META: f"missing its meta file, remove {files.final}",
+        State.WITHOUT_FINAL: "missing its file",
         State.DAMAGED: f"damaged, remove {files.meta} and {files.final.name}",
     }[found.state]
 
@@ -138,11 +138,11 @@ def is_held(files: RowFiles) -> bool:
     return lock is None
 
 
-def is_made(job: RowJob) -> bool:
-    """Whether a part is finished, but for rows that cannot be made."""
+def is_finished(job: RowJob) -> bool:
+    """Whether a part is finished, except for rows that cannot be produced."""
     try:
         made = read_part(job)
-    except NotMade:
+    except NotFinished:
         return False
     return bool(made.meta["failed"] == len(job.impossible(job.answered(made.rows.values()))))
 
@@ -151,11 +151,11 @@ def is_made(job: RowJob) -> bool:
 
 
 def join_parts(whole: RowJob, count: int) -> Done:
-    """Write the whole output from `count` parts and from what of it is there already; then remove the parts.
+    """Write the whole output from `count` parts and the rows it already has; then remove the parts.
 
     Raises:
-        InputError: A part is missing, unfinished, damaged or made otherwise; nothing is changed.
-        EnvironmentFailure: Writing failed; the parts are there still.
+        InputError: A part is missing, unfinished, damaged or has other settings; nothing is changed.
+        EnvironmentFailure: Writing failed; the parts are kept.
     """
     kept = whole_rows(whole)
     require_same_cut(whole, count)
@@ -178,11 +178,11 @@ def join_parts(whole: RowJob, count: int) -> Done:
     return done
 
 
-def _needed_parts(whole: RowJob, count: int, kept: Rows) -> list[MadePart]:
+def _needed_parts(whole: RowJob, count: int, kept: Rows) -> list[FinishedPart]:
     """The parts that have a row the output lacks.
 
     Raises:
-        InputError: One of them cannot be joined; the message names those and the command that makes the first.
+        InputError: Some cannot be joined; the message lists them and the command that produces the first.
     """
     made, lacking = [], {}
     for part in all_parts(count):
@@ -190,7 +190,7 @@ def _needed_parts(whole: RowJob, count: int, kept: Rows) -> list[MadePart]:
         if job.pending(kept):
             try:
                 made.append(read_part(job))
-            except NotMade as reason:
+            except NotFinished as reason:
                 lacking[part] = str(reason)
     if lacking:
         first, *_ = lacking
@@ -206,7 +206,7 @@ def _part_record(whole: RowJob, meta: Row) -> Row:
 
 
 def _figures(whole: RowJob, metas: Sequence[Row]) -> Figures:
-    """What the run took: parts are made side by side, so it took as long as its slowest."""
+    """The cost of the run: parts run in parallel, so it took as long as the slowest."""
     made = [whole.figures_in(meta) for meta in metas]
     working = [one for one in made if one.rows]
     agree = all(one.versions == other.versions for one in made for other in made if one.versions and other.versions)
@@ -228,8 +228,8 @@ def _figures(whole: RowJob, metas: Sequence[Row]) -> Figures:
 def remove_parts(whole: RowJob) -> None:
     """Remove the parts whose rows are all in the finished output, and the folder when it is empty.
 
-    A part that is being made, or has a row that the output has not, stays; with `--overwrite` one that was made with
-    other settings goes.
+    A part that is running, or has a row that the output lacks, is kept; with `--overwrite`, one with other settings is
+    removed.
     """
     stems = {found[1] for found in map(FILE_NAME.fullmatch, _names_in(whole.files)) if found}
     rows = whole_rows(whole) if stems else {}

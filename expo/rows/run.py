@@ -1,4 +1,4 @@
-"""Which way a row job is run: all its rows in this process, one part of them, several processes, or parts joined."""
+"""How a row job is run: in this process (whole or one part), in several processes, or by joining parts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from expo.rows.workers import run_in_processes
 
 
 def run(job: RowJob, keeper: EngineKeeper | None = None) -> Done:
-    """Make every row that is not there yet.
+    """Produce every missing row.
 
     Args:
         job: What to do.
-        keeper: Has an engine that goes on after this job; without one the job's engine is closed at its end.
+        keeper: Keeps the engine open after this job; without one, the engine is closed at the end.
 
     Raises:
         InputError: The settings or inputs are at fault.
-        EnvironmentFailure: The engine, the disk or the network failed; the same call goes on with the rest.
+        EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
     if job.config.join is not None:
         return join_parts(job, job.config.join)

@@ -1,9 +1,9 @@
-"""A process that does row jobs for this one: how it is given them, how far it has come, and its last error line.
+"""A process that runs row jobs for this one: how it is given them, its progress, and its last error line.
 
-The protocol: jobs go to the process as lines of JSON on one pipe, and for each it answers a line on another; it ends
-where its first pipe does. So one that is given a single job ends with it, and one that stays takes the next, with its
-engine open. Its standard input is a third pipe, by which it notices that this process is gone (`expo.orphans`).
-`expo/cli/work.py` is the other end.
+The protocol: jobs go to the process as lines of JSON on one pipe, and it answers each with a line on another; it exits
+when the first pipe is closed. So a worker given a single job exits after it, and one that stays takes the next job
+with its engine open. Its standard input is a third pipe, by which it notices that this process is gone
+(`expo.orphans`). `expo/cli/work.py` is the other end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LineCount:
         try:
             with self._path.open("rb") as stream:
                 if os.fstat(stream.fileno()).st_size < self._offset:
-                    self._offset = self._lines = 0  # made anew
+                    self._offset = self._lines = 0  # rewritten
                 stream.seek(self._offset)
                 data = stream.read()
         except FileNotFoundError:
@@ -50,7 +50,7 @@ class LineCount:
 
 
 def job_line(job: RowJob) -> str:
-    """A job as it goes to a process: the verb and every setting as it was resolved."""
+    """A job as sent to a process: the verb and every resolved setting."""
     part = None if job.part is None else str(job.part)
     config = dataclasses.replace(job.config, data_parallel=1, join=None, part=part)
     settings = {**dataclasses.asdict(config), "engine": job.engine}
@@ -58,13 +58,13 @@ def job_line(job: RowJob) -> str:
 
 
 class Worker:
-    """A process, which can be started again, and the job it does.
+    """A process, which can be restarted, and the job it runs.
 
     Args:
         job: Its first job, a part of the run.
-        environment: What its environment has beside this process's own: its GPUs, its threads.
-        kept: How many of the job's rows the whole output has already.
-        stays: Whether it waits for another job when it has done one.
+        environment: Added to this process's environment: its GPUs, its threads.
+        kept: How many of the job's rows the whole output already has.
+        stays: Whether it waits for another job after finishing one.
     """
 
     def __init__(self, job: RowJob, environment: Mapping[str, str], kept: int = 0, *, stays: bool = False) -> None:
@@ -77,7 +77,7 @@ class Worker:
         self.take(job, kept)
 
     def take(self, job: RowJob, kept: int = 0) -> None:
-        """Make a job its own; `start` sets it to work."""
+        """Accept a job; `start` begins it."""
         self.job = job
         self.starts = 0
         self._kept = kept
@@ -86,13 +86,13 @@ class Worker:
         self._reply: int | None = None
 
     def start(self) -> None:
-        """Give the process its job; it is started where it does not run."""
+        """Send the job to the process, starting it if it is not running."""
         self.starts += 1
         self._rows_at_start = self.rows()
         self._reply = None
         if self._process is None or self._process.poll() is not None:
             self._spawn()
-        with contextlib.suppress(BrokenPipeError):  # it has ended already, and its exit code says how
+        with contextlib.suppress(BrokenPipeError):  # it has already exited; its exit code says why
             if self._jobs is not None:
                 self._jobs.write(job_line(self.job).encode())
                 self._jobs.flush()
@@ -100,7 +100,7 @@ class Worker:
             self._dismiss()
 
     def _spawn(self) -> None:
-        """Start the process, in a session of its own: a Ctrl-C reaches it through its parent only."""
+        """Start the process in its own session: a Ctrl-C reaches it only through its parent."""
         self._close_pipes()
         self._log.seek(0)
         self._log.truncate()
@@ -121,30 +121,30 @@ class Worker:
         self._jobs, self._replies = os.fdopen(to_jobs, "wb"), os.fdopen(replies, "rb")
 
     def command(self, jobs: int, replies: int) -> list[str]:
-        """The command line; the numbers are those of its two pipes."""
+        """The command line; the arguments are the descriptors of its two pipes."""
         return [sys.executable, "-m", "expo", "work", f"--jobs={jobs}", f"--replies={replies}"]
 
     def rows(self) -> int:
-        """The rows that are there, as far as this process knows."""
+        """The number of finished rows, as far as this process knows."""
         return min(len(self.job.keys), max(0, self._lines() - 1) + self._kept)
 
     def has_come_further(self) -> bool:
-        """Whether a row was finished since the last start."""
+        """Whether a row has been finished since the last start."""
         return self.rows() > self._rows_at_start
 
     def outcome(self) -> int | None:
-        """The exit code of its job; None while it is done. Where the process ended without a word, the process's."""
+        """The exit code of the job, or of the process if it died without a reply; None while the job runs."""
         exit_code = self.exit_code()
         if self._reply is None and self._replies is not None and (line := self._replies.readline()):
             self._reply = int(json.loads(line)["exit_code"])
         return exit_code if self._reply is None else self._reply
 
     def exit_code(self) -> int | None:
-        """How the process ended; None while it runs."""
+        """The exit code of the process; None while it runs."""
         return self._process.poll() if self._process else None
 
     def last_error_line(self) -> str:
-        """What an ended process said last: its error line where there is one."""
+        """The last output of an exited process: its error line, if there is one."""
         code = self.exit_code() or 0
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -155,18 +155,18 @@ class Worker:
         return re.sub(r"\s+", " ", said)
 
     def ask_to_stop(self) -> None:
-        """Tell the process to unwind."""
+        """Ask the process to stop cleanly."""
         if self._process and self._process.poll() is None:
             self._process.terminate()
 
     def wait(self, seconds: float) -> None:
-        """Give the process time to end."""
+        """Wait for the process to exit."""
         if self._process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
 
     def kill(self) -> None:
-        """Kill what is left of the process and of those it started: an engine's own may hold a GPU's memory."""
+        """Kill the process and any it started: an engine's subprocesses may hold GPU memory."""
         if self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -174,7 +174,7 @@ class Worker:
             self._close_pipes()
 
     def _dismiss(self) -> None:
-        """Let the process end when it has done what it was given."""
+        """Let the process exit after its current job."""
         _close(self._jobs)
 
     def _close_pipes(self) -> None:
@@ -182,7 +182,7 @@ class Worker:
             _close(pipe)
 
     def close(self) -> None:
-        """Let go of the log; the process has ended."""
+        """Close the log; the process has exited."""
         self._log.close()
 
 

@@ -1,4 +1,4 @@
-"""`--data-parallel N`: the parts of a job done by processes of their own, watched and restarted, then joined."""
+"""`--data-parallel N`: each part of a job runs in its own process, monitored and restarted; then they are joined."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from expo.errors import PARTLY_FAILED, EnvironmentFailure, InputError
 from expo.parts import all_parts
 from expo.progress import rows_bar
 from expo.rows.job import Done, RowJob
-from expo.rows.parts import is_made, join_parts, require_same_cut, whole_rows
+from expo.rows.parts import is_finished, join_parts, require_same_cut, whole_rows
 from expo.rows.worker import Worker
 
 MAX_STARTS = 4
-"""How often the process of one part is started in one run."""
+"""How many times the process of one part is started in one run."""
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
-"""How long workers that are told to stop may take to unwind."""
+"""How long workers may take to stop cleanly."""
 
 FINISHED = (0, PARTLY_FAILED)
 
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def run_in_processes(whole: RowJob) -> Done:
-    """Make the rows in `data_parallel` processes.
+    """Produce the rows in `data_parallel` processes.
 
     Raises:
-        InputError: The settings or inputs are at fault, or a worker says so.
-        EnvironmentFailure: A part failed again and again; what was finished is kept.
+        InputError: The settings or inputs are at fault, as found here or by a worker.
+        EnvironmentFailure: A part failed repeatedly; finished rows are kept.
     """
     count = whole.config.data_parallel
     environments = whole.worker_environments(count)
@@ -41,7 +41,7 @@ def run_in_processes(whole: RowJob) -> Done:
     workers = [
         Worker(job, environment, sum(key in kept for key in job.keys))
         for job, environment in zip(shares, environments, strict=True)
-        if job.pending(kept) and not is_made(job)
+        if job.pending(kept) and not is_finished(job)
     ]
     if workers:
         log.info("%s: %d workers with %s", whole.name, len(workers), whole.engine)
@@ -52,11 +52,11 @@ def run_in_processes(whole: RowJob) -> Done:
 
 
 class Crew:
-    """The workers of a run, started together; at the end of the `with` none is left running.
+    """The workers of a run, started together; none is left running after the `with` block.
 
     Args:
-        workers: Each with the job it begins with.
-        waiting: Further jobs with the number of rows that are there, for whichever worker is done first.
+        workers: Each with its first job.
+        waiting: Further jobs, each with its number of finished rows, for whichever worker is free first.
     """
 
     def __init__(self, workers: Sequence[Worker], waiting: Iterable[tuple[RowJob, int]] = ()) -> None:
@@ -82,16 +82,16 @@ class Crew:
             worker.close()
 
     def watch(self, label: str, total: int, elsewhere: int) -> None:
-        """Start the workers and wait until all jobs are done, with one bar over the rows of all.
+        """Start the workers and wait until all jobs are done, with one progress bar for all rows.
 
         Args:
-            label: What the bar says.
+            label: The bar's label.
             total: All rows of the run.
-            elsewhere: Those of parts that are made already.
+            elsewhere: Rows of parts that are already finished.
 
         Raises:
-            InputError: A worker refuses its settings or inputs.
-            EnvironmentFailure: A part failed again and again.
+            InputError: A worker rejects its settings or inputs.
+            EnvironmentFailure: A part failed repeatedly.
         """
         for worker in self._workers:
             self._start(worker)
@@ -108,7 +108,7 @@ class Crew:
         finally:
             progress.close()
         if self._lost:
-            raise EnvironmentFailure(f"{'; '.join(self._lost)}; the same command goes on with the rest")
+            raise EnvironmentFailure(f"{'; '.join(self._lost)}; rerun the same command to continue")
 
     def _start(self, worker: Worker) -> None:
         self._running.append(worker)
@@ -134,7 +134,7 @@ class Crew:
         self._restart(worker, code)
 
     def _restart(self, worker: Worker, code: int) -> None:
-        """Start a part again whose process died; one that fails before its first row would only do so again."""
+        """Restart a part whose process died, unless it failed before its first row, as it would fail again."""
         part, reason = worker.job.part, worker.last_error_line()
         if worker.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or worker.has_come_further()):
             log.warning("part %s: %s; restarting", part, reason)

@@ -1,4 +1,4 @@
-"""Prompt sets: where their rows come from, how a row becomes a conversation, and how answers are written and read back.
+"""Tasks: where their rows come from, how a row becomes a conversation, and how answers are written and read back.
 
 `table.py` lists them. A file of prompts is a task too.
 """
@@ -8,9 +8,9 @@ from expo.tasks.table import TASKS, find_task
 from expo.tasks.task import (
     Answer,
     Conversation,
+    HubSource,
     Message,
     Prompt,
-    Source,
     Task,
     assistant,
     load_prompts,
@@ -22,9 +22,9 @@ __all__ = [
     "TASKS",
     "Answer",
     "Conversation",
+    "HubSource",
     "Message",
     "Prompt",
-    "Source",
     "Task",
     "assistant",
     "find_task",

@@ -1,6 +1,6 @@
 """MT-Bench: questions of two turns, answered in FastChat's model_answer format.
 
-The second turn's prompt holds the model's first answer. A question may have any number of turns.
+The second turn's prompt contains the model's first answer. A question may have any number of turns.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ TEMPERATURES = {
     **dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0),
     **dict.fromkeys(("stem", "humanities"), 0.1),
 }
-"""FastChat's temperature of each category; it decodes other categories as expo does by default, with 0.7."""
+"""FastChat's temperature for each category; other categories get 0.7, which is also expo's default."""
 
 ID_LETTERS = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 ID_LENGTH = 22
-"""What FastChat's answer ids are made of."""
+"""The alphabet and length of FastChat's answer ids."""
 
 TIME_STAMP = 0.0
-"""Nothing reads when an answer was made, and a rerun must write the same bytes; the meta file has the times."""
+"""Constant, because nothing reads it and a rerun must write the same bytes; the meta file has the times."""
 
 
 def read(row: Row) -> Prompt:
-    """A question: `question_id`, `category`, `turns`, or `prompt_id`, `category`, `prompt` as some copies have it."""
+    """A question: `question_id`, `category`, `turns`, or `prompt_id`, `category`, `prompt` as in some copies."""
     turns = row.get("turns", row.get("prompt"))
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise InputError("has no turns (or prompt) column that holds a list of texts")
+        raise InputError("has no turns (or prompt) column with a list of texts")
     name = row.get("question_id", row.get("prompt_id"))
     if isinstance(name, bool) or not isinstance(name, int | str) or name == "":
         raise InputError("has no question_id (or prompt_id) that is a number or text")
@@ -60,7 +60,7 @@ def _model_answer(answers: Sequence[Answer], generator: str) -> Row:
 
 
 def answer_id(generator: str, question: int | str, turns: Sequence[str]) -> str:
-    """An id as FastChat's, made from the answer itself, so that a rerun gives it again."""
+    """An id like FastChat's, derived from the answer itself, so that a rerun gives the same id."""
     digest = hashlib.sha256(json.dumps([generator, question, turns]).encode()).digest()
     number, letters = int.from_bytes(digest[:16], "big"), ""
     for _ in range(ID_LENGTH):

@@ -1,4 +1,4 @@
-"""What a task is: prompts and where they come from, the answers to them, and the conversations that both make.
+"""What a task is: prompts and their source, the answers, and the conversations that both form.
 
 `table.py` lists the tasks.
 """
@@ -28,22 +28,22 @@ class Prompt:
     messages: tuple[Message, ...]
     """The conversation to answer; it ends with the user's turn."""
     columns: Row = field(default_factory=dict)
-    """What the output row repeats of the task's row, and its category where the task has some."""
+    """Columns repeated in the output row, and the category if the task has categories."""
     followups: tuple[Message, ...] = ()
-    """Further turns of the user, each asked after the answer to the one before."""
+    """Further user turns, each sent after the answer to the previous one."""
 
     @property
     def turns(self) -> int:
-        """How many answers it takes."""
+        """The number of answers."""
         return 1 + len(self.followups)
 
     def asked(self, turn: int) -> object:
-        """What the answer of a turn is made from, the answers before it left out."""
+        """The user's side of the conversation up to a turn, without the answers."""
         return prompt_item((*self.messages, *self.followups[:turn]))
 
     @property
     def source(self) -> object:
-        """All that an output takes from the task's row."""
+        """Everything an output uses of the task's row."""
         return {**self.columns, "asked": self.asked(len(self.followups))}
 
 
@@ -61,12 +61,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One answer of an output file with what came before it, as a reward model reads it."""
+    """One answer of an output file with the conversation before it, as a reward model reads it."""
 
     messages: tuple[Message, ...]
-    """The prompt's turns and the answer; no answer where the row failed."""
+    """The prompt's turns and the answer; without the answer if the row failed."""
     asked: object
-    """What the prompt is hashed as; equal for equal prompts, whatever was answered before."""
+    """What the prompt is hashed as; independent of earlier answers."""
     failed: bool = False
     id: str | None = None
     """The prompt's id, where the file has one."""
@@ -75,13 +75,13 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a task's rows are on the hub."""
+class HubSource:
+    """The location of a task's rows on the hub."""
 
     repository: str
     split: str = "train"
     file: str | None = None
-    """One file of the repository, where it has no data set that loads without code."""
+    """One file of the repository, if its data set does not load without code."""
     kind: str = "dataset"
     """dataset or space."""
 
@@ -92,35 +92,35 @@ class Task:
 
     name: str
     """Names the folders `outputs_<name>` and `rewards_<name>`."""
-    source: Source | Path
+    source: HubSource | Path
     suffix: str
-    """Of the output file: .jsonl, or .json for a list of objects."""
+    """The output file's: .jsonl, or .json for a list of objects."""
     read: Callable[[Row], Prompt]
-    """A row's prompt (its id empty where the row has none).
+    """A row's prompt (with an empty id if the row has none).
 
-    Raises `InputError` where it has none, with the rest of a sentence that begins "row 7 of questions.jsonl".
+    Raises `InputError` if there is none, with a message that continues "row 7 of questions.jsonl".
     """
     write: Callable[[Sequence[Answer], str], str]
     """The output file's text, from the answers and the generator's name."""
     answers: Callable[[Row], list[str]]
-    """The answers in a row of the output file, one per turn; `KeyError` or the like where it has another shape."""
+    """The answers in a row of the output file, one per turn; raises `KeyError` or similar if it is malformed."""
     asked: Callable[[Row], Sequence[object]] | None = None
-    """The messages that a row of the output file answers; None where the file has no prompts, but `prompt_id`."""
+    """The messages that a row of the output file answers; None if the file has no prompts, only `prompt_id`."""
     prompt_id: Callable[[Row], object] = lambda row: row.get("id")
-    """The id of the prompt that a row of the output file answers; used where the file has no prompts."""
+    """The id of the prompt that a row of the output file answers; used if the file has no prompts."""
     temperatures: Mapping[str, float] = field(default_factory=dict)
     """The category of a row → its temperature, unless the user gives one."""
     samples: bool = False
-    """Whether the output file has room for several answers to one prompt (`--n`)."""
+    """Whether the output format allows several answers to one prompt (`--n`)."""
 
     @property
     def by_id(self) -> bool:
-        """Whether answers are matched with prompts by id, because their file has no prompts: ids must differ."""
+        """Whether answers are matched with prompts by id, as their file has no prompts: ids must be unique."""
         return self.asked is None
 
 
 def prompt_item(messages: Sequence[Message]) -> object:
-    """What a prompt is hashed as: its text, or the messages where there are several."""
+    """What a prompt is hashed as: its text, or the messages if there are several."""
     return messages[0]["content"] if len(messages) == 1 else list(messages)
 
 
@@ -157,7 +157,7 @@ def load_prompts(task: Task, dataset: str | None = None) -> list[Prompt]:
     rows = read_rows(source) if isinstance(source, Path) else _load_from_hub(source)
     prompts = list(_prompts(task, rows, name))
     if not prompts:
-        raise InputError(f"{name} holds no prompts")
+        raise InputError(f"{name} contains no prompts")
     return _with_ids(task, prompts, name)
 
 
@@ -169,38 +169,38 @@ def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
             raise InputError(f"row {number} of {name} {error}") from error
         turns = (*prompt.messages, *prompt.followups)
         if not all(is_utf8(text) for text in (prompt.id, *(turn["content"] for turn in turns))):
-            raise InputError(f"row {number} of {name} holds half of a surrogate pair, which is no text")
+            raise InputError(f"row {number} of {name} contains half of a surrogate pair, which is not valid text")
         yield prompt
 
 
-def _source(task: Task, dataset: str | None) -> tuple[Source | Path, str]:
+def _source(task: Task, dataset: str | None) -> tuple[HubSource | Path, str]:
     if dataset is None:
-        return task.source, task.name if isinstance(task.source, Source) else str(task.source)
+        return task.source, task.name if isinstance(task.source, HubSource) else str(task.source)
     path = Path(dataset).expanduser()
     if path.is_file():
         return path, dataset
     if path.suffix.lower() in SUFFIXES or path.is_absolute() or path.is_dir():
         raise InputError(f"no such prompt file: {dataset}")
-    if not isinstance(task.source, Source):
-        return Source(dataset), dataset
+    if not isinstance(task.source, HubSource):
+        return HubSource(dataset), dataset
     if dataset.partition("@")[0] == task.source.repository:  # another revision of the task's own
         return replace(task.source, repository=dataset), dataset
-    return Source(dataset, task.source.split), dataset
+    return HubSource(dataset, task.source.split), dataset
 
 
 def _with_ids(task: Task, prompts: list[Prompt], name: str) -> list[Prompt]:
-    """The rows' own ids where all have one of their own, else their numbers."""
+    """Prompts with the rows' own ids if all are present and unique, otherwise with row numbers."""
     again = repeated(prompt.id for prompt in prompts)
     if again is None and all(prompt.id for prompt in prompts):
         return prompts
     if task.by_id:
-        raise InputError(f"{name} has two rows with the id {again}; answers are told apart by their ids")
+        raise InputError(f"{name} has two rows with the id {again}; answers are matched by id")
     if again:
-        log.warning("%s has two rows with the id %s: rows go by their numbers instead", name, again)
+        log.warning("%s has two rows with the id %s: rows are numbered instead", name, again)
     return [replace(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
 
 
-def _load_from_hub(source: Source) -> list[Row]:
+def _load_from_hub(source: HubSource) -> list[Row]:
     repository, _, revision = source.repository.partition("@")
     try:
         if source.file is not None:
@@ -241,11 +241,11 @@ def read_conversations(
     Args:
         path: The file.
         task: Its task.
-        dataset: Where the questions are, for a file that holds answers only.
+        dataset: The questions, for a file that contains only answers.
         limit: Take only the file's first rows.
 
     Raises:
-        InputError: The file is missing or not in a format `expo generate` writes, or its questions are elsewhere.
+        InputError: The file is missing or not in a format that `expo generate` writes, or its questions are missing.
         EnvironmentFailure: The hub cannot be reached.
     """
     rows = read_rows(path)[:limit]
@@ -285,7 +285,7 @@ def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
     try:
         answers = task.answers(row)
     except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"row {number} of {path} is no {task.name} answer: it has no choices with turns") from error
+        raise InputError(f"row {number} of {path} is not a valid {task.name} answer: no choices with turns") from error
     if not all(isinstance(text, str) for text in answers):
-        raise InputError(f"row {number} of {path} is no {task.name} answer: its turns are not all text")
+        raise InputError(f"row {number} of {path} is not a valid {task.name} answer: its turns are not all text")
     return answers

@@ -13,7 +13,7 @@ from expo.checkpoint.dtypes import FROM_TORCH
 from expo.theta.norms import Scratch
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for of_torch, name in FROM_TORCH.items()}
-"""By the name that safetensors headers have; 4-bit and 6-bit types are missing, since torch has none."""
+"""By the name in safetensors headers, without 4-bit and 6-bit types, which torch does not have."""
 PAGE = 4096
 LINE = 64
 
@@ -21,7 +21,7 @@ LINE = 64
 class HostBuffer:
     """Memory for a piece, at the same place within a page as in its file.
 
-    The kernel copies between a file's pages and a buffer four times slower where the target lies a few bytes above
+    The kernel copies between a file's pages and a buffer four times slower if the target is a few bytes above
     the source within a page, as buffers from the allocator do (`benchmarks/page_offset.py`). So a place to read into
     is rounded down to a cache line, and one to write from is rounded up.
     """
@@ -41,7 +41,7 @@ class HostBuffer:
         return self._at(-(-(position % PAGE) // LINE) * LINE, nbytes, dtype)
 
     def _at(self, place: int, nbytes: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
-        # Pieces of one tensor lie at one place: the views of the last one mostly serve again.
+        # Pieces of one tensor have the same offset, so the last views can mostly be reused.
         key = place, nbytes, dtype
         if self._last is None or self._last[0] != key:
             self._last = key, (self._memory[place : place + nbytes].view(dtype), self._view[place : place + nbytes])
@@ -67,7 +67,7 @@ class Lane:
         return host if self._stream is None else self._like(host, slot).copy_(host, non_blocking=True)
 
     def uses(self, tensor: Tensor) -> None:
-        """Keep memory that lanes share from other use until this one's work with it is done."""
+        """Keep shared memory from being reused until this lane has finished with it."""
         if self._stream is not None:
             tensor.record_stream(self._stream)
 
@@ -76,7 +76,7 @@ class Lane:
         return host if self._stream is None else self._like(host, 2)
 
     def store(self, values: Tensor, host: Tensor) -> None:
-        """Bring a result to `host`."""
+        """Copy a result to `host`."""
         if self._stream is not None:
             host.copy_(values, non_blocking=True)
 
@@ -84,7 +84,7 @@ class Lane:
         return self._on_device[slot][: host.nbytes].view(host.dtype)
 
     def finish(self) -> None:
-        """Wait until what was stored is there."""
+        """Wait until all stores are complete."""
         if self._stream is not None:
             self._stream.synchronize()
 

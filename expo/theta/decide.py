@@ -1,4 +1,4 @@
-"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only looks at the pair.
+"""Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only compares the pair.
 
 Tensors match by name. A DPO model that is an adapter over SFT has `decide_adapter.py`.
 """
@@ -19,7 +19,7 @@ from expo.theta.plan import (
     Overlap,
     PairPlan,
     PairSettings,
-    Part,
+    Segment,
     TensorPlan,
     Vocabulary,
     lay_out,
@@ -31,8 +31,8 @@ QUANTIZED = frozenset(
         *("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB"),
     )
 )
-"""What the names of tensors end in that GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes put beside the weights;
-older checkpoints have them without a word in config.json."""
+"""Suffixes of the tensors that GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes store beside the weights;
+older checkpoints have them without an entry in config.json."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
 
     Args:
         sft: The SFT checkpoint θ_sft.
-        dpo: The DPO checkpoint θ_dpo, as which the outputs are made.
+        dpo: The DPO checkpoint θ_dpo, whose layout the outputs have.
         settings: How to combine them.
 
     Returns:
         The plan, for all α together.
 
     Raises:
-        InputError: The checkpoints do not fit together; the message lists every kind of mismatch.
+        InputError: The checkpoints do not match; the message lists every kind of mismatch.
     """
     refuse_quantized(sft, dpo)
     matches = match_patterns(dpo, settings)
@@ -70,7 +70,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
     }
     dropped = [name for name in sft.tensors if name not in dpo.tensors and name not in tied]
     problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, settings)
-    problems += listed("heads on one side only, of another size than the embedding they are tied to", _unlike(tied))
+    problems += listed("heads on one side only that differ in size from their tied embedding", _unlike(tied))
     if problems:
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
@@ -82,7 +82,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
 
 
 def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
-    """Tell what of a pair can be compared, and what cannot; tied heads and vocabularies as in `plan_pair`.
+    """List what can be compared in a pair and what cannot; tied heads and vocabularies as in `plan_pair`.
 
     Raises:
         InputError: A checkpoint is quantized.
@@ -94,10 +94,10 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
     for info in dpo.tensors.values():
         pair = _partner(info, sft, tied, vocabulary, settings)
         kinds[_likeness(pair)].append(pair)
-    parts = [_plan_tensor(pair, None, settings).parts[0] for pair in kinds["alike"]]
+    segments = [_plan_tensor(pair, None, settings).segments[0] for pair in kinds["alike"]]
     return Overlap(
-        parts=tuple(part for part in parts if not part.is_raw),
-        exact=tuple(part for part in parts if part.is_raw),
+        segments=tuple(segment for segment in segments if not segment.is_raw),
+        exact=tuple(segment for segment in segments if segment.is_raw),
         heads=tuple(_equal(side, head) for head, side in tied.items()),
         only_sft=tuple(name for name in sft.tensors if name not in dpo.tensors and name not in tied),
         only_dpo=tuple(pair.dpo.name for pair in kinds["missing"]),
@@ -117,7 +117,7 @@ def _likeness(pair: _Pair) -> str:
 
 
 def refuse_quantized(*checkpoints: Checkpoint) -> None:
-    """Refuse checkpoints whose weights are no plain numbers.
+    """Refuse quantized checkpoints.
 
     Raises:
         InputError: One of them is quantized; the message names it and the method.
@@ -127,26 +127,26 @@ def refuse_quantized(*checkpoints: Checkpoint) -> None:
         if method is not None:
             raise InputError(
                 f"{checkpoint.path.name} is quantized ({method}); extrapolate the unquantized checkpoints and "
-                "quantize the result (of weights that were made plain again config.json must not say otherwise)"
+                "quantize the result (for dequantized weights, remove the quantization from config.json)"
             )
 
 
 def _quantization(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint is quantized, by its config or else by a tensor that only goes with quantized weights."""
+    """How a checkpoint is quantized, by its config or by a tensor that only quantized weights have."""
     for table in config_tables(checkpoint.config):
         for said in filter(None, map(table.get, ("quantization_config", "compression_config"))):
             return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
-    return next((f"it holds {name}" for name in checkpoint.tensors if name.split(".")[-1] in QUANTIZED), None)
+    return next((f"it contains {name}" for name in checkpoint.tensors if name.split(".")[-1] in QUANTIZED), None)
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------
 
 
 def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]:
-    """What each pattern takes; --exclude goes before --alpha-for, and a tensor belongs to the first that takes it.
+    """The tensors each pattern applies to: --exclude before --alpha-for, and the first match of a tensor wins.
 
     Raises:
-        InputError: A pattern takes no tensor.
+        InputError: A pattern applies to no tensor.
     """
     patterns = [("--exclude", pattern, 0.0) for pattern in settings.exclude]
     patterns += [("--alpha-for", pattern, alpha) for pattern, alpha in settings.alpha_for]
@@ -157,7 +157,7 @@ def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]
         names = tuple(name for name in free if search(name))
         if not names:
             taken = any(map(search, dpo.tensors))
-            left = " that an earlier pattern left" if taken else ""
+            left = " that earlier patterns left" if taken else ""
             raise InputError(f"{flag} '{pattern}' matches no tensor{left}")
         for name in names:
             del free[name]
@@ -169,7 +169,7 @@ def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]
 
 
 def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
-    """Heads that one side alone stores and the other ties to its embedding, with the side that stores them."""
+    """Heads that only one side stores and the other ties to its embedding, with the side that stores them."""
     found = {}
     for head, embedding in TIED_HEADS:
         for stores, lacks in ((sft, dpo), (dpo, sft)):
@@ -188,10 +188,10 @@ def _unlike(tied: dict[str, Checkpoint]) -> list[str]:
     return [head for head, (a, b) in heads.items() if (a.shape, a.dtype) != (b.shape, b.dtype)]
 
 
-def _equal(side: Checkpoint, head: str) -> Part:
+def _equal(side: Checkpoint, head: str) -> Segment:
     """The comparison of a stored head with its own embedding."""
     stored, embedding = side.tensors[head], _embedding_of(head, side)
-    return Part("match", stored, embedding, (), stored.dtype, 0, stored.nbytes)
+    return Segment("match", stored, embedding, (), stored.dtype, 0, stored.nbytes)
 
 
 def _vocabulary(sft: Checkpoint, dpo: Checkpoint) -> Vocabulary | None:
@@ -260,7 +260,7 @@ def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
     return both_float or (sft.dtype == dpo.dtype and dpo.dtype in EXACT_DTYPES)
 
 
-# --- parts --------------------------------------------------------------------------------------------------------
+# --- segments --------------------------------------------------------------------------------------------------------
 
 
 def output_dtype(info: TensorInfo, settings: PairSettings) -> str:
@@ -275,18 +275,18 @@ def _plan_tensor(pair: _Pair, own_alpha: float | None, settings: PairSettings) -
     rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
     if pair.rows is not None:
         rows = [(info.rows(0, pair.rows), pair.sft), (info.rows(pair.rows, info.shape[0]), None)]
-    parts: list[Part] = []
+    segments: list[Segment] = []
     offset = 0
     for dpo, sft in rows:
         nbytes = dpo.numel * DTYPES[dtype].bits // 8
-        if nbytes or not parts:
-            parts.append(Part(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
+        if nbytes or not segments:
+            segments.append(Segment(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))
         offset += nbytes
-    return TensorPlan(info.name, dtype, info.shape, offset, tuple(parts))
+    return TensorPlan(info.name, dtype, info.shape, offset, tuple(segments))
 
 
 def action_for(dpo: TensorInfo, sft: TensorInfo | None, dtype: str) -> Action:
-    """What happens to a tensor with this partner, none where SFT is not read, that is written in this type."""
+    """What happens to a tensor with this partner (None if SFT is not read), written in this type."""
     if sft is None:
         return "copy" if dtype == dpo.dtype else "convert"
     return "match" if dpo.dtype in EXACT_DTYPES else "extrapolate"

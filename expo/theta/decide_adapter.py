@@ -1,6 +1,6 @@
 """Decide from headers alone what happens to every tensor where DPO is a LoRA adapter over SFT: `plan_adapter`.
 
-The output is made as the base is. A tensor that the adapter leaves alone is the base's, byte for byte.
+The output has the base's layout. A tensor that the adapter does not change is the base's, byte for byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from expo.checkpoint.folder import Checkpoint, TensorInfo
 from expo.theta.adapter.tensors import Adapter, read_adapter
 from expo.theta.decide import action_for, match_patterns, output_dtype, refuse_quantized
-from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Part, TensorPlan, lay_out
+from expo.theta.plan import Action, Match, Overlap, PairPlan, PairSettings, Segment, TensorPlan, lay_out
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ def plan_adapter(base: Checkpoint, folder: Path, settings: PairSettings) -> Pair
     Args:
         base: The checkpoint the adapter was trained on, θ_sft; θ_dpo is this one with the adapter merged.
         folder: The adapter's folder.
-        settings: How to combine them; its patterns are searched in the base's tensor names.
+        settings: How to combine them; its patterns apply to the base's tensor names.
 
     Returns:
         The plan, for all α together.
 
     Raises:
-        InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
+        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized.
     """
     refuse_quantized(base)
     adapter = read_adapter(folder, base)
@@ -42,16 +42,16 @@ def plan_adapter(base: Checkpoint, folder: Path, settings: PairSettings) -> Pair
 
 
 def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
-    """A base and its adapter as a pair to look at: every tensor, also those that the adapter leaves alone.
+    """A base and its adapter compared as a pair: every tensor, including those that the adapter does not change.
 
     Raises:
-        InputError: The adapter is no plain LoRA or does not fit the base, or the base is quantized.
+        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized.
     """
     plan = plan_adapter(base, folder, PairSettings(alphas=()))
-    parts = [_with_partner(part) for shard in plan.shards for part, _ in shard.parts()]
+    segments = [_with_partner(segment) for shard in plan.shards for segment, _ in shard.segments()]
     return Overlap(
-        parts=tuple(part for part in parts if not part.is_raw),
-        exact=tuple(part for part in parts if part.is_raw),
+        segments=tuple(segment for segment in segments if not segment.is_raw),
+        exact=tuple(segment for segment in segments if segment.is_raw),
         heads=(),
         only_sft=(),
         only_dpo=(),
@@ -62,12 +62,12 @@ def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
     )
 
 
-def _with_partner(part: Part) -> Part:
-    """A tensor that is left alone is its own partner."""
-    if part.sft is not None:
-        return part
-    action: Action = "extrapolate" if part.dpo.dtype in FLOAT_DTYPES else "match"
-    return dataclasses.replace(part, action=action, sft=part.dpo)
+def _with_partner(segment: Segment) -> Segment:
+    """An unchanged tensor is its own partner."""
+    if segment.sft is not None:
+        return segment
+    action: Action = "extrapolate" if segment.dpo.dtype in FLOAT_DTYPES else "match"
+    return dataclasses.replace(segment, action=action, sft=segment.dpo)
 
 
 def _warn_of_idle(matches: tuple[Match, ...], adapter: Adapter) -> None:
@@ -86,4 +86,4 @@ def _plan_tensor(info: TensorInfo, adapter: Adapter, own: Match | None, settings
     action = "merge" if low_rank else action_for(dpo, sft, dtype)
     alphas = settings.alphas if own is None else (own.alpha,) * len(settings.alphas)
     nbytes = info.numel * DTYPES[dtype].bits // 8
-    return TensorPlan(name, dtype, info.shape, nbytes, (Part(action, dpo, sft, alphas, dtype, 0, nbytes, low_rank),))
+    return TensorPlan(name, dtype, info.shape, nbytes, (Segment(action, dpo, sft, alphas, dtype, 0, nbytes, low_rank),))

@@ -1,7 +1,7 @@
 """An adapter's ΔW, multiplied tile by tile from its factors.
 
-The factors are read once while the pieces of their tensor follow each other: R whole, and of L, which may be as long
-as a vocabulary, the rows around the piece.
+The factors are read once for consecutive pieces of their tensor: R whole, and from L, which may be as long as a
+vocabulary, the rows around the piece.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from expo.theta.buffers import TORCH_DTYPES, Lane
 from expo.theta.norms import low_rank_delta
 
 CPU_TILE = 1 << 18
-"""Elements of ΔW that are multiplied at once: many, since R is gone through for every tile, but few enough for the
+"""Elements of ΔW that are multiplied at once: many, because R is traversed for every tile, but few enough for the
 processor's cache."""
 CUDA_TILE = 1 << 20
 KEPT = 4
-"""Factors in memory: those of a tensor and of the next one, since the workers are not all at the same piece."""
+"""Factors in memory: those of a tensor and of the next one, because workers are at different pieces."""
 
 Read = Callable[[Path, int, memoryview], None]
 """Fills a buffer from a byte of a file."""
@@ -32,7 +32,7 @@ Read = Callable[[Path, int, memoryview], None]
 def tile_rows(pair: LowRank, tile: int) -> int:
     """The rows of ΔW, counted from its first, that are always multiplied together, in whatever pieces they are used.
 
-    So the last bits of the product do not depend on the number of workers or of α, which may make pieces smaller.
+    So the last bits of the product do not depend on the number of workers or of α, which affect the piece size.
 
     Args:
         pair: The factors.

@@ -22,7 +22,7 @@ SAMPLING = 17
 """It measures every 17th row then: an odd number, so that all columns of a matrix are met."""
 WIDE_BLOCK = 1 << 16
 """Elements converted to a wider type at a time, which stay in the processor's cache."""
-MOST_VIEWS = 16
+MAX_VIEWS = 16
 """Tensors whose rows are remembered."""
 OWN_NORMS = frozenset({torch.bfloat16, torch.float32, torch.float64})
 """Types whose differences and row norms neither overflow nor underflow before the values themselves do."""
@@ -85,7 +85,7 @@ class Scratch:
         """A tensor of one axis as rows of NORM_ROW elements, and the elements that are left."""
         known = self._rows.get(id(values))
         if known is None or known.values is not values:
-            if len(self._rows) >= MOST_VIEWS:
+            if len(self._rows) >= MAX_VIEWS:
                 self._rows.clear()
             count, rest = divmod(len(values), NORM_ROW)
             norms = values.new_empty(count)
@@ -99,7 +99,7 @@ class Scratch:
         """Every row that `SAMPLING` says of a tensor of one axis, to be widened to `dtype`."""
         known = self._samples.get(id(values))
         if known is None or known.values is not values or known.wide.dtype != dtype:
-            if len(self._samples) >= MOST_VIEWS:
+            if len(self._samples) >= MAX_VIEWS:
                 self._samples.clear()
             rows = values[: len(values) // NORM_ROW * NORM_ROW].view(-1, NORM_ROW)[::SAMPLING]
             wide = torch.empty(rows.shape, dtype=dtype, device=values.device)

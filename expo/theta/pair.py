@@ -1,4 +1,4 @@
-"""A pair of checkpoints, found, checked and planned: what everything that makes θ(α) begins with.
+"""A pair of checkpoints, found, checked and planned: the first step of everything that computes θ(α).
 
 `extrapolate.py` writes the plan's tensors as files; `tensors.py` gives them to an engine.
 """
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Location]:
-    """Find both models, fetching what is needed of them.
+    """Find both models, fetching what is needed.
 
     Raises:
-        InputError: One of them is not there, or no rule has that name.
+        InputError: One of them does not exist, or no rule has that name.
         EnvironmentFailure: The hub cannot be reached.
     """
     require_rule(config.rule)  # before anything is fetched
@@ -58,15 +58,15 @@ def pair_settings(
 
 
 def plan_located(sft: Location, dpo: Location, settings: PairSettings, *, allow_pickle: bool) -> PairPlan:
-    """Decide from headers what happens to every tensor, and say what is lost.
+    """Decide from headers what happens to every tensor, and warn about what is dropped.
 
     Raises:
-        InputError: The checkpoints are damaged or do not fit together.
+        InputError: The checkpoints are damaged or do not match.
     """
     pair = _plan_weights(sft, dpo, settings, allow_pickle)
     require_same_tokens(sft.path, dpo.path, pair.vocabulary.common if pair.vocabulary else 0)
     if pair.dropped:
-        log.warning("%d tensors are in %s only and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
+        log.warning("%d tensors are only in %s and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     if pair.vocabulary:
         rows = pair.vocabulary
         log.warning(
@@ -91,14 +91,14 @@ class ThetaPlan:
     """One θ(α), decided, for an engine."""
 
     config: ThetaConfig
-    """The settings, with the folders that were found as its models."""
+    """The settings, with the models resolved to folders."""
     sft: Location
     dpo: Location
     pair: PairPlan
 
     @property
     def name(self) -> str:
-        """What θ(α) is called, as its folder would be."""
+        """The name of θ(α), as its folder would be named."""
         return f"{self.dpo.name}-ExPO-a{self.config.alpha!r}"
 
     @property
@@ -111,7 +111,7 @@ def plan_theta(config: ThetaConfig) -> ThetaPlan:
     """Decide everything about one θ(α) from headers.
 
     Raises:
-        InputError: The models are not there, damaged, or do not fit together.
+        InputError: The models do not exist, are damaged, or do not match.
         EnvironmentFailure: The hub cannot be reached.
     """
     sft, dpo = find_pair(config)

@@ -1,6 +1,6 @@
-"""Signs that a pair of whole checkpoints is not the pair its owner means: the same model twice, swapped, unrelated.
+"""Signs of a mistaken pair of checkpoints: the same model twice, swapped, unrelated.
 
-What can only be a mistake is refused; what is merely unlikely is a warning.
+A certain mistake is refused; an unlikely pair gets a warning.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def check_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weight
     """Look for a mistaken pair before any weights are read.
 
     Raises:
-        InputError: Both names lead to the same files.
+        InputError: Both names refer to the same files.
     """
     if _files(sft_weights) == _files(dpo_weights):
         raise InputError(f"SFT ({sft.path}) and DPO ({dpo.path}) are the same files; every θ(α) would be DPO")
     if _is_made_from(sft, dpo) and not _is_made_from(dpo, sft):
-        log.warning("%s says that it was made from %s: are --sft and --dpo swapped?", sft.label, dpo.label)
+        log.warning("%s says it was trained from %s: are --sft and --dpo swapped?", sft.label, dpo.label)
 
 
 def _files(checkpoint: Checkpoint) -> set[tuple[int, int]]:
@@ -35,7 +35,7 @@ def _files(checkpoint: Checkpoint) -> set[tuple[int, int]]:
 
 
 def _is_made_from(model: Location, other: Location) -> bool:
-    """Whether a model's card or config names the other one as its base; a name that both have says nothing."""
+    """Whether a model's card or config names the other one as its base; a shared name does not count."""
     named = {name.rstrip("/") for name in _bases(model)}
     short = {PurePosixPath(name).name for name in named}
     return other.hub_id in named or str(other.path) in named or (other.name != model.name and other.name in short)
@@ -52,20 +52,20 @@ def check_change(norm: float | None, relative: float | None) -> None:
     """Look for a mistaken pair once all weights were read.
 
     Args:
-        norm: ‖θ_dpo − θ_sft‖ over the extrapolated tensors; None where it is not finite.
+        norm: ‖θ_dpo − θ_sft‖ over the extrapolated tensors; None if it is not finite.
         relative: The same, divided by ‖θ_sft‖.
 
     Raises:
-        InputError: Nothing differs. It is more often one model under two names than a training without effect, and
-            the output would be DPO under a name that promises more.
+        InputError: Nothing differs. That is more often one model under two names than training without effect, and the
+            output would be DPO under a misleading name.
     """
     if norm == 0:
         raise InputError(
-            "SFT and DPO hold the same weights in every tensor that is extrapolated, so θ(α) would be DPO: are both "
+            "SFT and DPO have the same weights in every tensor that is extrapolated, so θ(α) would be DPO: are both "
             "paths right?"
         )
     if relative is not None and relative > UNRELATED_CHANGE:
         log.warning(
-            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, and about 0.04 where DPO was trained from SFT: is this such a pair?",
+            "‖θ_dpo − θ_sft‖ is %.2f of ‖θ_sft‖, but about 0.04 if DPO was trained from SFT: is this the right pair?",
             relative,
         )

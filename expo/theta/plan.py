@@ -43,7 +43,7 @@ class PairSettings:
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """Consecutive rows of a tensor, nearly always all of them, that are treated alike."""
 
     action: Action
@@ -80,7 +80,7 @@ class TensorPlan:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
     """In the order of their bytes."""
     start: int = 0
     """Offset of its first byte in its file."""
@@ -88,7 +88,7 @@ class TensorPlan:
     @property
     def action(self) -> Action:
         """What happens to its first rows, and nearly always to all."""
-        return self.parts[0].action
+        return self.segments[0].action
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class ShardPlan:
     """In the order of their bytes."""
     nbytes: int
 
-    def parts(self) -> Iterator[tuple[Part, int]]:
-        """Every part with the offset of its first byte in the file."""
-        return ((part, tensor.start + part.offset) for tensor in self.tensors for part in tensor.parts)
+    def segments(self) -> Iterator[tuple[Segment, int]]:
+        """Every segment with the offset of its first byte in the file."""
+        return ((segment, tensor.start + segment.offset) for tensor in self.tensors for segment in tensor.segments)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class PairPlan:
     """As which the outputs are made; θ_sft itself where θ_dpo is an adapter over it."""
     settings: PairSettings
     shards: tuple[ShardPlan, ...]
-    equal: tuple[Part, ...] = ()
+    equal: tuple[Segment, ...] = ()
     """Compared before anything is written: a head that one side leaves out must be the other's embedding."""
     dropped: tuple[str, ...] = ()
     """Tensors that only SFT has; the output, made as DPO is, has no place for them."""
@@ -171,8 +171,8 @@ class PairPlan:
     @property
     def has_change(self) -> bool:
         """Whether α, and so the change from SFT to DPO, matters to any tensor."""
-        parts = (part for shard in self.shards for part, _ in shard.parts())
-        return any(part.sft is not None and not part.is_raw for part in parts)
+        segments = (segment for shard in self.shards for segment, _ in shard.segments())
+        return any(segment.sft is not None and not segment.is_raw for segment in segments)
 
     def count(self, *actions: Action) -> int:
         """How many tensors have one of these actions."""
@@ -189,11 +189,11 @@ class PairPlan:
 class Overlap:
     """What two checkpoints have in common, tensor by tensor, and what they do not."""
 
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
     """Floating-point tensors of both, in DPO's order."""
-    exact: tuple[Part, ...]
+    exact: tuple[Segment, ...]
     """Integer and boolean tensors of both."""
-    heads: tuple[Part, ...]
+    heads: tuple[Segment, ...]
     """A head that one side leaves out, with its embedding on the side that stores it; they should be equal."""
     only_sft: tuple[str, ...]
     only_dpo: tuple[str, ...]
@@ -202,9 +202,9 @@ class Overlap:
     dtypes: tuple[tuple[TensorInfo, TensorInfo], ...]
     """Tensors of SFT and of DPO, of one shape, whose types cannot be combined."""
     vocabulary: Vocabulary | None
-    """Where the vocabularies differ in size; then the parts hold the rows that both have."""
+    """Where the vocabularies differ in size; then the segments hold the rows that both have."""
     sources: tuple[Checkpoint | Adapter, ...] = ()
-    """Whatever files the parts are read from."""
+    """Whatever files the segments are read from."""
 
 
 # --- the output's files -----------------------------------------------------------------------------------------------

@@ -40,12 +40,12 @@ from expo.theta.norms import (
     stays_finite,
     wider,
 )
-from expo.theta.plan import PairSettings, Part
+from expo.theta.plan import PairSettings, Segment
 from expo.theta.rules import find_rule
 
 CPU_PIECE_BYTES = 1 << 20
 CUDA_PIECE_BYTES = 4 << 20
-MOST_OUTPUT_BYTES = 64 << 20
+MAX_OUTPUT_BYTES = 64 << 20
 """Of all output buffers together; with very many α the pieces become smaller."""
 PROGRESS_S = 0.1
 MAX_DEFAULT_WORKERS = 4
@@ -72,45 +72,45 @@ MakeTheta: TypeAlias = Callable[[float, Tensor], Tensor]
 
 
 class Piece(NamedTuple):
-    """Some consecutive elements of one part of a tensor."""
+    """Some consecutive elements of one segment of a tensor."""
 
-    part: Part
+    segment: Segment
     first: int
     length: int
-    """Elements, or bytes where the part is handled as bytes."""
+    """Elements, or bytes where the segment is handled as bytes."""
     offset: int
     """Of its first output byte, where its sinks count from."""
 
 
-def unit_dtype(part: Part, dtype: str) -> torch.dtype:
+def unit_dtype(segment: Segment, dtype: str) -> torch.dtype:
     """The type one unit of a side with this dtype is read as."""
-    return torch.uint8 if part.is_raw else TORCH_DTYPES[dtype]
+    return torch.uint8 if segment.is_raw else TORCH_DTYPES[dtype]
 
 
-def pieces(parts: Iterable[tuple[Part, int]], piece_bytes: int, tile: int = CPU_TILE) -> Iterator[Piece]:
-    """Cut parts, given with the offset of their first output byte, into pieces.
+def pieces(segments: Iterable[tuple[Segment, int]], piece_bytes: int, tile: int = CPU_TILE) -> Iterator[Piece]:
+    """Cut segments, given with the offset of their first output byte, into pieces.
 
     Args:
-        parts: What is cut.
+        segments: What is cut.
         piece_bytes: The most bytes that a piece has on one side.
         tile: Elements of an adapter's ΔW that are multiplied at once; a piece lies in one tile.
     """
-    for part, start in parts:
-        sides = [part.dtype, part.dpo.dtype, *([part.sft.dtype] if part.sft else [])]
-        sides += ["F32"] if part.low_rank else []  # ΔW
-        step = piece_bytes // max(unit_dtype(part, dtype).itemsize for dtype in sides)
-        out_bytes = unit_dtype(part, part.dtype).itemsize
-        for begin, end in _spans(part, tile):
+    for segment, start in segments:
+        sides = [segment.dtype, segment.dpo.dtype, *([segment.sft.dtype] if segment.sft else [])]
+        sides += ["F32"] if segment.low_rank else []  # ΔW
+        step = piece_bytes // max(unit_dtype(segment, dtype).itemsize for dtype in sides)
+        out_bytes = unit_dtype(segment, segment.dtype).itemsize
+        for begin, end in _spans(segment, tile):
             for first in range(begin, end, step):
-                yield Piece(part, first, min(step, end - first), start + first * out_bytes)
+                yield Piece(segment, first, min(step, end - first), start + first * out_bytes)
 
 
-def _spans(part: Part, tile: int) -> Iterator[tuple[int, int]]:
-    if part.low_rank is None:
-        yield 0, part.units
+def _spans(segment: Segment, tile: int) -> Iterator[tuple[int, int]]:
+    if segment.low_rank is None:
+        yield 0, segment.units
         return
-    size = tile_rows(part.low_rank, tile) * part.low_rank.shape[1]
-    yield from ((first, min(first + size, part.units)) for first in range(0, part.units, size))
+    size = tile_rows(segment.low_rank, tile) * segment.low_rank.shape[1]
+    yield from ((first, min(first + size, segment.units)) for first in range(0, segment.units, size))
 
 
 class SourceFiles:
@@ -154,7 +154,7 @@ class _Job:
 
     def __init__(self, todo: Iterator[Piece], sinks: Sequence[Sink], free: SimpleQueue[Outputs | None]) -> None:
         self.sinks = sinks
-        self.norms: list[tuple[int, Part, Norms]] = []
+        self.norms: list[tuple[int, Segment, Norms]] = []
         self.handled = 0
         self._todo = zip(count(), todo, strict=False)
         self._free = free
@@ -178,7 +178,7 @@ class _Job:
     def note(self, number: int, piece: Piece, norms: Norms, nbytes: int) -> None:
         """A piece is combined."""
         with self._lock:
-            self.norms.append((number, piece.part, norms))
+            self.norms.append((number, piece.segment, norms))
             self.handled += nbytes
 
     def stop(self, workers: int) -> None:
@@ -189,7 +189,7 @@ class _Job:
 
 
 class Combiner:
-    """Turns parts of a plan into θ(α).
+    """Turns segments of a plan into θ(α).
 
     Args:
         sources: The open files of the plan's sources.
@@ -216,7 +216,7 @@ class Combiner:
         self._workers = workers
         outputs, sets = len(settings.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
-        self._piece_bytes = min(wanted, max(MOST_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
+        self._piece_bytes = min(wanted, max(MAX_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
         self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
         self._deltas = Deltas(sources.read, device, self._tile)
         self._lanes = [Lane(self._piece_bytes, device) for _ in range(workers)]
@@ -224,12 +224,15 @@ class Combiner:
         self._outputs = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
 
     def run(
-        self, parts: Iterable[tuple[Part, int]], sinks: Sequence[Sink], on_bytes: Callable[[int], object] | None = None
-    ) -> list[tuple[Part, Norms]]:
-        """Combine parts and hand the outputs' bytes to the sinks.
+        self,
+        segments: Iterable[tuple[Segment, int]],
+        sinks: Sequence[Sink],
+        on_bytes: Callable[[int], object] | None = None,
+    ) -> list[tuple[Segment, Norms]]:
+        """Combine segments and hand the outputs' bytes to the sinks.
 
         Args:
-            parts: Each with the offset of its first output byte; the offsets rise.
+            segments: Each with the offset of its first output byte; the offsets rise.
             sinks: One per α.
             on_bytes: Called now and then, from this thread, with the output bytes that are new (without sinks those
                 that one would have got).
@@ -242,10 +245,10 @@ class Combiner:
             EnvironmentFailure: Reading failed, or a sink.
         """
         free: SimpleQueue[Outputs | None] = SimpleQueue()
-        job = _Job(pieces(parts, self._piece_bytes, self._tile), sinks, free)
+        job = _Job(pieces(segments, self._piece_bytes, self._tile), sinks, free)
         for outputs in self._outputs:
             free.put(outputs)
-        threads, told = torch.get_num_threads(), 0
+        threads, reported = torch.get_num_threads(), 0
         pool = ThreadPoolExecutor(self._workers, initializer=set_num_threads, initargs=(1,))
         try:
             running = {pool.submit(self._work, job, lane) for lane in self._lanes}
@@ -253,20 +256,20 @@ class Combiner:
                 ended, running = wait(running, PROGRESS_S, FIRST_EXCEPTION)
                 for worker in ended:
                     worker.result()
-                if on_bytes is not None and job.handled > told:
-                    on_bytes(job.handled - told)
-                    told = job.handled
+                if on_bytes is not None and job.handled > reported:
+                    on_bytes(job.handled - reported)
+                    reported = job.handled
         finally:
             job.stop(self._workers)
             pool.shutdown(wait=True, cancel_futures=True)
             set_num_threads(threads)  # a worker's setting reaches the whole process in part
-        return [(part, norms) for _, part, norms in sorted(job.norms, key=lambda entry: entry[0])]
+        return [(segment, norms) for _, segment, norms in sorted(job.norms, key=lambda entry: entry[0])]
 
     def _work(self, job: _Job, lane: Lane) -> None:
         with lane.running():
             while (task := job.take()) is not None:
                 number, piece, outputs = task
-                dtype = unit_dtype(piece.part, piece.part.dtype)
+                dtype = unit_dtype(piece.segment, piece.segment.dtype)
                 nbytes = piece.length * dtype.itemsize
                 places = [buffer.to_write_from(piece.offset, nbytes, dtype) for buffer in outputs.buffers]
                 norms = self._combine(piece, lane, [tensor for tensor, _ in places])
@@ -275,34 +278,34 @@ class Combiner:
                     sink.put(number, piece.offset, data, outputs.done)
 
     def _combine(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
-        part, norms = piece.part, Norms()
-        dpo = lane.load(self._read(piece, part.dpo, lane.dpo), 0)
-        if part.low_rank is not None:
-            norms = self._merge(piece, part.low_rank, dpo, outputs, lane)
-        elif part.sft is None:
-            self._copy(part, dpo, outputs, lane)
+        segment, norms = piece.segment, Norms()
+        dpo = lane.load(self._read(piece, segment.dpo, lane.dpo), 0)
+        if segment.low_rank is not None:
+            norms = self._merge(piece, segment.low_rank, dpo, outputs, lane)
+        elif segment.sft is None:
+            self._copy(segment, dpo, outputs, lane)
         else:
-            sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
-            if part.is_raw:
-                _require_equal(part, sft, dpo)
-                self._copy(part, dpo, outputs, lane)
+            sft = lane.load(self._read(piece, segment.sft, lane.sft), 1)
+            if segment.is_raw:
+                _require_equal(segment, sft, dpo)
+                self._copy(segment, dpo, outputs, lane)
             else:
                 norms = self._measure(sft, dpo, lane.scratch)
-                self._extrapolate(part, self._of_pair(sft, dpo, lane), norms, outputs, lane)
+                self._extrapolate(segment, self._of_pair(sft, dpo, lane), norms, outputs, lane)
         lane.finish()
         return norms
 
     def _merge(self, piece: Piece, pair: LowRank, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> Norms:
         """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter stores another one for it."""
-        part, sft = piece.part, dpo
-        if part.sft not in (None, part.dpo):
-            sft = lane.load(self._read(piece, part.sft, lane.sft), 1)
+        segment, sft = piece.segment, dpo
+        if segment.sft not in (None, segment.dpo):
+            sft = lane.load(self._read(piece, segment.sft, lane.sft), 1)
         delta = self._deltas.delta(pair, piece.first, piece.length, wider(sft, dpo), lane)
         if sft is not dpo:
             add_difference(delta, sft, dpo, lane.scratch)
         norms = delta_norms(sft, delta, lane.scratch, of_dpo=self._exact_norms)
-        self._extrapolate(part, self._of_delta(sft, delta, lane), norms, outputs, lane)
-        return norms if part.sft is not None else Norms()
+        self._extrapolate(segment, self._of_delta(sft, delta, lane), norms, outputs, lane)
+        return norms if segment.sft is not None else Norms()
 
     def _of_pair(self, sft: Tensor, dpo: Tensor, lane: Lane) -> MakeTheta:
         combine, scratch = self._rule.combine, lane.scratch
@@ -321,46 +324,48 @@ class Combiner:
         return sampled_norms(sft, dpo, scratch)
 
     def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
-        dtype = unit_dtype(piece.part, info.dtype)
+        dtype = unit_dtype(piece.segment, info.dtype)
         position = info.start + piece.first * dtype.itemsize
         tensor, view = buffer.to_read_into(position, piece.length * dtype.itemsize, dtype)
         self._sources.read(info.file, position, view)
         return tensor
 
-    def _extrapolate(self, part: Part, theta: MakeTheta, norms: Norms, outputs: Sequence[Tensor], lane: Lane) -> None:
-        for alpha, out in zip(part.alphas, outputs, strict=True):
+    def _extrapolate(
+        self, segment: Segment, theta: MakeTheta, norms: Norms, outputs: Sequence[Tensor], lane: Lane
+    ) -> None:
+        for alpha, out in zip(segment.alphas, outputs, strict=True):
             values = theta(alpha, lane.target(out))
             if not (self._settings.allow_nonfinite or stays_finite(self._rule.bound, norms, alpha, out.dtype)):
-                _require_finite(part, values)
+                _require_finite(segment, values)
             lane.store(values, out)
 
-    def _copy(self, part: Part, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> None:
+    def _copy(self, segment: Segment, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> None:
         for out in outputs:
             values = lane.target(out).copy_(dpo)
-            if part.action == "convert" and not self._settings.allow_nonfinite:
-                _require_finite(part, values)
+            if segment.action == "convert" and not self._settings.allow_nonfinite:
+                _require_finite(segment, values)
             lane.store(values, out)
 
 
-def _require_finite(part: Part, values: Tensor) -> None:
+def _require_finite(segment: Segment, values: Tensor) -> None:
     if not is_finite(values):
         raise InputError(
-            f"the result for tensor {part.dpo.name} holds NaN or infinity (from the inputs, or too large for "
-            f"{part.dtype}); --allow-nonfinite writes it all the same"
+            f"the result for tensor {segment.dpo.name} contains NaN or infinity (from the inputs, or too large for "
+            f"{segment.dtype}); --allow-nonfinite writes it anyway"
         )
 
 
-def _require_equal(part: Part, sft: Tensor, dpo: Tensor) -> None:
+def _require_equal(segment: Segment, sft: Tensor, dpo: Tensor) -> None:
     if torch.equal(sft, dpo):
         return
-    if part.sft is not None and part.sft.name != part.dpo.name:
+    if segment.sft is not None and segment.sft.name != segment.dpo.name:
         raise InputError(
-            f"the head {part.dpo.name} is stored on one side only, where it differs from the embedding "
-            f"{part.sft.name} that it would be tied to: the checkpoints do not fit together"
+            f"the head {segment.dpo.name} is stored on one side only, where it differs from the embedding "
+            f"{segment.sft.name} that it would be tied to: the checkpoints do not fit together"
         )
     raise InputError(
-        f"the {part.dpo.dtype} tensor {part.dpo.name} differs between SFT and DPO and cannot be "
-        f"extrapolated; --exclude '^{re.escape(part.dpo.name)}$' copies it from DPO"
+        f"the {segment.dpo.dtype} tensor {segment.dpo.name} differs between SFT and DPO and cannot be "
+        f"extrapolated; --exclude '^{re.escape(segment.dpo.name)}$' copies it from DPO"
     )
 
 

@@ -1,7 +1,7 @@
 """θ(α) tensor by tensor, for an engine that loads it: the plan of a pair, executed into memory instead of files.
 
-Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensor and not with the model: nothing of a
-tensor is kept once it was handed out. How tensors come to be is in `stream.py`.
+Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensor and not with the model: a tensor is
+not kept after it was returned. The computation is in `stream.py`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from expo.errors import InputError
 from expo.theta.buffers import TORCH_DTYPES
 from expo.theta.norms import Norms
 from expo.theta.pair_checks import check_change
-from expo.theta.plan import PairPlan, Part, TensorPlan
+from expo.theta.plan import PairPlan, Segment, TensorPlan
 from expo.theta.stream import Combiner, SourceFiles, default_workers, total_norms
 
 CPU = torch.device("cpu")
 
 
 class _Memory:
-    """A sink that puts pieces where they belong in a tensor."""
+    """A sink that writes pieces to their place in a tensor."""
 
     def __init__(self, values: Tensor) -> None:
         self._bytes = values.view(-1).view(torch.uint8).numpy()
 
     def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:  # noqa: ARG002
-        """Take a piece; pieces do not overlap, so several threads may bring theirs at once."""
+        """Take a piece; pieces do not overlap, so several threads may write at once."""
         self._bytes[offset : offset + len(data)] = np.frombuffer(data, np.uint8)  # numpy lets other threads run
         done()
 
@@ -46,7 +46,7 @@ class Theta:
         workers: Threads that read and combine. Default: the processors this process may use, at most four.
 
     Raises:
-        InputError: A tensor is of a type that torch does not have.
+        InputError: A tensor has a type that torch does not support.
     """
 
     def __init__(self, plan: PairPlan, workers: int | None = None) -> None:
@@ -55,7 +55,7 @@ class Theta:
         for tensor in self._tensors.values():
             _require_known(tensor)
         self._workers = workers or default_workers()
-        self._lock = threading.Lock()  # a combiner runs one thing at a time
+        self._lock = threading.Lock()  # a combiner does one run at a time
         self._norms: dict[str, Norms] = {}
         self._stack = ExitStack()
         self._combiner: Combiner
@@ -64,15 +64,15 @@ class Theta:
         """Open the files, and compare what must be equal.
 
         Raises:
-            InputError: A head that one side leaves out is not the other's embedding.
+            InputError: A head that one side omits is not the other's embedding.
             EnvironmentFailure: A file cannot be read.
         """
-        with ExitStack() as opening, torch.inference_mode(False), CPU:  # whatever the engine has set
+        with ExitStack() as opening, torch.inference_mode(False), CPU:  # whatever the engine set
             sources = opening.enter_context(SourceFiles(*self._plan.sources))
             self._combiner = Combiner(sources, self._plan.settings, CPU, self._workers)
             if self._plan.equal:
                 comparing = Combiner(sources, replace(self._plan.settings, alphas=()), CPU, self._workers)
-                comparing.run([(part, 0) for part in self._plan.equal], [])
+                comparing.run([(segment, 0) for segment in self._plan.equal], [])
             self._stack = opening.pop_all()
         return self
 
@@ -108,17 +108,17 @@ class Theta:
         """
         planned = self._tensors[name]
         values = torch.empty(planned.shape, dtype=TORCH_DTYPES[planned.dtype], device=CPU)
-        parts: list[tuple[Part, int]] = [(part, part.offset) for part in planned.parts]
+        segments: list[tuple[Segment, int]] = [(segment, segment.offset) for segment in planned.segments]
         with self._lock, torch.inference_mode(False), CPU:
-            pieces = self._combiner.run(parts, [_Memory(values)])
+            pieces = self._combiner.run(segments, [_Memory(values)])
             self._norms[name] = total_norms(norms for _, norms in pieces)
         return values
 
     def check_change(self) -> None:
-        """Look for a mistaken pair once every tensor was read; nothing where one was not, or α changes nothing.
+        """Check for a mistaken pair once every tensor was read; does nothing before, or if α has no effect.
 
         Raises:
-            InputError: SFT and DPO hold the same values.
+            InputError: SFT and DPO have the same values.
         """
         changes = self._plan.has_change and any(self._plan.settings.alphas)
         if changes and len(self._norms) == len(self._tensors):
@@ -130,4 +130,4 @@ class Theta:
 
 def _require_known(tensor: TensorPlan) -> None:
     if tensor.dtype not in TORCH_DTYPES:
-        raise InputError(f"{tensor.name} is of type {tensor.dtype}, which no torch tensor has: it cannot be loaded")
+        raise InputError(f"{tensor.name} has type {tensor.dtype}, which torch does not support: it cannot be loaded")

@@ -100,7 +100,7 @@ def read_settings(file: Path) -> Settings:
     _require_plain(file, config)
     unknown = sorted(key for key, value in config.items() if value and key not in NEUTRAL_SETTINGS)
     if unknown:
-        log.warning("%s sets %s, which is not known here and ignored", file, ", ".join(unknown))
+        log.warning("%s sets %s, which expo does not know and ignores", file, ", ".join(unknown))
     return Settings(
         rank=_rank(file, "r", config.get("r")),
         alpha=_alpha(file, "lora_alpha", config.get("lora_alpha")),
@@ -118,7 +118,7 @@ def _require_plain(file: Path, config: dict[str, Any]) -> None:
         raise InputError(f"the adapter {adapter} is of type {kind}, not LORA; {MERGE_FIRST}")
     used = [name for key, name in REFUSED_SETTINGS.items() if config.get(key)]
     if used:
-        raise InputError(f"the adapter {adapter} is no plain LoRA: it uses {' and '.join(used)}; {MERGE_FIRST}")
+        raise InputError(f"the adapter {adapter} is not a plain LoRA: it uses {' and '.join(used)}; {MERGE_FIRST}")
     if not isinstance(init, bool) and init not in PLAIN_INITS:
         raise InputError(
             f"the adapter {adapter} was made with init_lora_weights {init!r}, which is not known to leave the base's "
@@ -148,5 +148,5 @@ def _pattern(
         try:
             re.compile(pattern)
         except re.error as error:
-            raise InputError(f"{file}: {key} names {pattern!r}, which is no regular expression: {error}") from error
+            raise InputError(f"{file}: {key} names {pattern!r}, which is not a regular expression: {error}") from error
     return {pattern: check(file, f"{key}[{pattern!r}]", value) for pattern, value in table.items()}

@@ -108,12 +108,12 @@ def read_adapter(path: Path, base: Checkpoint) -> Adapter:
 def _require_safetensors(path: Path) -> None:
     for name in (SINGLE_FILE, INDEX_FILE):
         if (path / name).exists():
-            raise InputError(f"{path} holds both {name} and {ADAPTER_CONFIG}: remove the one that is stale")
+            raise InputError(f"{path} contains both {name} and {ADAPTER_CONFIG}: remove the stale one")
     if (path / ADAPTER_WEIGHTS).is_file():
         return
     if (path / "adapter_model.bin").exists():
-        raise InputError(f"{path} holds adapter_model.bin only; load it with peft and save it again as safetensors")
-    raise InputError(f"{path} holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
+        raise InputError(f"{path} has only adapter_model.bin; load it with peft and save it again as safetensors")
+    raise InputError(f"{path} contains {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
 
 
 # --- the adapter's names ------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def _sort(shard: Shard) -> tuple[_Factors, dict[str, TensorInfo]]:
         name = tensor.name.removeprefix(PREFIX)
         factor = _FACTOR.fullmatch(name)
         if name == tensor.name or (factor is None and (".lora_" in name or ".token_adapter." in name)):
-            raise InputError(f"{file}: {tensor.name} is no tensor of a plain LoRA; {MERGE_FIRST}")
+            raise InputError(f"{file}: {tensor.name} is not a tensor of a plain LoRA; {MERGE_FIRST}")
         if factor is not None:
             _add_factor(file, factors, factor, tensor)
         elif ".original_module." not in name:  # the untrained copy, where embeddings were saved along
@@ -137,7 +137,7 @@ def _sort(shard: Shard) -> tuple[_Factors, dict[str, TensorInfo]]:
             (plain if target == name else wrapped)[target] = tensor
     _require_pairs(file, factors)
     if not shard.tensors:
-        raise InputError(f"{file} holds no tensors; save the adapter again")
+        raise InputError(f"{file} contains no tensors; save the adapter again")
     return factors, {**wrapped, **plain}
 
 
@@ -145,9 +145,11 @@ def _add_factor(file: Path, factors: _Factors, match: re.Match[str], tensor: Ten
     side = match["linear"] or f"embedding_{match['embedding']}"
     pair = factors.setdefault(match["module"], {})
     if side in pair:
-        raise InputError(f"{file} holds more than one adapter: {pair[side].name} and {tensor.name}")
+        raise InputError(f"{file} contains more than one adapter: {pair[side].name} and {tensor.name}")
     if len(tensor.shape) != 2:
-        raise InputError(f"{file}: {tensor.name} {list(tensor.shape)} is no matrix but of a convolution; {MERGE_FIRST}")
+        raise InputError(
+            f"{file}: {tensor.name} {list(tensor.shape)} is a convolution's weight, not a matrix; {MERGE_FIRST}"
+        )
     pair[side] = tensor
 
 
@@ -155,7 +157,7 @@ def _require_pairs(file: Path, factors: _Factors) -> None:
     for pair in factors.values():
         if set(pair) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             names = " and ".join(tensor.name for tensor in pair.values())
-            raise InputError(f"{file} holds {names} without the other factor; save the adapter again")
+            raise InputError(f"{file} contains {names} without the other factor; save the adapter again")
 
 
 def _low_rank(module: str, pair: dict[str, TensorInfo], settings: Settings, base: Checkpoint) -> LowRank:

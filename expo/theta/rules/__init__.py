@@ -65,7 +65,7 @@ def require_rule(name: str) -> None:
         InputError: It is so; the message lists the names.
     """
     if name not in RULES:
-        raise InputError(f"--rule is one of {', '.join(RULES)}, not {name!r}")
+        raise InputError(f"--rule must be one of {', '.join(RULES)}, not {name!r}")
 
 
 def find_rule(name: str) -> Rule:
