@@ -29,8 +29,7 @@ from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
 from expo.parts import Part, read_part
-from expo.rows import EngineKeeper
-from expo.rows import run as run_job
+from expo.rows import EngineKeeper, run as run_job
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.settings import Fingerprint, absent_values, recorded

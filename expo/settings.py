@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -47,6 +48,10 @@ class Setting:
         """Check that the author of a setting has considered existing outputs."""
         if (self.changes == "nothing") is not (self.absent is ...):
             raise TypeError(f"{self.help!r}: `absent` belongs to settings that change something, and to each of them")
+
+
+changes_rows = partial(Setting, changes="rows")
+changes_weights = partial(Setting, changes="weights")
 
 
 def settings_of(kind: type) -> dict[str, Setting]:

@@ -10,8 +10,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, SCORERS, Request, token_batches

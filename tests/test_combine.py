@@ -23,8 +23,7 @@ from helpers import (
     tensors_of,
     write_checkpoint,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from expo.checkpoint.folder import read_checkpoint
 from expo.errors import EnvironmentFailure, InputError

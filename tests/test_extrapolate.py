@@ -37,8 +37,7 @@ from helpers import (
     write,
     write_checkpoint,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from made_inputs import on_real_inputs_too
 from safetensors import safe_open
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from expo.errors import InputError
 from expo.files import SHOWN_CHARACTERS, is_utf8, name_problem, read_json, repeated, shown

@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expo import generate as verb
-from expo import recipes
+from expo import generate as verb, recipes
 from expo.cli import program as cli
 from expo.config import GenerateConfig
 from expo.engines.transformers import _load

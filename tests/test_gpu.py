@@ -10,8 +10,7 @@ import helpers
 import pytest
 import torch
 
-from expo import extrapolate as verb
-from expo import generate, inspection, score
+from expo import extrapolate as verb, generate, inspection, score
 from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 
 DEVICES = ("cpu", "cuda")

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo import generate as verb
-from expo import score
+from expo import generate as verb, score
 from expo.config import GenerateConfig, ScoreConfig
-from expo.engines import EngineSpec
-from expo.engines import transformers as backend
+from expo.engines import EngineSpec, transformers as backend
 from expo.errors import EnvironmentFailure, InputError
 from expo.rows.files import RowFiles
 

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import json_line, texts_sha256, write_atomic

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import as_bytes, exact, plan, round_to, share_off, stream, tensors_of
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from expo.theta import norms
 from expo.theta.rules import linear

@@ -14,8 +14,7 @@ import helpers
 import pytest
 import torch
 from chat_server import ChatServer
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from expo import generate
 from expo.config import GenerateConfig

@@ -10,8 +10,7 @@ import pytest
 import torch
 from adapters import CASES
 from helpers import as_bytes, random_pair, read_checkpoint_tensors, write, write_checkpoint
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 from expo.config import ThetaConfig

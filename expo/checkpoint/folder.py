@@ -19,10 +19,7 @@ from typing import Any
 
 import xxhash
 
-from expo.checkpoint.header import Shard as Shard
-from expo.checkpoint.header import TensorInfo as TensorInfo
-from expo.checkpoint.header import is_text_map
-from expo.checkpoint.header import read_shard as read_shard
+from expo.checkpoint.header import Shard as Shard, TensorInfo as TensorInfo, is_text_map, read_shard as read_shard
 from expo.errors import InputError
 from expo.files import (
     HEAD_BYTES,
@@ -33,11 +30,11 @@ from expo.files import (
     kind_of,
     name_problem,
     open_file,
+    read_json as read_json,
     repeated,
     shown,
     unreadable,
 )
-from expo.files import read_json as read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

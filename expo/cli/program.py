@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, g
 
 import typer
 
-from expo import __version__, config, config_files
-from expo import recipes as known_recipes
+from expo import __version__, config, config_files, recipes as known_recipes
 from expo.cli import extrapolate, generate, inspect, recipes, score, work
 from expo.cli.command import Command, Levels, Shown
 from expo.errors import PARTLY_FAILED, ExpoError, Stopped

@@ -7,30 +7,20 @@ To add a setting, add a field, and its check where not every value will do.
 """
 
 from expo.config.pair import (
-    PAIR_SETTINGS,
-    CommonConfig,
-    Dtype,
-    ExtrapolateConfig,
-    InspectConfig,
-    PairConfig,
-    ThetaConfig,
+    PAIR_SETTINGS as PAIR_SETTINGS,
+    CommonConfig as CommonConfig,
+    Dtype as Dtype,
+    ExtrapolateConfig as ExtrapolateConfig,
+    InspectConfig as InspectConfig,
+    PairConfig as PairConfig,
+    ThetaConfig as ThetaConfig,
 )
-from expo.config.rows import DEFAULT_TEMPERATURE, GenerateConfig, RowsConfig, ScoreConfig
-
-__all__ = [
-    "COMMANDS",
-    "DEFAULT_TEMPERATURE",
-    "PAIR_SETTINGS",
-    "CommonConfig",
-    "Dtype",
-    "ExtrapolateConfig",
-    "GenerateConfig",
-    "InspectConfig",
-    "PairConfig",
-    "RowsConfig",
-    "ScoreConfig",
-    "ThetaConfig",
-]
+from expo.config.rows import (
+    DEFAULT_TEMPERATURE as DEFAULT_TEMPERATURE,
+    GenerateConfig as GenerateConfig,
+    RowsConfig as RowsConfig,
+    ScoreConfig as ScoreConfig,
+)
 
 COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[InspectConfig] | type[ScoreConfig]] = {
     "extrapolate": ExtrapolateConfig,

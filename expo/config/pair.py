@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 from expo.files import is_utf8, shown
 from expo.settings import (
     Setting,
+    changes_weights,
     read_alpha_for,
     read_bytes,
     require,
@@ -59,42 +60,32 @@ class CommonConfig:
 class PairConfig:
     """How θ_sft and θ_dpo are combined, beside α."""
 
-    rule: Annotated[str, Setting("Formula that makes θ(α), by its name.", changes="weights", absent="linear")] = (
-        "linear"
-    )
+    rule: Annotated[str, changes_weights("Formula that makes θ(α), by its name.", absent="linear")] = "linear"
     alpha_for: Annotated[
         tuple[str, ...],
-        Setting(
-            "Give matching tensors an α of their own; repeatable, the first match wins.",
-            metavar="REGEX=A",
-            changes="weights",
-            absent=(),
+        changes_weights(
+            "Give matching tensors an α of their own; repeatable, the first match wins.", metavar="REGEX=A", absent=()
         ),
     ] = ()
     exclude: Annotated[
         tuple[str, ...],
-        Setting(
-            "Copy matching tensors from DPO, whatever --alpha-for says; repeatable.",
-            metavar="REGEX",
-            changes="weights",
-            absent=(),
+        changes_weights(
+            "Copy matching tensors from DPO, whatever --alpha-for says; repeatable.", metavar="REGEX", absent=()
         ),
     ] = ()
     missing: Annotated[
-        Missing,
-        Setting("Tensors that SFT lacks: refuse the pair, or copy them from DPO.", changes="weights", absent="error"),
+        Missing, changes_weights("Tensors that SFT lacks: refuse the pair, or copy them from DPO.", absent="error")
     ] = "error"
     vocab: Annotated[
         Vocab,
-        Setting(
+        changes_weights(
             "Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy DPO's others.",
-            changes="weights",
             absent="error",
         ),
     ] = "error"
     allow_pickle: AllowPickle = False
     allow_nonfinite: Annotated[
-        bool, Setting("Accept NaN and infinity in θ(α) instead of refusing them.", changes="weights", absent=False)
+        bool, changes_weights("Accept NaN and infinity in θ(α) instead of refusing them.", absent=False)
     ] = False
 
     def _require_pair_settings(self) -> None:
@@ -155,18 +146,14 @@ class ExtrapolateConfig(PairConfig, CommonConfig):
         Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
     ] = "auto"
     dtype: Annotated[
-        Dtype,
-        Setting(
-            "Data type of the written weights; auto keeps each DPO tensor's own.", changes="weights", absent="auto"
-        ),
+        Dtype, changes_weights("Data type of the written weights; auto keeps each DPO tensor's own.", absent="auto")
     ] = "auto"
     workers: Workers = None
     max_shard_size: Annotated[
         str,
-        Setting(
+        changes_weights(
             "Maximum size of an output file, such as 500MB or 5GB; keep preserves the DPO shard layout.",
             metavar="keep|SIZE",
-            changes="weights",
             absent="keep",
         ),
     ] = "keep"

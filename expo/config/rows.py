@@ -12,6 +12,7 @@ from expo.config.pair import PAIR_SETTINGS, CommonConfig, Dtype, PairConfig, The
 from expo.parts import MAX_PARTS, read_part
 from expo.settings import (
     Setting,
+    changes_rows,
     flag,
     require,
     require_base_url,
@@ -53,12 +54,7 @@ class RowsConfig(CommonConfig):
     ] = "auto"
     dtype: Annotated[
         Dtype,
-        Setting(
-            "Data type the model runs in; auto keeps the checkpoint's own.",
-            changes="rows",
-            absent="auto",
-            needs="local",
-        ),
+        changes_rows("Data type the model runs in; auto keeps the checkpoint's own.", absent="auto", needs="local"),
     ] = "auto"
     chat_template: Annotated[
         str | None,
@@ -159,10 +155,9 @@ class GenerateConfig(PairConfig, RowsConfig):
     ] = 32
     engine_arg: Annotated[
         tuple[str, ...],
-        Setting(
+        changes_rows(
             "Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.",
             metavar="KEY=VALUE",
-            changes="rows",
             absent=(),
             needs="engine_arg",
         ),
@@ -171,53 +166,44 @@ class GenerateConfig(PairConfig, RowsConfig):
         str | None, Setting("Read the task's prompts from a local file or another hub dataset.", metavar="PATH|ID")
     ] = None
     system: Annotated[
-        str | None, Setting("System message put before every prompt.", metavar="TEXT", changes="rows", absent=None)
+        str | None, changes_rows("System message put before every prompt.", metavar="TEXT", absent=None)
     ] = None
-    n: Annotated[int, Setting("Number of samples per prompt.", metavar="N", changes="rows", absent=1)] = 1
+    n: Annotated[int, changes_rows("Number of samples per prompt.", metavar="N", absent=1)] = 1
     tensor_parallel: Annotated[
         int | None, Setting("Number of GPUs per engine (vllm). [default: all]", metavar="N", needs="tensor_parallel")
     ] = None
     batch_tokens: BatchTokens = 16384
     temperature: Annotated[
         float | None,
-        Setting(
+        changes_rows(
             f"Sampling temperature; 0 is greedy decoding. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]",
-            changes="rows",
             absent=None,
         ),
     ] = None
     top_k: Annotated[
         int,
-        Setting(
-            "Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).",
-            changes="rows",
-            absent=50,
+        changes_rows(
+            "Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).", absent=50
         ),
     ] = 50
     top_p: Annotated[
-        float, Setting("Sample from the most likely tokens of this total probability.", changes="rows", absent=0.9)
+        float, changes_rows("Sample from the most likely tokens of this total probability.", absent=0.9)
     ] = 0.9
-    presence_penalty: Annotated[float, Setting("Presence penalty on generated tokens.", changes="rows", absent=0.1)] = (
-        0.1
-    )
-    frequency_penalty: Annotated[
-        float, Setting("Frequency penalty on generated tokens.", changes="rows", absent=0.1)
-    ] = 0.1
-    seed: Annotated[int, Setting("Seed of all random numbers.", changes="rows", absent=42)] = 42
+    presence_penalty: Annotated[float, changes_rows("Presence penalty on generated tokens.", absent=0.1)] = 0.1
+    frequency_penalty: Annotated[float, changes_rows("Frequency penalty on generated tokens.", absent=0.1)] = 0.1
+    seed: Annotated[int, changes_rows("Seed of all random numbers.", absent=42)] = 42
     seed_mode: Annotated[
         SeedMode,
-        Setting(
+        changes_rows(
             "row: each row has a seed of its own, the same for every model and α; shared: every request has --seed.",
-            changes="rows",
             absent="shared",
         ),
     ] = "row"
-    max_tokens: Annotated[
-        int, Setting("Maximum number of new tokens per answer.", metavar="N", changes="rows", absent=2048)
-    ] = 2048
+    max_tokens: Annotated[int, changes_rows("Maximum number of new tokens per answer.", metavar="N", absent=2048)] = (
+        2048
+    )
     stop_token_id: Annotated[
-        tuple[int, ...],
-        Setting("Additional token id that ends an answer; repeatable.", metavar="ID", changes="rows", absent=()),
+        tuple[int, ...], changes_rows("Additional token id that ends an answer; repeatable.", metavar="ID", absent=())
     ] = ()
 
     def __post_init__(self) -> None:
@@ -298,10 +284,9 @@ class ScoreConfig(RowsConfig):
     batch_tokens: BatchTokens = 16384
     max_length: Annotated[
         int | None,
-        Setting(
+        changes_rows(
             "Maximum conversation length in tokens; longer ones lose their end. [default: the model's own]",
             metavar="N",
-            changes="rows",
             absent=None,
         ),
     ] = None

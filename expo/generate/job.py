@@ -28,8 +28,7 @@ from expo.generate.model import Model, find_model, require_fitting
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
 from expo.redact import without_secrets
-from expo.rows import EngineKeeper
-from expo.rows import run as run_job
+from expo.rows import EngineKeeper, run as run_job
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.settings import Fingerprint, absent_values, recorded, require_name

@@ -3,33 +3,17 @@
 `table.py` lists them. A file of prompts is a task too.
 """
 
-from expo.files import read_rows
-from expo.tasks.table import TASKS, find_task
+from expo.files import read_rows as read_rows
+from expo.tasks.table import TASKS as TASKS, find_task as find_task
 from expo.tasks.task import (
-    Answer,
-    Conversation,
-    HubSource,
-    Message,
-    Prompt,
-    Task,
-    assistant,
-    load_prompts,
-    read_conversations,
-    read_outputs,
+    Answer as Answer,
+    Conversation as Conversation,
+    HubSource as HubSource,
+    Message as Message,
+    Prompt as Prompt,
+    Task as Task,
+    assistant as assistant,
+    load_prompts as load_prompts,
+    read_conversations as read_conversations,
+    read_outputs as read_outputs,
 )
-
-__all__ = [
-    "TASKS",
-    "Answer",
-    "Conversation",
-    "HubSource",
-    "Message",
-    "Prompt",
-    "Task",
-    "assistant",
-    "find_task",
-    "load_prompts",
-    "read_conversations",
-    "read_outputs",
-    "read_rows",
-]
