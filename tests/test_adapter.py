@@ -248,7 +248,7 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "A's rank": ({A: torch.ones(3, 6), B: torch.ones(8, 2)}, "2×3 ≠ 2"),
     "B's rank": ({A: torch.ones(2, 6), B: torch.ones(8, 3)}, "3×2 ≠ 2"),
     "rank": (pair_of(rank=4), "4×4 ≠ 2"),
-    "no matrix": ({A: torch.ones(2), B: torch.ones(8, 2)}, "no matrix"),
+    "not a matrix": ({A: torch.ones(2), B: torch.ones(8, 2)}, "not a matrix"),
     "a convolution": (convolution(), "convolution"),
     "DoRA's magnitudes": (
         {**pair_of(), A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)},
@@ -317,7 +317,7 @@ def no_json(folder: Path) -> None:
     ("damage", "message"),
     [
         (missing, "contains adapter_config.json but no adapter_model.safetensors"),
-        (pickled, "adapter_model.bin only; load it with peft and save it again as safetensors"),
+        (pickled, "only adapter_model.bin; load it with peft and save it again as safetensors"),
         (whole_model, "contains both model.safetensors and adapter_config.json"),
         (torn, "truncated"),
         (no_json, "not valid JSON"),
