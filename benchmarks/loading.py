@@ -85,11 +85,11 @@ def main() -> None:
     for engine, dtype in [(engine, dtype) for engine in ENGINES for dtype in DTYPES]:
         plain, made = (runs[engine, dtype, way] for way in ways)
         more = max(run.peak_bytes for run in made) - max(run.peak_bytes for run in plain)
-        print(f"| {engine} | {dtype} | {told(plain)} | {told(made)} | {more / 1e6:.0f} MB |")
+        print(f"| {engine} | {dtype} | {spread(plain)} | {spread(made)} | {more / 1e6:.0f} MB |")
     shutil.rmtree(options.work)
 
 
-def told(runs: list[Run]) -> str:
+def spread(runs: list[Run]) -> str:
     """The largest peak and the median wall time."""
     return f"{max(run.peak_bytes for run in runs) / 1e6:.0f} MB, {statistics.median(run.wall_s for run in runs):.1f} s"
 

@@ -157,7 +157,7 @@ def test_initialisations_that_change_the_base_are_those_refused(init: str | bool
     if torch.equal(before, now):
         adapter_settings.read_settings(tmp_path / "adapter_config.json")
     else:
-        with pytest.raises(InputError, match="not known to leave the base's weights as they are"):
+        with pytest.raises(InputError, match="which may have changed the base's weights"):
             adapter_settings.read_settings(tmp_path / "adapter_config.json")
 
 
@@ -248,7 +248,7 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "A's rank": ({A: torch.ones(3, 6), B: torch.ones(8, 2)}, "2×3 ≠ 2"),
     "B's rank": ({A: torch.ones(2, 6), B: torch.ones(8, 3)}, "3×2 ≠ 2"),
     "rank": (pair_of(rank=4), "4×4 ≠ 2"),
-    "no matrix": ({A: torch.ones(2), B: torch.ones(8, 2)}, "no matrix"),
+    "not a matrix": ({A: torch.ones(2), B: torch.ones(8, 2)}, "not a matrix"),
     "a convolution": (convolution(), "convolution"),
     "DoRA's magnitudes": (
         {**pair_of(), A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)},
@@ -317,7 +317,7 @@ def no_json(folder: Path) -> None:
     ("damage", "message"),
     [
         (missing, "contains adapter_config.json but no adapter_model.safetensors"),
-        (pickled, "adapter_model.bin only; load it with peft and save it again as safetensors"),
+        (pickled, "only adapter_model.bin; load it with peft and save it again as safetensors"),
         (whole_model, "contains both model.safetensors and adapter_config.json"),
         (torn, "truncated"),
         (no_json, "not valid JSON"),

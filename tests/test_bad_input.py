@@ -198,7 +198,7 @@ REFUSED: dict[str, Bad] = {
         ENVIRONMENT,
     ),
     "not enough disk": Bad(
-        "/proc has 0 bytes free and",
+        "/proc has 0 bytes free, but",
         args=("--alpha", "1", "--output", "/proc/expo"),
         code=ENVIRONMENT,
     ),
@@ -304,10 +304,10 @@ REFUSED: dict[str, Bad] = {
     "seven bytes": Bad("is truncated: 7 bytes", lambda root: weights(root, bytes(7))),
     # --- a header's length
     "a header longer than the format allows": Bad(
-        "or a header of 100000001 bytes", lambda root: header(root, tensor(), length=100_000_001)
+        "one with a header of 100000001 bytes", lambda root: header(root, tensor(), length=100_000_001)
     ),
     "a header length of 2**64 − 1": Bad(
-        "or a header of 18446744073709551615 bytes", lambda root: header(root, tensor(), length=2**64 - 1)
+        "one with a header of 18446744073709551615 bytes", lambda root: header(root, tensor(), length=2**64 - 1)
     ),
     "a header longer than its file": Bad(
         "its header claims 90000000 bytes", lambda root: header(root, tensor(), length=90_000_000)
@@ -472,15 +472,15 @@ REFUSED: dict[str, Bad] = {
         "which is missing; download it again", lambda root: reindex(root, "norm", "x" * 300 + ".safetensors")
     ),
     "the index names a tensor its shard lacks": Bad(
-        "says tensor 'extra' is in model-00001-of-00002.safetensors, where it is not",
+        "says tensor 'extra' is in model-00001-of-00002.safetensors, but it is not",
         lambda root: reindex(root, "extra", "model-00001-of-00002.safetensors"),
     ),
     "the index puts a tensor into another shard": Bad(
-        "says tensor 'norm' is in model-00002-of-00002.safetensors, where it is not",
+        "says tensor 'norm' is in model-00002-of-00002.safetensors, but it is not",
         lambda root: reindex(root, "norm", "model-00002-of-00002.safetensors"),
     ),
     "the index leaves out a tensor": Bad(
-        "does not name tensor 'b.weight' of its own shards",
+        "does not list tensor 'b.weight' of its own shards",
         lambda root: [
             change(root / "dpo"),
             put(
@@ -517,7 +517,7 @@ REFUSED: dict[str, Bad] = {
     ),
     "the same weights": Bad("SFT and DPO have the same weights", lambda root: same_weights(root, shutil.copytree)),
     "other numbers for a token": Bad(
-        "the token 'b' is number 1 in sft and 2 in dpo (and 1 more tokens differ)",
+        "the token 'b' has id 1 in sft and 2 in dpo (and 1 more tokens differ)",
         lambda root: tokens(root, {"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "b": 2}),
     ),
     # --- values
@@ -651,10 +651,10 @@ WARNED: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda root: put(root / "dpo/old-00001-of-00002.safetensors", "torn"),
     ),
     "a link to a folder": (
-        "dpo/data is a link to a folder and is not copied",
+        "dpo/data is a link to a folder; not copied",
         lambda root: (root / "dpo/data").symlink_to("/etc"),
     ),
-    "a pipe among the side files": ("dpo/log is a pipe and is not copied", lambda root: os.mkfifo(root / "dpo/log")),
+    "a pipe among the side files": ("dpo/log is a pipe; not copied", lambda root: os.mkfifo(root / "dpo/log")),
     "tokens that only one side has": (
         "1 tokens are in {root}/dpo only ('<pad>' is 1)",
         lambda root: tokens(root, {"a": 0}, {"a": 0, "<pad>": 1}),
@@ -677,7 +677,7 @@ WARNED: dict[str, tuple[str, Callable[[Path], object]]] = {
         ),
     ),
     "a swapped pair, says the card": (
-        "sft says that it was made from dpo: are --sft and --dpo swapped?",
+        "sft says it was trained from dpo: are --sft and --dpo swapped?",
         lambda root: put(root / "sft/README.md", "---\nbase_model: someone/dpo\n---\n"),
     ),
     "a swapped pair, says the config": (

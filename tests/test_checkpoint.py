@@ -54,11 +54,11 @@ BAD_INDEXES = {
     "a file of another kind": ({"a": "config.json"}, "'config.json', which is not a safetensors file"),
     "a tensor in the wrong shard": (
         {"a": "two.safetensors", "b": "one.safetensors"},
-        "says tensor 'a' is in two.safetensors, where it is not",
+        "says tensor 'a' is in two.safetensors, but it is not",
     ),
     "a tensor no shard has": (
         {"a": "one.safetensors", "c": "one.safetensors"},
-        "says tensor 'c' is in one.safetensors, where it is not",
+        "says tensor 'c' is in one.safetensors, but it is not",
     ),
     "a tensor left out": ({"a": "one.safetensors"}, None),
     "no weight_map": (None, "has no weight_map"),
@@ -80,7 +80,7 @@ def test_indexes_that_lie(tmp_path: Path, weight_map: object, message: str | Non
 def test_a_tensor_of_a_named_shard_that_the_index_leaves_out(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model", {"a": "one.safetensors"})
     raw_safetensors(folder / "one.safetensors", {"a": F32, "hidden": entry("F32", [2], 8, 16)}, bytes(16))
-    with pytest.raises(InputError, match="does not name tensor 'hidden'"):
+    with pytest.raises(InputError, match="does not list tensor 'hidden'"):
         checkpoint.read_checkpoint(folder)
 
 
@@ -94,7 +94,7 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
 def test_a_single_file_beside_an_index_that_does_not_name_it(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model", {"a": "one.safetensors", "b": "two.safetensors"})
     raw_safetensors(folder / "model.safetensors", {"a": F32}, EIGHT)
-    with pytest.raises(InputError, match=r"model\.safetensors beside .* does not name it"):
+    with pytest.raises(InputError, match=r"both model\.safetensors and .* does not list it"):
         checkpoint.read_checkpoint(folder)
 
 
@@ -108,7 +108,7 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ((), "contains no safetensors weights"),
-        (("pytorch_model.bin",), r"\.bin weights only"),
+        (("pytorch_model.bin",), r"only \.bin weights"),
         (("adapter_model.safetensors",), "adapter_model.safetensors' but neither model.safetensors nor"),
         (("model.safetensors", ".expo-partial"), "unfinished output"),
     ],

@@ -69,7 +69,7 @@ def test_a_tensor_with_an_alpha_of_its_own_is_the_same_as_with_that_alpha_for_al
         ),
         (
             {"exclude": ("norm",), "alpha_for": (("norm", 1.0),)},
-            r"--alpha-for 'norm' matches no tensor that an earlier",
+            r"--alpha-for 'norm' matches no tensor that earlier",
         ),
     ],
 )

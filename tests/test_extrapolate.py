@@ -504,7 +504,7 @@ def test_a_common_number_with_two_tokens_is_refused(tmp_path: Path) -> None:
         }
         tensors = {"model.embed_tokens.weight": torch.randn(rows, 4), "norm": torch.randn(4)}
         sides.append(write_checkpoint(tmp_path / side, tensors, files=files))
-    with pytest.raises(InputError, match="number 1 is the token 'old' in sft and 'new' in dpo"):
+    with pytest.raises(InputError, match="id 1 is the token 'old' in sft and 'new' in dpo"):
         write((sides[0], sides[1]), tmp_path / "out", vocab="common")
     write((sides[0], sides[1]), tmp_path / "out", vocab="common", exclude=("embed_tokens",))
 

@@ -589,7 +589,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights of another format": (
         lambda root: (root / "lora/adapter_model.safetensors").rename(root / "lora/adapter_model.bin"),
-        "adapter_model.bin only; load it with peft and save it again as safetensors",
+        "only adapter_model.bin; load it with peft and save it again as safetensors",
     ),
     "no tensors": (lambda root: empty(root / "lora"), "adapter_model.safetensors contains no tensors"),
     "a whole model beside it": (

@@ -82,17 +82,17 @@ VERDICTS = [
     ({"a": moved(UNRELATED_CHANGE * 1.001)}, {}, "suspect", "8 times zephyr's step"),
     ({"a": moved(PRETRAINED_TO_SFT)}, {}, "suspect", "0.990 of ‖θ_sft‖, 28 times zephyr's step"),
     ({"a": moved(0.0)}, {}, "identical", "θ_dpo equals θ_sft"),
-    ({"a": moved(0.0), "b": moved(0.01)}, {}, "likely", "which fits"),
+    ({"a": moved(0.0), "b": moved(0.01)}, {}, "likely", "consistent with"),
     ({"a": Figures(1, 0, 1.0, 0.0, 1.0)}, {}, "suspect", "θ_sft is all zeros"),
     ({"a": moved(0.01), "b": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "infinity or values too large"),
-    ({"a": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "squared: a; look at these first"),
+    ({"a": Figures(1, 0, math.nan, 1.0, math.nan)}, {}, "suspect", "squared: a; check these first"),
     ({"a": moved(0.03)}, {"unequal": ("ids",)}, "mismatched", "1 tensor does not match, and `expo extrapolate`"),
     ({"a": moved(0.0)}, {"untied": ("lm_head",)}, "mismatched", "‖Δ‖ of the others is 0 of ‖θ_sft‖"),
     ({"a": moved(0.9)}, {"overlap": Overlap((), (), (), ("b",), ("c", "d"), (ONE,), (), None)}, "mismatched", "4 tens"),
     ({"a": moved(0.9)}, {"overlap": Overlap((), (), (), (), (), (), (ONE,), None)}, "mismatched", "1 tensor does not"),
     ({}, {"overlap": Overlap((), (), (), ("b",), ("c",), (), (), None)}, "mismatched", "2 tensors do not match"),
     ({}, {}, "mismatched", "nothing can be compared"),
-    ({"a": moved(0.03)}, {"overlap": Overlap((), (), (), (), (), (), (), Vocabulary(3, 5))}, "likely", "which fits"),
+    ({"a": moved(0.03)}, {"overlap": Overlap((), (), (), (), (), (), (), Vocabulary(3, 5))}, "likely", "consistent"),
 ]  # fmt: skip
 
 
@@ -122,8 +122,8 @@ def test_the_table_is_aligned_and_names_what_does_not_match() -> None:
         "shapes differ (1): s [2] ≠ [2, 3]",
         "dtypes that cannot be combined (1): x I32, BF16",
         "integers that differ (1): ids",
-        "vocabularies of 3 and 5 rows: compared are the 3 that both have (`expo extrapolate` takes them with "
-        "--vocab common)",
+        "vocabularies of 3 and 5 rows: only the 3 in both are compared (`expo extrapolate` needs --vocab "
+        "common for this pair)",
     ]
 
 

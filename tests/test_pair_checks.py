@@ -46,7 +46,7 @@ def test_a_swapped_pair_is_a_warning(tmp_path: Path, case: str, caplog: pytest.L
         locations.append(Location(folder, name, f"org/{name}", "0" * 40))
         weights.append(read_checkpoint(folder))
     check_pair(*locations, *weights)
-    expected = ["org/sft says that it was made from org/dpo: are --sft and --dpo swapped?"]
+    expected = ["org/sft says it was trained from org/dpo: are --sft and --dpo swapped?"]
     assert caplog.messages == (expected if swapped else [])
 
 

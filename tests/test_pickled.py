@@ -607,15 +607,15 @@ INDEXES = {
     "another format": ({"a": "model.safetensors"}, "'model.safetensors', which is not a .bin file in the same folder"),
     "a tensor that is not there": (
         {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin", "c": "pytorch_model-2.bin"},
-        "says tensor 'c' is in pytorch_model-2.bin, where it is not",
+        "says tensor 'c' is in pytorch_model-2.bin, but it is not",
     ),
     "a tensor in the wrong shard": (
         {"a": "pytorch_model-2.bin"},
-        "says tensor 'a' is in pytorch_model-2.bin, where it",
+        "says tensor 'a' is in pytorch_model-2.bin, but it",
     ),
     "a tensor left out": (
         {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"},
-        "does not name tensor 'hidden' of its own shards",
+        "does not list tensor 'hidden' of its own shards",
     ),
     "no weight_map": (None, "has no weight_map"),
 }
@@ -645,7 +645,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
         (folder / name).write_bytes(b"x")
     assert read_pickled_checkpoint(folder).ignored == ("pytorch_model-stale.bin",)
     shutil.copy(folder / "pytorch_model-00001-of-00002.bin", folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin beside pytorch_model\.bin\.index\.json"):
+    with pytest.raises(InputError, match=r"both pytorch_model\.bin and pytorch_model\.bin\.index\.json"):
         read_pickled_checkpoint(folder)
 
 

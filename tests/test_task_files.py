@@ -67,7 +67,11 @@ REFUSED = {
         "does not contain a list of objects: row 1 is 'b'",
     ),
     "one object": ("q.json", '{"prompt": "a"}', "does not contain a list of objects, but one object"),
-    "rows under a key": ("q.json", '{"data": [{"prompt": "a"}]}', "the list under its key 'data' belongs in a file"),
+    "rows under a key": (
+        "q.json",
+        '{"data": [{"prompt": "a"}]}',
+        "under its key 'data' belongs in its own file",
+    ),
     "an unclosed quote": ("q.csv", 'prompt\n"a\nb\n', "unexpected end of data"),
     "a comma without quotes": ("q.csv", "prompt\na, b\n", "row 0 has more fields than the header"),
     "another delimiter": ("q.csv", "id;prompt\n1;a\n", "row 0 of {} has no prompt, instruction or messages column"),
@@ -165,7 +169,7 @@ def test_a_rows_own_system_message_and_system_are_too_many(tmp_path):
     prompts = prompts_in(tmp_path, "q.jsonl", content)
     config = GenerateConfig(task="q.jsonl", model="m")
     require_one_system_message(prompts, config)
-    with pytest.raises(InputError, match="row 1 has a system message of its own: leave --system out"):
+    with pytest.raises(InputError, match="row 1 has its own system message: drop --system"):
         require_one_system_message(prompts, GenerateConfig(task="q.jsonl", model="m", system="s"))
 
 

@@ -1,4 +1,4 @@
-"""Token numbers of two model folders, from files of every kind a tokenizer comes in."""
+"""Token ids of two model folders, from files of every kind a tokenizer comes in."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_tokens_that_moved_came_and_went(tmp_path: Path) -> None:
     assert compare_tokens(sft, dpo) == TokenDifference(
         moved={"b": (1, 2), "c": (2, 1)}, only_sft={"old": 3}, only_dpo={"new": 3, "newer": 4}
     )
-    with pytest.raises(InputError, match=r"the token 'b' is number 1 in sft and 2 in dpo \(and 1 more tokens differ\)"):
+    with pytest.raises(InputError, match=r"the token 'b' has id 1 in sft and 2 in dpo \(and 1 more tokens differ\)"):
         require_same_tokens(sft, dpo)
 
 
 def test_a_number_that_both_have_is_one_tokens(tmp_path: Path) -> None:
     sft = model(tmp_path / "sft", tokenizer({"a": 0, "b": 1, "old": 2}))
     dpo = model(tmp_path / "dpo", tokenizer({"a": 0, "b": 1, "new": 2, "newer": 3}))
-    with pytest.raises(InputError, match=r"number 2 is the token 'old' in sft and 'new' in dpo, .*; --exclude the emb"):
+    with pytest.raises(InputError, match=r"id 2 is the token 'old' in sft and 'new' in dpo, .*; --exclude the emb"):
         require_same_tokens(sft, dpo, common=3)
     require_same_tokens(sft, dpo, common=2)
 
@@ -116,7 +116,7 @@ def test_nothing_to_say(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixt
 
 def test_added_tokens_alone_can_tell_a_difference(tmp_path: Path) -> None:
     sft = model(tmp_path / "sft", {"tokenizer.model": b"sp", "added_tokens.json": {"<s>": 7}})
-    with pytest.raises(InputError, match="the token '<s>' is number 7 in sft and 2 in dpo, so rows"):
+    with pytest.raises(InputError, match="the token '<s>' has id 7 in sft and 2 in dpo, so their"):
         require_same_tokens(sft, model(tmp_path / "dpo", tokenizer(NUMBERS)))
 
 
@@ -124,7 +124,7 @@ def test_sentencepiece_models_are_compared_as_bytes(tmp_path: Path, caplog: pyte
     sides = [model(tmp_path / name, {"tokenizer.model": name.encode()}) for name in ("sft", "dpo")]
     assert compare_tokens(*sides) == TokenDifference({}, {}, {}, unknown=True)
     require_same_tokens(*sides)
-    assert "their token numbers were not compared" in caplog.text
+    assert "their token ids were not compared" in caplog.text
 
 
 def test_a_tokenizer_that_both_have_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,4 +143,4 @@ def test_a_broken_tokenizer_is_a_warning(
     with caplog.at_level(logging.WARNING):
         require_same_tokens(*((broken, good) if side == "sft" else (good, broken)))
     assert caplog.messages[0].startswith(f"{broken}/tokenizer.json ")
-    assert caplog.messages[0].endswith("; the token numbers of SFT and DPO were not compared")
+    assert caplog.messages[0].endswith("; the token ids of SFT and DPO were not compared")

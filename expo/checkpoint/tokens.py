@@ -146,7 +146,7 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
     try:
         difference = compare_tokens(sft, dpo)
     except InputError as error:  # SFT's tokenizer is not needed for anything else
-        log.warning("%s; the token numbers of SFT and DPO were not compared", error)
+        log.warning("%s; the token ids of SFT and DPO were not compared", error)
         return
     if difference is None:
         return
@@ -154,7 +154,7 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
         token, (ours, theirs) = min(difference.moved.items(), key=lambda item: item[1])
         more = f" (and {len(difference.moved) - 1} more tokens differ)" if len(difference.moved) > 1 else ""
         raise InputError(
-            f"the token {shown(token)} is number {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so their "
+            f"the token {shown(token)} has id {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so their "
             "embedding rows do not correspond; use the SFT model that DPO was trained from"
         )
     shared = {*difference.only_sft.values()} & {*difference.only_dpo.values()}
@@ -162,11 +162,11 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
     if renamed:
         old, new = (_token_of(renamed[0], only) for only in (difference.only_sft, difference.only_dpo))
         raise InputError(
-            f"number {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so their "
+            f"id {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so their "
             "embedding rows do not correspond; --exclude the embedding and the head to copy them from DPO"
         )
     if difference.unknown:
-        log.warning("%s differs between %s and %s; their token numbers were not compared", SENTENCEPIECE_FILE, sft, dpo)
+        log.warning("%s differs between %s and %s; their token ids were not compared", SENTENCEPIECE_FILE, sft, dpo)
     for folder, only in ((sft, difference.only_sft), (dpo, difference.only_dpo)):
         if only:
             first = min(only, key=lambda token: only[token])

@@ -101,7 +101,7 @@ class RowsConfig(CommonConfig):
         require(len(given) < 2, f"{' and '.join(given)} do not go together: {by_itself}")
         for flag_given, count in (("--data-parallel", self.data_parallel), ("--join", self.join)):
             known = count is None or 1 <= count <= MAX_PARTS
-            require(known, f"{flag_given} takes 1 to {MAX_PARTS} parts, not {count}")
+            require(known, f"{flag_given} must be 1 to {MAX_PARTS} parts, not {count}")
 
 
 @dataclass(frozen=True, kw_only=True)

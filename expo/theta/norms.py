@@ -1,4 +1,4 @@
-"""The maths around a rule: tensors in, tensors out. Norms of a pair's pieces, an adapter's product, work space."""
+"""The maths around a rule: tensors in, tensors out. Norms of a pair's pieces, an adapter's product, scratch space."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 NORM_ROW = 1 << 9
-"""Elements whose norm is taken at once; the rows' squares are added up in float32.
+"""Elements per row norm; the rows' squares are summed in float32.
 
-Few enough that rows differ by many steps of bfloat16, or all their roundings would go the same way.
+Few enough that rows differ by many steps of bfloat16, as otherwise all rounding errors would have the same sign.
 """
 FEW_ELEMENTS = 1 << 18
-"""Up to here norms are taken in float32 throughout, where row norms rounded to the tensors' type would show."""
+"""Below this size norms are computed in float32 throughout, as rounding row norms to the tensors' type would show."""
 SAMPLED_BYTES = 1 << 20
-"""From here on `sampled_norms` estimates, which is the size of the stream's full pieces."""
+"""From this size on `sampled_norms` estimates; it is the size of the stream's full pieces."""
 SAMPLING = 17
-"""It measures every 17th row then: an odd number, so that all columns of a matrix are met."""
+"""It then measures every 17th row: an odd number, so that all columns of a matrix are sampled."""
 WIDE_BLOCK = 1 << 16
-"""Elements converted to a wider type at a time, which stay in the processor's cache."""
+"""Elements converted to a wider type at a time, few enough for the processor's cache."""
 MAX_VIEWS = 16
-"""Tensors whose rows are remembered."""
+"""Tensors whose row views are cached."""
 OWN_NORMS = frozenset({torch.bfloat16, torch.float32, torch.float64})
 """Types whose differences and row norms neither overflow nor underflow before the values themselves do."""
 
@@ -36,13 +36,13 @@ class Norms(NamedTuple):
     sft: float = 0.0
     """‖θ_sft‖²."""
     dpo: float = 0.0
-    """‖θ_dpo‖², where it is asked for."""
+    """‖θ_dpo‖², if requested."""
     sampled: bool = False
-    """Whether they are estimates, which tell nothing of a single element."""
+    """Whether these are estimates, which do not bound any single element."""
 
 
 class _Rows(NamedTuple):
-    """A tensor seen as rows, with room for their norms."""
+    """A tensor viewed as rows, with buffers for their norms."""
 
     values: Tensor
     whole: Tensor  # [rows, NORM_ROW]
@@ -52,19 +52,19 @@ class _Rows(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Some rows of a tensor, with room for them in a wider type."""
+    """Some rows of a tensor, with a buffer for them in a wider type."""
 
     values: Tensor
     rows: Tensor  # [rows / SAMPLING, NORM_ROW]
     wide: Tensor  # likewise
-    flat: Tensor  # the same room as one axis
+    flat: Tensor  # the same buffer as one axis
 
 
 class Scratch:
-    """Work space for pieces of at most `nbytes` a side, reused from piece to piece.
+    """Scratch space for pieces of at most `nbytes` per side, reused from piece to piece.
 
-    Memory that is given back and taken anew for every piece costs more than all the arithmetic: the system clears
-    it each time. Views are kept too, since pieces are mostly alike and each view costs microseconds.
+    Freeing and allocating memory for every piece costs more than all the arithmetic, as the system clears it each
+    time. Views are cached too, because pieces are mostly alike and each view costs microseconds.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -76,13 +76,13 @@ class Scratch:
         self._tile = torch.empty(0, dtype=torch.uint8, device=device)
 
     def delta(self, like: Tensor) -> Tensor:
-        """Room for a tensor like this one."""
+        """A buffer for a tensor like this one."""
         if (self._last_delta.nbytes, self._last_delta.dtype) != (like.nbytes, like.dtype):
             self._last_delta = self._delta[: like.nbytes].view(like.dtype)
         return self._last_delta
 
     def rows(self, values: Tensor) -> _Rows:
-        """A tensor of one axis as rows of NORM_ROW elements, and the elements that are left."""
+        """A tensor of one axis as rows of NORM_ROW elements, and the remaining elements."""
         known = self._rows.get(id(values))
         if known is None or known.values is not values:
             if len(self._rows) >= MAX_VIEWS:
@@ -96,7 +96,7 @@ class Scratch:
         return known
 
     def sample(self, values: Tensor, dtype: torch.dtype) -> _Sample:
-        """Every row that `SAMPLING` says of a tensor of one axis, to be widened to `dtype`."""
+        """Every `SAMPLING`-th row of a tensor of one axis, to be widened to `dtype`."""
         known = self._samples.get(id(values))
         if known is None or known.values is not values or known.wide.dtype != dtype:
             if len(self._samples) >= MAX_VIEWS:
@@ -114,7 +114,7 @@ class Scratch:
         return first[:elements], second[:elements], third[:elements]
 
     def tile(self, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-        """Room for a matrix."""
+        """A buffer for a matrix."""
         nbytes = rows * columns * dtype.itemsize
         if len(self._tile) < nbytes:
             self._tile = torch.empty(nbytes, dtype=torch.uint8, device=self._tile.device)
@@ -122,16 +122,16 @@ class Scratch:
 
 
 def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = False) -> Norms:
-    """‖d − s‖², ‖s‖² and, if asked, ‖d‖².
+    """‖d − s‖², ‖s‖² and, if requested, ‖d‖².
 
-    In large pieces a row's norm is rounded to the tensors' own type, up and down alike: over many rows these
-    roundings cancel, and of bfloat16 weights four digits stay.
+    In large pieces a row's norm is rounded to the tensors' own type, up or down: over many rows these errors
+    cancel, which leaves four digits for bfloat16 weights.
 
     Args:
         sft: s, one axis, any floating-point dtype.
         dpo: d, same shape.
-        scratch: Work space on the same device.
-        of_dpo: Whether ‖d‖² is wanted.
+        scratch: Scratch space on the same device.
+        of_dpo: Whether to compute ‖d‖².
     """
     if not _has_own_norms(sft, dpo):
         return _wide_norms(sft, dpo, scratch, of_dpo=of_dpo)
@@ -141,15 +141,15 @@ def pair_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool = Fal
 
 
 def sampled_norms(sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
-    """‖d − s‖² and ‖s‖²; of pieces of SAMPLED_BYTES estimated from every 17th run of NORM_ROW elements.
+    """‖d − s‖² and ‖s‖²; for pieces of SAMPLED_BYTES, estimated from every 17th run of NORM_ROW elements.
 
-    Exact norms would cost as much as all the rest of the arithmetic. Where no sampled element differs, all are
-    looked at: an estimate of 0 is a true 0.
+    Exact norms would cost as much as all other arithmetic. If no sampled element differs, all are compared: an
+    estimate of 0 is a true 0.
 
     Args:
         sft: s, one axis, any floating-point dtype.
         dpo: d, same shape.
-        scratch: Work space on the same device.
+        scratch: Scratch space on the same device.
     """
     if max(sft.nbytes, dpo.nbytes) < SAMPLED_BYTES:
         return pair_norms(sft, dpo, scratch)
@@ -174,14 +174,14 @@ def _squared_norm(values: Tensor, scratch: Scratch) -> float:
 
 
 def _squared(values: Tensor, room: _Rows) -> float:
-    """‖values‖² of a matrix [rows, NORM_ROW]; the rows' norms go into the room."""
+    """‖values‖² of a matrix [rows, NORM_ROW]; the row norms are written to the buffers of `room`."""
     wide = room.wide_norms.copy_(torch.linalg.vector_norm(values, dim=1, out=room.norms))
     return _sum_of_squares(wide)
 
 
 def _sum_of_squares(values: Tensor) -> float:
     """‖values‖² of one axis, float32 or float64."""
-    if values.is_cuda:  # where a dot product loads cuBLAS, which keeps tens of MB for each stream
+    if values.is_cuda:  # there a dot product loads cuBLAS, which keeps tens of MB per stream
         return float(torch.linalg.vector_norm(values)) ** 2
     return float(values.dot(values))
 
@@ -198,21 +198,21 @@ def _wide_norms(sft: Tensor, dpo: Tensor, scratch: Scratch, *, of_dpo: bool) -> 
 
 
 def wider(sft: Tensor, dpo: Tensor) -> torch.dtype:
-    """The type that two sides of different types are combined in: float32, or float64 where one of them is."""
+    """The type in which two sides of different types are combined: float32, or float64 if one of them is."""
     return torch.promote_types(torch.promote_types(sft.dtype, dpo.dtype), torch.float32)
 
 
 def stays_finite(bound: Callable[[Norms, float], float] | None, norms: Norms, alpha: float, dtype: torch.dtype) -> bool:
-    """Whether no element of θ(α) can be NaN or infinite, told from the norms alone.
+    """Whether the norms alone prove that no element of θ(α) is NaN or infinite.
 
     Args:
-        bound: The rule's; half of the type's range is left for every rounding.
+        bound: The rule's; half of the type's range is left for rounding.
         norms: Of the piece.
         alpha: α.
         dtype: Of the output.
 
     Returns:
-        False where the norms cannot tell; then look at the elements.
+        False if the norms do not prove it; then check the elements.
     """
     return bound is not None and not norms.sampled and bound(norms, alpha) < torch.finfo(dtype).max / 2
 
@@ -220,7 +220,7 @@ def stays_finite(bound: Callable[[Norms, float], float] | None, norms: Norms, al
 def low_rank_delta(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
     """ΔW = scale · L · R, or consecutive rows of it.
 
-    An element's last bit depends on the shape of the product that it is computed in.
+    The last bit of an element depends on the shape of the product in which it is computed.
 
     Args:
         left: L [rows, rank], float32 or float64.
@@ -235,13 +235,13 @@ def low_rank_delta(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Te
 
 
 def add_difference(delta: Tensor, sft: Tensor, dpo: Tensor, scratch: Scratch) -> None:
-    """Δ += d − s, for a tensor that was replaced and has a ΔW as well.
+    """Δ += d − s, for a tensor that was replaced and also has a ΔW.
 
     Args:
         delta: Δ, one axis, float32 or float64.
         sft: s, any floating-point dtype, same shape.
         dpo: d, likewise.
-        scratch: Work space on the same device.
+        scratch: Scratch space on the same device.
     """
     for change, s, d in zip(*(torch.split(side, WIDE_BLOCK) for side in (delta, sft, dpo)), strict=True):
         wide_s, wide_d, _ = scratch.wide(delta.dtype, len(change))
@@ -249,13 +249,13 @@ def add_difference(delta: Tensor, sft: Tensor, dpo: Tensor, scratch: Scratch) ->
 
 
 def delta_norms(sft: Tensor, delta: Tensor, scratch: Scratch, *, of_dpo: bool = False) -> Norms:
-    """‖Δ‖², ‖s‖² and, if asked, ‖s + Δ‖².
+    """‖Δ‖², ‖s‖² and, if requested, ‖s + Δ‖².
 
     Args:
         sft: s, one axis, any floating-point dtype.
         delta: Δ, same shape, float32 or float64.
-        scratch: Work space on the same device.
-        of_dpo: Whether ‖s + Δ‖² is wanted.
+        scratch: Scratch space on the same device.
+        of_dpo: Whether to compute ‖s + Δ‖².
     """
     dpo_squared = 0.0
     if of_dpo:
@@ -268,8 +268,8 @@ def delta_norms(sft: Tensor, delta: Tensor, scratch: Scratch, *, of_dpo: bool = 
 def is_finite(values: Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    A sum hands on a NaN or an infinity and is much faster than `isfinite`; one that is not finite itself proves
-    nothing, since it may have overflowed, and the extremes decide.
+    A sum propagates NaN and infinity and is much faster than `isfinite`; a sum that is not finite proves nothing, as
+    it may have overflowed, and then the extremes decide.
 
     Args:
         values: Any floating-point dtype and shape, at least one element.

@@ -1,6 +1,6 @@
-"""What a plan for a pair of checkpoints is: plain data, in which everything is decided.
+"""The plan for a pair of checkpoints: plain data, with all decisions made.
 
-`decide.py` makes it from headers; `lay_out` gives it its files; `stream.py` executes it. Nothing here needs torch.
+`decide.py` makes it from headers; `lay_out` assigns files; `stream.py` executes it. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from expo.theta.rules import DEFAULT_RULE
 
 Action = Literal["extrapolate", "merge", "copy", "convert", "match"]
 """Compute θ(α); add an adapter's ΔW and compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's
-bytes, which must be SFT's too."""
+bytes, which must equal SFT's."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class PairSettings:
     alphas: tuple[float, ...]
     """One per output."""
     rule: str = DEFAULT_RULE
-    """Of `rules.RULES`."""
+    """A key of `rules.RULES`."""
     alpha_for: tuple[tuple[str, float], ...] = ()
-    """Regular expressions (searched in tensor names) with an α of their own in every output; the first match wins."""
+    """Regular expressions (searched in tensor names) with their own α in every output; the first match wins."""
     exclude: tuple[str, ...] = ()
     """Regular expressions of tensors copied from DPO, whatever `alpha_for` says."""
     copy_missing: bool = False
     """Copy tensors that SFT lacks instead of refusing."""
     common_vocabulary: bool = False
-    """Where the vocabularies differ in size, extrapolate the rows both have and copy DPO's further rows."""
+    """If the vocabularies differ in size, extrapolate the shared rows and copy DPO's additional rows."""
     dtype: str = "auto"
     """auto, or the name of the type that floating-point tensors are written in."""
     max_shard_bytes: int | None = None
-    """Most bytes of one output file; None keeps DPO's files."""
+    """Maximum bytes of one output file; None preserves the DPO shard layout."""
     allow_nonfinite: bool = False
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of a tensor, nearly always all of them, that are treated alike."""
+    """Consecutive rows of a tensor, nearly always all of them, that are processed alike."""
 
     action: Action
     dpo: TensorInfo
@@ -59,7 +59,7 @@ class Segment:
     nbytes: int
     """Output bytes."""
     low_rank: LowRank | None = None
-    """What is added to `dpo` to make θ_dpo of it, where it is merged."""
+    """What is added to `dpo` to get θ_dpo, if it is merged."""
 
     @property
     def is_raw(self) -> bool:
@@ -68,7 +68,7 @@ class Segment:
 
     @property
     def units(self) -> int:
-        """Elements, or bytes where it is handled as bytes."""
+        """Elements, or bytes if it is handled as bytes."""
         return self.nbytes if self.is_raw else self.dpo.numel
 
 
@@ -119,7 +119,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Vocabularies of different size: rows of the embedding and of the head."""
+    """Vocabularies of different sizes: rows of the embedding and of the head."""
 
     sft: int
     dpo: int
@@ -136,20 +136,20 @@ class PairPlan:
 
     sft: Checkpoint
     dpo: Checkpoint
-    """As which the outputs are made; θ_sft itself where θ_dpo is an adapter over it."""
+    """The layout of the outputs; θ_sft itself if θ_dpo is an adapter over it."""
     settings: PairSettings
     shards: tuple[ShardPlan, ...]
     equal: tuple[Segment, ...] = ()
-    """Compared before anything is written: a head that one side leaves out must be the other's embedding."""
+    """Compared before anything is written: a head that one side omits must equal the other's embedding."""
     dropped: tuple[str, ...] = ()
-    """Tensors that only SFT has; the output, made as DPO is, has no place for them."""
+    """Tensors that only SFT has, which the output, with DPO's layout, omits."""
     matches: tuple[Match, ...] = ()
     vocabulary: Vocabulary | None = None
     adapter: Adapter | None = None
 
     @property
     def sources(self) -> tuple[Checkpoint | Adapter, ...]:
-        """Whatever files are read from."""
+        """The checkpoints whose files are read."""
         return (self.sft, self.dpo) if self.adapter is None else (self.sft, self.adapter)
 
     @property
@@ -179,7 +179,7 @@ class PairPlan:
         return sum(tensor.action in actions for shard in self.shards for tensor in shard.tensors)
 
     def tensor_counts(self) -> dict[str, int]:
-        """How many tensors are made in which way."""
+        """How many tensors are produced in which way."""
         merged = {} if self.adapter is None else {"merged": self.count("merge")}
         made = {"extrapolated": self.count("extrapolate"), "copied": self.count("copy", "convert")}
         return {**merged, **made, "equal": self.count("match")}
@@ -194,7 +194,7 @@ class Overlap:
     exact: tuple[Segment, ...]
     """Integer and boolean tensors of both."""
     heads: tuple[Segment, ...]
-    """A head that one side leaves out, with its embedding on the side that stores it; they should be equal."""
+    """A head that one side omits, with its embedding on the side that stores it; they should be equal."""
     only_sft: tuple[str, ...]
     only_dpo: tuple[str, ...]
     shapes: tuple[tuple[TensorInfo, TensorInfo], ...]
@@ -202,9 +202,9 @@ class Overlap:
     dtypes: tuple[tuple[TensorInfo, TensorInfo], ...]
     """Tensors of SFT and of DPO, of one shape, whose types cannot be combined."""
     vocabulary: Vocabulary | None
-    """Where the vocabularies differ in size; then the segments hold the rows that both have."""
+    """Set if the vocabularies differ in size; then the segments have only the shared rows."""
     sources: tuple[Checkpoint | Adapter, ...] = ()
-    """Whatever files the segments are read from."""
+    """The checkpoints that the segments are read from."""
 
 
 # --- the output's files -----------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def lay_out(dpo: Checkpoint, tensors: dict[str, TensorPlan], settings: PairSetti
 
 
 def keep_layout(shards: Iterable[Shard], tensors: dict[str, TensorPlan]) -> tuple[ShardPlan, ...]:
-    """DPO's files; a header is DPO's, byte for byte, unless it has none or a dtype in it changes."""
+    """The DPO shard layout; headers are DPO's, byte for byte, unless missing or a dtype changes."""
     plans = []
     for shard in shards:
         planned = [tensors[info.name] for info in shard.tensors]
@@ -258,7 +258,7 @@ def _shard(name: str, header: bytes, tensors: Sequence[TensorPlan]) -> ShardPlan
 
 
 def make_header(tensors: Iterable[TensorPlan], metadata: dict[str, str]) -> bytes:
-    """A safetensors header, padded to eight bytes, for tensors that lie one after the other."""
+    """A safetensors header, padded to eight bytes, for consecutive tensors."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for tensor in tensors:

@@ -1,8 +1,8 @@
 """The stream of θ(α) pieces that executes a pair's plan.
 
-Used alike by the checkpoint writer and by anything else that wants θ(α): worker threads take pieces of about 1 MiB,
-which stay in the processor's cache, read, combine, and hand each to the sinks. So memory does not grow with the
-model, nor with its largest tensor. On a GPU each worker has a stream and pinned buffers of its own, and the reads,
+Used by the checkpoint writer and anything else that needs θ(α): worker threads take pieces of about 1 MiB, which fit
+the processor's cache, read them, combine them, and pass each to the sinks. So memory does not grow with the
+model, nor with its largest tensor. On a GPU each worker has its own stream and pinned buffers, and the reads,
 copies, arithmetic and writes of different workers overlap.
 """
 
@@ -46,13 +46,13 @@ from expo.theta.rules import find_rule
 CPU_PIECE_BYTES = 1 << 20
 CUDA_PIECE_BYTES = 4 << 20
 MAX_OUTPUT_BYTES = 64 << 20
-"""Of all output buffers together; with very many α the pieces become smaller."""
+"""Limit for all output buffers together; with very many α the pieces become smaller."""
 PROGRESS_S = 0.1
 MAX_DEFAULT_WORKERS = 4
 
 
 def default_workers() -> int:
-    """Threads used where `--workers` is not given: the processors this process may use, at most four."""
+    """The default of `--workers`: the number of CPUs available to this process, at most four."""
     may_use = getattr(os, "sched_getaffinity", None)  # macOS has no such call
     return min(MAX_DEFAULT_WORKERS, len(may_use(0)) if may_use else os.cpu_count() or 1)
 
@@ -61,9 +61,9 @@ class Sink(Protocol):
     """Takes one output."""
 
     def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """Take piece `number`, whose first byte lies at `offset`; call `done` when `data` is no longer needed.
+        """Take piece `number`, whose first byte belongs at `offset`; call `done` when `data` is no longer needed.
 
-        Called from several threads, in any order; the numbers count from 0 without a gap, as the offsets rise.
+        Called from several threads, in any order; the numbers count from 0 without gaps, in order of offsets.
         """
 
 
@@ -77,9 +77,9 @@ class Piece(NamedTuple):
     segment: Segment
     first: int
     length: int
-    """Elements, or bytes where the segment is handled as bytes."""
+    """Elements, or bytes if the segment is handled as bytes."""
     offset: int
-    """Of its first output byte, where its sinks count from."""
+    """Of its first output byte, as the sinks count."""
 
 
 def unit_dtype(segment: Segment, dtype: str) -> torch.dtype:
@@ -88,12 +88,12 @@ def unit_dtype(segment: Segment, dtype: str) -> torch.dtype:
 
 
 def pieces(segments: Iterable[tuple[Segment, int]], piece_bytes: int, tile: int = CPU_TILE) -> Iterator[Piece]:
-    """Cut segments, given with the offset of their first output byte, into pieces.
+    """Cut segments, each with the offset of its first output byte, into pieces.
 
     Args:
-        segments: What is cut.
-        piece_bytes: The most bytes that a piece has on one side.
-        tile: Elements of an adapter's ΔW that are multiplied at once; a piece lies in one tile.
+        segments: The segments to cut.
+        piece_bytes: The maximum bytes of a piece on one side.
+        tile: Elements of an adapter's ΔW that are multiplied at once; a piece is within one tile.
     """
     for segment, start in segments:
         sides = [segment.dtype, segment.dpo.dtype, *([segment.sft.dtype] if segment.sft else [])]
@@ -136,7 +136,7 @@ class SourceFiles:
         """Fill `buffer` from byte `position` of the file.
 
         Raises:
-            EnvironmentFailure: The file cannot be read, or became shorter than its header said.
+            EnvironmentFailure: The file cannot be read, or was truncated.
         """
         done = 0
         while done < len(buffer):
@@ -162,8 +162,8 @@ class _Job:
         self._stopped = False
 
     def take(self) -> tuple[int, Piece, Outputs] | None:
-        """The next piece with buffers for it; None when there is none, or the run is stopped."""
-        # Buffers first: whoever holds the lowest unfinished number can then always go on.
+        """The next piece with buffers for it; None if there is none, or the run was stopped."""
+        # Buffers first: the worker with the lowest unfinished number can then always proceed.
         outputs = self._free.get()
         if outputs is None:
             return None
@@ -182,7 +182,7 @@ class _Job:
             self.handled += nbytes
 
     def stop(self, workers: int) -> None:
-        """Let no worker take another piece."""
+        """Stop handing out pieces."""
         self._stopped = True
         for _ in range(workers):
             self._free.put(None)
@@ -195,9 +195,9 @@ class Combiner:
         sources: The open files of the plan's sources.
         settings: Those the plan was made with; one α per output.
         device: Where the arithmetic runs.
-        workers: Threads; each has pieces of its own.
-        exact_norms: Whether the norms are what is wanted: all of them exact, and ‖θ_dpo‖² too. Otherwise they are a
-            check that costs little, `norms.sampled_norms`.
+        workers: The number of threads; each processes its own pieces.
+        exact_norms: Whether to compute all norms exactly, including ‖θ_dpo‖². Otherwise they are a cheap check,
+            `norms.sampled_norms`.
     """
 
     def __init__(
@@ -229,13 +229,13 @@ class Combiner:
         sinks: Sequence[Sink],
         on_bytes: Callable[[int], object] | None = None,
     ) -> list[tuple[Segment, Norms]]:
-        """Combine segments and hand the outputs' bytes to the sinks.
+        """Combine segments and pass the outputs' bytes to the sinks.
 
         Args:
-            segments: Each with the offset of its first output byte; the offsets rise.
+            segments: Each with the offset of its first output byte, in ascending order.
             sinks: One per α.
-            on_bytes: Called now and then, from this thread, with the output bytes that are new (without sinks those
-                that one would have got).
+            on_bytes: Called from time to time, from this thread, with the number of new output bytes (without sinks,
+                those that one sink would have received).
 
         Returns:
             The norms of each extrapolated piece, in order.
@@ -262,7 +262,7 @@ class Combiner:
         finally:
             job.stop(self._workers)
             pool.shutdown(wait=True, cancel_futures=True)
-            set_num_threads(threads)  # a worker's setting reaches the whole process in part
+            set_num_threads(threads)  # a worker's setting partly affects the whole process
         return [(segment, norms) for _, segment, norms in sorted(job.norms, key=lambda entry: entry[0])]
 
     def _work(self, job: _Job, lane: Lane) -> None:
@@ -296,7 +296,7 @@ class Combiner:
         return norms
 
     def _merge(self, piece: Piece, pair: LowRank, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> Norms:
-        """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter stores another one for it."""
+        """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter replaces it."""
         segment, sft = piece.segment, dpo
         if segment.sft not in (None, segment.dpo):
             sft = lane.load(self._read(piece, segment.sft, lane.sft), 1)
@@ -370,7 +370,7 @@ def _require_equal(segment: Segment, sft: Tensor, dpo: Tensor) -> None:
 
 
 def total_norms(norms: Iterable[Norms]) -> Norms:
-    """The sum, the same whatever the order."""
+    """The sum, independent of the order."""
     pieces = list(norms)
     delta, sft, dpo = (math.fsum(piece[which] for piece in pieces) for which in range(3))
     return Norms(delta, sft, dpo, sampled=any(piece.sampled for piece in pieces))

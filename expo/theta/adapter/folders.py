@@ -1,4 +1,4 @@
-"""Folders of adapters among a command's inputs: what is one, where none may be, and which files go along with it."""
+"""Adapter folders among a command's inputs: where they are allowed, and which files accompany them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from expo.errors import InputError
 from expo.settings import is_hub_id
 
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-"""Without one of these a tokenizer cannot be made."""
+"""A tokenizer needs one of these."""
 TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 TOKENIZERS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *(*VOCABULARIES, *TEMPLATES),
 )
-"""What training changes beside the weights, so that the adapter's are the right ones."""
+"""What training changes besides the weights, so that the adapter's files take precedence."""
 
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ def require_base(sft: Location, dpo: Location) -> None:
 
 
 def output_side_files(sft: Path, dpo: Path) -> dict[str, Path]:
-    """The files that go along with θ(α).
+    """The files that accompany θ(α).
 
-    They are DPO's. Where DPO is an adapter they are SFT's, but tokenizer and chat template are the adapter's as far as
-    its folder has them. A tokenizer is taken whole: where the adapter's folder has a vocabulary, none of SFT's
-    tokenizer files or chat templates goes along, since it would be mixed with, or go before, what DPO was trained with.
+    They are DPO's. If DPO is an adapter they are SFT's, except for the tokenizer and chat template files that the
+    adapter's folder has. A tokenizer is taken as a whole: if the adapter's folder has a vocabulary, none of SFT's
+    tokenizer files or chat templates is used, as they would mix with, or override, what DPO was trained with.
 
     Args:
         sft: SFT's folder.

@@ -1,6 +1,6 @@
-"""What adapter_config.json says: ranks and scalings by module, as PEFT reads them; all but plain LoRA is refused.
+"""The content of adapter_config.json: ranks and scalings by module, as PEFT reads them; only plain LoRA is accepted.
 
-To admit another initialisation that leaves the base as it is, add it to `PLAIN_INITS`; another setting that a merge
+To accept another initialisation that does not change the base, add it to `PLAIN_INITS`; another setting that a merge
 can ignore, to `NEUTRAL_SETTINGS`.
 """
 
@@ -34,11 +34,11 @@ REFUSED_SETTINGS = {
     "use_qalora": "QA-LoRA",
     "velora_config": "VeLoRA",
 }
-"""Settings with which an adapter is more than scaling·B·A, or something else."""
+"""Settings that make an adapter something other than scaling·B·A."""
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""Initialisations, besides true and false, that leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoRA-GA and
-LoftQ take a part out of them: what such an adapter belongs on is not the SFT checkpoint."""
+"""Initialisations, besides true and false, that do not change the base's weights. PiSSA, OLoRA, CorDA, LoRA-GA and
+LoftQ subtract a part of them: such an adapter does not belong on the SFT checkpoint."""
 
 NEUTRAL_SETTINGS = frozenset(
     (
@@ -50,7 +50,7 @@ NEUTRAL_SETTINGS = frozenset(
         *("task_type", "use_rslora"),
     )
 )
-"""Settings that are used here, or that say how an adapter was made and not what it is."""
+"""Settings that are used here, or that describe how an adapter was trained and not what it is."""
 
 MERGE_FIRST = "merge it into its base with peft's merge_and_unload and give the merged checkpoint as --dpo"
 
@@ -59,13 +59,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What an adapter's config says of its weights."""
+    """What an adapter's config says about its weights."""
 
     rank: int
     alpha: float
     """PEFT's lora_alpha; not ExPO's α."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Regular expressions of module names with a rank of their own."""
+    """Regular expressions of module names with their own rank."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
     """The scaling is alpha/√rank instead of alpha/rank."""
@@ -94,7 +94,7 @@ def read_settings(file: Path) -> Settings:
     """Read and check adapter_config.json.
 
     Raises:
-        InputError: It is damaged, or of another kind of adapter than a plain LoRA.
+        InputError: It is damaged, or not the config of a plain LoRA.
     """
     config = read_json(file)
     _require_plain(file, config)
@@ -121,8 +121,8 @@ def _require_plain(file: Path, config: dict[str, Any]) -> None:
         raise InputError(f"the adapter {adapter} is not a plain LoRA: it uses {' and '.join(used)}; {MERGE_FIRST}")
     if not isinstance(init, bool) and init not in PLAIN_INITS:
         raise InputError(
-            f"the adapter {adapter} was made with init_lora_weights {init!r}, which is not known to leave the base's "
-            f"weights as they are; {MERGE_FIRST}"
+            f"the adapter {adapter} was made with init_lora_weights {init!r}, which may have changed the base's "
+            f"weights; {MERGE_FIRST}"
         )
 
 

@@ -1,7 +1,7 @@
-"""Fit an adapter's tensors to its base: what is added to which tensor, and which tensors are replaced.
+"""Match an adapter's tensors to its base: what is added to which tensor, and which tensors are replaced.
 
 A pair of factors A, B of a module adds ΔW = scaling·B·A to the base's `<module>.weight`. A tensor that the adapter
-stores whole (`modules_to_save`, trained biases, embeddings that were saved along) takes the place of the base's.
+stores whole (`modules_to_save`, trained biases, embeddings that were saved with it) replaces the base's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from expo.theta.adapter.settings import MERGE_FIRST, Settings, read_settings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own names."""
+"""PEFT's prefix to the base model's own names."""
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])(?:\.[^.]+)?\.weight|lora_embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
-"""The adapter's own name (`.default`) stands there where weights were saved without PEFT's `save_pretrained`."""
+"""Includes the adapter's own name (`.default`), as in weights saved without PEFT's `save_pretrained`."""
 _WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
-"""Stands in a whole tensor's name where its module was wrapped while it was trained."""
+"""Part of a whole tensor's name if its module was wrapped in training."""
 
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose `CONV1D` modules store weights as [in, out], and all others as [out, in]."""
@@ -44,7 +44,7 @@ class LowRank:
     right: TensorInfo
     """R, or Rᵀ [columns, rank]."""
     transposed: bool
-    """Whether Lᵀ and Rᵀ are what is stored: B·A is [out, in] where the base stores [in, out], as embeddings do."""
+    """Whether Lᵀ and Rᵀ are stored: B·A is [out, in] but the base stores [in, out], as for embeddings."""
     scale: float
 
     @property
@@ -62,16 +62,16 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's plan over its base; a tensor that neither mapping names stays the base's."""
+    """An adapter matched to its base; a tensor in neither mapping stays the base's."""
 
     path: Path
     settings: Settings
     low_rank: dict[str, LowRank]
-    """The base's tensor name → what is added to it, or to the tensor in `saved` where there is one as well."""
+    """The base's tensor name → what is added to it, or to the tensor in `saved` if there is one too."""
     saved: dict[str, TensorInfo]
-    """The base's tensor name → the tensor that takes its place."""
+    """The base's tensor name → the tensor that replaces it."""
     shards: tuple[Shard, ...]
-    """The one file that holds it all."""
+    """The adapter's one file."""
 
     def describe(self) -> dict[str, object]:
         """The adapter in figures."""
@@ -84,14 +84,14 @@ class Adapter:
 
 
 def read_adapter(path: Path, base: Checkpoint) -> Adapter:
-    """Read an adapter's config and header and fit them to its base.
+    """Read an adapter's config and header and match them to its base.
 
     Args:
         path: The adapter's folder.
         base: The checkpoint it was trained on, θ_sft.
 
     Raises:
-        InputError: It is no plain LoRA, or does not fit the base; the message lists every kind of mismatch.
+        InputError: It is not a plain LoRA, or does not match the base; the message lists every kind of mismatch.
     """
     _require_safetensors(path)
     settings = read_settings(path / ADAPTER_CONFIG)
@@ -132,7 +132,7 @@ def _sort(shard: Shard) -> tuple[_Factors, dict[str, TensorInfo]]:
             raise InputError(f"{file}: {tensor.name} is not a tensor of a plain LoRA; {MERGE_FIRST}")
         if factor is not None:
             _add_factor(file, factors, factor, tensor)
-        elif ".original_module." not in name:  # the untrained copy, where embeddings were saved along
+        elif ".original_module." not in name:  # the untrained copy, if embeddings were saved too
             target = _WRAPPER.sub("", name)
             (plain if target == name else wrapped)[target] = tensor
     _require_pairs(file, factors)
@@ -169,7 +169,7 @@ def _low_rank(module: str, pair: dict[str, TensorInfo], settings: Settings, base
 
 
 def _is_in_out(module: str, settings: Settings, base: Checkpoint) -> bool:
-    # PEFT writes into fan_in_fan_out what holds for the last module it wrapped, which may be GPT-2's head.
+    # PEFT's fan_in_fan_out is that of the last module it wrapped, which may be GPT-2's head.
     if base.config.get("model_type") in CONV1D_MODELS:
         return module.split(".")[-1] in CONV1D
     return settings.fan_in_fan_out
@@ -181,16 +181,16 @@ def _is_in_out(module: str, settings: Settings, base: Checkpoint) -> bool:
 def _settle_tied(
     path: Path, base: Checkpoint, settings: Settings, factors: _Factors, saved: dict[str, TensorInfo]
 ) -> None:
-    """Leave out a tied head's copy of what its embedding gets; refuse a change of one of two tied tensors.
+    """Drop a tied head's copy of its embedding's change; refuse a change to only one of two tied tensors.
 
-    Merged, such a change would reach the other one too, and the adapter was trained without that.
+    Once merged, such a change would affect the other too, which the adapter was not trained for.
     """
     for head, embedding in tied_heads(base):
         changed = [name for name in (head, embedding) if name in saved or name.removesuffix(".weight") in factors]
         if changed and (not settings.tied or (len(changed) == 1 and head in base.tensors)):
             raise InputError(
                 f"the adapter {path.name} changes {changed[0]}, but {base.path.name} ties {head} to {embedding}: "
-                "merged, the change would reach both; train it with ensure_weight_tying, or on a base that ties nothing"
+                "merged, the change would reach both; train it with ensure_weight_tying, or on an untied base"
             )
         if embedding in changed and head not in base.tensors:
             saved.pop(head, None)
@@ -198,7 +198,7 @@ def _settle_tied(
 
 
 def tied_heads(base: Checkpoint) -> list[tuple[str, str]]:
-    """A checkpoint's tied heads, each with its embedding; where the config is silent, the heads it does not store."""
+    """A checkpoint's tied heads, each with its embedding; if the config does not say, the heads it does not store."""
     ties = ties_head(base.config)
     return [
         (head, embedding)

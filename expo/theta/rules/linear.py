@@ -1,4 +1,4 @@
-"""The paper's rule: a step from θ_dpo in the direction in which it differs from θ_sft."""
+"""The paper's rule: a step from θ_dpo in the direction away from θ_sft."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def combine(sft: Tensor, dpo: Tensor, alpha: float, out: Tensor, scratch: Scratc
         dpo: d, same shape.
         alpha: α.
         out: Where θ goes; same shape, any floating-point dtype.
-        scratch: Work space for sides of different types; without it they are widened whole.
+        scratch: Scratch space for sides of different types; without it they are widened whole.
 
     Returns:
         `out`.
@@ -44,10 +44,10 @@ def from_delta(sft: Tensor, delta: Tensor, alpha: float, out: Tensor, scratch: S
 
     Args:
         sft: s, one axis, any floating-point dtype.
-        delta: Δ = θ_dpo − θ_sft, same shape, float32 (float64 where s is).
+        delta: Δ = θ_dpo − θ_sft, same shape, float32 (float64 if s is).
         alpha: α. At 0 the result is θ_dpo, computed; at −1 s is copied, not computed.
         out: Where θ goes; same shape, any floating-point dtype.
-        scratch: Work space on the same device.
+        scratch: Scratch space on the same device.
 
     Returns:
         `out`.
