@@ -205,7 +205,7 @@ REFUSED = {
         nothing,
         ("--push-to-hub", "you/model"),
         WRITER,
-        "the hub token is me's, who may not write to you/model; choose me/…",
+        "the hub token belongs to me, who may not write to you/model; choose me/…",
     ),
     "other weights": (
         weights_of_others,

@@ -294,7 +294,7 @@ def test_weights_are_compared_by_their_checksums_where_those_are_given(
     weights = {"sft": {"a": "1"}, "dpo": {"a": "2"}}
     assert is_complete(tmp_path, ONE, overwrite=False, weights=weights)
     assert [message.partition(": ")[2] for message in caplog.messages] == [
-        f"of {side} only sizes and times are compared" for side in weights
+        f"only sizes and times of {side} are compared" for side in weights
     ]
     manifest["sources"] = {side: {"xxh3": files} for side, files in weights.items()}
     (tmp_path / "expo.json").write_text(json.dumps(manifest))
