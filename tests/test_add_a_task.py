@@ -82,7 +82,9 @@ def test_it_goes_on_and_in_parts_as_any_other(llama_pair, tmp_path):
 
 
 def test_a_format_with_room_for_one_answer_refuses_several(llama_pair, tmp_path):
-    with pytest.raises(InputError, match="--n above 1 is not for quiz: one answer per row"):
+    with pytest.raises(
+        InputError, match="--n above 1 is not supported for quiz: its format holds one answer per prompt"
+    ):
         run(llama_pair[1], tmp_path, n=2)
 
 

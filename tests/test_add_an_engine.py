@@ -86,11 +86,11 @@ def task(tmp_path) -> Path:
     return file
 
 
-def settings(model: Path, task: Path, **others) -> GenerateConfig:
+def settings(folder_of_model: Path, task: Path, **others) -> GenerateConfig:
     folder = others.pop("folder", task.parent)
     fixed = {
         "task": str(task),
-        "model": str(model),
+        "model": str(folder_of_model),
         "engine": "dice",
         "max_tokens": 8,
         "name": "m",

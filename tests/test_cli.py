@@ -108,7 +108,7 @@ def test_usage_errors_are_one_line(run: Callable[..., Result], args: list[str]) 
 def test_a_refused_value_is_named(run: Callable[..., Result], args: tuple[str, ...], value: str) -> None:
     result = run("extrapolate", "--sft", "s", "--dpo", "d", *args)
     assert result.code == 2
-    assert result.stderr.endswith(f"; it is {value} (see `expo extrapolate --help`)\n")
+    assert result.stderr.endswith(f"; got {value} (see `expo extrapolate --help`)\n")
 
 
 SHARED = "--config --debug --dry-run --json --overwrite --recipe"

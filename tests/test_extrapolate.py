@@ -724,5 +724,5 @@ def test_tensors_that_only_sft_has_are_named_before_they_are_dropped(
         sft=str(sides[0]), dpo=str(sides[1]), alpha=(0.3,), output=str(tmp_path / "out"), missing="copy-dpo"
     )
     extrapolate.run(settings)
-    assert "1 tensors are in s only and dropped (extra …)" in caplog.text
+    assert "1 tensors are only in s and dropped (extra …)" in caplog.text
     assert set(read_checkpoint_tensors(tmp_path / "out")) == {"w"}

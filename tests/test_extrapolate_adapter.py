@@ -568,7 +568,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda root: [shutil.rmtree(root / "sft"), shutil.copytree(root / "lora", root / "sft")],
         "merge it into that model with peft's merge_and_unload",
     ),
-    "DoRA": (lambda root: reconfigure(root / "lora", use_dora=True), "no plain LoRA: it uses DoRA"),
+    "DoRA": (lambda root: reconfigure(root / "lora", use_dora=True), "not a plain LoRA: it uses DoRA"),
     "IA3": (lambda root: reconfigure(root / "lora", peft_type="IA3"), "is of type IA3, not LORA"),
     "PiSSA": (lambda root: reconfigure(root / "lora", init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
     "another base": (

@@ -249,7 +249,7 @@ def test_interrupted_runs_end_as_uninterrupted_ones(llama_pair, prompt_file, tmp
 
 def test_a_file_as_the_output_folder_is_refused(llama_pair, prompt_file, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be a folder: choose another --output-dir"):
+    with pytest.raises(InputError, match=r"cannot create the folder .*: choose another --output-dir"):
         verb.run(settings(llama_pair[1], prompt_file, tmp_path / "file"))
 
 
@@ -435,8 +435,8 @@ def test_values_out_of_range_name_their_flag(value, flag):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"task": "alpaca", "n": 2}, "--n above 1 is not for alpaca: one answer per row"),
-        ({"task": "mtbench", "n": 2}, "--n above 1 is not for mtbench"),
+        ({"task": "alpaca", "n": 2}, "--n above 1 is not supported for alpaca: its format holds one answer per prompt"),
+        ({"task": "mtbench", "n": 2}, "--n above 1 is not supported for mtbench"),
         ({"engine": "magic"}, "--engine must be one of auto, vllm, transformers, openai, not 'magic'"),
     ],
 )
@@ -528,7 +528,7 @@ def test_a_temperature_near_0_is_vllms_lowest(llama_pair, prompt_file, tmp_path)
 
 def test_a_reward_model_cannot_generate(trained, prompt_file, tmp_path):
     with pytest.raises(
-        InputError, match="tiny-rm is a LlamaForSequenceClassification: a reward model, which cannot generate"
+        InputError, match="tiny-rm is a LlamaForSequenceClassification, a reward model, which cannot generate"
     ):
         verb.run(settings(trained / "tiny-rm", prompt_file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -339,7 +339,7 @@ REFUSED = [
     ({"device": "cpu"}, "--device is for"),
     ({"tensor_parallel": 2}, "--tensor-parallel is for"),
     ({"trust_remote_code": True}, "--trust-remote-code is for"),
-    ({"model": "../"}, "gives the output no name; pass --name"),
+    ({"model": "../"}, "no output name can be derived from --model '../'; pass --name"),
     ({"concurrency": 0}, "--concurrency must be positive"),
     *(
         ({"base_url": url}, "--base-url must be a URL such as http://localhost:8000/v1, not ")

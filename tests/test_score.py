@@ -161,7 +161,7 @@ def test_complete_is_left_alone_more_rows_extend_and_other_outputs_are_refused(
     assert verb.run(settings(reward_model, tmp_path)).n == 14
     assert numbers(first.rewards) == pytest.approx(rewards_alone(reward_model, ROWS), abs=2e-6)
     write_outputs(tmp_path, [("w1", "w2"), *ROWS[1:]])
-    with pytest.raises(InputError, match="made from other rows; --overwrite replaces it"):
+    with pytest.raises(InputError, match="made from different rows; --overwrite replaces it"):
         verb.run(settings(reward_model, tmp_path))
     assert verb.run(settings(reward_model, tmp_path, overwrite=True)).status == "written"
     with pytest.raises(InputError, match="another max-length"):
@@ -172,9 +172,9 @@ def test_fewer_or_other_outputs_than_were_scored_are_told_apart(reward_model, ou
     verb.run(settings(reward_model, tmp_path))
     assert verb.run(settings(reward_model, tmp_path, limit=3)).status == "already complete"
     write_outputs(tmp_path, ROWS[1:])
-    with pytest.raises(InputError, match="made from other rows; --overwrite replaces it"):
+    with pytest.raises(InputError, match="made from different rows; --overwrite replaces it"):
         verb.run(settings(reward_model, tmp_path))
-    with pytest.raises(InputError, match="made from other rows; --overwrite replaces it"):
+    with pytest.raises(InputError, match="made from different rows; --overwrite replaces it"):
         verb.run(settings(reward_model, tmp_path, limit=3))
     again = verb.run(settings(reward_model, tmp_path, overwrite=True))
     assert numbers(again.rewards) == pytest.approx(rewards_alone(reward_model, ROWS[1:]), abs=2e-6)

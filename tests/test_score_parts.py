@@ -79,7 +79,7 @@ def test_what_is_missing_or_of_other_outputs_is_refused(reward_model, outputs, t
         verb.run(settings(reward_model, tmp_path, part="0/2", max_length=7))
     write_outputs(tmp_path, [("w1", f"w{number}") for number in range(14)])
     verb.run(settings(reward_model, tmp_path, part="1/2"))
-    with pytest.raises(InputError, match=r"0-of-2\.jsonl was made from other"):
+    with pytest.raises(InputError, match=r"0-of-2\.jsonl was made from different prompts"):
         verb.run(settings(reward_model, tmp_path, join=2))
 
 
@@ -104,21 +104,18 @@ def test_a_stopped_part_and_a_begun_whole_are_taken_up(reward_model, outputs, wh
 
 
 @pytest.mark.slow
-def test_two_processes_score_what_one_does(reward_model, outputs, whole, tmp_path, run_expo):  # noqa: F811
-    words = ["score", "q.jsonl", "--name", "m", "--reward-model", reward_model, "--output-dir", tmp_path]
-    words += ["--dtype", "float32", "--device", "cpu", "--batch-tokens", 60, "--data-parallel", 2, "--json"]
-    done = run_expo(*words)
-    assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["n"] == 14
+def test_two_processes_score_what_one_does(reward_model, outputs, whole, tmp_path):  # noqa: F811
+    done = verb.run(settings(reward_model, tmp_path, data_parallel=2))
+    assert (done.status, done.n) == ("written", 14)
     same_files(tmp_path / "rewards_q", whole)
-    assert json.loads(run_expo(*words).stdout)["status"] == "already complete"
+    assert verb.run(settings(reward_model, tmp_path, data_parallel=2)).status == "already complete"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_worker_that_stays_does_one_job_after_another_in_one_process(reward_model, outputs, whole, tmp_path, stays):  # noqa: F811
     """One that does not is started again for each; both by the same protocol."""
-    jobs = [verb.plan(settings(reward_model, tmp_path, part=f"{index}/3")) for index in range(3)]
+    jobs = [verb.plan(settings(reward_model, tmp_path, part=f"{index}/2")) for index in range(2)]
     pids: list[int] = []
 
     class Noted(Worker):
@@ -129,7 +126,7 @@ def test_a_worker_that_stays_does_one_job_after_another_in_one_process(reward_mo
     with Crew([Noted(jobs[0], {}, stays=stays)], [(job, 0) for job in jobs[1:]]) as crew:
         crew.watch("score", 14, 0)
         assert [worker.exit_code() for worker in crew._workers] == [None if stays else 0]
-    assert len(pids) == 3
-    assert len(set(pids)) == (1 if stays else 3)
-    assert [len(read_part(job).rows) for job in jobs] == [5, 5, 4]
-    same_files(verb.run(settings(reward_model, tmp_path, join=3)).rewards.parent, whole)
+    assert len(pids) == 2
+    assert len(set(pids)) == (1 if stays else 2)
+    assert [len(read_part(job).rows) for job in jobs] == [7, 7]
+    same_files(verb.run(settings(reward_model, tmp_path, join=2)).rewards.parent, whole)
