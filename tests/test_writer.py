@@ -300,7 +300,7 @@ def test_weights_are_compared_by_their_checksums_where_those_are_given(
     (tmp_path / "expo.json").write_text(json.dumps(manifest))
     assert is_complete(tmp_path, ONE, overwrite=False, weights=weights)
     other = {**weights, "dpo": {"a": "3"}}
-    with pytest.raises(InputError, match=r"different weights of dpo \(a has another checksum\); --overwrite makes"):
+    with pytest.raises(InputError, match=r"different weights of dpo \(a has another checksum\); --overwrite rebuilds"):
         is_complete(tmp_path, ONE, overwrite=False, weights=other)
     assert not is_complete(tmp_path, ONE, overwrite=True, weights=other)
     for odd in ([], {"sft": None, "dpo": {"xxh3": ["a"]}}):
