@@ -328,6 +328,14 @@ def _fail(error: Exception, message: str, code: int) -> int:
     return code
 
 
+def _run(arguments: Sequence[str] | None) -> int:
+    if VARIABLE in os.environ:
+        end_with_parent()
+    code = int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
+    sys.stdout.flush()
+    return code
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
@@ -335,9 +343,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `expo`; None takes the process's own.
     """
     try:
-        code = int(app(arguments, prog_name="expo", standalone_mode=False) or 0)
-        sys.stdout.flush()
-        return code
+        return _run(arguments)
     except ExpoError as error:
         return _fail(error, str(error), error.exit_code)
     except typer.TyperException as error:
@@ -379,8 +385,6 @@ def main() -> None:
     log.propagate = False
     signal.signal(signal.SIGTERM, _on_terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-    if VARIABLE in os.environ:
-        end_with_parent()
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; rerun the same command to continue")
