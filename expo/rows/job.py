@@ -157,13 +157,13 @@ class RowJob(ABC):
     def tokens(self, row: Row) -> int:
         """The tokens of a row that count towards tokens per second."""
 
+    @abstractmethod
     def worker_environments(self, count: int) -> list[dict[str, str]]:
         """The environment of each of several processes that share the job: its GPUs, or its share of CPU threads.
 
         Raises:
             InputError: There are too few GPUs, or the engine does not run here.
         """
-        raise NotImplementedError
 
     # --- writing them
 
