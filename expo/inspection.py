@@ -7,6 +7,7 @@ The plan lists from headers which tensors can be compared (`plan`); one pass ove
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,10 +21,11 @@ from expo.checkpoint.folder import Location, is_adapter, refuse_inside, source_f
 from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.places import places
+from expo.checkpoint.tokens import compare_tokens
 from expo.config import InspectConfig
 from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure, InputError
-from expo.files import Row, json_line, open_file, write_atomic
+from expo.files import Row, json_line, open_file, shown, write_atomic
 from expo.output.findings import Figures, Inspection, Measured, mismatches
 from expo.output.plots import change_map
 from expo.progress import Progress, bytes_bar
@@ -34,6 +36,8 @@ from expo.theta.plan import Overlap, PairSettings, Segment
 
 if TYPE_CHECKING:
     from expo.theta.stream import SourceFiles  # imports torch, which planning does without
+
+log = logging.getLogger(__name__)
 
 COMPARED_BYTES = 1 << 20
 """How much of an integer tensor is compared at a time."""
@@ -119,9 +123,20 @@ def _measure(job: InspectPlan) -> Inspection:
         unequal = tuple(segment.dpo.name for segment in both.exact if not _is_equal(segment, sources))
         untied = tuple(segment.dpo.name for segment in both.heads if not _is_equal(segment, sources))
     _require_unchanged(job)
-    where = places(segment.dpo.name for segment in both.segments)
-    measured = tuple(Measured(segment, where[segment.dpo.name], figures[segment.dpo.name]) for segment in both.segments)
-    return Inspection(job.sft.label, job.dpo.label, both, measured, unequal, untied)
+    tensors = {segment.dpo.name: segment for segment in both.segments}  # a fused tensor has several
+    where = places(tensors)
+    measured = tuple(Measured(segment, where[name], figures[name]) for name, segment in tensors.items())
+    return Inspection(job.sft.label, job.dpo.label, both, measured, unequal, untied, _moved_tokens(job))
+
+
+def _moved_tokens(job: InspectPlan) -> tuple[str, ...]:
+    try:
+        difference = compare_tokens(job.sft.path, job.dpo.path)
+    except InputError as error:
+        log.warning("%s; the token ids of SFT and DPO were not compared", error)
+        return ()
+    moved = sorted(difference.moved.items(), key=lambda item: item[1]) if difference else []
+    return tuple(f"{shown(token)} {ours} ≠ {theirs}" for token, (ours, theirs) in moved)
 
 
 def _figures(job: InspectPlan, sources: SourceFiles, progress: Progress) -> dict[str, Figures]:

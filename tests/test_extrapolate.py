@@ -161,6 +161,7 @@ def test_a_head_that_is_not_its_embedding_is_refused_before_anything_is_written(
     sft, dpo = random_pair({"model.embed_tokens.weight": (30, 70)})
     dpo["lm_head.weight"] = dpo["model.embed_tokens.weight"] + 1
     pair = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo)
+    (pair[1] / "config.json").write_text('{"tie_word_embeddings": true}')
     with pytest.raises(InputError, match=r"the head lm_head\.weight is stored on one side only"):
         write(pair, tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()

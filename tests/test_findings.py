@@ -134,7 +134,8 @@ def test_the_data_has_everything() -> None:
     data = found(MODEL, both, unequal=("ids",)).describe()
     assert data.keys() == {
         "sft", "dpo", "suits", "verdict", "total", "modules", "layers", "cells", "tensors", "only_in_sft",
-        "only_in_dpo", "shapes", "dtypes", "integers", "tied_heads", "nonfinite", "vocabulary", "picture",
+        "only_in_dpo", "shapes", "dtypes", "integers", "tied_heads", "nonfinite", "moved_tokens",
+        "vocabulary", "picture",
     }  # fmt: skip
     assert data["total"].keys() == FIGURES
     assert [module.keys() - FIGURES for module in data["modules"]] == [

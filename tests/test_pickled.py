@@ -554,8 +554,6 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name that is no text": (of({7: W}), "has a int as a tensor name"),
     "a name with half a character": (of({"\ud800": W}), r"has '\ud800' as a tensor name"),
     "a reserved name": (of({"__metadata__": W}), "has '__metadata__' as a tensor name"),
-    "a wrapper's prefix": (of({"module.w": W, "module.v": W}), "every name begins with 'module.'"),
-    "a compiled model's prefix": (of({"_orig_mod.w": W}), "every name begins with '_orig_mod.'"),
     "a transposed view": (of({"w": W.t()}), "'w' of shape [4, 3] is a view with strides [1, 4]; load the model with"),
     "every second column": (of({"w": W[:, ::2]}), "'w' of shape [3, 2] is a view with strides [4, 2]"),
     "an expanded value": (of({"w": torch.zeros(1).expand(4)}), "'w' of shape [4] is a view with strides [0]"),

@@ -226,7 +226,8 @@ def test_a_type_that_torch_does_not_have_is_refused_before_anything_is_read(tmp_
     from helpers import entry, raw_safetensors
 
     for side in ("sft", "dpo"):
-        raw_safetensors(tmp_path / side / "model.safetensors", {"a": entry("F4", [4], 0, 2)}, b"\1\2")
+        header = {"a": entry("F4", [4], 0, 2), "b": entry("BF16", [1], 2, 4)}
+        raw_safetensors(tmp_path / side / "model.safetensors", header, b"\1\2\0\0")
         (tmp_path / side / "config.json").write_text("{}")
     with pytest.raises(InputError, match="a has type F4, which torch does not support"):
         theta_of((tmp_path / "sft", tmp_path / "dpo"), exclude=("a",))

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import random_pair, read_checkpoint_tensors, run_expo, write, write_checkpoint
 
 from expo.checkpoint import tokens
 from expo.checkpoint.tokens import TokenDifference, compare_tokens, require_same_tokens, token_numbers
@@ -36,7 +38,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 def model(folder: Path, files: dict[str, object]) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return folder
@@ -66,7 +68,7 @@ def test_tokens_that_moved_came_and_went(tmp_path: Path) -> None:
 def test_a_number_that_both_have_is_one_tokens(tmp_path: Path) -> None:
     sft = model(tmp_path / "sft", tokenizer({"a": 0, "b": 1, "old": 2}))
     dpo = model(tmp_path / "dpo", tokenizer({"a": 0, "b": 1, "new": 2, "newer": 3}))
-    with pytest.raises(InputError, match=r"id 2 is the token 'old' in sft and 'new' in dpo, .*; --exclude the emb"):
+    with pytest.raises(InputError, match=r"id 2 is the token 'old' in sft and 'new' in dpo, .* or --exclude the emb"):
         require_same_tokens(sft, dpo, common=3)
     require_same_tokens(sft, dpo, common=2)
 
@@ -144,3 +146,53 @@ def test_a_broken_tokenizer_is_a_warning(
         require_same_tokens(*((broken, good) if side == "sft" else (good, broken)))
     assert caplog.messages[0].startswith(f"{broken}/tokenizer.json ")
     assert caplog.messages[0].endswith("; the token ids of SFT and DPO were not compared")
+
+
+# --- where no row of a token is extrapolated ----------------------------------------------------------------------
+
+
+NAMED = {"model.embed_tokens.weight": (5, 4), "lm_head.weight": (5, 4), "model.norm.weight": (4,)}
+UNNAMED = {"a": (5, 4), "b": (4,)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "exclude", "refused"),
+    [
+        (NAMED, (), True),
+        (NAMED, ("embed_tokens",), True),
+        (NAMED, ("lm_head",), True),
+        (NAMED, ("embed_tokens|lm_head",), False),
+        (NAMED, ("embed_tokens", "lm_head"), False),
+        (UNNAMED, ("a",), True),
+    ],
+)
+def test_moved_tokens_matter_where_their_rows_are_extrapolated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shapes: dict, exclude: tuple[str, ...], refused: bool
+) -> None:
+    sft, dpo = random_pair(shapes)
+    sides = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo)
+    model(sides[0], tokenizer({"a": 0, "b": 1, "<pad>": 2}))
+    model(sides[1], tokenizer({"a": 0, "<pad>": 1, "b": 2}))
+    if refused:
+        with pytest.raises(InputError, match=r"token '.*' has id .* or --exclude the embedding and the head"):
+            write(sides, tmp_path / "out", 0.5, exclude=exclude)
+        return
+    write(sides, tmp_path / "out", 0.5, exclude=exclude)
+    assert "more tokens differ); the embedding and the head are DPO's" in caplog.text
+    made, theirs = read_checkpoint_tensors(tmp_path / "out"), read_checkpoint_tensors(sides[1])
+    assert all(torch.equal(made[name], theirs[name]) for name in list(NAMED)[:2])
+
+
+def test_inspect_reports_moved_tokens(tmp_path: Path) -> None:
+    sides = [
+        write_checkpoint(tmp_path / name, tensors)
+        for name, tensors in zip(("sft", "dpo"), random_pair(NAMED), strict=True)
+    ]
+    model(sides[0], tokenizer({"a": 0, "b": 1, "<pad>": 2}))
+    model(sides[1], tokenizer({"a": 0, "<pad>": 1, "b": 2}))
+    command = ("inspect", "--sft", sides[0], "--dpo", sides[1])
+    found = json.loads(run_expo(*command, "--json").stdout)
+    assert (found["suits"], found["moved_tokens"]) == ("mismatched", ["'b' 1 ≠ 2", "'<pad>' 2 ≠ 1"])
+    text = run_expo(*command).stdout
+    assert "tokens with different ids (2): 'b' 1 ≠ 2, '<pad>' 2 ≠ 1" in text
+    assert "2 tokens do not match, and `expo extrapolate` refuses the pair as it is" in text

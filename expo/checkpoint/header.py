@@ -46,9 +46,12 @@ class TensorInfo:
 
     def rows(self, first: int, last: int) -> TensorInfo:
         """The rows from `first` up to `last`, which are consecutive bytes too."""
-        row_bytes = self.nbytes // self.shape[0] if self.shape[0] else 0
-        shape, start = (last - first, *self.shape[1:]), self.start + first * row_bytes
-        return replace(self, shape=shape, start=start, nbytes=(last - first) * row_bytes)
+        return self.part(first * math.prod(self.shape[1:]), (last - first, *self.shape[1:]))
+
+    def part(self, first: int, shape: tuple[int, ...]) -> TensorInfo:
+        """Consecutive elements, from `first` on, in another shape."""
+        element = self.nbytes // self.numel if self.numel else 0
+        return replace(self, shape=shape, start=self.start + first * element, nbytes=math.prod(shape) * element)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,6 @@ METADATA = {"format": "pt"}
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Suffixes of the names of output heads."""
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-"""Prefixes that training wrappers add to every name."""
-
 CONVERT = "load the model with transformers and write it with `save_pretrained`"
 """What to do with weights that are valid but in an unsupported layout."""
 
@@ -170,7 +167,6 @@ def read_pickled_shard(file: Path) -> Shard:
         raise InputError(f"{file} contains a {type(state).__name__}, not a model's state dict; {CONVERT}")
     # dict's own method: the pickle may have shadowed that of its OrderedDict
     tensors = [_tensor(file, name, value, outline.records) for name, value in dict.items(state)]
-    _refuse_wrapped(file, tensors)
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     return Shard(file, b"", METADATA, tuple(tensors), file.stat().st_size)
 
@@ -312,12 +308,3 @@ def _record(tensor: Tensor, records: dict[int, _Record]) -> _Record | None:
     """The record of a tensor: torch records in a storage loaded to the meta device where its bytes are."""
     offset = tensor.untyped_storage()._checkpoint_offset
     return records.get(offset) if isinstance(offset, int) else None
-
-
-def _refuse_wrapped(file: Path, tensors: list[TensorInfo]) -> None:
-    for wrapper in WRAPPERS:
-        if tensors and all(tensor.name.startswith(wrapper) for tensor in tensors):
-            raise InputError(
-                f"{file}: every name begins with {wrapper!r}, which a training wrapper put there; remove it from the "
-                "names, or save the model inside the wrapper with `save_pretrained`"
-            )

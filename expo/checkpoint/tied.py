@@ -22,10 +22,23 @@ TIED_HEADS = (
 )
 """Heads and the embeddings they are tied to: a checkpoint of a tied model may omit the head."""
 
+ROWS_PER_TOKEN = frozenset(
+    (
+        *(".".join(name.split(".")[-2:]) for pair in TIED_HEADS for name in pair),
+        *("lm_head.bias", "embed_tokens_per_layer.weight", "output_layer.weight", "shared.weight", "embed_out.bias"),
+    )
+)
+"""Last two parts of the names of tensors with a row per token: embeddings and heads."""
+
 TIED_BY_DEFAULT = frozenset(
     {"bloom", "cohere", "falcon", "gemma", "gemma2", "gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
 )
 """Model types whose config.json omits tie_word_embeddings when it is true."""
+
+
+def has_row_per_token(name: str) -> bool:
+    """Whether a tensor is an embedding or a head, whose rows belong to tokens."""
+    return ".".join(name.split(".")[-2:]) in ROWS_PER_TOKEN
 
 
 def config_tables(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

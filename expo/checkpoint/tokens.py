@@ -131,7 +131,21 @@ def _token_of(number: int, numbers: dict[str, int]) -> str:
     return next(token for token, own in numbers.items() if own == number)
 
 
-def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
+def _problem(difference: TokenDifference, sft: str, dpo: str, common: int) -> str:
+    """Which token's rows do not correspond; empty if all do."""
+    if difference.moved:
+        token, (ours, theirs) = min(difference.moved.items(), key=lambda item: item[1])
+        more = f" (and {len(difference.moved) - 1} more tokens differ)" if len(difference.moved) > 1 else ""
+        return f"the token {shown(token)} has id {ours} in {sft} and {theirs} in {dpo}{more}"
+    shared = {*difference.only_sft.values()} & {*difference.only_dpo.values()}
+    renamed = sorted(number for number in shared if number < common)
+    if renamed:
+        old, new = (_token_of(renamed[0], only) for only in (difference.only_sft, difference.only_dpo))
+        return f"id {renamed[0]} is the token {shown(old)} in {sft} and {shown(new)} in {dpo}"
+    return ""
+
+
+def require_same_tokens(sft: Path, dpo: Path, common: int = 0, *, needed: bool = True) -> None:
     """Refuse a pair with different ids for a token; warn about tokens that only one side has.
 
     Args:
@@ -139,6 +153,7 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
         dpo: DPO's folder.
         common: If the vocabularies differ in size, the number of rows that both have; ids below it must mean the same
             token. (If the sizes are equal, a token may have been renamed, as reserved ones are.)
+        needed: Whether rows of tokens are extrapolated; otherwise different ids are only a warning.
 
     Raises:
         InputError: A shared token has two ids, or a shared id has two tokens; the message names both.
@@ -150,21 +165,14 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0) -> None:
         return
     if difference is None:
         return
-    if difference.moved:
-        token, (ours, theirs) = min(difference.moved.items(), key=lambda item: item[1])
-        more = f" (and {len(difference.moved) - 1} more tokens differ)" if len(difference.moved) > 1 else ""
+    problem = _problem(difference, sft.name, dpo.name, common)
+    if problem and needed:
         raise InputError(
-            f"the token {shown(token)} has id {ours} in {sft.name} and {theirs} in {dpo.name}{more}, so their "
-            "embedding rows do not correspond; use the SFT model that DPO was trained from"
+            f"{problem}, so their embedding rows do not correspond; use the SFT model that DPO was trained from, or "
+            "--exclude the embedding and the head to copy them from DPO"
         )
-    shared = {*difference.only_sft.values()} & {*difference.only_dpo.values()}
-    renamed = sorted(number for number in shared if number < common)
-    if renamed:
-        old, new = (_token_of(renamed[0], only) for only in (difference.only_sft, difference.only_dpo))
-        raise InputError(
-            f"id {renamed[0]} is the token {shown(old)} in {sft.name} and {shown(new)} in {dpo.name}, so their "
-            "embedding rows do not correspond; --exclude the embedding and the head to copy them from DPO"
-        )
+    if problem:
+        log.warning("%s; the embedding and the head are DPO's", problem)
     if difference.unknown:
         log.warning("%s differs between %s and %s; their token ids were not compared", SENTENCEPIECE_FILE, sft, dpo)
     for folder, only in ((sft, difference.only_sft), (dpo, difference.only_dpo)):

@@ -164,6 +164,8 @@ class Inspection:
     """Integer and boolean tensors that differ."""
     untied: tuple[str, ...]
     """Heads stored on one side only that are not their embedding."""
+    moved: tuple[str, ...] = ()
+    """Tokens that both tokenizers have with different ids: 'token' SFT's ≠ DPO's."""
     picture: Path | None = None
 
     @property
@@ -201,8 +203,9 @@ class Inspection:
 
     @property
     def mismatches(self) -> dict[str, tuple[str, ...]]:
-        """All mismatches, as kind → tensors; empty kinds are left out."""
+        """All mismatches, as kind → tensors or tokens; empty kinds are left out."""
         kinds = {
+            "tokens with different ids": self.moved,
             "integers that differ": self.unequal,
             "heads stored on one side only that differ from the embedding the other ties them to": self.untied,
         }
@@ -247,6 +250,7 @@ class Inspection:
             "integers": [{"name": p.dpo.name, "equal": p.dpo.name not in self.unequal} for p in both.exact],
             "tied_heads": [{"name": p.dpo.name, "equal": p.dpo.name not in self.untied} for p in both.heads],
             "nonfinite": list(self.nonfinite),
+            "moved_tokens": list(self.moved),
             "vocabulary": both.vocabulary
             and {**dataclasses.asdict(both.vocabulary), "compared": both.vocabulary.common},
             "picture": None if self.picture is None else str(self.picture),
@@ -289,8 +293,10 @@ def _suspect(found: Inspection) -> str:
 
 
 def _mismatched(found: Inspection) -> str:
-    count, relative = sum(map(len, found.mismatches.values())), found.total.relative
-    problem = f"{count} tensor{'s do' if count > 1 else ' does'} not match" if count else "nothing can be compared"
+    tokens, relative = len(found.moved), found.total.relative
+    counts = {"tensor": sum(map(len, found.mismatches.values())) - tokens, "token": tokens}
+    problems = [f"{n} {what}{'s do' if n > 1 else ' does'} not match" for what, n in counts.items() if n]
+    problem = " and ".join(problems) or "nothing can be compared"
     others = f"; ‖Δ‖ of the others is {_number(relative)} of ‖θ_sft‖ (zephyr's SFT → DPO: {SFT_TO_DPO})"
     return f"{problem}, and `expo extrapolate` refuses the pair as it is{'' if relative is None else others}"
 

@@ -1,18 +1,19 @@
 """Decide from headers alone what happens to every tensor of a pair: `plan_pair`; `overlap` only compares the pair.
 
-Tensors match by name. A DPO model that is an adapter over SFT has `decide_adapter.py`.
+`partners.py` matches the tensors. A DPO model that is an adapter over SFT has `decide_adapter.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from expo.checkpoint.dtypes import DTYPES, EXACT_DTYPES, FLOAT_DTYPES, FROM_TORCH
 from expo.checkpoint.folder import Checkpoint, TensorInfo
-from expo.checkpoint.tied import TIED_HEADS, config_tables, ties_head
+from expo.checkpoint.tied import TIED_HEADS, config_tables, has_row_per_token, ties_head
 from expo.errors import InputError, listed
+from expo.theta.partners import Parts, find_partners, name_difference, unwrapped
 from expo.theta.plan import (
     Action,
     Match,
@@ -35,14 +36,58 @@ QUANTIZED = frozenset(
 older checkpoints have them without an entry in config.json."""
 
 
+CONSTANTS = frozenset({"inv_freq", "original_inv_freq", "cos_cached", "sin_cached"})
+"""Tables of rotary embeddings, which older checkpoints hold, in any dtype."""
+
+
 @dataclass(frozen=True)
 class _Pair:
-    """A tensor of DPO with its partner in SFT, cut to the rows both have."""
+    """A tensor of DPO with its partner in SFT."""
 
     dpo: TensorInfo
-    sft: TensorInfo | None
-    rows: int | None
-    """Rows of DPO that have a partner where the vocabularies differ; None for all."""
+    parts: Parts
+    """Consecutive elements of it, each with SFT's; SFT has none for a tensor without a partner, nor for rows of DPO
+    beyond SFT's vocabulary."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether SFT has nothing for it."""
+        return all(sft is None for _, sft in self.parts)
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the shapes differ."""
+        return any(sft is not None and sft.shape != dpo.shape for dpo, sft in self.parts)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the dtypes can be combined."""
+        return all(sft is None or _fit(sft, self.dpo) for _, sft in self.parts)
+
+    @property
+    def cut(self) -> bool:
+        """Whether only the rows that both vocabularies have are combined."""
+        return self.parts[0][1] is not None and self.parts[-1][1] is None
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """A pair's tensors, matched."""
+
+    sft: Checkpoint
+    dpo: Checkpoint
+    pairs: dict[str, _Pair]
+    """By DPO's names, in their order."""
+    missing: tuple[str, ...]
+    """Tensors of DPO alone."""
+    dropped: tuple[str, ...]
+    """Tensors of SFT alone."""
+    heads: dict[str, Checkpoint]
+    """Heads that only one side stores, which must equal their embedding there, with that side."""
+    untied: tuple[str, ...]
+    """Heads of DPO alone that are combined with SFT's embedding, to which SFT ties its own."""
+    vocabulary: Vocabulary | None
+    renamed: int
 
 
 def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairPlan:
@@ -60,60 +105,64 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
         InputError: The checkpoints do not match; the message lists every kind of mismatch.
     """
     refuse_quantized(sft, dpo)
+    sft, dpo = unwrapped(sft, dpo), unwrapped(dpo, sft)
     matches = match_patterns(dpo, settings)
     excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
-    tied = {head: side for head, side in _tied_heads(sft, dpo).items() if head not in excluded}
-    vocabulary = _vocabulary(sft, dpo)
-    pairs = {
-        name: _Pair(info, None, None) if name in excluded else _partner(info, sft, tied, vocabulary, settings)
-        for name, info in dpo.tensors.items()
-    }
-    dropped = [name for name in sft.tensors if name not in dpo.tensors and name not in tied]
-    problems = _mismatches(pairs.values(), excluded, dropped, vocabulary, settings)
-    problems += listed("heads on one side only that differ in size from their tied embedding", _unlike(tied))
-    if problems:
+    both = _match(sft, dpo, excluded, common=settings.common_vocabulary)
+    if problems := _mismatches(both, excluded, settings):
         raise InputError(f"{sft.path.name} and {dpo.path.name} do not fit together: {'; '.join(problems)}")
     own = {name: match.alpha for match in matches for name in match.names}
-    tensors = {name: _plan_tensor(pair, own.get(name), settings) for name, pair in pairs.items()}
-    shards = lay_out(dpo, tensors, settings)
-    equal = tuple(_equal(side, head) for head, side in tied.items())
-    cut = vocabulary if any(pair.rows is not None for pair in pairs.values()) else None
-    return PairPlan(sft, dpo, settings, shards, equal, tuple(sorted(dropped)), matches, cut)
+    tensors = {name: _plan_tensor(pair, own.get(name), settings) for name, pair in both.pairs.items()}
+    return PairPlan(
+        sft=sft,
+        dpo=dpo,
+        settings=settings,
+        shards=lay_out(dpo, tensors, settings),
+        equal=tuple(_equal(side, head) for head, side in both.heads.items()),
+        dropped=both.dropped,
+        missing=both.missing,
+        untied=both.untied,
+        renamed=both.renamed,
+        matches=matches,
+        vocabulary=both.vocabulary if any(pair.cut for pair in both.pairs.values()) else None,
+    )
 
 
 def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
-    """List what can be compared in a pair and what cannot; tied heads and vocabularies as in `plan_pair`.
+    """List what can be compared in a pair and what cannot; matched as in `plan_pair`.
 
     Raises:
         InputError: A checkpoint is quantized.
     """
     refuse_quantized(sft, dpo)
-    settings = PairSettings(alphas=(), common_vocabulary=True)
-    tied, vocabulary = _tied_heads(sft, dpo), _vocabulary(sft, dpo)
+    sft, dpo = unwrapped(sft, dpo), unwrapped(dpo, sft)
+    settings = PairSettings(alphas=())
+    both = _match(sft, dpo, set(), common=True)
     kinds: dict[str, list[_Pair]] = {"missing": [], "shape": [], "dtype": [], "alike": []}
-    for info in dpo.tensors.values():
-        pair = _partner(info, sft, tied, vocabulary, settings)
-        kinds[_likeness(pair)].append(pair)
-    segments = [_plan_tensor(pair, None, settings).segments[0] for pair in kinds["alike"]]
+    for pair in both.pairs.values():
+        if not is_constant(pair.dpo.name):
+            kinds[_likeness(pair)].append(pair)
+    segments = [segment for pair in kinds["alike"] for segment in _plan_tensor(pair, None, settings).segments]
+    compared = [segment for segment in segments if segment.sft is not None]
     return Overlap(
-        segments=tuple(segment for segment in segments if not segment.is_raw),
-        exact=tuple(segment for segment in segments if segment.is_raw),
-        heads=tuple(_equal(side, head) for head, side in tied.items()),
-        only_sft=tuple(name for name in sft.tensors if name not in dpo.tensors and name not in tied),
+        segments=tuple(segment for segment in compared if not segment.is_raw),
+        exact=tuple(segment for segment in compared if segment.is_raw),
+        heads=tuple(_equal(side, head) for head, side in both.heads.items()),
+        only_sft=both.dropped,
         only_dpo=tuple(pair.dpo.name for pair in kinds["missing"]),
-        shapes=tuple((pair.sft, pair.dpo) for pair in kinds["shape"] if pair.sft),
-        dtypes=tuple((pair.sft, pair.dpo) for pair in kinds["dtype"] if pair.sft),
-        vocabulary=vocabulary if any(pair.rows is not None for pair in kinds["alike"]) else None,
+        shapes=tuple((pair.parts[0][1], pair.dpo) for pair in kinds["shape"] if pair.parts[0][1]),
+        dtypes=tuple((pair.parts[0][1], pair.dpo) for pair in kinds["dtype"] if pair.parts[0][1]),
+        vocabulary=both.vocabulary if any(pair.cut for pair in kinds["alike"]) else None,
         sources=(sft, dpo),
     )
 
 
 def _likeness(pair: _Pair) -> str:
-    if pair.sft is None:
+    if pair.alone:
         return "missing"
-    if pair.rows is None and pair.sft.shape != pair.dpo.shape:
+    if pair.unlike:
         return "shape"
-    return "alike" if _fit(pair.sft, pair.dpo) else "dtype"
+    return "alike" if pair.fits else "dtype"
 
 
 def refuse_quantized(*checkpoints: Checkpoint) -> None:
@@ -168,24 +217,58 @@ def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]
 # --- partners -----------------------------------------------------------------------------------------------------
 
 
-def _tied_heads(sft: Checkpoint, dpo: Checkpoint) -> dict[str, Checkpoint]:
-    """Heads that only one side stores and the other ties to its embedding, with the side that stores them."""
-    found = {}
+def is_constant(name: str) -> bool:
+    """Whether a tensor is a table that a model computes from its config, and no weight: copied from DPO."""
+    return name.rpartition(".")[2] in CONSTANTS
+
+
+def _match(sft: Checkpoint, dpo: Checkpoint, excluded: set[str], *, common: bool) -> _Matched:
+    """Find every tensor's partner, for two `unwrapped` checkpoints.
+
+    Args:
+        sft: θ_sft.
+        dpo: θ_dpo.
+        excluded: Tensors of DPO that need none.
+        common: Whether rows that only one vocabulary has are left out.
+    """
+    found = find_partners(sft, dpo)
+    parts, left = dict(found.parts), dict(found.left)
+    heads: dict[str, Checkpoint] = {}
+    untied = []
+    partners = {sft.name for own in found.parts.values() for _, sft in own if sft}
     for head, embedding in TIED_HEADS:
-        for stores, lacks in ((sft, dpo), (dpo, sft)):
-            both = embedding in stores.tensors and embedding in lacks.tensors
-            if both and head in stores.tensors and head not in lacks.tensors and ties_head(lacks.config) is not False:
-                found[head] = stores
-    return found
+        partner = found.whole(embedding)
+        if partner and not parts.get(head, partner) and head not in excluded and ties_head(sft.config) is not False:
+            parts[head] = ((dpo.tensors[head], partner),)
+            if ties_head(dpo.config):
+                heads[head] = dpo
+            else:
+                untied.append(head)
+        if head in left and embedding in partners and ties_head(dpo.config) is not False and head not in excluded:
+            heads[head] = sft
+            del left[head]
+    sizes = _vocabulary(sft, dpo, parts)
+    pairs = {}
+    for name, info in dpo.tensors.items():
+        own = () if name in excluded or is_constant(name) else parts[name]
+        if common and len(own) == 1 and _differs_by_vocabulary(own[0], sizes):
+            own = _cut(own[0])
+        pairs[name] = _Pair(info, own or ((info, None),))
+    return _Matched(
+        sft=sft,
+        dpo=dpo,
+        pairs=pairs,
+        missing=tuple(n for n, p in pairs.items() if p.alone and n not in excluded and not is_constant(n)),
+        dropped=tuple(sorted(name for name in left if not is_constant(name))),
+        heads=heads,
+        untied=tuple(untied),
+        vocabulary=sizes,
+        renamed=found.renamed,
+    )
 
 
 def _embedding_of(head: str, checkpoint: Checkpoint) -> TensorInfo:
     return next(checkpoint.tensors[name] for other, name in TIED_HEADS if other == head and name in checkpoint.tensors)
-
-
-def _unlike(tied: dict[str, Checkpoint]) -> list[str]:
-    heads = {head: (side.tensors[head], _embedding_of(head, side)) for head, side in tied.items()}
-    return [head for head, (a, b) in heads.items() if (a.shape, a.dtype) != (b.shape, b.dtype)]
 
 
 def _equal(side: Checkpoint, head: str) -> Segment:
@@ -194,65 +277,62 @@ def _equal(side: Checkpoint, head: str) -> Segment:
     return Segment("match", stored, embedding, (), stored.dtype, 0, stored.nbytes)
 
 
-def _vocabulary(sft: Checkpoint, dpo: Checkpoint) -> Vocabulary | None:
-    """The vocabulary sizes where they differ."""
+def _vocabulary(sft: Checkpoint, dpo: Checkpoint, parts: Mapping[str, Parts]) -> Vocabulary | None:
+    """The vocabulary sizes where they differ: rows of the embedding or head, or those that the configs give.
+
+    A config may give none, or one from before tokens were added.
+    """
+    for info, partner in (part for name, own in parts.items() if has_row_per_token(name) for part in own):
+        if partner and info.shape[1:] == partner.shape[1:] and info.shape != partner.shape:
+            return Vocabulary(partner.shape[0], info.shape[0])
     found = ([table.get("vocab_size") for table in config_tables(side.config)] for side in (sft, dpo))
     sizes = [next((size for size in given if isinstance(size, int)), None) for given in found]
     return Vocabulary(*sizes) if None not in sizes and sizes[0] != sizes[1] else None  # type: ignore[arg-type]
 
 
-def _partner(
-    info: TensorInfo,
-    sft: Checkpoint,
-    tied: dict[str, Checkpoint],
-    vocabulary: Vocabulary | None,
-    settings: PairSettings,
-) -> _Pair:
-    partner = _embedding_of(info.name, sft) if info.name in tied else sft.tensors.get(info.name)
-    if partner is None or not settings.common_vocabulary or not _differs_by_vocabulary(partner, info, vocabulary):
-        return _Pair(info, partner, None)
-    rows = min(partner.shape[0], info.shape[0])
-    return _Pair(info, partner.rows(0, rows), rows)
+def _differs_by_vocabulary(pair: tuple[TensorInfo, TensorInfo | None], sizes: Vocabulary | None) -> bool:
+    dpo, sft = pair
+    if sft is None or sft.shape[1:] != dpo.shape[1:] or sft.shape == dpo.shape:
+        return False
+    by_rows = sizes is not None and (sft.shape[0], dpo.shape[0]) == (sizes.sft, sizes.dpo)
+    return has_row_per_token(dpo.name) or by_rows
 
 
-def _differs_by_vocabulary(sft: TensorInfo, dpo: TensorInfo, vocabulary: Vocabulary | None) -> bool:
-    return (
-        vocabulary is not None
-        and sft.shape[1:] == dpo.shape[1:]
-        and (sft.shape[:1], dpo.shape[:1]) == ((vocabulary.sft,), (vocabulary.dpo,))
-    )
+def _cut(pair: tuple[TensorInfo, TensorInfo | None]) -> Parts:
+    """The rows that both have, and the further ones of DPO."""
+    dpo, sft = pair
+    rows = min(dpo.shape[0], sft.shape[0]) if sft else 0
+    return (dpo.rows(0, rows), sft and sft.rows(0, rows)), (dpo.rows(rows, dpo.shape[0]), None)
 
 
-def _mismatches(
-    pairs: Iterable[_Pair],
-    excluded: set[str],
-    dropped: list[str],
-    vocabulary: Vocabulary | None,
-    settings: PairSettings,
-) -> list[str]:
-    pairs = [pair for pair in pairs if pair.dpo.name not in excluded]
-    shared = [(pair.sft, pair.dpo, pair.rows) for pair in pairs if pair.sft is not None]
-    unlike = [(s, d) for s, d, rows in shared if s.shape != d.shape and rows is None]
-    by_vocabulary = [pair for pair in unlike if _differs_by_vocabulary(*pair, vocabulary)]
+def _mismatches(both: _Matched, excluded: set[str], settings: PairSettings) -> list[str]:
+    pairs = [pair for name, pair in both.pairs.items() if name not in excluded]
+    unlike = [part for pair in pairs if pair.unlike for part in pair.parts[:1]]
+    by_vocabulary = [part for part in unlike if _differs_by_vocabulary(part, both.vocabulary)]
     problems = []
-    if not settings.copy_missing:
+    if both.missing and both.dropped and not settings.copy_missing:
+        problems.append(name_difference(both.dropped, both.missing))
+    elif not settings.copy_missing:
         hint = "pass --missing copy-dpo to copy them from DPO"
-        problems += listed(f"tensors missing in SFT ({hint})", [pair.dpo.name for pair in pairs if pair.sft is None])
-        problems += listed("tensors missing in DPO", [name for name in dropped if name not in excluded])
+        problems += listed(f"tensors missing in SFT ({hint})", both.missing)
+        hint = "--missing copy-dpo goes on without them"
+        problems += listed(f"tensors missing in DPO ({hint})", both.dropped)
     hint = "the vocabularies differ in size: pass --vocab common to extrapolate the rows both have"
     problems += listed(hint, map(_shapes, by_vocabulary))
-    problems += listed("shapes differ", map(_shapes, [pair for pair in unlike if pair not in by_vocabulary]))
+    problems += listed("shapes differ", map(_shapes, [part for part in unlike if part not in by_vocabulary]))
     hint = "--exclude copies tensors from DPO"
+    mixed = [(pair.parts[0][1], pair.dpo) for pair in pairs if not pair.fits]
     problems += listed(
-        f"dtypes that cannot be combined ({hint})",
-        [f"{d.name} {s.dtype}, {d.dtype}" for s, d, _ in shared if not _fit(s, d)],
+        f"dtypes that cannot be combined ({hint})", [f"{d.name} {s.dtype}, {d.dtype}" for s, d in mixed if s]
     )
-    return problems
+    sized = {head: (side.tensors[head], _embedding_of(head, side)) for head, side in both.heads.items()}
+    other = [head for head, (a, b) in sized.items() if (a.shape, a.dtype) != (b.shape, b.dtype)]
+    return problems + listed("heads on one side only that differ in size from their tied embedding", other)
 
 
-def _shapes(pair: tuple[TensorInfo, TensorInfo]) -> str:
-    sft, dpo = pair
-    return f"{dpo.name} {list(sft.shape)} ≠ {list(dpo.shape)}"
+def _shapes(pair: tuple[TensorInfo, TensorInfo | None]) -> str:
+    dpo, sft = pair
+    return f"{dpo.name} {list(sft.shape if sft else ())} ≠ {list(dpo.shape)}"
 
 
 def _fit(sft: TensorInfo, dpo: TensorInfo) -> bool:
@@ -272,12 +352,9 @@ def _plan_tensor(pair: _Pair, own_alpha: float | None, settings: PairSettings) -
     info = pair.dpo
     dtype = output_dtype(info, settings)
     alphas = settings.alphas if own_alpha is None else (own_alpha,) * len(settings.alphas)
-    rows: Sequence[tuple[TensorInfo, TensorInfo | None]] = [(info, pair.sft)]
-    if pair.rows is not None:
-        rows = [(info.rows(0, pair.rows), pair.sft), (info.rows(pair.rows, info.shape[0]), None)]
     segments: list[Segment] = []
     offset = 0
-    for dpo, sft in rows:
+    for dpo, sft in pair.parts:
         nbytes = dpo.numel * DTYPES[dtype].bits // 8
         if nbytes or not segments:
             segments.append(Segment(action_for(dpo, sft, dtype), dpo, sft, alphas, dtype, offset, nbytes))

@@ -275,3 +275,32 @@ def is_finite(values: Tensor) -> bool:
         values: Any floating-point dtype and shape, at least one element.
     """
     return math.isfinite(values.sum()) or all(bool(bound.isfinite()) for bound in values.aminmax())
+
+
+def equal_infinities(sft: Tensor, dpo: Tensor) -> Tensor:
+    """Where both sides have the same infinity, as causal masks of old checkpoints do.
+
+    Args:
+        sft: s, any floating-point dtype.
+        dpo: d, same shape.
+
+    Returns:
+        Booleans of that shape.
+    """
+    return dpo.isinf() & (sft == dpo)
+
+
+def keep_equal(values: Tensor, sft: Tensor, dpo: Tensor) -> bool:
+    """Set θ to d where s = d is infinite, of which a rule makes NaN.
+
+    Args:
+        values: θ, any floating-point dtype.
+        sft: s, same shape.
+        dpo: d, same shape.
+
+    Returns:
+        Whether all other elements are finite.
+    """
+    both = equal_infinities(sft, dpo)
+    values.copy_(dpo.to(values.dtype).where(both, values))
+    return bool((values.isfinite() | both).all())

@@ -15,6 +15,7 @@ from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.tokens import require_same_tokens
 from expo.config import Dtype, ExtrapolateConfig, PairConfig, ThetaConfig
+from expo.errors import InputError
 from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.decide import plan_pair
 from expo.theta.decide_adapter import plan_adapter
@@ -61,10 +62,27 @@ def plan_located(sft: Location, dpo: Location, settings: PairSettings, *, allow_
     """Decide from headers what happens to every tensor, and warn about what is dropped.
 
     Raises:
-        InputError: The checkpoints are damaged or do not match.
+        InputError: The checkpoints are damaged or do not match, or nothing would be extrapolated.
     """
     pair = _plan_weights(sft, dpo, settings, allow_pickle)
-    require_same_tokens(sft.path, dpo.path, pair.vocabulary.common if pair.vocabulary else 0)
+    if not pair.has_change:
+        raise InputError(f"no tensor would be extrapolated: every θ(α) would be a copy of {dpo.label}")
+    common = pair.vocabulary.common if pair.vocabulary else 0
+    require_same_tokens(sft.path, dpo.path, common, needed=pair.extrapolates_tokens)
+    _say(pair, sft)
+    return pair
+
+
+def _say(pair: PairPlan, sft: Location) -> None:
+    """Log what is not the usual pair's."""
+    count, share = pair.copied
+    if count and pair.adapter is None:
+        say = log.warning if pair.missing else log.info
+        say("%d of %d tensors (%.2g %% of the weights) are copied from DPO", count, len(pair.dpo.tensors), 100 * share)
+    if pair.renamed:
+        log.warning("%d tensors have other names in %s, or are fused on one side only", pair.renamed, sft.label)
+    for head in pair.untied:
+        log.warning("%s has no %s of its own: DPO's is combined with its embedding", sft.label, head)
     if pair.dropped:
         log.warning("%d tensors are only in %s and dropped (%s …)", len(pair.dropped), sft.label, pair.dropped[0])
     if pair.vocabulary:
@@ -73,7 +91,6 @@ def plan_located(sft: Location, dpo: Location, settings: PairSettings, *, allow_
             "vocabularies differ (SFT %d, DPO %d): %d rows are extrapolated, %d copied from DPO, %d of SFT dropped",
             *(rows.sft, rows.dpo, rows.common, rows.dpo - rows.common, rows.sft - rows.common),
         )
-    return pair
 
 
 def _plan_weights(sft: Location, dpo: Location, settings: PairSettings, allow_pickle: bool) -> PairPlan:

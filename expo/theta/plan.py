@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from expo.checkpoint.folder import SINGLE_FILE, Checkpoint, Shard, TensorInfo
+from expo.checkpoint.tied import has_row_per_token
 from expo.theta.adapter.tensors import Adapter, LowRank
 from expo.theta.rules import DEFAULT_RULE
 
@@ -143,6 +144,12 @@ class PairPlan:
     """Compared before anything is written: a head that one side omits must equal the other's embedding."""
     dropped: tuple[str, ...] = ()
     """Tensors that only SFT has, which the output, with DPO's layout, omits."""
+    missing: tuple[str, ...] = ()
+    """Tensors that only DPO has, which are copied."""
+    untied: tuple[str, ...] = ()
+    """Heads of DPO that are combined with SFT's embedding, to which SFT ties its own."""
+    renamed: int = 0
+    """How many tensors have another name in SFT, or are parts of a tensor there, or the reverse."""
     matches: tuple[Match, ...] = ()
     vocabulary: Vocabulary | None = None
     adapter: Adapter | None = None
@@ -174,6 +181,25 @@ class PairPlan:
         segments = (segment for shard in self.shards for segment, _ in shard.segments())
         return any(segment.sft is not None and not segment.is_raw for segment in segments)
 
+    @property
+    def extrapolates_tokens(self) -> bool:
+        """Whether a tensor with a row per token is extrapolated; if no name says which one that is, whether any is."""
+        named = [has_row_per_token(name) for name in self.dpo.tensors]
+        made = [tensor.name for shard in self.shards for tensor in shard.tensors if not _is_copied(tensor)]
+        return any(map(has_row_per_token, made)) if any(named) else bool(made)
+
+    @property
+    def copied(self) -> tuple[int, float]:
+        """How many tensors are copied from DPO, and their share of the bytes."""
+        tensors = [tensor for shard in self.shards for tensor in shard.tensors]
+        copied = [tensor.nbytes for tensor in tensors if _is_copied(tensor)]
+        return len(copied), sum(copied) / max(self.tensor_bytes, 1)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one output's tensors, without headers."""
+        return sum(tensor.nbytes for shard in self.shards for tensor in shard.tensors)
+
     def count(self, *actions: Action) -> int:
         """How many tensors have one of these actions."""
         return sum(tensor.action in actions for shard in self.shards for tensor in shard.tensors)
@@ -183,6 +209,10 @@ class PairPlan:
         merged = {} if self.adapter is None else {"merged": self.count("merge")}
         made = {"extrapolated": self.count("extrapolate"), "copied": self.count("copy", "convert")}
         return {**merged, **made, "equal": self.count("match")}
+
+
+def _is_copied(tensor: TensorPlan) -> bool:
+    return all(segment.sft is None for segment in tensor.segments)
 
 
 @dataclass(frozen=True)
@@ -272,6 +302,5 @@ def make_header(tensors: Iterable[TensorPlan], metadata: dict[str, str]) -> byte
 
 def index_json(plan: PairPlan) -> str:
     """The text of model.safetensors.index.json."""
-    total = sum(tensor.nbytes for shard in plan.shards for tensor in shard.tensors)
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(plan.weight_map.items()))}
+    content = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(plan.weight_map.items()))}
     return json.dumps(content, indent=2) + "\n"

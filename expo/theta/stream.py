@@ -34,7 +34,9 @@ from expo.theta.norms import (
     Scratch,
     add_difference,
     delta_norms,
+    equal_infinities,
     is_finite,
+    keep_equal,
     pair_norms,
     sampled_norms,
     stays_finite,
@@ -291,7 +293,7 @@ class Combiner:
                 self._copy(segment, dpo, outputs, lane)
             else:
                 norms = self._measure(sft, dpo, lane.scratch)
-                self._extrapolate(segment, self._of_pair(sft, dpo, lane), norms, outputs, lane)
+                self._extrapolate(segment, self._of_pair(sft, dpo, lane), norms, outputs, lane, (sft, dpo))
         lane.finish()
         return norms
 
@@ -319,9 +321,11 @@ class Combiner:
         return lambda alpha, out: from_delta(sft, delta, alpha, out, scratch)
 
     def _measure(self, sft: Tensor, dpo: Tensor, scratch: Scratch) -> Norms:
-        if self._exact_norms:
-            return pair_norms(sft, dpo, scratch, of_dpo=True)
-        return sampled_norms(sft, dpo, scratch)
+        norms = pair_norms(sft, dpo, scratch, of_dpo=True) if self._exact_norms else sampled_norms(sft, dpo, scratch)
+        if not math.isfinite(norms.delta) and bool((both := equal_infinities(sft, dpo)).any()):
+            sides = sft.masked_fill(both, 0), dpo.masked_fill(both, 0)
+            norms = pair_norms(*sides, scratch, of_dpo=self._exact_norms)._replace(sampled=True)
+        return norms
 
     def _read(self, piece: Piece, info: TensorInfo, buffer: HostBuffer) -> Tensor:
         dtype = unit_dtype(piece.segment, info.dtype)
@@ -331,28 +335,35 @@ class Combiner:
         return tensor
 
     def _extrapolate(
-        self, segment: Segment, theta: MakeTheta, norms: Norms, outputs: Sequence[Tensor], lane: Lane
+        self,
+        segment: Segment,
+        theta: MakeTheta,
+        norms: Norms,
+        outputs: Sequence[Tensor],
+        lane: Lane,
+        sides: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         for alpha, out in zip(segment.alphas, outputs, strict=True):
             values = theta(alpha, lane.target(out))
-            if not (self._settings.allow_nonfinite or stays_finite(self._rule.bound, norms, alpha, out.dtype)):
-                _require_finite(segment, values)
+            if not (stays_finite(self._rule.bound, norms, alpha, out.dtype) or is_finite(values)):
+                kept = False if sides is None else keep_equal(values, *sides)
+                if not (kept or self._settings.allow_nonfinite):
+                    _refuse_nonfinite(segment)
             lane.store(values, out)
 
     def _copy(self, segment: Segment, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> None:
         for out in outputs:
             values = lane.target(out).copy_(dpo)
-            if segment.action == "convert" and not self._settings.allow_nonfinite:
-                _require_finite(segment, values)
+            if segment.action == "convert" and not (self._settings.allow_nonfinite or is_finite(values)):
+                _refuse_nonfinite(segment)
             lane.store(values, out)
 
 
-def _require_finite(segment: Segment, values: Tensor) -> None:
-    if not is_finite(values):
-        raise InputError(
-            f"the result for tensor {segment.dpo.name} contains NaN or infinity (from the inputs, or too large for "
-            f"{segment.dtype}); --allow-nonfinite writes it anyway"
-        )
+def _refuse_nonfinite(segment: Segment) -> None:
+    raise InputError(
+        f"the result for tensor {segment.dpo.name} contains NaN or infinity (from the inputs, or too large for "
+        f"{segment.dtype}); --allow-nonfinite writes it anyway"
+    )
 
 
 def _require_equal(segment: Segment, sft: Tensor, dpo: Tensor) -> None:
@@ -361,7 +372,8 @@ def _require_equal(segment: Segment, sft: Tensor, dpo: Tensor) -> None:
     if segment.sft is not None and segment.sft.name != segment.dpo.name:
         raise InputError(
             f"the head {segment.dpo.name} is stored on one side only, where it differs from the embedding "
-            f"{segment.sft.name} that it would be tied to: the checkpoints do not fit together"
+            f"{segment.sft.name} that config.json ties it to: if it was trained by itself, set tie_word_embeddings "
+            f"to false there; --exclude '^{re.escape(segment.dpo.name)}$' takes DPO's"
         )
     raise InputError(
         f"the {segment.dpo.dtype} tensor {segment.dpo.name} differs between SFT and DPO and cannot be "
