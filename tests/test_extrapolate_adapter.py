@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -331,12 +332,15 @@ def test_patterns_act_by_the_bases_names(by_hand: Pair, tmp_path: Path, caplog: 
         write(by_hand, tmp_path / "none", exclude=("lm_head",))
 
 
-def test_everything_may_be_excluded(by_hand: Pair, tmp_path: Path) -> None:
-    write(by_hand, tmp_path / "out", 8.0, exclude=("model",))
+def test_what_is_excluded_is_merged(by_hand: Pair, tmp_path: Path) -> None:
     write(by_hand, tmp_path / "merged", 0.0)
-    out, merged = tree(tmp_path / "out"), tree(tmp_path / "merged")
-    weights = [name for name in out if name.endswith(".safetensors")]
-    assert [out[name] for name in weights] == [merged[name] for name in weights]
+    base, merged = read_checkpoint_tensors(by_hand[0]), read_checkpoint_tensors(tmp_path / "merged")
+    one = next(name for name in merged if not torch.equal(merged[name], base[name]))
+    write(by_hand, tmp_path / "out", 8.0, exclude=(rf"^(?!{re.escape(one)}$)",))
+    out = read_checkpoint_tensors(tmp_path / "out")
+    assert [name for name in out if not torch.equal(out[name], merged[name])] == [one]
+    with pytest.raises(InputError, match="no tensor would be extrapolated: every θ"):
+        write(by_hand, tmp_path / "all", 8.0, exclude=("model",))
 
 
 def test_an_untrained_adapter_is_refused(by_hand: Pair, tmp_path: Path) -> None:

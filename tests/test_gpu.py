@@ -39,6 +39,21 @@ def test_cuda_gives_what_the_cpu_gives(tmp_path, dtype, alpha):
             helpers.share_off(sides[0][name], sides[1][name], alpha, got)
 
 
+@pytest.mark.parametrize("dtype", helpers.DTYPES)
+def test_equal_infinities_and_parts_of_fused_weights(tmp_path, dtype):
+    shapes = {f"model.layers.0.mlp.{name}_proj.weight": (1100, 2048) for name in ("gate", "up")}
+    sft, dpo = helpers.random_pair({**shapes, "mask": (600_000,)}, helpers.DTYPES[dtype])
+    for side in (sft, dpo):
+        side["mask"][0], side["mask"][-1] = float("inf"), float("-inf")
+    fused = {"model.layers.0.mlp.gate_up_proj.weight": torch.cat([dpo[name] for name in shapes]), "mask": dpo["mask"]}
+    pair = helpers.write_checkpoint(tmp_path / "s", sft), helpers.write_checkpoint(tmp_path / "d", fused)
+    for device in DEVICES:
+        helpers.write(pair, tmp_path / device, 0.3, device=device)
+    outputs = [helpers.read_checkpoint_tensors(tmp_path / device) for device in DEVICES]
+    for name in fused:
+        torch.testing.assert_close(outputs[1][name], outputs[0][name])
+
+
 def test_device_memory_stays_small(tmp_path):
     """Half of what a run may take; the other half is for CUDA itself."""
     sides = helpers.random_pair({"w": (8192, 8192)})
