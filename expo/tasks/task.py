@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,8 +53,8 @@ class Answer:
 
     prompt: Prompt
     output: str
-    length: int
-    """Generated tokens, the stop token included."""
+    length: int | None
+    """Generated tokens, the stop token included; None where that is not known."""
     finish_reason: str
     """stop, length or error."""
 
@@ -264,6 +264,7 @@ def _conversation(number: int, row: Row, path: Path, task: Task) -> Conversation
     if not asked or not all(map(is_message, messages)):
         raise InputError(f"row {number} of {path} lacks a prompt (or instruction) or an output")
     turns: tuple[Message, ...] = tuple(messages)  # type: ignore[arg-type]  # checked just now
+    _require_text(number, path, (turn["content"] for turn in turns))
     return Conversation(turns, prompt_item(turns[: len(asked)]), failed=row.get("finish_reason") == "error")
 
 
@@ -281,6 +282,14 @@ def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Pro
         messages = (*messages, *prompt.followups[turn : turn + 1])
 
 
+def _require_text(number: int, path: Path, texts: Iterable[str]) -> None:
+    if not all(map(is_utf8, texts)):
+        raise InputError(
+            f"row {number} of {path} holds half of a surrogate pair, which is not valid text: put another character in "
+            "its place, such as U+FFFD"
+        )
+
+
 def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
     try:
         answers = task.answers(row)
@@ -288,4 +297,5 @@ def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: no choices with turns") from error
     if not all(isinstance(text, str) for text in answers):
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: its turns are not all text")
+    _require_text(number, path, answers)
     return answers
