@@ -147,7 +147,7 @@ ADVICE = {
     "min_p": OMIT_VLLM_FIELDS,
     "repetition_penalty": OMIT_VLLM_FIELDS,
     "stop_token_ids": "run without --stop-token-id",
-    **dict.fromkeys(LENGTH_FIELDS, "choose a smaller --max-tokens"),
+    **dict.fromkeys(LENGTH_FIELDS, "choose another --max-tokens"),
     "top_p": "choose another --top-p, such as 1",
     "temperature": "choose another --temperature, such as 1",
     "seed": "every request has one (--seed), so that this server cannot be used",

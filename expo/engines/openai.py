@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -41,9 +42,9 @@ from expo.engines.chat_replies import (
     rejected_field,
     wants_stream,
 )
-from expo.engines.connection import advice, http_library, require_usable, through, without_unusable_proxies
 from expo.engines.event_loop import results
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra, first_line
+from expo.network import advice, require_usable, through, without_unusable_proxies
 from expo.redact import without_secrets
 
 MAX_RETRIES = 10
@@ -267,10 +268,10 @@ class OpenaiGenerator:
         """The failed row, where the server rejects only this one.
 
         Raises:
-            InputError: It rejects a field that is the same in all rows.
+            InputError: It rejects a field that is the same in all rows, and has answered none of them.
         """
         field = rejected_field(error.body)
-        if field is not None:
+        if field is not None and self._answered_at == -math.inf:
             raise InputError(f"{self._name} rejects {field}: {_reason(error)}; {ADVICE[field]}") from error
         shorter = is_too_long(error.body) and leaves_no_room(error.body)
         advised = "; a smaller --max-tokens leaves the prompt more room" if shorter else ""
@@ -315,13 +316,16 @@ def bounded_client(seconds: float) -> Any:  # noqa: ANN401 - openai.DefaultAsync
 
     from openai import DefaultAsyncHttpxClient
 
+    parent: Any = DefaultAsyncHttpxClient.__base__
+    library: Any = import_module(parent.__module__.partition(".")[0])  # httpx; since openai 3 httpx2
+
     class Bounded(DefaultAsyncHttpxClient):  # type: ignore[misc]  # openai is not type-checked
         async def send(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - as the parent's
             try:
                 async with timeout(seconds):
                     response = await super().send(*args, **named)
             except TimeoutError as error:
-                raise http_library().ReadTimeout(f"no whole answer in {seconds:g} seconds") from error
+                raise library.ReadTimeout(f"no whole answer in {seconds:g} seconds") from error
             if response.is_closed and response.status_code == BUSY and has_no_quota(response.text):
                 response.headers["x-should-retry"] = "false"
             return response

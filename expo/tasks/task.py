@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
+from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_environment
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 from expo.files import SUFFIXES, Row, is_utf8, read_rows, repeated
 
@@ -213,7 +213,7 @@ def _load_from_hub(source: HubSource) -> list[Row]:
 def _load_dataset(repository: str, split: str, revision: str | None) -> list[Row]:
     from datasets import exceptions, load_dataset
 
-    require_usable_token()
+    require_usable_environment()
     try:
         return list(load_dataset(repository, split=split, revision=revision))
     except (exceptions.DatasetsError, ValueError, *network_errors()) as error:

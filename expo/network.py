@@ -1,7 +1,7 @@
 """How this machine reaches a server: what the environment says of proxies and certificates.
 
-The HTTP library reads these variables when a client is made, all of them, and fails at one that it cannot use without
-naming it. Here they are looked at before that.
+The HTTP library that the hub and the openai package use reads all of these variables when a client is made, and fails
+at one that it cannot use without naming it. Here they are looked at before that.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import os
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
-from expo.errors import InputError, MissingExtra, first_line
+from expo.errors import ExpoError, InputError, MissingExtra
 from expo.redact import without_secrets
 
 SCHEMES = ("http", "https", "all")
 """Which requests a variable such as HTTP_PROXY is for."""
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 class Proxy(NamedTuple):
@@ -29,14 +29,6 @@ class Proxy(NamedTuple):
 
     variable: str
     address: str
-
-
-def http_library() -> Any:  # noqa: ANN401 - httpx; since openai 3 httpx2
-    """The library that the openai package sends requests with."""
-    from openai import DefaultAsyncHttpxClient
-
-    parent: Any = DefaultAsyncHttpxClient.__base__
-    return import_module(parent.__module__.partition(".")[0])
 
 
 def proxies() -> dict[str, Proxy]:
@@ -77,32 +69,35 @@ def advice(url: str, cause: str) -> str:
     return f"{direct} to reach it directly, or correct {proxy.variable} or --base-url"
 
 
-def require_usable(url: str) -> None:
-    """Refuse variables that the HTTP library cannot use for a URL.
+def require_usable(url: str, *, all_proxies: bool = False) -> None:
+    """Refuse variables that the HTTP library cannot use.
+
+    Args:
+        url: The server's URL.
+        all_proxies: Refuse also proxies that requests to this URL do not go through.
 
     Raises:
-        InputError: A proxy's address or a file of certificates is unusable; the message names the variable.
+        InputError: A proxy's address, or a file of certificates, is unusable; the message names the variable.
         MissingExtra: A proxy needs a package that is not installed.
     """
     _require_certificates(url)
-    proxy = proxy_of(url)
-    if proxy is None:
-        return
-    problem = _problem(proxy)
-    if problem is not None:
-        raise problem
+    used = proxy_of(url)
+    for proxy in proxies().values() if all_proxies else [used] if used else []:
+        problem = _problem(proxy)
+        if problem is not None:
+            raise problem
 
 
-def _problem(proxy: Proxy) -> InputError | MissingExtra | None:
+def _problem(proxy: Proxy) -> ExpoError | None:
     given = f"{proxy.variable}={without_secrets(proxy.address)} cannot be used"
-    library = http_library()
+    parts = urlsplit(proxy.address)
+    if parts.scheme not in PROXY_SCHEMES:
+        return InputError(f"{given}: a proxy's address begins with http://, https:// or socks5://; correct or unset it")
     try:
-        scheme = library.Proxy(proxy.address).url.scheme
-    except (ValueError, library.InvalidURL) as error:
-        known = proxy.address.startswith(("http://", "https://", "socks5://"))
-        reason = first_line(error) if known else "a proxy's address begins with http://, https:// or socks5://"
-        return InputError(f"{given}: {without_secrets(reason)}; correct or unset it")
-    if scheme.startswith("socks") and find_spec("socksio") is None:
+        _ = parts.port
+    except ValueError:
+        return InputError(f"{given}: its port is no number; correct or unset it")
+    if parts.scheme.startswith("socks") and find_spec("socksio") is None:
         return MissingExtra(f"{given}: SOCKS needs a package, pip install socksio; or unset it")
     return None
 
