@@ -60,7 +60,7 @@ def advice(url: str, cause: str) -> str:
     proxy, host = proxy_of(url), urlsplit(url).hostname
     if "CERTIFICATE_VERIFY_FAILED" in cause:
         others = [name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if os.environ.get(name)]
-        unread = f" ({', '.join(others)} is not read)" if others else ""
+        unread = f" ({' and '.join(others)} {'is' if len(others) == 1 else 'are'} not read)" if others else ""
         return f"set SSL_CERT_FILE to the file of the certificates to trust{unread}, or correct --base-url"
     if proxy is None:
         return "start it, or correct --base-url"
