@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expo import network
+from expo.checkpoint import network
 from expo.errors import ExpoError, InputError, MissingExtra
 
 HERE = "http://127.0.0.1:8000/v1"

@@ -347,8 +347,7 @@ POISON = {
 }
 
 
-@pytest.mark.parametrize("row", [0, 3, 7])
-@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize(("row", "concurrency"), [(0, 1), (7, 1), (3, 8)])
 @pytest.mark.parametrize(("given", "reason", "can_retry"), POISON.values(), ids=POISON.keys())
 def test_a_row_that_is_never_answered_is_marked(generate, server, given, reason, can_retry, row, concurrency):
     server.look = lambda body: given if body["messages"][-1]["content"] == PROMPTS[row] else None

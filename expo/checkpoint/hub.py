@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from expo.checkpoint.folder import Location, expand_user, find_folder
+from expo.checkpoint.network import require_usable
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
-from expo.network import require_usable
 from expo.settings import is_hub_id
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from expo.checkpoint.network import advice, require_usable, through, without_unusable_proxies
 from expo.engines import Failure, GeneratorSetup, Key, Outcome, Request
 from expo.engines.chat_replies import (
     ADVICE,
@@ -44,7 +45,6 @@ from expo.engines.chat_replies import (
 )
 from expo.engines.event_loop import results
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra, first_line
-from expo.network import advice, require_usable, through, without_unusable_proxies
 from expo.redact import without_secrets
 
 MAX_RETRIES = 10
