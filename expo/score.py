@@ -94,6 +94,10 @@ class Scored:
     mean: float | None
     standard_error: float | None
     failed: int
+    reason: str | None = None
+    """Why the first failed row failed."""
+    can_retry: bool = False
+    """Whether the same command tries failed rows again, which may help."""
 
 
 def run(config: ScoreConfig, keeper: EngineKeeper | None = None) -> Scored:
@@ -110,7 +114,7 @@ def run(config: ScoreConfig, keeper: EngineKeeper | None = None) -> Scored:
     done = run_job(plan(config), keeper)
     meta, files = done.meta, done.job.files
     n, mean, error = meta.get("n", meta["rows"] - meta["failed"]), meta.get("mean"), meta.get("standard_error")
-    return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"])
+    return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"], done.reason, done.can_retry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +247,17 @@ class ScoreJob(RowJob):
             "standard_error": standard_error,
             "truncated": sum(row["truncated"] for row in rows),
             "failed": len(rows) - len(rewards),
+            "errors": [
+                {
+                    "row": number,
+                    "id": row["id"],
+                    "sample": row["sample"],
+                    "reason": self._why_failed(row),
+                    "lasting": True,
+                }
+                for number, row in enumerate(rows)
+                if not self.is_answered(row)
+            ],
             "rows_this_run": figures.rows,
             "engine_start_seconds": round(figures.engine_start_seconds, 3),
             "score_seconds": round(figures.seconds, 3),
@@ -251,6 +266,13 @@ class ScoreJob(RowJob):
             "outputs_sha256": texts_sha256(self.items),
             "fingerprint": self.fingerprint,
         }
+
+    def _why_failed(self, row: Row) -> str:
+        one = self.by_number[self.key_of(row)]
+        if one.failed:
+            return f"{self.outputs.name} has no answer to score, since generating it failed"
+        wider = "" if self.config.dtype == "float32" else "; --dtype float32 may give one"
+        return f"the reward model gives it no finite number{wider}"
 
     def describe(self) -> Row:
         """The plan as plain data."""

@@ -17,7 +17,7 @@ from typing import Any
 KEY = "sk-a-made-up-key-0123456789"
 FIELDS = {
     *("model", "messages", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "max_tokens"),
-    *("top_k", "min_p", "repetition_penalty", "stop_token_ids"),
+    *("top_k", "min_p", "repetition_penalty", "stop_token_ids", "max_completion_tokens", "stream"),
 }
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
@@ -90,6 +90,8 @@ class ChatServer:
 
     script: dict[str, list[Reply]] = field(default_factory=dict)
     """Prompt → what its requests get, in order; `*` is for every prompt and does not run out."""
+    look: Callable[[dict[str, Any]], Reply | None] = lambda _: None
+    """What a request gets for its fields, before the script; None leaves it to the script."""
     seen: list[dict[str, Any]] = field(default_factory=list)
     """The bodies of all requests."""
     keys: set[str] = field(default_factory=set)
@@ -112,6 +114,8 @@ class ChatServer:
         with self._lock:
             self.seen.append(body)
             self.keys.add(key)
+            if refusal := self.look(body):
+                return refusal
             replies = self.script.get(prompt, [])
             if "*" in self.script:
                 return self.script["*"][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -299,6 +300,19 @@ def test_a_prompt_longer_than_the_context_is_a_marked_row(llama_pair, tmp_path):
     errors = json.loads(result.meta.read_text())["errors"]
     assert [(error["row"], error["id"]) for error in errors] == [(1, "1")]
     assert "the model takes 128" in errors[0]["reason"]
+    for again in (result, verb.run(settings(llama_pair[1], task, tmp_path))):
+        assert re.fullmatch(r"row 1: the prompt has 20\d tokens, the model takes 128", again.reason)
+        assert not again.can_retry
+
+
+def test_reasons_of_parts_and_of_what_is_joined(llama_pair, tmp_path):
+    task = write_rows(tmp_path / "q.jsonl", [{"prompt": "w1"}, {"prompt": " ".join(["w7"] * 200)}, {"prompt": "w2"}])
+    made = [verb.run(settings(llama_pair[1], task, tmp_path, part=f"{number}/2")) for number in range(2)]
+    assert made[0].reason is None
+    assert made[1].reason.startswith("row 0 of part 1/2: the prompt has 20")
+    joined = verb.run(settings(llama_pair[1], task, tmp_path, join=2))
+    assert joined.reason.startswith("row 1: the prompt has 20")
+    assert not joined.can_retry
 
 
 def test_rows_that_cannot_be_otherwise_are_marked_once_and_start_no_engine_again(llama_pair, tmp_path, monkeypatch):

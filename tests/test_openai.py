@@ -235,22 +235,177 @@ def test_a_row_that_is_refused_is_marked_and_the_others_go_on(generate, server, 
     assert len(server.asked) == 9
 
 
-def test_an_answer_that_cannot_be_sent_back_fails_the_next_turn(generate, server, tmp_path):
+def test_half_a_pair_in_an_answer_is_replaced_and_can_be_sent_back(generate, server, tmp_path):
     questions = tmp_path / "question.jsonl"
     rows = [{"question_id": row, "category": "math", "turns": [f"{row}?", f"{row}!"]} for row in (81, 82)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     server.script = {"81?": [answer("half a pair: \ud83d")]}
     result = generate(task="mtbench", dataset=str(questions))
-    assert result.failed == 1
-    assert sorted(server.asked) == ["81?", "82!", "82?"]
-    turns = [{"role": "user", "content": "82?"}, {"role": "assistant", "content": "82?"}]
-    assert server.seen[-1]["messages"] == [*turns, {"role": "user", "content": "82!"}]
-    assert "UTF-8 cannot encode" in json.loads(result.meta.read_text())["errors"][0]["reason"]
+    assert result.failed == 0
+    assert rows_of(result.output)[0]["choices"][0]["turns"] == ["half a pair: \ufffd", "81!"]
+    sent = [body["messages"] for body in server.seen if body["messages"][-1]["content"] == "81!"]
+    assert sent[0][1] == {"role": "assistant", "content": "half a pair: \ufffd"}
 
 
-def test_half_a_pair_in_an_answer_is_kept(generate, server):
-    server.script = {PROMPTS[3]: [answer("half a pair: \ud83d")]}
-    assert rows_of(generate().output)[3]["output"] == "half a pair: \ud83d"
+def test_half_a_pair_in_an_answer_of_an_older_run_fails_the_next_turn(generate, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("expo.engines.chat_replies.whole_pairs", lambda text: text)
+    questions = tmp_path / "question.jsonl"
+    questions.write_text(json.dumps({"question_id": 81, "category": "math", "turns": ["81?", "81!"]}) + "\n")
+    server.script = {"81?": [answer("half a pair: \ud83d")]}
+    result = generate(task="mtbench", dataset=str(questions))
+    assert (result.failed, result.can_retry, server.asked) == (1, False, ["81?"])
+    assert "UTF-8 cannot encode" in result.reason
+
+
+def test_an_answer_in_another_encoding_fails_its_row(generate, server):
+    server.script = {PROMPTS[3]: [reply(200, '{"choices": "ä"}'.encode("latin-1"))]}
+    result = generate()
+    assert (result.failed, result.reason) == (1, "row 3: the server's answer is not UTF-8 text (byte 0xe4 at 13)")
+
+
+@pytest.mark.parametrize("usage", [None, [2, 3], {"completion_tokens": None}], ids=["none", "another kind", "null"])
+def test_an_answer_of_unknown_length(generate, server, usage):
+    server.script = {PROMPTS[3]: [answer("text", usage=usage)]}
+    result = generate()
+    rows = rows_of(result.output)
+    assert (rows[3]["output"], rows[3]["length"], rows[3]["finish_reason"]) == ("text", None, "stop")
+    meta = json.loads(result.meta.read_text())
+    assert (meta["tokens_in"], meta["tokens_out"], meta["rows_of_unknown_length"]) == (3 * 7, 2 * 7, 1)
+    assert meta["per_row"]["length"] == [2, 2, 2, None, 2, 2, 2, 2]
+    assert generate().status == "already complete"
+
+
+def test_rows_of_unknown_length_are_joined_extended_and_continued(generate, server):
+    server.script = {"*": [answer("text", usage=None)]}
+    assert generate(limit=4).rows == 4
+    assert generate().rows == 8
+    for part in ("0/2", "1/2"):
+        generate(name="parts", part=part)
+    result = generate(name="parts", join=2)
+    assert [row["length"] for row in rows_of(result.output)] == [None] * 8
+    assert json.loads(result.meta.read_text())["tokens_out"] == 0
+
+
+# --- what a server wants in another form --------------------------------------------------------------------------
+
+UNSUPPORTED = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+
+
+def test_the_limit_has_its_newer_name_once_a_server_says_so(generate, server):
+    no = error(400, UNSUPPORTED, param="max_tokens", code="unsupported_parameter")
+    server.look = lambda body: no if "max_tokens" in body else None
+    result = generate(concurrency=1, max_tokens=7)
+    assert result.failed == 0
+    assert [row["output"] for row in rows_of(result.output)] == [prompt.upper() for prompt in PROMPTS]
+    assert server.asked == [PROMPTS[0], *PROMPTS]
+    assert [body.get("max_completion_tokens") for body in server.seen] == [None, *[7] * 8]
+    assert all("max_tokens" not in body for body in server.seen[1:])
+
+
+def test_many_requests_under_way_change_to_the_newer_name(generate, server):
+    server.look = lambda body: error(422, UNSUPPORTED) if "max_tokens" in body else None
+    assert generate(concurrency=8).failed == 0
+
+
+def test_a_server_that_takes_neither_name_ends_the_run(generate, server):
+    def refuse(body):
+        name = "max_tokens" if "max_tokens" in body else "max_completion_tokens"
+        return reply(422, {"detail": [{"type": "extra_forbidden", "loc": ["body", name], "msg": "no"}]})
+
+    server.look = refuse
+    with pytest.raises(InputError, match="rejects max_completion_tokens"):
+        generate(concurrency=1)
+    assert len(server.asked) == 2
+
+
+def test_a_server_that_only_streams(generate, server):
+    chunk = {"choices": [{"delta": {"content": "streamed"}, "finish_reason": "stop"}]}
+    content = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode()
+    whole = error(400, "This server only supports streaming: set stream to true")
+    server.look = lambda body: reply(200, content) if body.get("stream") else whole
+    rows = rows_of(generate(concurrency=1).output)
+    assert [(row["output"], row["length"]) for row in rows] == [("streamed", None)] * 8
+    assert len(server.asked) == 9
+
+
+def test_penalties_of_zero_are_not_sent(generate, server):
+    generate(limit=1, presence_penalty=0.0, frequency_penalty=0.0)
+    assert not {"presence_penalty", "frequency_penalty"} & server.seen[0].keys()
+
+
+# --- what is one row's own fault ----------------------------------------------------------------------------------
+
+MODERATED = error(403, "Your input was flagged by moderation")
+POISON = {
+    "moderated": (MODERATED, "the server refuses it: Your input was flagged by moderation (HTTP 403)", False),
+    "always broken": (error(500, "oops"), "the server refuses it: oops (HTTP 500)", True),
+    "always too much": (error(429, "Request too large"), "the server refuses it: Request too large (HTTP 429)", True),
+    "always cut": (cut, "the server did not answer in 11 tries: ", True),
+    "a legal matter": (error(451, "not here"), "the server refuses it: not here (HTTP 451)", True),
+}
+
+
+@pytest.mark.parametrize(("row", "concurrency"), [(0, 1), (7, 1), (3, 8)])
+@pytest.mark.parametrize(("given", "reason", "can_retry"), POISON.values(), ids=POISON.keys())
+def test_a_row_that_is_never_answered_is_marked(generate, server, given, reason, can_retry, row, concurrency):
+    server.look = lambda body: given if body["messages"][-1]["content"] == PROMPTS[row] else None
+    result = generate(concurrency=concurrency)
+    assert (result.rows, result.failed, result.can_retry) == (8, 1, can_retry)
+    assert result.reason.startswith(f"row {row}: {reason}")
+    assert [line["finish_reason"] == "error" for line in rows_of(result.output)] == [n == row for n in range(8)]
+    assert generate(concurrency=concurrency).failed == 1, "a rerun tries it, and no other"
+    assert all(server.asked.count(prompt) == 1 for prompt in PROMPTS if prompt != PROMPTS[row])
+    server.look = lambda _: None
+    assert generate(concurrency=concurrency).failed == 0
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_many_moderated_rows(generate, server, concurrency):
+    server.look = lambda body: MODERATED if body["messages"][-1]["content"] in PROMPTS[1:7] else None
+    assert generate(concurrency=1).failed == 6
+    assert generate(concurrency=concurrency).failed == 6
+
+
+def test_a_server_that_refuses_all_rows_is_not_asked_for_all(generate, server):
+    server.look = lambda body: MODERATED if body["messages"][-1]["content"] in PROMPTS else None
+    with pytest.raises(InputError, match="denies access with the key in OPENAI_API_KEY: Your input"):
+        generate(concurrency=1)
+    assert PROMPTS[4] not in server.asked
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(MODERATED, InputError), (error(503, "down"), EnvironmentFailure), (cut, EnvironmentFailure)],
+    ids=["refused", "down", "cut"],
+)
+def test_a_server_that_refuses_everything_from_some_row_on_ends_the_run(generate, server, tmp_path, given, kind):
+    server.look = lambda _: given if len(server.seen) > 3 else None
+    with pytest.raises(kind):
+        generate(concurrency=1)
+    assert [row["id"] for row in journal_of(tmp_path)] == ["0", "1", "2"]
+    server.look = lambda _: None
+    assert generate().failed == 0
+
+
+def test_a_field_that_other_rows_were_answered_with_fails_only_its_row(generate, server):
+    server.script = {PROMPTS[3]: [error(400, "max_tokens must be at most 5 for this prompt", param="max_tokens")]}
+    result = generate(concurrency=1)
+    assert (result.failed, result.can_retry) == (1, False)
+
+
+def test_a_quota_that_is_spent_is_not_asked_for_again(generate, server):
+    server.script = {"*": [error(429, "You exceeded your current quota", code="insufficient_quota")]}
+    with pytest.raises(EnvironmentFailure, match=r"has no quota left for the key in OPENAI_API_KEY: .*add credit"):
+        generate(concurrency=1)
+    assert len(server.asked) == 1
+
+
+def test_a_wait_that_is_too_long_is_told(generate, server):
+    server.script = {"*": [reply(429, {"error": {"message": "slow down"}}, retry_after="3600")]}
+    with pytest.raises(EnvironmentFailure, match=r"slow down \(HTTP 429, retry after 3600\)"):
+        generate(concurrency=1)
 
 
 # --- what ends the run --------------------------------------------------------------------------------------------
@@ -289,13 +444,7 @@ ENDS = {
         r"returned no JSON object but <html>log in.*/v1\?",
     ),
     "too deep": (reply(200, b"[" * 200_000), EnvironmentFailure, r"returned no JSON object but \[\["),
-    "a count of another kind": (answer("text", usage=[2, 3]), EnvironmentFailure, "does not report how many tokens"),
-    "a count below 0": (
-        answer("text", usage={**USAGE, "completion_tokens": -1}),
-        EnvironmentFailure,
-        "does not report how many tokens",
-    ),
-    "no count": (answer("text", usage=None), EnvironmentFailure, "does not report how many tokens"),
+    "no seed": (error(400, "Unknown parameter: 'seed'"), InputError, "rejects seed: .*this server cannot be used"),
 }
 
 
@@ -325,6 +474,38 @@ def test_nothing_listens(generate, tmp_path):
     with pytest.raises(EnvironmentFailure, match=r"no server answers at http://…@127\.0\.0\.1:9/v1: .*--base-url"):
         generate(base_url="http://me:secretive@127.0.0.1:9/v1")
     assert not (tmp_path / "outputs_questions").exists()
+
+
+def test_a_dead_proxy_is_named(generate, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://me:secretive@127.0.0.1:9")
+    words = r"through the proxy of HTTP_PROXY \(http://…@127\.0\.0\.1:9\): .*; set NO_PROXY=127\.0\.0\.1 to"
+    with pytest.raises(EnvironmentFailure, match=words):
+        generate()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ALL_PROXY": "socks://a:9/"}, "ALL_PROXY=socks://a:9/ cannot be used"),
+        ({"SSL_CERT_FILE": "/no/ca.pem"}, "SSL_CERT_FILE names no file: /no/ca.pem"),
+        ({"HTTPS_PROXY": "socks://a:9/"}, None),
+        ({"ALL_PROXY": "socks://a:9/", "NO_PROXY": "127.0.0.1"}, None),
+    ],
+    ids=["a proxy", "certificates", "a proxy for others", "around the proxy"],
+)
+def test_variables_that_cannot_be_used(generate, server, monkeypatch, given, message):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        assert generate().rows == 8
+        return
+    with pytest.raises(InputError, match=message):
+        generate()
+    assert server.seen == []
 
 
 # --- what is refused before anything is asked ---------------------------------------------------------------------
@@ -393,6 +574,42 @@ def arguments(server: ChatServer, prompt_file: Path, folder: Path, *more: object
     url = server.url.replace("//", "//me:secretive@")
     given = ["generate", prompt_file, "--engine", "openai", "--base-url", url, "--model", "org/name"]
     return [*given, "--output-dir", folder, *more]
+
+
+TOLD = {
+    "one, for now": (
+        {PROMPTS[3]: [answer(None)]},
+        "1 row failed and is marked: row 3: the server's answer contains no text; the same command tries it again",
+    ),
+    "one, for good": (
+        {PROMPTS[3]: [error(400, "no")]},
+        "1 row failed and is marked: row 3: the server rejects it: no (HTTP 400)",
+    ),
+    "several": (
+        {PROMPTS[3]: [error(400, "no")], PROMPTS[5]: [answer(None)]},
+        "2 rows failed and are marked; the first is row 3: the server rejects it: no (HTTP 400); "
+        "the same command tries them again",
+    ),
+    "no room": (
+        {"*": [error(400, "maximum context length is 99 tokens, max_tokens is 2048")]},
+        "8 rows failed and are marked; the first is row 0: the server rejects it: maximum context length is 99 tokens, "
+        "max_tokens is 2048 (HTTP 400); a smaller --max-tokens leaves the prompt more room",
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "line"), TOLD.values(), ids=TOLD.keys())
+def test_why_rows_failed_is_told_and_whether_to_try_again(server, prompt_file, tmp_path, capsys, caplog, script, line):
+    server.script = script
+    cli.log.addHandler(caplog.handler)
+    try:
+        assert cli.run([*map(str, arguments(server, prompt_file, tmp_path, "--json"))]) == 3
+    finally:
+        cli.log.removeHandler(caplog.handler)
+    assert caplog.messages[-1] == line
+    said = json.loads(capsys.readouterr().out)
+    assert said["reason"] in line
+    assert said["can_retry"] == ("tries" in line)
 
 
 ECHOED = {

@@ -215,6 +215,56 @@ def test_a_meta_file_that_generate_did_not_write(reward_model, outputs, tmp_path
         verb.run(settings(reward_model, tmp_path))
 
 
+SURROGATES = {
+    "in an answer": ({"prompt": "w1", "output": "w2 \ud83d"}, True),
+    "in a prompt": ({"prompt": "w1 \ude00", "output": "w2"}, True),
+    "in a message": ({"messages": [{"role": "user", "content": "\ud83d"}], "output": "w2"}, True),
+    "in another column": ({"prompt": "w1", "output": "w2", "note": "\ud83d"}, False),
+    "a whole pair": ({"prompt": "w1", "output": "\ud83d\ude00"}, False),
+}
+
+
+@pytest.mark.parametrize(("row", "refused"), SURROGATES.values(), ids=SURROGATES)
+def test_half_of_a_surrogate_pair_is_refused_by_row(reward_model, outputs, tmp_path, row, refused):
+    outputs.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "w1", "output": "w2"}, row)))
+    if not refused:
+        assert verb.run(settings(reward_model, tmp_path)).n == 2
+        return
+    with pytest.raises(InputError, match=r"row 1 of .*m\.jsonl holds half of a surrogate pair") as caught:
+        verb.run(settings(reward_model, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_lengths_that_are_not_known_are_scored(reward_model, outputs, tmp_path):
+    rows = [{"prompt": p, "output": o, "length": None, "finish_reason": "stop"} for p, o in ROWS]
+    outputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert verb.run(settings(reward_model, tmp_path)).n == 14
+
+
+NAN = "row 2: the reward model gives it no finite number"
+UNSCORED = {
+    "no answer": ("error", [0.5], "row 2: m.jsonl has no answer to score, since generating it failed", {}),
+    "not a number": ("stop", [math.nan], NAN, {}),
+    "infinite": ("stop", [-math.inf], NAN, {}),
+    "not a number in bfloat16": ("stop", [math.nan], f"{NAN}; --dtype float32 may give one", {"dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize(("finish", "reward", "reason", "more"), UNSCORED.values(), ids=UNSCORED)
+def test_why_a_row_has_no_reward(reward_model, outputs, tmp_path, monkeypatch, finish, reward, reason, more):
+    rows = [{"prompt": "w1", "output": "w2", "finish_reason": "stop"} for _ in range(4)]
+    rows[2] |= {"output": "w3", "finish_reason": finish}
+    outputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = settings(reward_model, tmp_path, batch_tokens=1, **more)
+    of_row = verb.plan(scored).rows[2].token_ids
+    monkeypatch.setattr(
+        backend.TransformersScorer, "score", lambda _, batch: reward if tuple(batch[0]) == of_row else [1.0]
+    )
+    for _ in range(2):
+        result = verb.run(scored)
+        assert (result.n, result.failed, result.reason, result.can_retry) == (3, 1, reason, False)
+
+
 def test_an_output_that_is_or_lies_in_an_input_is_refused(reward_model, outputs, tmp_path):
     with pytest.raises(InputError, match=r"lies inside the input .*; choose another --output-dir"):
         verb.plan(settings(reward_model, reward_model / "out", outputs=str(outputs)))

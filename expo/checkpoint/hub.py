@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from expo.checkpoint.folder import Location, expand_user, find_folder
+from expo.checkpoint.network import require_usable
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 from expo.settings import is_hub_id
 
@@ -163,16 +164,20 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (*HfHubHTTPError.__bases__, RuntimeError)
 
 
-def require_usable_token() -> None:
-    """Refuse a token that is invalid in an HTTP header; the HTTP library's own error would reveal it.
+def require_usable_environment() -> None:
+    """Refuse a token, a proxy or certificates that the HTTP library cannot use; its own error would reveal the token.
 
     Raises:
-        InputError: The token contains white space, a control character or a letter outside ASCII.
+        InputError: The token contains white space, a control character or a letter outside ASCII, or a variable is
+            unusable.
+        MissingExtra: A proxy needs a package that is not installed.
     """
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
     if not re.fullmatch(r"[!-~]*", get_token() or ""):
         raise InputError(f"the hub token contains invalid characters; {TOKEN_ADVICE}")
+    if not is_offline():
+        require_usable(constants.ENDPOINT, all_proxies=True)
 
 
 def explain_hub_errors(action: Callable[[], T], repository: str, revision: str | None = None) -> T:
@@ -182,7 +187,7 @@ def explain_hub_errors(action: Callable[[], T], repository: str, revision: str |
         InputError: The repository or revision does not exist, is gated, or is not cached while offline.
         EnvironmentFailure: The hub cannot be reached.
     """
-    require_usable_token()
+    require_usable_environment()
     try:
         return action()
     except network_errors() as error:

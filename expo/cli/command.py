@@ -25,6 +25,10 @@ class Shown(NamedTuple):
     """Without it."""
     failed: int = 0
     """How many rows failed."""
+    reason: str | None = None
+    """Why the first of them failed."""
+    can_retry: bool = False
+    """Whether the same command tries them again, which may help."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ PAIR = frozenset({"sft", "dpo", "alpha"})
 def show(result: Generated) -> Shown:
     """Where the output is."""
     log.info("%s: %d rows", result.status, result.rows)
-    return Shown(dataclasses.asdict(result), result.output, result.failed)
+    return Shown(dataclasses.asdict(result), result.output, result.failed, result.reason, result.can_retry)
 
 
 def not_meant(levels: Levels) -> frozenset[str]:

@@ -228,8 +228,17 @@ def print_result(result: Shown, *, as_json: bool) -> None:
     """Print a result, as JSON or as text, and end with exit code 3 where rows failed."""
     print(_json(result.data) if as_json else result.text)
     if result.failed:
-        log.warning("%d rows failed and are marked; rerun the same command to retry them", result.failed)
+        log.warning("%s", _failures(result))
         raise typer.Exit(PARTLY_FAILED)
+
+
+def _failures(result: Shown) -> str:
+    """How many rows failed, why the first did, and whether to try again."""
+    one = result.failed == 1
+    count = f"{result.failed} {'row' if one else 'rows'} failed and {'is' if one else 'are'} marked"
+    reason = "" if result.reason is None else f"{':' if one else '; the first is'} {result.reason}"
+    again = f"; the same command tries {'it' if one else 'them'} again" if result.can_retry else ""
+    return count + reason + again
 
 
 def print_plan(data: dict[str, Any], *, as_json: bool) -> None:

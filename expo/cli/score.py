@@ -27,7 +27,7 @@ def show(result: Scored) -> Shown:
     if result.mean is not None:
         error = result.standard_error or 0.0
         log.info("%s: mean reward %.4f ± %.4f over %d rows", result.status, result.mean, error, result.n)
-    return Shown(dataclasses.asdict(result), result.rewards, result.failed)
+    return Shown(dataclasses.asdict(result), result.rewards, result.failed, result.reason, result.can_retry)
 
 
 COMMAND = Command(

@@ -73,9 +73,9 @@ class TextCompletion:
 
     request: Request
     text: str
-    length: int
-    """New tokens, the stop token included."""
-    prompt_tokens: int
+    length: int | None
+    """New tokens, the stop token included; None where the server does not report it."""
+    prompt_tokens: int | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -85,6 +85,8 @@ class Failure:
 
     request: Request
     reason: str
+    lasting: bool = False
+    """Whether trying it again with the same settings is not expected to help."""
 
 
 Outcome: TypeAlias = Completion | TextCompletion | Failure

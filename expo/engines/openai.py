@@ -15,22 +15,36 @@ off at `TIMEOUT_S`: the synchronous client's timeout is for each read.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from expo.engines import Failure, GeneratorSetup, Key, Outcome, Request, TextCompletion
+from expo.checkpoint.network import advice, require_usable, through, without_unusable_proxies
+from expo.engines import Failure, GeneratorSetup, Key, Outcome, Request
+from expo.engines.chat_replies import (
+    ADVICE,
+    LENGTH_FIELDS,
+    has_no_quota,
+    is_too_long,
+    is_unknown,
+    leaves_no_room,
+    outcome_of,
+    read_reply,
+    reason_in,
+    rejected_field,
+    wants_stream,
+)
 from expo.engines.event_loop import results
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra, first_line
-from expo.files import shown
 from expo.redact import without_secrets
 
 MAX_RETRIES = 10
@@ -48,26 +62,18 @@ ROW_STATUSES = (400, 413, 422)
 """Statuses that reject one row, whose prompt is too long, for example."""
 RUN_STATUSES = {
     401: "does not accept the key in OPENAI_API_KEY",
-    403: "denies access with the key in OPENAI_API_KEY",
     404: "does not know the model, or is not a chat completions API (does --base-url end in /v1?)",
     405: "is not a chat completions API (does --base-url end in /v1?)",
 }
 """Statuses that every row would get, and what they say about the server."""
+UNPAID, FORBIDDEN, BUSY = 402, 403, 429
+"""403 is what a key without access gets, and a prompt that a service moderates. As after any other failure that lasts,
+the server is asked for something else: if it answers, the row is at fault."""
 
-OMIT_VLLM_FIELDS = "--top-k -1 omits the fields that only vLLM has"
-ADVICE = {
-    "top_k": OMIT_VLLM_FIELDS,
-    "min_p": OMIT_VLLM_FIELDS,
-    "repetition_penalty": OMIT_VLLM_FIELDS,
-    "stop_token_ids": "run without --stop-token-id",
-    **{name: f"choose another --{name.replace('_', '-')}" for name in ("max_tokens", "top_p", "temperature", "seed")},
-    "presence_penalty": "choose another --presence-penalty",
-    "frequency_penalty": "choose another --frequency-penalty",
-    "model": "choose another --model",
-}
-"""Fields that are the same in every row, and what to do where the server rejects one."""
-
-MAX_REASON_CHARACTERS = 300
+GREETING = ({"role": "user", "content": "Hi"},)
+CHECK_TIMEOUT_S = 60.0
+MAX_FAILED_FIRST = 3
+"""How many rows may fail so before one is answered."""
 
 
 class OpenaiGenerator:
@@ -90,23 +96,29 @@ class OpenaiGenerator:
         self._setup = setup
         self._url = str(setup.config.base_url).rstrip("/")
         self._client_settings = {"base_url": self._url, "api_key": api_key()}
+        self._has_answered = False
+        self._answered_at = -math.inf
+        self._failed = 0
+        self._unknown: set[str] = set()
+        self._stream = False
+        require_usable(self._url)
         self._require_server()
         self.step_seconds = 0.0
 
     def _require_server(self) -> None:
         from openai import APIConnectionError, APIStatusError, OpenAI
 
+        with without_unusable_proxies():
+            asking = OpenAI(**self._client_settings, timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES)
         try:
-            with (
-                OpenAI(**self._client_settings, timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES) as client,
-                client.models.with_streaming_response.list(),
-            ):
+            with asking as client, client.models.with_streaming_response.list():
                 return  # the list of models itself does not matter
         except APIStatusError:
             return  # a server answers; not every one has a list of models, and not every key may read it
         except APIConnectionError as error:
+            cause = _cause(error)
             raise EnvironmentFailure(
-                f"no server answers at {self._name}: {_cause(error)}; start it, or correct --base-url"
+                f"no server answers at {self._name}{through(self._url)}: {cause}; {advice(self._url, cause)}"
             ) from error
 
     @property
@@ -116,6 +128,7 @@ class OpenaiGenerator:
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Outcome]]:
         """Yield rows as the server answers them."""
         todo = [request for request in requests if request.key not in done]
+        self._has_answered |= len(todo) < len(requests)
         with closing(results(partial(self._complete_all, todo))) as batches:
             started = time.perf_counter()
             for outcomes in batches:
@@ -125,11 +138,12 @@ class OpenaiGenerator:
 
     async def _complete_all(self, todo: Sequence[Request], finished: Callable[[Outcome], None]) -> None:
         """Request every row, `concurrency` at a time; the first error that is not a row's own cancels the others."""
-        from asyncio import TaskGroup
+        from asyncio import Lock, TaskGroup
 
         from openai import AsyncOpenAI
 
         waiting = iter(todo)
+        self._checking = Lock()
 
         async def worker(client: AsyncOpenAI) -> None:
             for request in waiting:
@@ -145,28 +159,80 @@ class OpenaiGenerator:
                 raise failed.exceptions[0]  # noqa: B904 - the group adds nothing
 
     async def _complete(self, client: Any, request: Request) -> Outcome:  # noqa: ANN401 - openai.AsyncOpenAI
+        """A row's outcome.
+
+        Raises:
+            ExpoError: No row is answered any more.
+        """
         from openai import APIConnectionError, APIStatusError
 
+        fields = self._fields(request)
         try:
-            answer = await client.chat.completions.with_raw_response.create(**self._fields(request))
+            answer = await client.chat.completions.with_raw_response.create(**fields)
         except UnicodeEncodeError:
-            return Failure(request, "the prompt contains half of a surrogate pair, which UTF-8 cannot encode")
+            reason = "the prompt contains half of a surrogate pair, which UTF-8 cannot encode"
+            return Failure(request, reason, lasting=True)
         except APIStatusError as error:
-            return self._refused(request, error)
+            if self._adapts(fields, error):
+                return await self._complete(client, request)
+            if error.status_code in ROW_STATUSES:
+                return self._rejected(request, error)
+            of_all = error.status_code in (*RUN_STATUSES, UNPAID) or has_no_quota(error.body)
+            if of_all or not await self._answers_others(client, request):
+                raise self._run_error(error) from error
+            reason = f"the server refuses it: {_reason(error)}"
+            return Failure(request, reason, lasting=error.status_code == FORBIDDEN)
         except APIConnectionError as error:
-            raise EnvironmentFailure(
-                f"{self._name} did not answer in {1 + MAX_RETRIES} tries: {_cause(error)}; "
-                "rerun the same command to continue"
-            ) from error
-        return self._outcome(request, answer.http_response.content)
+            failure = f"did not answer in {1 + MAX_RETRIES} tries: {_cause(error)}"
+            if not await self._answers_others(client, request):
+                raise EnvironmentFailure(
+                    f"{self._name}{through(self._url)} {failure}; rerun the same command to continue"
+                ) from error
+            return Failure(request, f"the server {failure}")
+        self._has_answered, self._answered_at = True, time.monotonic()
+        return self._outcome(request, answer.http_response)
+
+    async def _answers_others(self, client: Any, request: Request) -> bool:  # noqa: ANN401 - openai.AsyncOpenAI
+        """Whether the server answers others than a row that has just failed; it is asked for a token to `GREETING`."""
+        from openai import APIConnectionError, APIStatusError
+
+        failed_at = time.monotonic()
+        async with self._checking:
+            self._failed += 1
+            if not self._has_answered and self._failed > MAX_FAILED_FIRST:
+                return False
+            if self._answered_at > failed_at:
+                return True
+            asking = client.with_options(max_retries=PROBE_RETRIES, timeout=CHECK_TIMEOUT_S)
+            try:
+                fields = self._fields(replace(request, messages=GREETING, max_tokens=1))
+                await asking.chat.completions.with_raw_response.create(**fields)
+            except APIStatusError as error:
+                if error.status_code not in ROW_STATUSES:
+                    return False
+            except APIConnectionError:
+                return False
+            self._answered_at = time.monotonic()
+        return True
+
+    def _adapts(self, fields: dict[str, Any], error: Any) -> bool:  # noqa: ANN401 - openai.APIStatusError
+        """Whether the server wants a request in another form, which all later ones then have."""
+        if error.status_code not in ROW_STATUSES:
+            return False
+        name = next(name for name in LENGTH_FIELDS if name in fields)
+        if is_unknown(name, error.body):
+            self._unknown.add(name)
+            return self._unknown != set(LENGTH_FIELDS)
+        if wants_stream(error.body) and "stream" not in fields["extra_body"]:
+            self._stream = True
+            return True
+        return False
 
     def _fields(self, request: Request) -> dict[str, Any]:
-        """The fields of a request.
-
-        `max_tokens`, not its successor `max_completion_tokens`: a server that does not know the latter would ignore
-        it and generate without a limit.
-        """
+        """The fields of a request."""
         config = self._setup.config
+        length = next((name for name in LENGTH_FIELDS if name not in self._unknown), LENGTH_FIELDS[-1])
+        penalties = {name: getattr(config, name) for name in ("presence_penalty", "frequency_penalty")}
         vllm_fields = {"top_k": config.top_k, "min_p": 0.0, "repetition_penalty": 1.0} if config.top_k != -1 else {}
         stop = {"stop_token_ids": list(self._setup.stop_ids)} if self._setup.stop_ids else {}
         return {
@@ -174,69 +240,66 @@ class OpenaiGenerator:
             "messages": list(request.messages),
             "temperature": request.temperature,
             "top_p": config.top_p,
-            "presence_penalty": config.presence_penalty,
-            "frequency_penalty": config.frequency_penalty,
+            **{name: penalty for name, penalty in penalties.items() if penalty},  # no server has another default than 0
             "seed": request.seed,
-            "max_tokens": request.max_tokens,
-            "extra_body": {**vllm_fields, **stop},
+            length: request.max_tokens,
+            "extra_body": {**vllm_fields, **stop, **({"stream": True} if self._stream else {})},
         }
 
-    def _outcome(self, request: Request, content: bytes) -> Outcome:
-        """The completion in a response's body, or why there is none.
+    def _outcome(self, request: Request, response: Any) -> Outcome:  # noqa: ANN401 - httpx.Response
+        """The completion in a response, or why there is none.
 
         Raises:
             EnvironmentFailure: It is not a chat completion.
         """
-        answer = self._read(content)
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or not choices:
-            return Failure(request, f"the server gave no answer: {reason_in(answer)}")
-        choice = _object(choices[0])
-        if choice.get("finish_reason") not in ("stop", "length"):
-            return Failure(request, f"the server ended the answer with {shown(choice.get('finish_reason'))}")
-        text = _object(choice.get("message")).get("content")
-        if not isinstance(text, str):
-            return Failure(request, "the server's answer contains no text")
-        usage = _object(answer.get("usage"))
-        length, prompt_tokens = usage.get("completion_tokens"), usage.get("prompt_tokens")
-        if not isinstance(length, int) or not isinstance(prompt_tokens, int) or min(length, prompt_tokens) < 0:
-            raise EnvironmentFailure(f"{self._name} does not report how many tokens an answer has (usage)")
-        return TextCompletion(request, text, length, prompt_tokens, choice["finish_reason"])
-
-    def _read(self, content: bytes) -> dict[str, Any]:
         try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
+            answer = read_reply(response.content, response.charset_encoding)
+        except UnicodeDecodeError as error:
+            where = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+            return Failure(request, f"the server's answer is not {error.encoding.upper()} text ({where})", lasting=True)
+        except (ValueError, RecursionError) as error:
             raise EnvironmentFailure(
-                f"{self._name} returned no JSON object but {reason_in(content.decode(errors='replace'))}; "
+                f"{self._name} returned no JSON object but {reason_in(response.content.decode(errors='replace'))}; "
                 "does --base-url end in /v1?"
-            )
-        return answer
+            ) from error
+        return outcome_of(request, answer)
 
-    def _refused(self, request: Request, error: Any) -> Failure:  # noqa: ANN401 - openai.APIStatusError
-        """The failed row, where the status concerns only this row.
+    def _rejected(self, request: Request, error: Any) -> Failure:  # noqa: ANN401 - openai.APIStatusError
+        """The failed row, where the server rejects only this one.
 
         Raises:
-            ExpoError: It concerns the whole run.
+            InputError: It rejects a field that is the same in all rows, and has answered none of them.
         """
-        status = int(error.status_code)
-        reason = f"{reason_in(error.body)} (HTTP {status})"
-        if status not in ROW_STATUSES:
-            raise self._run_error(status, reason) from error
         field = rejected_field(error.body)
-        if field is not None:
-            raise InputError(f"{self._name} rejects {field}: {reason}; {ADVICE[field]}") from error
-        return Failure(request, f"the server rejects it: {reason}")
+        if field is not None and self._answered_at == -math.inf:
+            raise InputError(f"{self._name} rejects {field}: {_reason(error)}; {ADVICE[field]}") from error
+        shorter = is_too_long(error.body) and leaves_no_room(error.body)
+        advised = "; a smaller --max-tokens leaves the prompt more room" if shorter else ""
+        return Failure(request, f"the server rejects it: {_reason(error)}{advised}", lasting=True)
 
-    def _run_error(self, status: int, reason: str) -> ExpoError:
+    def _run_error(self, error: Any) -> ExpoError:  # noqa: ANN401 - openai.APIStatusError
+        """The error of a run in which no row is answered any more."""
+        status, reason = error.status_code, _reason(error)
+        if status == FORBIDDEN:
+            return InputError(
+                f"{self._name}{through(self._url)} denies access with the key in OPENAI_API_KEY: {reason}"
+            )
         if status in RUN_STATUSES:
             return InputError(f"{self._name} {RUN_STATUSES[status]}: {reason}")
-        return EnvironmentFailure(f"{self._name} cannot answer now: {reason}; rerun the same command to continue")
+        if has_no_quota(error.body):
+            return EnvironmentFailure(
+                f"{self._name} has no quota left for the key in OPENAI_API_KEY: {reason}; add credit, then rerun the "
+                "same command to continue"
+            )
+        return EnvironmentFailure(
+            f"{self._name}{through(self._url)} cannot answer now: {reason}; rerun the same command to continue"
+        )
 
     def load(self, setup: GeneratorSetup) -> None:
         """Go on with other settings."""
+        if setup.config.model != self._setup.config.model:
+            self._has_answered, self._failed, self._stream = False, 0, False
+            self._unknown.clear()
         self._setup = setup
 
     def close(self) -> None:
@@ -260,11 +323,15 @@ def bounded_client(seconds: float) -> Any:  # noqa: ANN401 - openai.DefaultAsync
         async def send(self, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - as the parent's
             try:
                 async with timeout(seconds):
-                    return await super().send(*args, **named)
+                    response = await super().send(*args, **named)
             except TimeoutError as error:
                 raise library.ReadTimeout(f"no whole answer in {seconds:g} seconds") from error
+            if response.is_closed and response.status_code == BUSY and has_no_quota(response.text):
+                response.headers["x-should-retry"] = "false"
+            return response
 
-    return Bounded()
+    with without_unusable_proxies():
+        return Bounded()
 
 
 def api_key() -> str:
@@ -279,31 +346,11 @@ def api_key() -> str:
     return key or NO_KEY
 
 
-def reason_in(body: object) -> str:
-    """The error message in a response's body, on one line and without secrets."""
-    if isinstance(body, dict):
-        error = body.get("error", body)
-        found = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
-        text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-    else:
-        text = str(body or "no reason given")
-    text = " ".join(without_secrets(text).split())
-    return text if len(text) <= MAX_REASON_CHARACTERS else f"{text[:MAX_REASON_CHARACTERS]}…"
-
-
-def rejected_field(body: object) -> str | None:
-    """The field that the server rejects in every row; None where it rejects this row only."""
-    text = reason_in(body)
-    if "context length" in text.lower():
-        return None
-    param = body.get("param") if isinstance(body, dict) else None
-    by_name = (name for name in ADVICE if "_" in name and re.search(rf"\b{name}\b", text))
-    return param if isinstance(param, str) and param in ADVICE else next(by_name, None)
-
-
-def _object(value: object) -> dict[str, Any]:
-    """A JSON value that should be an object; empty where it is not."""
-    return value if isinstance(value, dict) else {}
+def _reason(error: Any) -> str:  # noqa: ANN401 - openai.APIStatusError
+    """Why a request was refused, with its status."""
+    wait = error.response.headers.get("retry-after")
+    asked = f", retry after {first_line(ValueError(wait))}" if wait and error.status_code == BUSY else ""
+    return f"{reason_in(error.body)} (HTTP {error.status_code}{asked})"
 
 
 def _cause(error: BaseException) -> str:

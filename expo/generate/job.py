@@ -45,6 +45,10 @@ class Generated:
     """"written" or "already complete"."""
     rows: int
     failed: int
+    reason: str | None = None
+    """Why the first failed row failed."""
+    can_retry: bool = False
+    """Whether the same command tries failed rows again, which may help."""
 
 
 def run(config: GenerateConfig, keeper: EngineKeeper | None = None) -> Generated:
@@ -59,8 +63,8 @@ def run(config: GenerateConfig, keeper: EngineKeeper | None = None) -> Generated
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
     done = run_job(plan(config), keeper)
-    files = done.job.files
-    return Generated(files.final, files.meta, done.status, done.meta["rows"], done.meta["failed"])
+    files, meta = done.job.files, done.meta
+    return Generated(files.final, files.meta, done.status, meta["rows"], meta["failed"], done.reason, done.can_retry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,9 @@ class GenerateJob(RowJob):
         "id": str,
         "sample": int,
         "output": str,
-        "length": int,
+        "length": (int, type(None)),
         "finish_reason": str,
-        "prompt_tokens": int,
+        "prompt_tokens": (int, type(None)),
     }
     seconds_key: ClassVar[str] = "generate_seconds"
 
@@ -135,7 +139,11 @@ class GenerateJob(RowJob):
 
     def impossible(self, done: Mapping[Key, Row]) -> Rows:
         """The rows whose prompt the model cannot take, or whose previous turn failed."""
-        return {key: failed_row(key, why) for turn in self._each_turn(done) for key, why in turn.unanswerable.items()}
+        return {
+            key: failed_row(key, why, lasting=True)
+            for turn in self._each_turn(done)
+            for key, why in turn.unanswerable.items()
+        }
 
     def _each_turn(self, done: Mapping[Key, Row]) -> Iterator[Turn]:
         """Every turn in order, each built from the answers available when it is reached."""
@@ -160,8 +168,8 @@ class GenerateJob(RowJob):
                 yield [self.journal_row(one) for one in outcomes]
 
     def tokens(self, row: Row) -> int:
-        """Its generated tokens."""
-        return int(row["length"])
+        """Its generated tokens, as far as they are known."""
+        return int(row["length"] or 0)
 
     def worker_environments(self, count: int) -> list[dict[str, str]]:
         """The GPUs of each worker, or its share of the CPU's threads."""
@@ -170,12 +178,13 @@ class GenerateJob(RowJob):
     def journal_row(self, one: Outcome) -> Row:
         """An answer in the journal's form; its text excludes the stop token."""
         if isinstance(one, Failure):
-            return failed_row(one.request.key, one.reason)
+            return failed_row(one.request.key, one.reason, lasting=one.lasting)
         if isinstance(one, Completion):
             ids = one.token_ids
             stopped = bool(ids) and ids[-1] in self.setup.stop_ids
-            text, length = self.model.decode(ids[:-1] if stopped else ids), len(ids)
-            prompt_tokens = len(one.request.prompt_ids)
+            text = self.model.decode(ids[:-1] if stopped else ids)
+            length: int | None = len(ids)
+            prompt_tokens: int | None = len(one.request.prompt_ids)
         else:
             text, length, prompt_tokens = one.text, one.length, one.prompt_tokens
         return {
@@ -225,13 +234,14 @@ class GenerateJob(RowJob):
             config["base_url"] = without_secrets(self.config.base_url)
         names = [self._named(self.key_of(row)) for row in rows]
         errors = [
-            {"row": number, **names[number], "reason": row["reason"]}
+            {"row": number, **names[number], **{key: row[key] for key in ("reason", "lasting") if key in row}}
             for number, row in enumerate(rows)
             if not self.is_answered(row)
         ]
         # A longer run batches its rows differently from the one it extends, which shows in padded rows below float32.
         batches_matter = self.spec.pads and self.config.dtype != "float32"
         repeatable = figures.repeatable and not (extends and batches_matter)
+        unknown = sum(row["length"] is None for row in rows)
         return {
             "command": self.verb,
             "name": self.name,
@@ -242,8 +252,9 @@ class GenerateJob(RowJob):
             "rows": len(rows),
             "failed": len(errors),
             "errors": errors,
-            "tokens_in": sum(row["prompt_tokens"] for row in rows),
-            "tokens_out": sum(row["length"] for row in rows),
+            "tokens_in": sum(row["prompt_tokens"] or 0 for row in rows),
+            "tokens_out": sum(map(self.tokens, rows)),
+            **({"rows_of_unknown_length": unknown} if unknown else {}),
             "finish_reasons": dict(sorted(Counter(row["finish_reason"] for row in rows).items())),
             "rows_this_run": figures.rows,
             "engine_start_seconds": round(figures.engine_start_seconds, 3),
@@ -278,8 +289,8 @@ class GenerateJob(RowJob):
         }
 
 
-def failed_row(key: Key, reason: str) -> Row:
-    """The row of a prompt that could not be answered."""
+def failed_row(key: Key, reason: str, *, lasting: bool) -> Row:
+    """The row of a prompt that could not be answered; `lasting` if trying again is not expected to help."""
     return {
         "id": key[0],
         "sample": key[1],
@@ -289,6 +300,7 @@ def failed_row(key: Key, reason: str) -> Row:
         "finish_reason": "error",
         "prompt_tokens": 0,
         "reason": reason,
+        **({"lasting": True} if lasting else {}),
     }
 
 

@@ -23,7 +23,7 @@ from expo.checkpoint.hub import (
     TOKEN_ADVICE,
     http_status,
     network_errors,
-    require_usable_token,
+    require_usable_environment,
 )
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 from expo.files import Row
@@ -177,7 +177,7 @@ def push(destination: Destination, folder: Path) -> Pushed:
 
 def _explained(action: Callable[[], T], repository: str) -> T:
     """Run `action`, turning the hub's errors into one line each."""
-    require_usable_token()
+    require_usable_environment()
     expected: tuple[type[Exception], ...] = (ValueError, *network_errors())
     try:
         return action()

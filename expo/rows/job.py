@@ -71,6 +71,19 @@ class Done:
     status: str
     """"written" or "already complete"."""
 
+    @property
+    def reason(self) -> str | None:
+        """Why the first of the failed rows failed; None where none did, or it is not recorded."""
+        errors = self.meta.get("errors")
+        of_part = f" of part {self.job.part}" if self.job.part else ""
+        return f"row {errors[0]['row']}{of_part}: {errors[0]['reason']}" if errors else None
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether the same command tries failed rows again, which may help."""
+        runs_rows = self.status == "written" and self.job.config.join is None
+        return runs_rows and any(not error.get("lasting") for error in self.meta.get("errors", ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowJob(ABC):
@@ -181,7 +194,9 @@ class RowJob(ABC):
 
     @abstractmethod
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:
-        """The content of the meta file, including `rows`, `failed`, `fingerprint` and the hash of the items.
+        """The content of the meta file, including `rows`, `failed`, `errors`, `fingerprint` and the hash of the items.
+
+        Each of the `errors` has the number of a `row`, a `reason`, and `lasting` where trying again does not help.
 
         Args:
             rows: All rows in output order.

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_token
+from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_environment
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
 from expo.files import SUFFIXES, Row, is_utf8, read_rows, repeated
 
@@ -53,8 +53,8 @@ class Answer:
 
     prompt: Prompt
     output: str
-    length: int
-    """Generated tokens, the stop token included."""
+    length: int | None
+    """Generated tokens, the stop token included; None where that is not known."""
     finish_reason: str
     """stop, length or error."""
 
@@ -213,7 +213,7 @@ def _load_from_hub(source: HubSource) -> list[Row]:
 def _load_dataset(repository: str, split: str, revision: str | None) -> list[Row]:
     from datasets import exceptions, load_dataset
 
-    require_usable_token()
+    require_usable_environment()
     try:
         return list(load_dataset(repository, split=split, revision=revision))
     except (exceptions.DatasetsError, ValueError, *network_errors()) as error:
@@ -264,6 +264,7 @@ def _conversation(number: int, row: Row, path: Path, task: Task) -> Conversation
     if not asked or not all(map(is_message, messages)):
         raise InputError(f"row {number} of {path} lacks a prompt (or instruction) or an output")
     turns: tuple[Message, ...] = tuple(messages)  # type: ignore[arg-type]  # checked just now
+    _require_text(number, path, (turn["content"] for turn in turns))
     return Conversation(turns, prompt_item(turns[: len(asked)]), failed=row.get("finish_reason") == "error")
 
 
@@ -281,6 +282,14 @@ def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Pro
         messages = (*messages, *prompt.followups[turn : turn + 1])
 
 
+def _require_text(number: int, path: Path, texts: Iterable[str]) -> None:
+    if not all(map(is_utf8, texts)):
+        raise InputError(
+            f"row {number} of {path} holds half of a surrogate pair, which is not valid text: put another character in "
+            "its place, such as U+FFFD"
+        )
+
+
 def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
     try:
         answers = task.answers(row)
@@ -288,4 +297,5 @@ def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: no choices with turns") from error
     if not all(isinstance(text, str) for text in answers):
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: its turns are not all text")
+    _require_text(number, path, answers)
     return answers
