@@ -74,7 +74,10 @@ class PairConfig:
         ),
     ] = ()
     missing: Annotated[
-        Missing, changes_weights("Tensors that SFT lacks: refuse the pair, or copy them from DPO.", absent="error")
+        Missing,
+        changes_weights(
+            "Tensors that one side lacks: refuse the pair, or copy DPO's own and go without SFT's.", absent="error"
+        ),
     ] = "error"
     vocab: Annotated[
         Vocab,
