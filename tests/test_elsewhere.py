@@ -48,6 +48,7 @@ ELSEWHERE: dict[str, tuple[list[str], str]] = {
         ["checkpoint-5/pytorch_model_fsdp_0/__0_0.distcp", "checkpoint-5/optimizer_0/__0_0.distcp"],
         MERGE.format(at="{model}/checkpoint-5"),
     ),
+    "the folder of FSDP's shards": (["__0_0.distcp", ".metadata"], "`accelerate merge-weights {model} {root}` puts"),
     "FSDP's whole state": (
         ["pytorch_model_fsdp.bin"],
         "`mv {model}/pytorch_model_fsdp.bin {model}/pytorch_model.bin`, and --allow-pickle reads it",
@@ -123,7 +124,7 @@ def test_what_is_there_and_the_next_step(names: list[str], said: str, tmp_path: 
     for look in (read_checkpoint, require_loadable):
         with pytest.raises(InputError) as caught:
             look(model)
-        assert said.format(model=model) in str(caught.value)
+        assert said.format(model=model, root=tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

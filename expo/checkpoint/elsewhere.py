@@ -33,8 +33,8 @@ class Kind:
     """Glob of a file's path in the folder; * matches slashes as well."""
     what: str
     step: str
-    """What to do. In both, {file} is the file's path in the folder, {at} where its own folder is, {top} the folder that
-    this one is in, {place} the model's."""
+    """What to do. In both, {file} is the file's path in the folder; {at} the folder it is in, and {top} the one above
+    that, as a command names them."""
 
 
 ZERO = "DeepSpeed's weights, divided among processes ({file})"
@@ -43,7 +43,9 @@ JAX_OR_TENSORFLOW = "load them with a version of transformers before 5 and write
 KINDS = (
     Kind("*zero_to_fp32.py", ZERO, "`python {at}/zero_to_fp32.py {at} {at} --safe_serialization` puts them together"),
     Kind(
-        "*global_step*/*.pt", ZERO, "DeepSpeed's `zero_to_fp32.py {top} {top} --safe_serialization` puts them together"
+        "*mp_rank_*_states.pt",
+        ZERO,
+        "DeepSpeed's `zero_to_fp32.py {top} {top} --safe_serialization` puts them together",
     ),
     Kind("*.distcp", "FSDP's sharded weights ({file})", "`accelerate merge-weights {at} {top}` puts them together"),
     Kind(
@@ -128,8 +130,8 @@ def elsewhere(names: Iterable[str], place: str) -> str | None:
             file = PurePosixPath(name)
             is_it = fnmatch.fnmatchcase(name, kind.pattern)
             if is_it and not any(fnmatch.fnmatchcase(name, pattern) for pattern in NEVER_WEIGHTS):
-                at, top = (os.path.normpath(os.path.join(place, part)) for part in (file.parent, file.parent.parent))
-                words = {"file": name, "at": at, "top": top, "place": place}
+                at, top = (os.path.normpath(f"{place}/{file.parent}{up}") for up in ("", "/.."))
+                words = {"file": name, "at": at, "top": top}
                 return f"it has {kind.what}; {kind.step}".format(**words)
     return None if found else "it is empty; is the path right, and was everything downloaded?"
 

@@ -183,7 +183,7 @@ def _has_safetensors(repository: str, files: list[str], pickled: bool | None) ->
 def _there(repository: str, files: list[str]) -> str:
     folder = repository.split("/")[-1]
     if there := elsewhere(files, folder):
-        return f": {there} (`hf download {repository} --local-dir {folder}` fetches it)"
+        return f": {there}; `hf download {repository} --local-dir {folder}` fetches it"
     others = [name for name in files if _is_weights(name)]
     return f", but {others[0]}; if it is the whole model, unquantized, it needs that name" if others else ""
 
