@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +190,31 @@ def test_an_index_that_disagrees_with_its_shards(
     assert {name: file for file, inside in shards.items() for name in inside} == written
     assert sum(map(len, shards.values())) == len(written)
     assert all(shards.values())
+
+
+def test_transformers_reads_the_shards_and_not_the_places(llama_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """What the above assumes: a tensor elsewhere, one that the index leaves out, and a copy in an earlier shard."""
+    from transformers import AutoModelForCausalLM
+
+    dpo = shutil.copytree(llama_pair[1], tmp_path / "dpo")
+    index = json.loads((dpo / "model.safetensors.index.json").read_text())
+    weight_map, files = index["weight_map"], sorted(set(index["weight_map"].values()))
+    moved, unlisted = (
+        next(name for name, file in weight_map.items() if file == files[i] and "mlp" in name) for i in (0, 1)
+    )
+    copied = next(name for name, file in weight_map.items() if file == files[-1])
+    first = load_file(dpo / files[0])
+    save_file(
+        {**first, copied: torch.zeros(load_file(dpo / files[-1])[copied].shape)}, dpo / files[0], {"format": "pt"}
+    )
+    del weight_map[unlisted]
+    weight_map[moved] = files[-1]
+    (dpo / "model.safetensors.index.json").write_text(json.dumps(index))
+    write((llama_pair[0], dpo), tmp_path / "out", 0.0)
+    wanted, loaded, out = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (llama_pair[1], dpo, tmp_path / "out")
+    )
+    assert all(torch.equal(loaded[name], tensor) and torch.equal(out[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_single_file_beside_an_index_that_does_not_name_it(tmp_path: Path) -> None:

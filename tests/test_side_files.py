@@ -25,11 +25,19 @@ GOES_ALONG = (
     *("qwen.tiktoken", "tiktoken.model", "rwkv_vocab_v20230424.txt", "prophetnet.tokenizer", "normalizer.json"),
     *("qformer_tokenizer/tokenizer.json", "chat_template.jinja", "chat_template.json"),
     *("additional_chat_templates/tool_use.jinja", "modeling_internlm2.py", "configuration_phi3.py", "custom/model.py"),
-    *("tokenization_qwen.py", "SimSun.ttf", "custom_generate/generate.py", "custom_generate/requirements.txt"),
+    *(
+        "tokenization_qwen.py",
+        "SimSun.ttf",
+        "cache_autogptq_cuda_256.cpp",
+        "cuda/wkv5_cuda.cu",
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+    ),
     *("LICENSE", "LICENSE.txt", "license.md", "MODEL_LICENSE", "NOTICE", "Notice.txt", "USE_POLICY.md", "COPYING"),
 )
 LEFT = (
     *("train_data.jsonl", "data/train.parquet", "data/config.json", "all_results.json", "train_results.json"),
+    *("license_texts.jsonl", "notices.parquet", "system_prompt.json", "policy.pdf"),
     *("training_config.json", "ds_config.json", "dataset_info.json", "random_states_0.pkl", "replay.pickle"),
     *("model.safetensors.bak", "pytorch_model.bin.old", "model.safetensors.tmp", "weights.tar.gz", "nohup.out"),
     *("train.log", "latest", "logs/train.log", "wandb/run-1/files/config.yaml", "wandb/run-1/files/code/train.py"),
@@ -77,7 +85,8 @@ def test_one_line_says_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFix
     make(tmp_path, *GOES_ALONG, *WITHOUT_A_WORD, "train.jsonl", "wandb/run/x", "assets/a.png", "assets/b.png")
     assert {str(file) for file in side_files(tmp_path)} == set(GOES_ALONG)
     assert caplog.messages == [
-        f"{tmp_path}: not copied, since no loader reads it: assets/a.png, assets/b.png, train.jsonl and 1 more"
+        f"{tmp_path}: 4 files or folders that loaders do not read are not copied: "
+        "assets/a.png, assets/b.png, train.jsonl …"
     ]
 
 
@@ -119,6 +128,15 @@ def test_pipes_and_links_to_folders_are_not_copied(tmp_path: Path, caplog: pytes
         f"{tmp_path}/code is a link to a folder; not copied",
         f"{tmp_path}/vocab.json is a pipe; not copied",
     ]
+
+
+@pytest.mark.parametrize("head", [b"PK\3\4", b"\x80\2"])
+def test_weights_that_look_like_a_tokenizer_by_name(
+    head: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "best.model").write_bytes(head + bytes(100))
+    assert side_files(tmp_path) == []
+    assert caplog.messages == [f"{tmp_path}/best.model is a pickle, and so no tokenizer; not copied"]
 
 
 # --- what DPO lacks -----------------------------------------------------------------------------------------------

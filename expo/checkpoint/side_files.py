@@ -39,11 +39,15 @@ TOKENIZERS = (
 
 TEMPLATES = ("chat_template*.json", "*.jinja")
 
-CODE = ("*.py", "requirements.txt", "*.ttf")
-"""Code of the model's own, and the fonts that Qwen-VL's draws with."""
+CODE = ("*.py", "*.cpp", "*.cu", "*.cuh", "requirements.txt", "*.ttf")
+"""Code of the model's own, the kernels that it builds, and the fonts that Qwen-VL's draws with."""
 
-TERMS = ("*licen[cs]e*", "copying*", "*notice*", "*use_policy*", "system_prompt*.txt")
-"""For people; compared in lower case."""
+TERMS = ("*licen[cs]e*", "copying*", "*notice*", "*use_policy*", "system_prompt*")
+TERMS_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf")
+"""For people; both compared in lower case."""
+
+PICKLES = (b"PK\3\4", b"\x80")
+"""How weights begin that were saved under a name such as best.model."""
 
 SIDE_FILES = (*CONFIGS, *TOKENIZERS, *TEMPLATES, *CODE)
 
@@ -80,8 +84,8 @@ def side_files(path: Path) -> list[Path]:
     files, left = _walk(path)
     if left:
         names = ", ".join(str(one.relative_to(path)) + "/" * one.is_dir() for one in left[:3])
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        log.info("%s: not copied, since no loader reads it: %s%s", path, names, more)
+        more = " …" if len(left) > 3 else ""
+        log.info("%s: %d files or folders that loaders do not read are not copied: %s%s", path, len(left), names, more)
     return sorted(file.relative_to(path) for file in files)
 
 
@@ -114,7 +118,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def is_side_file(name: str) -> bool:
     """Whether a loader reads a file of this name, or it says on which terms the model may be used."""
-    return _matches(name, SIDE_FILES) or _matches(name.lower(), TERMS)
+    is_terms = _matches(name.lower(), TERMS) and Path(name.lower()).suffix in TERMS_SUFFIXES
+    return is_terms or _matches(name, SIDE_FILES)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -144,9 +149,12 @@ def _is_copyable(entry: Path) -> bool:
         return False
     require_utf8(entry)
     with open_file(entry) as stream:
-        if stream.read(HEAD_BYTES).startswith(LFS_POINTER):
-            raise InputError(f"{entry} is a git-lfs pointer: run `git lfs pull`, or remove it")
-    return True
+        head = stream.read(HEAD_BYTES)
+    if head.startswith(LFS_POINTER):
+        raise InputError(f"{entry} is a git-lfs pointer: run `git lfs pull`, or remove it")
+    if is_pickle := head.startswith(PICKLES):
+        log.warning("%s is a pickle, and so no tokenizer; not copied", entry)
+    return not is_pickle
 
 
 def warn_of_missing(sft: Location, dpo: Location, names: Collection[str], output: Path) -> None:
