@@ -25,6 +25,7 @@ from expo.checkpoint.folder import (
     source_fingerprint,
     weights_xxh3,
 )
+from expo.checkpoint.side_files import warn_of_missing
 from expo.config import ExtrapolateConfig
 from expo.disk import Background, reading_ahead
 from expo.engines.torch_tools import find_device
@@ -172,7 +173,10 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     verified = tuple(_verified(config, output, weights) for output in outputs)
     if verified != outputs:
         pair = _plan_pair(config, sft, dpo, verified)
-    return ExtrapolatePlan(config, sft, dpo, pair, weights, verified, output_side_files(sft.path, dpo.path))
+    files = output_side_files(sft.path, dpo.path)
+    if todo := [output for output in verified if not output.complete]:
+        warn_of_missing(sft, dpo, files.keys(), todo[0].folder)
+    return ExtrapolatePlan(config, sft, dpo, pair, weights, verified, files)
 
 
 def _plan_pair(config: ExtrapolateConfig, sft: Location, dpo: Location, outputs: Sequence[Output]) -> PairPlan:

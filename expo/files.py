@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -74,6 +75,11 @@ def repeated(names: Iterable[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def natural(name: str) -> list[str | int]:
+    """Sorts names by the numbers in them: checkpoint-90 before checkpoint-500."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def name_problem(name: str) -> str | None:

@@ -20,7 +20,15 @@ from typing import ClassVar, Self
 import xxhash
 
 from expo import __version__
-from expo.checkpoint.folder import Location, find_folder, read_config, read_json, refuse_inside, source_fingerprint
+from expo.checkpoint.folder import (
+    Location,
+    find_folder,
+    read_config,
+    read_json,
+    refuse_inside,
+    require_loadable,
+    source_fingerprint,
+)
 from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
@@ -327,6 +335,7 @@ def plan(config: ScoreConfig) -> ScoreJob:
     if not conversations:
         raise InputError(f"{outputs} contains no rows")
     location = find_folder(config.reward_model) or locate(config.reward_model)
+    require_loadable(location.path)
     require_reward_model(location.path)
     refuse_inside(folder, location, flag="--output-dir")
     tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)

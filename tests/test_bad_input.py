@@ -475,20 +475,6 @@ REFUSED: dict[str, Bad] = {
         "says tensor 'extra' is in model-00001-of-00002.safetensors, but it is not",
         lambda root: reindex(root, "extra", "model-00001-of-00002.safetensors"),
     ),
-    "the index puts a tensor into another shard": Bad(
-        "says tensor 'norm' is in model-00002-of-00002.safetensors, but it is not",
-        lambda root: reindex(root, "norm", "model-00002-of-00002.safetensors"),
-    ),
-    "the index leaves out a tensor": Bad(
-        "does not list tensor 'b.weight' of its own shards",
-        lambda root: [
-            change(root / "dpo"),
-            put(
-                root / "dpo/model.safetensors.index.json",
-                '{"weight_map": {"norm": "model.safetensors", "a.weight": "model.safetensors"}}',
-            ),
-        ],
-    ),
     "a tensor in two shards": Bad(
         "tensor 'norm' is in more than one shard",
         lambda root: raw_safetensors(root / "dpo/model-00002-of-00002.safetensors", {"norm": BF16}, bytes(16)),
@@ -646,6 +632,20 @@ WARNED: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda root: index(root, metadata={"total_size": 5}),
     ),
     "a total_size that is no number": ("says total_size '5'", lambda root: index(root, metadata={"total_size": "5"})),
+    "an index that puts a tensor into another shard": (
+        "index.json: places 1 tensors in other shards than they are in ('norm' …): following the shards",
+        lambda root: reindex(root, "norm", "model-00002-of-00002.safetensors"),
+    ),
+    "an index that leaves out a tensor": (
+        "index.json: does not list 1 tensors of its shards ('b.weight' …): reading them",
+        lambda root: [
+            change(root / "dpo"),
+            put(
+                root / "dpo/model.safetensors.index.json",
+                '{"weight_map": {"norm": "model.safetensors", "a.weight": "model.safetensors"}}',
+            ),
+        ],
+    ),
     "a stale shard": (
         "ignoring old-00001-of-00002.safetensors, which is not part of it",
         lambda root: put(root / "dpo/old-00001-of-00002.safetensors", "torn"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import entry, raw_safetensors, write_checkpoint
+from helpers import entry, raw_safetensors, read_checkpoint_tensors, write, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from expo.checkpoint import folder as checkpoint
 from expo.errors import InputError
@@ -52,13 +55,18 @@ BAD_INDEXES = {
     "a path upwards": ({"a": "../one.safetensors"}, "'../one.safetensors', which is not a safetensors file in the"),
     "an absolute path": ({"a": "/etc/one.safetensors"}, "'/etc/one.safetensors', which is not a safetensors file"),
     "a file of another kind": ({"a": "config.json"}, "'config.json', which is not a safetensors file"),
-    "a tensor in the wrong shard": (
-        {"a": "two.safetensors", "b": "one.safetensors"},
-        "says tensor 'a' is in two.safetensors, but it is not",
-    ),
     "a tensor no shard has": (
         {"a": "one.safetensors", "c": "one.safetensors"},
-        "says tensor 'c' is in one.safetensors, but it is not",
+        "says tensor 'c' is in one.safetensors, but it is not in any shard: download the checkpoint again or, if the "
+        "model has no such tensor, remove it from the index",
+    ),
+    "tensors no shard has": (
+        {"a": "one.safetensors", "c": "one.safetensors", "d": "two.safetensors"},
+        r"says tensor 'c' is in one.safetensors, but it is not in any shard \(and 1 more tensors\): download",
+    ),
+    "a tensor of a file that the index does not name": (
+        {"a": "one.safetensors", "b": "one.safetensors"},
+        "says tensor 'b' is in one.safetensors, but it is not in any shard",
     ),
     "a tensor left out": ({"a": "one.safetensors"}, None),
     "no weight_map": (None, "has no weight_map"),
@@ -77,18 +85,136 @@ def test_indexes_that_lie(tmp_path: Path, weight_map: object, message: str | Non
         checkpoint.read_checkpoint(folder)
 
 
-def test_a_tensor_of_a_named_shard_that_the_index_leaves_out(tmp_path: Path) -> None:
-    folder = sharded(tmp_path / "model", {"a": "one.safetensors"})
-    raw_safetensors(folder / "one.safetensors", {"a": F32, "hidden": entry("F32", [2], 8, 16)}, bytes(16))
-    with pytest.raises(InputError, match="does not list tensor 'hidden'"):
-        checkpoint.read_checkpoint(folder)
+@dataclass(frozen=True)
+class Disagreement:
+    """Shards, file → name → value of each tensor, and where the index says they are."""
+
+    shards: dict[str, dict[str, float]]
+    index: dict[str, str]
+    values: dict[str, float] | str
+    """What loaders read; or what the refusal says."""
+    warning: str = ""
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
-    folder = sharded(tmp_path / "model", {"a": "one.safetensors", "b": "two.safetensors"})
-    raw_safetensors(folder / "two.safetensors", {"a": F32, "b": entry("F32", [2], 8, 16)}, bytes(16))
-    with pytest.raises(InputError, match="'a' is in more than one shard"):
-        checkpoint.read_checkpoint(folder)
+IN_ORDER = {"a": "1", "b": "2"}
+DISAGREEMENTS = {
+    "none": Disagreement({"1": {"a": 1}, "2": {"b": 2}}, IN_ORDER, {"a": 1, "b": 2}),
+    "a tensor in another shard": Disagreement(
+        {"1": {"a": 1}, "2": {"b": 2, "c": 3}},
+        {**IN_ORDER, "c": "1"},
+        {"a": 1, "b": 2, "c": 3},
+        "places 1 tensors in other shards than they are in ('c' …): following the shards",
+    ),
+    "two tensors in each other's shard": Disagreement(
+        {"1": {"a": 1}, "2": {"b": 2}},
+        {"a": "2", "b": "1"},
+        {"a": 1, "b": 2},
+        "places 2 tensors in other shards than they are in ('a' …): following the shards",
+    ),
+    "a tensor that the index leaves out": Disagreement(
+        {"1": {"a": 1, "c": 3}, "2": {"b": 2}},
+        IN_ORDER,
+        {"a": 1, "b": 2, "c": 3},
+        "does not list 1 tensors of its shards ('c' …): reading them",
+    ),
+    "a superseded copy": Disagreement(
+        {"1": {"a": 1, "b": 0}, "2": {"b": 2}},
+        IN_ORDER,
+        {"a": 1, "b": 2},
+        "1 tensors are in more than one shard ('b' …): taking them from where the index places them",
+    ),
+    "a shard of superseded copies alone": Disagreement(
+        {"1": {"a": 0, "b": 0}, "2": {"a": 1}, "3": {"b": 2, "c": 3}},
+        {"a": "2", "b": "3", "c": "1"},
+        {"a": 1, "b": 2, "c": 3},
+        "2 tensors are in more than one shard ('a' …): taking them from where the index places them",
+    ),
+    "three copies": Disagreement(
+        {"1": {"a": 1, "b": 0}, "2": {"b": 7, "c": 3}, "3": {"b": 2}},
+        {"a": "1", "b": "3", "c": "2"},
+        {"a": 1, "b": 2, "c": 3},
+        "1 tensors are in more than one shard",
+    ),
+    "a copy that loaders prefer to the index's": Disagreement(
+        {"1": {"a": 1}, "2": {"a": 0, "b": 2}},
+        IN_ORDER,
+        "tensor 'a' is in more than one shard (model-1.F, model-2.F); the index says model-1.F, and loaders take it "
+        "from model-2.F: remove the copies that are not meant",
+    ),
+    "copies that the index does not list": Disagreement(
+        {"1": {"a": 1, "c": 0}, "2": {"b": 2, "c": 3}}, IN_ORDER, "(model-1.F, model-2.F); the index does not list it"
+    ),
+    "copies in shards whose order loaders disagree on": Disagreement(
+        {"9": {"a": 1, "b": 0}, "10": {"b": 2}},
+        {"a": "9", "b": "10"},
+        "the index says model-10.F, and loaders take it from model-10.F or model-9.F",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("case", DISAGREEMENTS.values(), ids=DISAGREEMENTS)
+def test_an_index_that_disagrees_with_its_shards(
+    case: Disagreement, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is read is what transformers loads; the output's own index and shards agree."""
+    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
+    names = {number: f"model-{number}.{suffix}" for number in case.shards}
+    for number, values in case.shards.items():
+        tensors = {name: torch.full((2,), float(value)) for name, value in values.items()}
+        write_checkpoint(dpo, {})
+        (save_file if suffix == "safetensors" else torch.save)(tensors, dpo / names[number])
+    (dpo / "model.safetensors").unlink()
+    weight_map = {name: names[number] for name, number in case.index.items()}
+    index = f"{'model' if suffix == 'safetensors' else 'pytorch_model'}.{suffix}.index.json"
+    (dpo / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_checkpoint(sft, {name: torch.zeros(2) for name in {name for one in case.shards.values() for name in one}})
+
+    if isinstance(case.values, str):
+        with pytest.raises(InputError) as caught:
+            write((sft, dpo), tmp_path / "out", 0.0, allow_pickle=True)
+        assert case.values.replace("F", suffix) in str(caught.value)
+        return
+    write((sft, dpo), tmp_path / "out", 0.0, allow_pickle=True)
+    warnings = [message for message in caplog.messages if "index.json" in message]
+    assert case.warning in "".join(warnings)
+    assert bool(warnings) == bool(case.warning)
+    loaded: dict[str, torch.Tensor] = {}
+    for file in sorted(names.values()):
+        loaded |= (load_file if suffix == "safetensors" else torch.load)(dpo / file)
+    out = read_checkpoint_tensors(tmp_path / "out")
+    assert {name: tensor.tolist() for name, tensor in out.items()} == {n: t.tolist() for n, t in loaded.items()}
+    assert {name: tensor[0].item() for name, tensor in out.items()} == case.values
+    written = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    shards = {file.name: load_file(file).keys() for file in (tmp_path / "out").glob("*.safetensors")}
+    assert {name: file for file, inside in shards.items() for name in inside} == written
+    assert sum(map(len, shards.values())) == len(written)
+    assert all(shards.values())
+
+
+def test_transformers_reads_the_shards_and_not_the_places(llama_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """What the above assumes: a tensor elsewhere, one that the index leaves out, and a copy in an earlier shard."""
+    from transformers import AutoModelForCausalLM
+
+    dpo = shutil.copytree(llama_pair[1], tmp_path / "dpo")
+    index = json.loads((dpo / "model.safetensors.index.json").read_text())
+    weight_map, files = index["weight_map"], sorted(set(index["weight_map"].values()))
+    moved, unlisted = (
+        next(name for name, file in weight_map.items() if file == files[i] and "mlp" in name) for i in (0, 1)
+    )
+    copied = next(name for name, file in weight_map.items() if file == files[-1])
+    first = load_file(dpo / files[0])
+    save_file(
+        {**first, copied: torch.zeros(load_file(dpo / files[-1])[copied].shape)}, dpo / files[0], {"format": "pt"}
+    )
+    del weight_map[unlisted]
+    weight_map[moved] = files[-1]
+    (dpo / "model.safetensors.index.json").write_text(json.dumps(index))
+    write((llama_pair[0], dpo), tmp_path / "out", 0.0)
+    wanted, loaded, out = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (llama_pair[1], dpo, tmp_path / "out")
+    )
+    assert all(torch.equal(loaded[name], tensor) and torch.equal(out[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_single_file_beside_an_index_that_does_not_name_it(tmp_path: Path) -> None:
@@ -132,24 +258,6 @@ def test_a_config_that_is_no_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"config\.json"):
         checkpoint.read_checkpoint(tmp_path)
-
-
-def test_side_files_are_the_models_and_nothing_else(tmp_path: Path) -> None:
-    wanted = {
-        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"),
-        *("modeling_custom.py", "LICENSE", "merges.txt", "custom_generate/generate.py", "added_tokens.json"),
-    }
-    unwanted = {
-        *("README.md", "expo.json", ".gitattributes", ".cache/x.json", "original/params.json", "checkpoint-5/a.json"),
-        *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-        *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
-        *("optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", "runs/1/events.out.tfevents.1"),
-        *("model.gguf", "tf_model.h5", "flax_model.msgpack", "onnx/model.onnx", "__pycache__/x.pyc", "rng_state.pth"),
-    }
-    for name in wanted | unwanted:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    assert {str(file) for file in checkpoint.side_files(tmp_path)} == wanted
 
 
 # --- fingerprints -------------------------------------------------------------------------------------------------

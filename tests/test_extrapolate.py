@@ -220,14 +220,15 @@ def test_dtype_changes_the_weights_and_the_configs_dtype_only(tmp_path: Path, dt
 
 
 def test_side_files_go_along_byte_for_byte(pair: Pair, tmp_path: Path) -> None:
-    (pair[1] / "strange.bytes").write_bytes(bytes(range(256)))
+    (pair[1] / "tokenizer.model").write_bytes(bytes(range(256)))
+    (pair[1] / "train_data.jsonl").write_text("not a loader's")
     (pair[0] / "chat_template.jinja").write_text("SFT's own, not to be taken")
     write(pair, tmp_path / "out")
     new, old = tree(tmp_path / "out"), tree(pair[1])
-    for name in ("config.json", "tokenizer.json", "custom/model.py", "strange.bytes"):
+    for name in ("config.json", "tokenizer.json", "custom/model.py", "tokenizer.model"):
         assert new[name] == old[name]
     assert new["README.md"] != old["README.md"]
-    assert new.keys() == {*old, "expo.json"}
+    assert new.keys() == {*old, "expo.json"} - {"train_data.jsonl"}
 
 
 def test_inputs_are_not_touched(pair: Pair, tmp_path: Path) -> None:

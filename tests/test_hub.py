@@ -351,6 +351,112 @@ def test_a_token_is_not_shown_with_debug(expo_on_hub: Callable[..., Result], tmp
     assert "Traceback" in done.stderr
 
 
+LOOK = """
+import json, os, sys
+from pathlib import Path
+from huggingface_hub import constants
+from expo.errors import ExpoError
+from expo.checkpoint.hub import locate
+for constants.HF_HUB_OFFLINE in (False, True):
+    try:
+        path = locate("org/model", **json.loads(sys.argv[1])).path
+        print(json.dumps([0, sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())]))
+    except ExpoError as error:
+        print(json.dumps([error.exit_code, str(error)]))
+"""
+
+ANY, PICKLED, SAFE = {}, {"pickled": True}, {"pickled": False}
+SHARDED = ("model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors")
+SHARDED_BIN = ("pytorch_model.bin.index.json", "pytorch_model-1.bin", "pytorch_model-2.bin")
+BIN, STRAY, VARIANT = "pytorch_model.bin", "model-4bit-128g.safetensors", "model.fp16.safetensors"
+
+WEIGHTS: dict[str, tuple[dict[str, bool], tuple[str, ...], tuple[str, ...] | str]] = {
+    "a quantized copy beside .bin": (PICKLED, (BIN, STRAY), (BIN,)),
+    "a variant beside .bin": (PICKLED, (BIN, VARIANT, "pytorch_model.fp16.bin"), (BIN,)),
+    "consolidated weights beside .bin": (PICKLED, (BIN, "consolidated.safetensors"), (BIN,)),
+    "SFT with a quantized copy beside .bin": ({**PICKLED, "weights_only": True}, (BIN, STRAY), (BIN,)),
+    "an engine's model with a quantized copy beside .bin": (ANY, (BIN, STRAY), (BIN,)),
+    "sharded .bin": (PICKLED, (*SHARDED_BIN, STRAY, "pytorch_model-3.bin", "training_args.bin"), SHARDED_BIN),
+    "SFT's sharded .bin": ({**PICKLED, "weights_only": True}, (*SHARDED_BIN, "pytorch_model-3.bin"), SHARDED_BIN),
+    "both kinds": (PICKLED, ("model.safetensors", BIN), ("model.safetensors",)),
+    "both kinds, sharded": (PICKLED, (*SHARDED, *SHARDED_BIN), SHARDED),
+    "both kinds, one sharded": (PICKLED, (*SHARDED, BIN), SHARDED),
+    "safetensors and strays": (SAFE, ("model.safetensors", STRAY, VARIANT, "x.pt", "y.pth"), ("model.safetensors",)),
+    "shards and strays": (SAFE, (*SHARDED, "model-3.safetensors", VARIANT, "consolidated.safetensors"), SHARDED),
+    "SFT's shards and strays": ({**SAFE, "weights_only": True}, (*SHARDED, STRAY), SHARDED),
+    "a single file beside an index": (SAFE, ("model.safetensors", *SHARDED), ("model.safetensors", *SHARDED)),
+    "an adapter": (
+        SAFE,
+        ("adapter_config.json", "adapter_model.safetensors", "training_args.bin"),
+        ("adapter_config.json", "adapter_model.safetensors"),
+    ),
+    "an adapter beside the model": (
+        SAFE,
+        ("adapter_config.json", "adapter_model.safetensors", "model.safetensors", STRAY),
+        ("adapter_config.json", "adapter_model.safetensors", "model.safetensors"),
+    ),
+    "training states": (SAFE, ("model.safetensors", "fsdp_0/__0_0.distcp", "optimizer_0/x"), ("model.safetensors",)),
+    "an engine's model under another name": (ANY, (STRAY, "x.bin"), (STRAY,)),
+    "only .bin": (SAFE, (BIN, STRAY), "org/model has no safetensors weights on the hub; --allow-pickle downloads"),
+    "only sharded .bin": (
+        SAFE,
+        SHARDED_BIN,
+        "org/model has no safetensors weights on the hub; --allow-pickle downloads",
+    ),
+    "a pickled adapter": (PICKLED, ("adapter_config.json", "adapter_model.bin"), "load it with peft and save it again"),
+    "only a variant": (
+        PICKLED,
+        (VARIANT,),
+        "it has model.fp16.safetensors, a variant; if it is not quantized, rename it",
+    ),
+    "only a quantized copy": (
+        SAFE,
+        (STRAY,),
+        f"but {STRAY}; if it is the whole model, unquantized, it needs that name",
+    ),
+    "a trainer's output": (
+        SAFE,
+        ("checkpoint-9/model.safetensors", "checkpoint-10/model.safetensors"),
+        "org/model has no weights on the hub (model.safetensors or model.safetensors.index.json): its folder "
+        "checkpoint-10 is a checkpoint; give model/checkpoint-10 (the last of 2 such folders); `hf download org/model "
+        "--local-dir model` fetches it",
+    ),
+    "GGUF": (
+        PICKLED,
+        ("model-Q4.gguf",),
+        "it has GGUF weights (model-Q4.gguf); give the checkpoint they were made from",
+    ),
+}
+
+
+@pytest.mark.parametrize(("how", "files", "expected"), WEIGHTS.values(), ids=WEIGHTS)
+def test_which_weights_are_fetched(
+    how: dict[str, bool], files: tuple[str, ...], expected: tuple[str, ...] | str, hub: FakeHub, tmp_path: Path
+) -> None:
+    """And what was fetched is complete without the hub."""
+    content = dict.fromkeys(files, b"x") | {"config.json": b"{}"}
+    for index in (SHARDED, SHARDED_BIN):
+        if index[0] in files:
+            content[index[0]] = json.dumps({"weight_map": dict(zip("ab", index[1:], strict=True))}).encode()
+    hub.add("org/model", content)
+    done = helpers.run_python(LOOK, json.dumps(how), env=hub.environment(tmp_path / "home", WRITER))
+    online, offline = map(json.loads, done.stdout.splitlines())
+    if isinstance(expected, str):
+        assert online[0] == offline[0] == 2
+        assert expected in online[1]
+        assert not [name for name in hub.fetched() if not name.endswith("index.json")]
+    else:
+        assert online == offline == [0, sorted(["config.json", *expected])]
+
+
+@pytest.mark.parametrize("index", [b"{", b"[]", b'{"weight_map": 1}', b'{"weight_map": {"a": 1}}'])
+def test_of_a_damaged_index_everything_is_fetched(index: bytes, hub: FakeHub, tmp_path: Path) -> None:
+    """The message is that of a folder."""
+    hub.add("org/model", {**dict.fromkeys(SHARDED, b"x"), SHARDED[0]: index})
+    done = helpers.run_python(LOOK, json.dumps(SAFE), env=hub.environment(tmp_path / "home", WRITER))
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[0, sorted(SHARDED)]] * 2
+
+
 def test_a_download_that_breaks_goes_on(hub: FakeHub, locate_on_hub, tmp_path: Path) -> None:
     content = bytes(range(256)) * (21 << 12)  # the library writes pieces of 10 MiB; one of them comes through
     commit = hub.add("org/large", {"model.safetensors": content}).refs["main"]

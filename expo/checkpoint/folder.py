@@ -1,8 +1,8 @@
 """Read the layout of a safetensors checkpoint: where each tensor is, from headers alone.
 
-Here: the folder with its index, config.json and model card, the side files, and fingerprints. Not here:
-one file's header (`header.py`), pickled weights (`pickled.py`), reading tensor data in bulk
-(`theta/stream.py`), and finding or fetching the folder (`hub.py`).
+Here: the folder with its index, config.json and model card, and fingerprints. Not here: the side files
+(`side_files.py`), what a folder without weights is (`elsewhere.py`), one file's header (`header.py`), pickled weights
+(`pickled.py`), reading tensor data in bulk (`theta/stream.py`), and finding or fetching the folder (`hub.py`).
 To add a format of weights, write a reader of its shards and a `WeightFormat`.
 """
 
@@ -13,25 +13,24 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from expo.checkpoint.elsewhere import elsewhere, names_below
 from expo.checkpoint.header import Shard as Shard, TensorInfo as TensorInfo, is_text_map, read_shard as read_shard
 from expo.errors import InputError
 from expo.files import (
-    HEAD_BYTES,
-    LFS_POINTER,
     MAX_TEXT_BYTES,
     hash_file,
     is_utf8,
     kind_of,
     name_problem,
+    natural,
     open_file,
     read_json as read_json,
-    repeated,
     shown,
     unreadable,
 )
@@ -44,16 +43,12 @@ CONFIG_FILE = "config.json"
 PARTIAL_FOLDER = ".expo-partial"
 """Where an unfinished output keeps its files; a folder with it is not a finished checkpoint."""
 
-FOREIGN_SUFFIXES = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
-    *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
-    *("*.tfevents.*", "optimizer*", "scheduler*", "trainer_state.json", "README.md", "expo.json"),
-    *("adapter_config.json", "adapter_model.*"),
-)
-FOREIGN_FOLDERS = ("checkpoint-*", "original", "runs", "global_step*", "__pycache__", ".*")
-
 FINGERPRINTED = (".safetensors", ".bin", ".json", ".jinja")
 MAX_CARD_BYTES = 1_000_000
+LOADABLE = ("*.safetensors", "*.bin", "*.pt")
+"""Files that some engine loads as weights, whatever their names."""
+NOT_LOADABLE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "pytorch_model_fsdp*")
+"""What a training leaves beside them."""
 BIN_TAIL_BYTES = 1 << 20
 """How much of a .bin file's end is hashed, where a zip archive lists its records with their checksums."""
 
@@ -168,10 +163,12 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
             f"{path} has both {weights.single} and {weights.index}, which does not list it: remove the stale one"
         )
     shards = tuple(weights.read_shard(path / name) for name in names)
-    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    _check_tensors(path, shards, tensors)
     if index is not None:
-        _check_against_index(index_file, tensors, weight_map)
+        shards = _as_loaders_read(index_file, shards, weight_map)
+    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    if not tensors:
+        raise InputError(f"{path} contains no tensors")
+    if index is not None:
         _compare_total_size(index_file, index.get("metadata"), sum(tensor.nbytes for tensor in tensors.values()))
     ignored = tuple(name for name in present if name not in names)
     return Checkpoint(path, shards, tensors, read_config(path), index is not None, ignored)
@@ -196,9 +193,28 @@ def _no_weights(path: Path, present: list[str], weights: WeightFormat) -> str:
             f"{path} has only .bin weights, which are pickles and may contain code: --allow-pickle reads them with "
             "torch's weights_only loader, or convert them to safetensors with `save_pretrained`"
         )
-    if present:
-        return f"{path} contains {shown(present[0])} but neither {weights.single} nor {weights.index}"
-    return f"{path} contains no {weights.name} weights ({weights.single} or {weights.index})"
+    there = elsewhere(names_below(path), str(path))
+    if not present:
+        return f"{path} contains no {weights.name} weights ({weights.single} or {weights.index})" + (
+            f": {there}" if there else ""
+        )
+    advice = there or f"if it is the whole model, unquantized, rename it to {weights.single}"
+    return f"{path} contains {shown(present[0])} but neither {weights.single} nor {weights.index}: {advice}"
+
+
+def require_loadable(path: Path) -> None:
+    """Refuse a model folder that has something else in the place of weights; loaders find more than is read here.
+
+    Raises:
+        InputError: It is one; the message says what is there and what makes a checkpoint of it.
+    """
+    names = [name for name in _names(path) if not _matches(name, NOT_LOADABLE)]
+    if not any(_matches(name, LOADABLE) for name in names) and (there := elsewhere(names_below(path), str(path))):
+        raise InputError(f"{path} contains no weights ({SINGLE_FILE} or {INDEX_FILE}): {there}")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _weight_map(index: Path, content: dict[str, Any], weights: WeightFormat) -> dict[str, str]:
@@ -213,20 +229,62 @@ def _weight_map(index: Path, content: dict[str, Any], weights: WeightFormat) -> 
     return weight_map
 
 
-def _check_tensors(path: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorInfo]) -> None:
-    if twice := repeated(tensor.name for shard in shards for tensor in shard.tensors):
-        raise InputError(f"{path}: tensor {shown(twice)} is in more than one shard")
-    if not tensors:
-        raise InputError(f"{path} contains no tensors")
+def _as_loaders_read(index: Path, shards: tuple[Shard, ...], weight_map: dict[str, str]) -> tuple[Shard, ...]:
+    """The shards without superseded copies of tensors; a warning says where the index disagrees with them.
+
+    transformers and vLLM take from the index only which files to read, and then every tensor of these files, one file
+    after the other: where the index says that a tensor lies does not matter, and of two copies the last one counts.
+
+    Raises:
+        InputError: No shard has a tensor of the index, or loaders take a tensor from elsewhere than the index says.
+    """
+    files: dict[str, list[str]] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            files.setdefault(tensor.name, []).append(shard.file.name)
+    copied = {name: found for name, found in files.items() if len(found) > 1}
+    _refuse_ambiguous(index, weight_map, files, copied)
+    moved = [name for name, found in files.items() if name not in copied and weight_map.get(name, found[0]) != found[0]]
+    unlisted = [name for name in files if name not in weight_map]
+    for names, disagreement in (
+        (moved, "places %d tensors in other shards than they are in (%s …): following the shards, as loaders do"),
+        (copied, "%d tensors are in more than one shard (%s …): taking them from where the index places them"),
+        (unlisted, "does not list %d tensors of its shards (%s …): reading them, as loaders do"),
+    ):
+        if names:
+            log.warning(f"%s: {disagreement}", index, len(names), shown(min(names)))
+    return _without_superseded(shards, weight_map, copied) if copied else shards
 
 
-def _check_against_index(index: Path, tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise InputError(f"{index} says tensor {shown(name)} is in {file}, but it is not")
-    unnamed = sorted(set(tensors) - set(weight_map))
-    if unnamed:
-        raise InputError(f"{index} does not list tensor {shown(unnamed[0])} of its own shards")
+def _refuse_ambiguous(
+    index: Path, weight_map: dict[str, str], files: dict[str, list[str]], copied: dict[str, list[str]]
+) -> None:
+    for name, found in copied.items():
+        taken = {max(found), max(found, key=natural)}  # the last in the order of transformers, and of vLLM
+        if taken != {weight_map.get(name)}:
+            said = f"the index says {weight_map[name]}" if name in weight_map else "the index does not list it"
+            raise InputError(
+                f"{index.parent}: tensor {shown(name)} is in more than one shard ({', '.join(found)}); {said}, and "
+                f"loaders take it from {' or '.join(sorted(taken))}: remove the copies that are not meant"
+            )
+    absent = [name for name in weight_map if name not in files]
+    if absent:
+        more = f" (and {len(absent) - 1} more tensors)" if len(absent) > 1 else ""
+        raise InputError(
+            f"{index} says tensor {shown(absent[0])} is in {weight_map[absent[0]]}, but it is not in any shard{more}: "
+            "download the checkpoint again or, if the model has no such tensor, remove it from the index"
+        )
+
+
+def _without_superseded(
+    shards: tuple[Shard, ...], weight_map: dict[str, str], copied: dict[str, list[str]]
+) -> tuple[Shard, ...]:
+    kept = []
+    for shard in shards:
+        own = tuple(t for t in shard.tensors if t.name not in copied or weight_map[t.name] == shard.file.name)
+        if own:  # without its header, which lists the others too
+            kept.append(shard if own == shard.tensors else replace(shard, header=b"", tensors=own))
+    return tuple(kept)
 
 
 def _compare_total_size(index: Path, metadata: object, nbytes: int) -> None:
@@ -268,48 +326,14 @@ def config_with_dtype(folder: Path, dtype: str) -> str:
     return text if is_utf8(text) else json.dumps(config, indent=2) + "\n"
 
 
-def side_files(path: Path) -> list[Path]:
-    """The files that accompany a checkpoint's weights, relative to its folder, sorted.
-
-    Config, generation config, tokenizer, chat template, remote code, licence; no weights of any format, no
-    README, no optimizer states, no `checkpoint-*`, `original/` or hidden folders. Anything other than a file, and links
-    to folders, which may lead anywhere, are left out with a warning.
+def require_utf8(file: Path) -> None:
+    """Refuse a path that cannot be written into a manifest or a fingerprint.
 
     Raises:
-        InputError: A file or folder cannot be read, has a name that is not UTF-8, or is a git-lfs pointer.
+        InputError: It is not UTF-8.
     """
-    return sorted(file.relative_to(path) for file in _side_files(path))
-
-
-def _side_files(folder: Path) -> Iterator[Path]:
-    for name in _names(folder):
-        entry = folder / name
-        is_folder = os.path.isdir(entry)  # noqa: PTH112 - never raises
-        foreign = FOREIGN_FOLDERS if is_folder else (*FOREIGN_SUFFIXES, ".*")
-        kind = None if _matches(name, foreign) else kind_of(entry)
-        if kind == "a folder" and not entry.is_symlink():
-            yield from _side_files(entry)
-        elif kind is not None:
-            log.warning("%s is %s; not copied", entry, "a link to a folder" if kind == "a folder" else kind)
-        elif not _matches(name, foreign):
-            _require_copyable(entry)
-            yield entry
-
-
-def _require_copyable(file: Path) -> None:
-    _require_utf8(file)
-    with open_file(file) as stream:
-        if stream.read(HEAD_BYTES).startswith(LFS_POINTER):
-            raise InputError(f"{file} is a git-lfs pointer: run `git lfs pull`, or remove it")
-
-
-def _require_utf8(file: Path) -> None:
     if not is_utf8(str(file)):
         raise InputError(f"the name of {shown(str(file))} is not UTF-8; rename it")
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def source_fingerprint(location: Location) -> dict[str, Any]:
@@ -337,7 +361,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
         file = path / name
         if not name.endswith(FINGERPRINTED) or kind_of(file) is not None:
             continue
-        _require_utf8(file)
+        require_utf8(file)
         status = file.stat()
         if name.endswith((".safetensors", ".bin")) or status.st_size > MAX_TEXT_BYTES:
             files[name] = [status.st_size, status.st_mtime_ns]

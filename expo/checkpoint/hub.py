@@ -7,17 +7,32 @@ its errors into one line each. Nothing here reads weights (`folder.py`) or uploa
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import glob
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from expo.checkpoint.folder import Location, expand_user, find_folder
+from expo.checkpoint.elsewhere import elsewhere
+from expo.checkpoint.folder import (
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Location,
+    expand_user,
+    find_folder,
+)
+from expo.checkpoint.header import is_text_map
 from expo.checkpoint.network import require_usable
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
+from expo.files import read_json
 from expo.settings import is_hub_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from huggingface_hub import ModelInfo
 
 T = TypeVar("T")
 
@@ -42,7 +57,7 @@ PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "c
 
 NOT_WEIGHTS = (
     *("*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.npz"),
-    *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*"),
+    *("consolidated*", "original/*", "checkpoint-*", "runs/*", "*.tfevents*", "global_step*", "optimizer*", "*.distcp"),
     *("*/*.safetensors", "*/*.bin"),  # no loader looks for weights in subfolders
 )
 """Files of a checkpoint that are never needed."""
@@ -51,16 +66,23 @@ OTHER_FORMATS = (*NOT_WEIGHTS, "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.
 """Files that are not needed if there are safetensors weights."""
 
 
-def locate(model: str, *, weights_only: bool = False, pickled: bool = True) -> Location:
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+STRAYS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
+"""What may be weights beside those that are read: quantized copies, variants, another format's."""
+
+
+def locate(model: str, *, weights_only: bool = False, pickled: bool | None = None) -> Location:
     """Find a model, downloading it from the hub if it is not a local directory.
 
     Args:
         model: A directory, a hub id, or `id@revision`.
         weights_only: Download only the weights, config.json and the tokenizer.
-        pickled: Download .bin weights if the hub has no safetensors.
+        pickled: Whether .bin weights are read if the hub has no safetensors; None if an engine reads the model, which
+            may find weights of any name.
 
     Raises:
-        InputError: No such directory or repository, no access to it, or only .bin weights and `pickled` is false.
+        InputError: No such directory or repository, no access to it, or no weights that are read.
         EnvironmentFailure: The hub cannot be reached.
     """
     if (local := find_folder(model)) is not None:
@@ -96,36 +118,108 @@ def _near_folder(model: str) -> str:
     return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
-def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool) -> Location:
+def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool | None) -> Location:
     from huggingface_hub import snapshot_download
 
     def download() -> str:
-        safe = _has_safetensors(repository, revision)
-        if not safe and not pickled:
-            raise InputError(
-                f"{repository} has no safetensors weights on the hub; --allow-pickle downloads and reads .bin weights, "
-                "which are pickles, with torch's weights_only loader"
-            )
+        info = _look_up(repository, revision)
+        files = _cached_files(repository, revision) if info is None else [one.rfilename for one in info.siblings or []]
+        safe = files is None or _has_safetensors(repository, files, pickled)
+        strays = [] if files is None else _strays(repository, revision, info, files, safe=safe)
         return snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(WEIGHT_FILES if safe else PICKLED_WEIGHT_FILES) if weights_only else None,
-            ignore_patterns=list(OTHER_FORMATS if safe else NOT_WEIGHTS),
+            ignore_patterns=[*(OTHER_FORMATS if safe else NOT_WEIGHTS), *map(glob.escape, strays)],
         )
 
     path = Path(explain_hub_errors(download, repository, revision))
     return Location(path=path, name=repository.split("/")[-1], hub_id=repository, revision=path.name)
 
 
-def _has_safetensors(repository: str, revision: str | None) -> bool:
-    """Whether the repository has safetensors weights; assumed if the hub cannot be reached."""
+def _look_up(repository: str, revision: str | None) -> ModelInfo | None:
+    """What the hub says of a repository; None if it does not answer, which is said where files are fetched."""
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S).siblings or []
+        return HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)
     except network_errors():
+        return None
+
+
+def _cached_files(repository: str, revision: str | None) -> list[str] | None:
+    """The repository's files, as the cache remembers them; None if it does not."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:  # versions without it do not ask whether what is cached is complete
+        return None
+    try:
+        return [file.path for file in get_cached_repo_tree(repository, revision=revision)]
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def _has_safetensors(repository: str, files: list[str], pickled: bool | None) -> bool:
+    """Whether safetensors weights are read, and not .bin.
+
+    Raises:
+        InputError: There are no weights that are read.
+    """
+    if {SINGLE_FILE, INDEX_FILE, ADAPTER_WEIGHTS} & set(files):
         return True
-    return any(file.rfilename.endswith(".safetensors") and "/" not in file.rfilename for file in files)
+    has_bin = bool({BIN_FILE, BIN_INDEX_FILE} & set(files))
+    if has_bin and pickled is False:
+        raise InputError(
+            f"{repository} has no safetensors weights on the hub; --allow-pickle downloads and reads .bin weights, "
+            "which are pickles, with torch's weights_only loader"
+        )
+    if not has_bin and pickled is not None:
+        raise InputError(
+            f"{repository} has no weights on the hub ({SINGLE_FILE} or {INDEX_FILE}){_there(repository, files)}"
+        )
+    return not has_bin and any(name.endswith(".safetensors") and "/" not in name for name in files)
+
+
+def _there(repository: str, files: list[str]) -> str:
+    folder = repository.split("/")[-1]
+    if there := elsewhere(files, folder):
+        return f": {there}; `hf download {repository} --local-dir {folder}` fetches it"
+    others = [name for name in files if _is_weights(name)]
+    return f", but {others[0]}; if it is the whole model, unquantized, it needs that name" if others else ""
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in STRAYS)
+
+
+def _strays(
+    repository: str, revision: str | None, info: ModelInfo | None, files: list[str], *, safe: bool
+) -> list[str]:
+    """The files that look like weights and are not those that are read."""
+    single, index = (SINGLE_FILE, INDEX_FILE) if safe else (BIN_FILE, BIN_INDEX_FILE)
+    shards = _shards(repository, revision, info, index) if index in files else []
+    if shards is None or not {single, index} & set(files):
+        return []
+    read = {single, *shards, ADAPTER_WEIGHTS}
+    return [name for name in files if _is_weights(name) and name not in read]
+
+
+def _shards(repository: str, revision: str | None, info: ModelInfo | None, index: str) -> list[str] | None:
+    """The files that an index names; None if it is damaged or not there, which is said where it is read."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if info is None:
+        file: object = try_to_load_from_cache(repository, index, revision=revision)
+    else:
+        file = hf_hub_download(
+            repository, index, revision=info.sha
+        )  # of a commit, so that a cached one is not asked for
+    try:
+        weight_map = read_json(Path(file)).get("weight_map") if isinstance(file, str) else None
+    except InputError:
+        return None
+    return list(weight_map.values()) if is_text_map(weight_map) else None
 
 
 def fetch_file(repository: str, file: str, revision: str | None, *, kind: str) -> Path:

@@ -19,6 +19,7 @@ from expo.checkpoint.folder import (
     is_adapter,
     read_config,
     refuse_inside,
+    require_loadable,
     source_fingerprint,
 )
 from expo.checkpoint.hub import locate
@@ -173,6 +174,8 @@ def find_source(config: GenerateConfig) -> ModelSource:
             "--alpha 0"
         )
     require_generator(location.path)
+    if not any(pair.startswith(("load_format=", "gguf_file=")) for pair in config.engine_arg):
+        require_loadable(location.path)
     refuse_inside(Path(config.output_dir), location, flag="--output-dir")
     return ModelSource(
         location.path, location.name, {"model": source_fingerprint(location)}, {"model": _record(location)}

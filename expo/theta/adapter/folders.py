@@ -6,7 +6,8 @@ import fnmatch
 import logging
 from pathlib import Path
 
-from expo.checkpoint.folder import ADAPTER_CONFIG, Location, is_adapter, read_json, side_files
+from expo.checkpoint.folder import ADAPTER_CONFIG, Location, is_adapter, read_json
+from expo.checkpoint.side_files import side_files
 from expo.errors import InputError
 from expo.settings import is_hub_id
 
