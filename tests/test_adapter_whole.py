@@ -29,6 +29,7 @@ from expo import extrapolate, inspection
 from expo.checkpoint.folder import read_checkpoint
 from expo.config import ExtrapolateConfig, InspectConfig, ThetaConfig
 from expo.errors import InputError
+from expo.theta.adapter.names import spelling
 from expo.theta.adapter.tensors import read_adapter
 from expo.theta.pair import plan_theta
 from expo.theta.tensors import Theta
@@ -70,9 +71,8 @@ def merged(base: nn.Module, adapter: Path, folder: Path) -> dict[str, Tensor]:
 
 
 def run(sft: Path, dpo: Path, output: Path, **settings: Any) -> dict[str, Tensor]:
-    extrapolate.run(
-        ExtrapolateConfig(sft=str(sft), dpo=str(dpo), alpha=(ALPHA,), output=str(output), fsync=False, **settings)
-    )
+    given = {"alpha": (ALPHA,), "output": str(output), "fsync": False, **settings}
+    extrapolate.run(ExtrapolateConfig(sft=str(sft), dpo=str(dpo), **given))
     return load_file(output / "model.safetensors")
 
 
@@ -230,6 +230,19 @@ def test_rows_of_both_are_extrapolated_and_further_ones_the_adapters(
     inspection.run(InspectConfig(sft=str(sft), dpo=str(dpo)))
 
 
+def test_factors_of_a_tied_and_resized_embedding_count_once(tmp_path: Path) -> None:
+    """As in the model that was trained; PEFT's merge adds them for embedding and head to what is one tensor."""
+    sft = save(tied_llama(), tmp_path / "sft")
+    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "copies": True}
+    dpo = adapted(resized(sft, 72), tmp_path / "lora", **options)
+    run(sft, dpo, tmp_path / "out", alpha=(0.0,), vocab="common")
+    ids = torch.arange(72)[None]
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(resized(sft, 72).double(), dpo).double()(ids).logits
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").double()(ids).logits
+    torch.testing.assert_close(written, trained, rtol=0, atol=1e-4)
+
+
 def test_excluded_the_resized_tensors_are_the_adapters(tmp_path: Path) -> None:
     sft = save(llama(), tmp_path / "sft")
     dpo = adapted(resized(sft, 72), tmp_path / "lora", copies=True)
@@ -291,6 +304,47 @@ def llava() -> nn.Module:
     vision = {"model_type": "clip_vision_model", **VISION, "projection_dim": 16}
     config = LlavaConfig(text_config={"model_type": "llama", **TEXT}, vision_config=vision, vision_feature_layer=-1)
     return LlavaForConditionalGeneration(config)
+
+
+ALIKE = {
+    "language model": (
+        "model.language_model.layers.0.q",
+        "language_model.model.layers.0.q",
+        "model.layers.0.q",
+        "layers.0.q",
+    ),
+    "text model": ("model.text_model.layers.0.q", "text_model.model.layers.0.q"),
+    "embedding": ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens.weight"),
+    "head": (
+        "lm_head.weight",
+        "language_model.lm_head.weight",
+        "model.language_model.lm_head.weight",
+        "embed_out.weight",
+    ),
+    "vision": ("model.visual.blocks.0.q", "visual.blocks.0.q"),
+    "vision tower": ("model.vision_tower.encoder.q", "vision_tower.vision_model.encoder.q", "vision_tower.encoder.q"),
+    "projector": ("model.multi_modal_projector.linear.weight", "multi_modal_projector.linear.weight"),
+    "a vector": ("model.image_newline", "image_newline"),
+    "thinker": ("thinker.model.layers.0.q", "model.layers.0.q"),
+    "gpt2": ("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight"),
+    "wrapped": ("_orig_mod.model.layers.0._fsdp_wrapped_module.q", "module.model.layers.0.q", "model.layers.0.q"),
+    "plain": ("q_proj.weight",),
+    "plain under a model": ("model.q_proj.weight",),
+    "talker": ("talker.model.layers.0.q",),
+    "encoder": ("encoder.layers.0.q",),
+    "decoder": ("model.decoder.layers.0.q",),
+    "a module of that name": ("model.module.q",),
+    "vision model": ("vision_model.layers.0.q", "model.vision_model.layers.0.q"),
+}
+
+
+def test_names_have_one_spelling_only_where_they_mean_one_tensor() -> None:
+    spelt = [{spelling(name) for name in names} for names in ALIKE.values()]
+    assert [len(names) for names in spelt] == [1] * len(ALIKE)
+    meanings = {
+        name for kind, names in zip(ALIKE, spelt, strict=True) for name in names if kind not in ("thinker", "wrapped")
+    }
+    assert len(meanings) == len(ALIKE) - 3, "text model, thinker and wrapped repeat the language model"
 
 
 MULTIMODAL = {

@@ -19,15 +19,18 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 PARALLEL = "module."
 """What (distributed) data parallelism adds in front."""
 
+WHOLES = ("thinker.", "vlm.")
+"""Of models that have a vision-language model as a part, which may also be loaded by itself."""
 _MODALITY = (
-    "vision_tower|vision_model|visual|multi_modal_projector|connector|image_newline|audio_tower|embed_(?:vision|audio)"
+    "vision_tower|vision_model|visual|image_tower|video_tower|audio_tower|multi_modal_projector|connector|"
+    "image_newline|embed_vision|embed_audio"
 )
 SPELLINGS = (
-    (r"(?:model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"(?:model\.)?(?:language_model|text_model)\.lm_head\.", "lm_head."),
     (r"embed_out\.", "lm_head."),
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
     (rf"(?:model\.)?({_MODALITY})(?=\.|$)", r"\1"),
-    (r"model\.language_model\.|language_model\.(?:model\.)?|model\.text_model\.|model\.", "text."),
+    (r"model\.language_model\.|model\.text_model\.|(?:language_model|text_model)\.(?:model\.)?|model\.", "text."),
     (r"(?=layers\.\d|embed_tokens\.|norm\.)", "text."),
     (r"transformer\.(?=h\.\d|wte\.|wpe\.|ln_f\.)", ""),
 )
@@ -45,6 +48,8 @@ def without_wrappers(name: str) -> str:
 def spelling(name: str) -> str:
     """A tensor's name in the one spelling, in which it is compared with others."""
     name = without_wrappers(name)
+    for whole in WHOLES:
+        name = name.removeprefix(whole)
     for pattern, replacement in SPELLINGS:
         changed, count = re.subn(rf"^(?:{pattern})", replacement, name)
         if count:
