@@ -98,7 +98,7 @@ REFUSED = {
     "an image in the messages": (
         "q.jsonl",
         json.dumps({"prompt": "a", "messages": [USER]}) + "\n" + json.dumps({"prompt": "a", "messages": [IMAGE]}),
-        "row 1 of {} has a messages column whose turn 0 contains 'image_url', and expo asks only text: leave the row out",
+        "row 1 of {} has a messages column whose turn 0 contains 'image_url': only text is asked; leave the row out",
     ),
     "an image in the prompt": (
         "q.jsonl",
