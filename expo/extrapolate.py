@@ -20,7 +20,7 @@ from expo.checkpoint.folder import (
     CONFIG_FILE,
     INDEX_FILE,
     Location,
-    config_with_dtype,
+    config_text,
     refuse_inside,
     source_fingerprint,
     weights_xxh3,
@@ -321,8 +321,8 @@ def _check_change(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> None:
 def _add_other_files(job: ExtrapolatePlan, output: Output, folder: StagedOutput, times: Row) -> None:
     for name, file in job.side_files.items():
         folder.add_copy(name, file)
-    if job.config.dtype != "auto" and CONFIG_FILE in job.side_files:
-        folder.add_text(CONFIG_FILE, config_with_dtype(job.pair.dpo.path, job.config.dtype))
+    if CONFIG_FILE in job.side_files and (job.config.dtype != "auto" or job.pair.changes_config):
+        folder.add_text(CONFIG_FILE, config_text(job.pair.dpo.config, job.config.dtype))
     if not job.pair.is_single_file:
         folder.add_text(INDEX_FILE, index_json(job.pair))
     folder.add_text(CARD_FILE, card(job, output.alpha, folder.records))

@@ -192,8 +192,12 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 """How UTF-16 text begins."""
 
 
+WRAPPERS = ("data", "rows", "examples", "instances", "prompts", "questions", "train", "test")
+"""Keys under which a .json file may hold its rows, of which only the list itself is read."""
+
+
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl, .json (a list of objects), .parquet or .csv file.
+    """The rows of a .jsonl or .json (a list of objects, or an object per line), .parquet or .csv file.
 
     Raises:
         InputError: The file is missing, of another kind, or damaged.
@@ -247,12 +251,30 @@ def _utf8_text(content: bytes) -> str:
 
 
 def _read_json(content: bytes) -> Any:  # noqa: ANN401 - any JSON value; checked by the caller
-    return json.loads(_utf8_text(content))
+    """A list of rows, whole or a row per line, or one row; pandas and datasets write lines into .json."""
+    rows = _rows(_utf8_text(content))
+    return rows[0] if isinstance(rows, list) and len(rows) == 1 and _is_wrapped(rows[0]) else rows
 
 
-def _read_jsonl(content: bytes) -> list[Any]:
-    lines = enumerate(_utf8_text(content).split("\n"), 1)  # str.splitlines would split at U+2028 too
-    return [_json_line(number, line) for number, line in lines if line.strip()]
+def _read_jsonl(content: bytes) -> Any:  # noqa: ANN401 - any JSON value; checked by the caller
+    text = _utf8_text(content)
+    return _rows(text) if text.strip() else []
+
+
+def _rows(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("{") and error.msg != "Extra data":
+            raise
+        lines = enumerate(text.split("\n"), 1)  # str.splitlines would split at U+2028 too
+        return [_json_line(number, line) for number, line in lines if line.strip()]
+    return [value] if isinstance(value, dict) else value
+
+
+def _is_wrapped(row: object) -> bool:
+    """Whether an object that is alone in its file is no row but holds the rows."""
+    return isinstance(row, dict) and any(isinstance(row.get(key), list) for key in WRAPPERS)
 
 
 def _json_line(number: int, line: str) -> Any:  # noqa: ANN401 - any JSON value

@@ -537,16 +537,32 @@ def test_of_an_adapters_base_everything_is_fetched(
         ("Org/Base", "org/base", False),
         ("org/other", "org/base", True),
         ("/home/me/base", "org/base", False),
+        ("/home/me/other", "org/base", True),
+        ("/cache/models--org--base/snapshots/0a1b", "org/base", False),
+        ("/cache/models--org--other/snapshots/0a1b", "org/base", True),
+        ("/gone/sft", None, False),
+        ("/gone/other", None, True),
+        ("{here}/sft", None, False),
+        ("{here}/link", None, False),
+        ("{here}/lora", None, True),
+        ("{here}/copies/sft", None, True),
+        ("", None, False),
         (None, "org/base", False),
         ("org/other", None, False),
     ],
 )
-def test_an_adapter_to_another_model_of_the_hub_is_warned_of(
+def test_an_adapter_to_another_model_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, trained_on: str | None, sft: str | None, warns: bool
 ) -> None:
-    dpo = write_adapter(tmp_path / "lora", {}, base_model_name_or_path=trained_on)
-    require_base(Location(tmp_path, "base", sft), Location(dpo, "lora", "org/lora"))
-    assert ("org/lora was trained on org/other, and --sft is org/base" in caplog.text) == warns
+    folder = tmp_path / "sft"
+    for made in (folder, tmp_path / "copies/sft"):
+        made.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    recorded = trained_on and trained_on.format(here=tmp_path)
+    dpo = write_adapter(tmp_path / "lora", {}, base_model_name_or_path=recorded)
+    require_base(Location(folder, sft.split("/")[1] if sft else "sft", sft), Location(dpo, "lora", "org/lora"))
+    said = f"org/lora was trained on {recorded}, and --sft is {sft or folder}: are they the same?"
+    assert (said in caplog.text, bool(caplog.text)) == (warns, warns)
 
 
 # --- what is refused: always exit code 2, one line, nothing written ------------------------------------------------

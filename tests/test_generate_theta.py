@@ -136,6 +136,33 @@ def test_an_adapter_answers_with_its_bases_config_and_its_own_tokenizer(llama_pa
     assert theta.output.read_bytes() == written.output.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [64, 72])
+def test_an_adapter_that_changes_its_bases_config_is_loaded_as_written(llama_pair, task, tmp_path, rows):
+    """The base ties its head, the merged model does not; and there may be more tokens."""
+    from adapters import llama, save_adapter
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, size in (("sft", 64), ("resized", rows)):
+        torch.manual_seed(0)
+        model = llama(tied=True)
+        model.resize_token_embeddings(size)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(llama_pair[0]).save_pretrained(tmp_path / name)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    pair = tmp_path / "sft", save_adapter(tmp_path / "resized", tmp_path / "adapter", lora)
+    helpers.write(pair, tmp_path / "written", vocab="common")
+    theta, written = (
+        loaded(task, **of_pair(pair), vocab="common"),
+        loaded(task, model=str(tmp_path / "written")),
+    )
+    assert all(torch.equal(theta[name], written[name]) for name in written)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "written")
+    assert model.lm_head.weight.shape[0] == rows
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
 def test_an_adapter_as_the_model_says_how_to_give_it(llama_pair, task, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

@@ -8,6 +8,7 @@ To add a format of weights, write a reader of its shards and a `WeightFormat`.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import logging
@@ -313,15 +314,16 @@ def read_card(path: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def config_with_dtype(folder: Path, dtype: str) -> str:
-    """The text of config.json with its dtype replaced, under whichever key it has."""
-    config = read_config(folder)
-    nested = [value for value in config.values() if isinstance(value, dict)]
-    for table in (config, *nested):
-        for key in {"dtype", "torch_dtype"} & set(table):
-            table[key] = dtype
-    if not {"dtype", "torch_dtype"} & set(config):
-        config["torch_dtype"] = dtype
+def config_text(config: dict[str, Any], dtype: str = "auto") -> str:
+    """The text of config.json, unless `dtype` is auto with this dtype, under whichever key it has."""
+    if dtype != "auto":
+        config = copy.deepcopy(config)
+        nested = [value for value in config.values() if isinstance(value, dict)]
+        for table in (config, *nested):
+            for key in {"dtype", "torch_dtype"} & set(table):
+                table[key] = dtype
+        if not {"dtype", "torch_dtype"} & set(config):
+            config["torch_dtype"] = dtype
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return text if is_utf8(text) else json.dumps(config, indent=2) + "\n"
 

@@ -15,6 +15,7 @@ from expo.checkpoint.folder import (
     CONFIG_FILE,
     PARTIAL_FOLDER,
     Location,
+    config_text,
     find_folder,
     is_adapter,
     read_config,
@@ -203,12 +204,15 @@ def _record(location: Location) -> Row:
 
 
 def _linked(theta: ThetaPlan) -> Path:
-    """A folder of links to the side files of SFT and the adapter; it lives as long as the plan."""
+    """A folder of links to the side files of SFT and the adapter, and the config; it lives as long as the plan."""
     folder = Path(tempfile.mkdtemp(prefix="expo-"))
     weakref.finalize(theta, shutil.rmtree, folder, ignore_errors=True)
     for name, file in theta.side_files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(file.resolve())
+    if theta.pair.changes_config and (config := folder / CONFIG_FILE).is_symlink():
+        config.unlink()
+        config.write_text(config_text(theta.pair.dpo.config), encoding="utf-8")
     return folder
 
 

@@ -5,23 +5,26 @@ To add a task, write its functions (in a module of its own, as `mtbench.py`) and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from expo.errors import InputError
 from expo.files import SUFFIXES, Row, json_line, json_lines
 from expo.tasks import mtbench
-from expo.tasks.task import Answer, HubSource, Prompt, Task, is_message, user
+from expo.tasks.task import Answer, HubSource, Message, Prompt, Task, conversation, ends_with_user, user
 
 
 def read_ultrafeedback(row: Row) -> Prompt:
-    """The first message only, as the paper uses the data set."""
-    messages = row.get("messages")
-    first = messages[0] if isinstance(messages, list) and messages else None
-    text = first.get("content") if isinstance(first, dict) else row.get("prompt")
-    if not isinstance(text, str):
-        raise InputError("has no messages or prompt column with text")
-    return Prompt(_id(row, "prompt_id"), (user(text),))
+    """The user's first message only, as the paper uses the data set."""
+    turns = row.get("messages")
+    first = next((turn for turn in turns if _role(turn) == "user"), None) if isinstance(turns, list) else None
+    if first is not None:
+        return Prompt(_id(row, "prompt_id"), conversation([first], "messages"))
+    if not isinstance(row.get("prompt"), str):
+        raise InputError("has no messages column with a turn of the user, and no prompt column with text")
+    return Prompt(_id(row, "prompt_id"), (user(row["prompt"]),))
 
 
 def read_alpaca(row: Row) -> Prompt:
@@ -29,24 +32,69 @@ def read_alpaca(row: Row) -> Prompt:
     text = row.get("instruction")
     if not isinstance(text, str):
         raise InputError("has no instruction column with text")
+    _require_no_input(row, "the instruction")
     return Prompt("", (user(text),), {"dataset": row.get("dataset", "")})
 
 
 def read_file_row(row: Row) -> Prompt:
-    """A row of a prompt file: `prompt` or `instruction`, otherwise `messages` that end with a user turn."""
-    name = _id(row, "id")
-    if row.get("instruction") and row.get("input") and not row.get("prompt"):
-        raise InputError("has both an instruction and an input: combine them in a prompt column")
-    for column in ("prompt", "instruction"):
-        if isinstance(row.get(column), str):
-            return Prompt(name, (user(row[column]),))
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+    """A row of a prompt file.
+
+    `messages` that end with the user's turn count before `prompt` (text, or a list of messages as TRL has it), and that
+    before `instruction`: a row that expo wrote has both, and the messages are the whole conversation. Messages that end
+    with an answer, as in UltraFeedback, do not count beside the others.
+    """
+    name, turns, prompt = _id(row, "id"), _listed(row.get("messages")), row.get("prompt")
+    if ends_with_user(turns):
+        return Prompt(name, conversation(turns, "messages"))
+    if isinstance(prompt, str):
+        return Prompt(name, (user(prompt),))
+    if isinstance(prompt, list) and prompt:
+        return Prompt(name, _answerable(prompt, "prompt"))
+    if isinstance(row.get("instruction"), str):
+        _require_no_input(row, "a prompt column")
+        return Prompt(name, (user(row["instruction"]),))
+    if not isinstance(turns, list) or not turns:
         raise InputError("has no prompt, instruction or messages column with text")
-    turns = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    if turns[-1]["role"] != "user":
-        raise InputError(f"has messages that end with a turn of role {turns[-1]['role']!r}; the last is the user's")
-    return Prompt(name, turns)
+    return Prompt(name, _answerable(turns, "messages"))
+
+
+def _role(turn: object) -> object:
+    return turn.get("role") if isinstance(turn, dict) else None
+
+
+def _listed(value: object) -> Any:  # noqa: ANN401 - any value of a row
+    """A list as it is or, since a cell of a .csv file can hold nothing else, as JSON text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"has a messages column with text that is no JSON list ({error}): save it as .jsonl"
+        ) from error
+
+
+def _answerable(turns: list[object], column: str) -> tuple[Message, ...]:
+    """A conversation that is known to be answerable only once it is read.
+
+    Raises:
+        InputError: It is not.
+    """
+    if not isinstance(turns[0], dict):
+        kind = "token ids" if type(turns[0]) is int else "texts" if isinstance(turns[0], str) else "no turns"
+        raise InputError(f"has a {column} column with a list of {kind}: give text, or turns with role and content")
+    read = conversation(turns, column)
+    if read[-1]["role"] != "user":
+        what = "messages" if column == "messages" else f"a {column} of messages"
+        raise InputError(f"has {what} that end with a turn of role {read[-1]['role']!r}; the last is the user's")
+    return read
+
+
+def _require_no_input(row: Row, column: str) -> None:
+    """An instruction's further text, in the column that Alpaca calls input, would be left out."""
+    value = row.get("input")
+    if value is not None and value == value and str(value).strip():  # pandas writes NaN for none
+        raise InputError(f"has both an instruction and an input: combine them in {column}")
 
 
 def _id(row: Row, column: str) -> str:
@@ -87,9 +135,19 @@ def answer(row: Row) -> list[str]:
     return [row["output"]]
 
 
-def asked(row: Row) -> list[object]:
-    """The messages that a row answers, in the format of any of these tasks."""
-    return row.get("messages") or [user(row["prompt"] if "prompt" in row else row["instruction"])]
+def asked(row: Row) -> Sequence[Message]:
+    """The messages that a row of a prompt file's output answers; one of UltraFeedback's or AlpacaEval's is read too."""
+    return read_file_row(row).messages
+
+
+def asked_ultrafeedback(row: Row) -> Sequence[Message]:
+    """The messages that a row answers, also one with the data set's own columns."""
+    return asked(row) if ends_with_user(row.get("messages")) else read_ultrafeedback(row).messages
+
+
+def asked_alpaca(row: Row) -> Sequence[Message]:
+    """The messages that a row answers: its instruction, whatever other columns it has."""
+    return read_alpaca(row).messages if isinstance(row.get("instruction"), str) else asked(row)
 
 
 TASKS = {
@@ -100,7 +158,7 @@ TASKS = {
         read_ultrafeedback,
         write_jsonl,
         answer,
-        asked,
+        asked_ultrafeedback,
         samples=True,
     ),
     "alpaca": Task(
@@ -110,7 +168,7 @@ TASKS = {
         read_alpaca,
         write_alpaca,
         answer,
-        asked,
+        asked_alpaca,
     ),
     "mtbench": Task(
         "mtbench",

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from expo.checkpoint.hub import explain, fetch_file, is_offline, network_errors, require_usable_environment
 from expo.errors import EnvironmentFailure, ExpoError, InputError, first_line
-from expo.files import SUFFIXES, Row, is_utf8, read_rows, repeated
+from expo.files import SUFFIXES, Row, is_utf8, read_rows, repeated, shown
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,10 @@ class Task:
     answers: Callable[[Row], list[str]]
     """The answers in a row of the output file, one per turn; raises `KeyError` or similar if it is malformed."""
     asked: Callable[[Row], Sequence[object]] | None = None
-    """The messages that a row of the output file answers; None if the file has no prompts, only `prompt_id`."""
+    """The messages that a row of the output file answers; None if the file has no prompts, only `prompt_id`.
+
+    Raises as `read` does.
+    """
     prompt_id: Callable[[Row], object] = lambda row: row.get("id")
     """The id of the prompt that a row of the output file answers; used if the file has no prompts."""
     temperatures: Mapping[str, float] = field(default_factory=dict)
@@ -139,6 +143,41 @@ def is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
+def ends_with_user(value: object) -> bool:
+    """Whether a value is a list of turns of which the last is the user's: a conversation to answer."""
+    return isinstance(value, list) and bool(value) and isinstance(value[-1], dict) and value[-1].get("role") == "user"
+
+
+def conversation(value: Sequence[object], column: str) -> tuple[Message, ...]:
+    """The turns in a row's column; content that is a list of text parts is joined.
+
+    Args:
+        value: The column's value.
+        column: Its name.
+
+    Raises:
+        InputError: A turn is not one, or has other content than text; the message continues "row 7 of questions.jsonl".
+    """
+    return tuple(_turn(number, turn, column) for number, turn in enumerate(value))
+
+
+def _turn(number: int, turn: object, column: str) -> Message:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise InputError(f"has a {column} column whose item {number} is not a turn with role and content")
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    other = next((kind for kind in kinds if kind != "text"), None)
+    if other is not None:
+        raise InputError(
+            f"has a {column} column whose turn {number} contains {shown(other)}: only text is asked; leave the row out"
+        )
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"has a {column} column whose turn {number} has no text: give every turn a content of text")
+    return {"role": turn["role"], "content": "".join(map(str, texts))}
+
+
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +207,16 @@ def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
         except InputError as error:
             raise InputError(f"row {number} of {name} {error}") from error
         turns = (*prompt.messages, *prompt.followups)
-        if not all(is_utf8(text) for text in (prompt.id, *(turn["content"] for turn in turns))):
-            raise InputError(f"row {number} of {name} contains half of a surrogate pair, which is not valid text")
+        _require_utf8((prompt.id, *(turn["content"] for turn in turns)), f"row {number} of {name}")
         yield prompt
+
+
+def _require_utf8(texts: Iterable[str], where: str) -> None:
+    if not all(map(is_utf8, texts)):
+        raise InputError(
+            f"{where} holds half of a surrogate pair, which is not valid text: put another character in its place, "
+            "such as U+FFFD"
+        )
 
 
 def _source(task: Task, dataset: str | None) -> tuple[HubSource | Path, str]:
@@ -256,16 +302,18 @@ def read_conversations(
 
 
 def _conversation(number: int, row: Row, path: Path, task: Task) -> Conversation:
+    where = f"row {number} of {path}"
     try:
-        asked = task.asked(row) if task.asked is not None else ()
-        messages = [*asked, *({"role": "assistant", "content": text} for text in task.answers(row))]
+        asked: tuple[Any, ...] = tuple(task.asked(row)) if task.asked is not None else ()
+        answers = tuple(assistant(text) for text in task.answers(row))
+    except InputError as error:
+        raise InputError(f"{where} {error}") from error
     except (KeyError, IndexError, TypeError):
-        asked, messages = (), [None]
-    if not asked or not all(map(is_message, messages)):
-        raise InputError(f"row {number} of {path} lacks a prompt (or instruction) or an output")
-    turns: tuple[Message, ...] = tuple(messages)  # type: ignore[arg-type]  # checked just now
-    _require_text(number, path, (turn["content"] for turn in turns))
-    return Conversation(turns, prompt_item(turns[: len(asked)]), failed=row.get("finish_reason") == "error")
+        asked, answers = (), ()
+    if not asked or not answers or not all(map(is_message, (*asked, *answers))):
+        raise InputError(f"{where} lacks a prompt (or instruction) or an output")
+    _require_utf8((turn["content"] for turn in (*asked, *answers)), where)
+    return Conversation((*asked, *answers), prompt_item(asked), failed=row.get("finish_reason") == "error")
 
 
 def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Prompt]) -> Iterator[Conversation]:
@@ -282,14 +330,6 @@ def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Pro
         messages = (*messages, *prompt.followups[turn : turn + 1])
 
 
-def _require_text(number: int, path: Path, texts: Iterable[str]) -> None:
-    if not all(map(is_utf8, texts)):
-        raise InputError(
-            f"row {number} of {path} holds half of a surrogate pair, which is not valid text: put another character in "
-            "its place, such as U+FFFD"
-        )
-
-
 def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
     try:
         answers = task.answers(row)
@@ -297,5 +337,5 @@ def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: no choices with turns") from error
     if not all(isinstance(text, str) for text in answers):
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: its turns are not all text")
-    _require_text(number, path, answers)
+    _require_utf8(answers, f"row {number} of {path}")
     return answers

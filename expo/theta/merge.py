@@ -76,7 +76,10 @@ class Deltas:
         rows = tile_rows(pair, self._tile)
         rows *= max(1, self._tile // pair.ranks[0] // rows)  # of several tiles
         first = top // rows * rows
-        stored = self._factor(pair.left, first, min(first + rows, pair.shape[0]), dtype, by_column=pair.transposed)
+        last = min(first + rows, pair.shape[0])
+        stored = self._factor(
+            pair.left, pair.first_row + first, pair.first_row + last, dtype, by_column=pair.transposed
+        )
         left = stored.T if pair.transposed else stored
         return left[top - first : bottom - first]  # [bottom - top, rank]
 

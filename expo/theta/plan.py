@@ -137,7 +137,7 @@ class PairPlan:
 
     sft: Checkpoint
     dpo: Checkpoint
-    """The layout of the outputs; θ_sft itself if θ_dpo is an adapter over it."""
+    """The layout of the outputs; `Adapter.layout`, θ_sft itself but for the head, if θ_dpo is an adapter over it."""
     settings: PairSettings
     shards: tuple[ShardPlan, ...]
     equal: tuple[Segment, ...] = ()
@@ -174,6 +174,11 @@ class PairPlan:
         """Whether the output is one model.safetensors without an index."""
         kept = self.settings.max_shard_bytes is None and self.dpo.sharded
         return [shard.name for shard in self.shards] == [SINGLE_FILE] and not kept
+
+    @property
+    def changes_config(self) -> bool:
+        """Whether the outputs' config is not that of their side files: an adapter may change the base's."""
+        return self.adapter is not None and self.dpo.config != self.sft.config
 
     @property
     def has_change(self) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from pathlib import Path
+import re
+from pathlib import Path, PurePath
 
-from expo.checkpoint.folder import ADAPTER_CONFIG, Location, is_adapter, read_json
+from expo.checkpoint.folder import ADAPTER_CONFIG, Location, expand_user, is_adapter, read_json
 from expo.checkpoint.side_files import side_files
 from expo.errors import InputError
 from expo.settings import is_hub_id
@@ -21,11 +22,14 @@ TOKENIZERS = (
 """What training changes besides the weights, so that the adapter's files take precedence."""
 
 
+_CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
+"""A model in the hub's cache, in a path."""
+
 log = logging.getLogger(__name__)
 
 
 def require_base(sft: Location, dpo: Location) -> None:
-    """Refuse an adapter as SFT; warn where DPO is an adapter to another model of the hub.
+    """Refuse an adapter as SFT; warn where DPO is an adapter to another model, by its hub id or folder.
 
     Raises:
         InputError: SFT is an adapter.
@@ -35,10 +39,24 @@ def require_base(sft: Location, dpo: Location) -> None:
             f"--sft {sft.label} is an adapter, not a checkpoint: give the model it was trained on; if DPO was trained "
             "on both, merge it into that model with peft's merge_and_unload and give the merged checkpoint"
         )
-    if sft.hub_id and is_adapter(dpo.path):
-        trained_on = read_json(dpo.path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if isinstance(trained_on, str) and is_hub_id(trained_on) and trained_on.lower() != sft.hub_id.lower():
-            log.warning("%s was trained on %s, and --sft is %s: are they the same?", dpo.label, trained_on, sft.hub_id)
+    trained_on = read_json(dpo.path / ADAPTER_CONFIG).get("base_model_name_or_path") if is_adapter(dpo.path) else None
+    if isinstance(trained_on, str) and _is_another(trained_on, sft):
+        given = sft.hub_id or sft.path
+        log.warning("%s was trained on %s, and --sft is %s: are they the same?", dpo.label, trained_on, given)
+
+
+def _is_another(trained_on: str, sft: Location) -> bool:
+    """Whether an adapter's recorded base is another model than SFT, as far as their names say."""
+    cached = _CACHED.search(trained_on)
+    name = "/".join(cached.groups()) if cached else trained_on
+    folder = expand_user(trained_on)
+    if not trained_on.strip() or (not cached and folder.is_dir() and folder.resolve() == sft.path.resolve()):
+        return False
+    if cached or (is_hub_id(name) and not folder.is_dir()):
+        return sft.hub_id is not None and name.lower() != sft.hub_id.lower()
+    if sft.hub_id is None and folder.is_dir():
+        return True
+    return PurePath(name).name != sft.name
 
 
 def output_side_files(sft: Path, dpo: Path) -> dict[str, Path]:

@@ -73,6 +73,12 @@ class Settings:
     """The base stores weights as [in, out]."""
     tied: bool = False
     """Head and embedding were trained as one."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that were trained whole, as ends of names."""
+
+    def trains(self, module: str) -> bool:
+        """Whether a module was trained whole, by PEFT's rule; other whole tensors are copies of the base's."""
+        return module.endswith(self.modules_to_save)
 
     def rank_of(self, module: str) -> int:
         """The rank a module's factors should have."""
@@ -109,6 +115,7 @@ def read_settings(file: Path) -> Settings:
         rank_stabilised=bool(config.get("use_rslora")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         tied=bool(config.get("ensure_weight_tying")),
+        modules_to_save=tuple(name for name in config.get("modules_to_save") or () if isinstance(name, str) and name),
     )
 
 

@@ -6,14 +6,26 @@ stores whole (`modules_to_save`, trained biases, embeddings that were saved with
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expo.checkpoint.dtypes import FLOAT_DTYPES
-from expo.checkpoint.folder import ADAPTER_CONFIG, INDEX_FILE, SINGLE_FILE, Checkpoint, Shard, TensorInfo, read_shard
-from expo.checkpoint.tied import TIED_HEADS, ties_head
+from expo.checkpoint.folder import (
+    ADAPTER_CONFIG,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    read_json,
+    read_shard,
+)
 from expo.errors import InputError, listed
+from expo.theta.adapter.embeddings import resized, resized_problem, settle_tied, with_rows
+from expo.theta.adapter.names import base_names, without_wrappers
 from expo.theta.adapter.settings import MERGE_FIRST, Settings, read_settings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -31,8 +43,10 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 """Model types whose `CONV1D` modules store weights as [in, out], and all others as [out, in]."""
 CONV1D = ("c_attn", "q_attn", "c_proj", "c_fc")
 
+log = logging.getLogger(__name__)
+
 _Factors = dict[str, dict[str, TensorInfo]]
-"""Module → its factors, under A and B, or embedding_A and embedding_B."""
+"""The name of a module's weight → its factors, under A and B, or embedding_A and embedding_B."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,24 @@ class LowRank:
     transposed: bool
     """Whether Lᵀ and Rᵀ are stored: B·A is [out, in] but the base stores [in, out], as for embeddings."""
     scale: float
+    span: tuple[int, int] | None = None
+    """The rows of L, from the first up to the last, that are used; None for all."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[rows, columns] of ΔW."""
         axis = 1 if self.transposed else 0
-        return self.left.shape[axis], self.right.shape[1 - axis]
+        first, last = self.span or (0, self.left.shape[axis])
+        return last - first, self.right.shape[1 - axis]
+
+    @property
+    def first_row(self) -> int:
+        """The first row of L that is used."""
+        return self.span[0] if self.span else 0
+
+    def rows(self, first: int, last: int) -> LowRank:
+        """ΔW of the rows from `first` up to `last`."""
+        return replace(self, span=(self.first_row + first, self.first_row + last))
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -72,6 +98,11 @@ class Adapter:
     """The base's tensor name → the tensor that replaces it."""
     shards: tuple[Shard, ...]
     """The adapter's one file."""
+    layout: Checkpoint
+    """The base as a merged checkpoint would be laid out: with a head of its own where merging unties it, a config that
+    says so, and the size of the adapter's vocabulary."""
+    resized: dict[str, tuple[int, int]]
+    """Embedding and head, if the vocabularies differ in size: the base's rows and the adapter's."""
 
     def describe(self) -> dict[str, object]:
         """The adapter in figures."""
@@ -96,13 +127,30 @@ def read_adapter(path: Path, base: Checkpoint) -> Adapter:
     _require_safetensors(path)
     settings = read_settings(path / ADAPTER_CONFIG)
     shard = read_shard(path / ADAPTER_WEIGHTS)
-    factors, saved = _sort(shard)
-    _settle_tied(path, base, settings, factors, saved)
-    low_rank = {f"{module}.weight": _low_rank(module, pair, settings, base) for module, pair in factors.items()}
-    problems = _mismatches(base, settings, low_rank, saved)
+    named = _sort(shard, settings)
+    targets = base_names({**named.factors, **named.saved}, base)
+    factors = {targets[name]: pair for name, pair in named.factors.items()}
+    saved = {targets[name]: tensor for name, tensor in named.saved.items()}
+    layout = settle_tied(path, base, settings, factors, saved, {targets[name] for name in named.trained})
+    modules = {targets[name]: name.removesuffix(".weight") for name in named.factors}
+    low_rank = {name: _low_rank(modules[name], pair, settings, base) for name, pair in factors.items()}
+    rows = resized(layout, {name: tensor.shape for name, tensor in (low_rank | saved).items()})
+    problems = listed(LACKING, sorted({*low_rank, *saved} - set(layout.tensors)))
+    problems += listed("ranks that differ from its config's", _other_ranks(settings, low_rank, modules))
+    problems += _mismatches(layout, settings, low_rank, saved, rows)
+    if rows and (problem := resized_problem(layout, rows, saved)):
+        problems.append(problem)
     if problems:
-        raise InputError(f"the adapter {path.name} does not fit {base.path.name}: {'; '.join(problems)}")
-    return Adapter(path, settings, low_rank, saved, (shard,))
+        raise InputError(_does_not_fit(path, base, problems))
+    return Adapter(path, settings, low_rank, saved, (shard,), with_rows(layout, rows) if rows else layout, rows)
+
+
+def _does_not_fit(path: Path, base: Checkpoint, problems: list[str]) -> str:
+    trained_on = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    model = f" ({trained_on})" if isinstance(trained_on, str) and trained_on else ""
+    lacks = problems[0].startswith(LACKING)
+    way = f"give the model it was trained on{model} as --sft" + (f", or {MERGE_FIRST}" if lacks else "")
+    return f"the adapter {path.name} does not fit {base.path.name}: {'; '.join(problems)}; {way}"
 
 
 def _require_safetensors(path: Path) -> None:
@@ -119,31 +167,63 @@ def _require_safetensors(path: Path) -> None:
 # --- the adapter's names ------------------------------------------------------------------------------------------
 
 
-def _sort(shard: Shard) -> tuple[_Factors, dict[str, TensorInfo]]:
-    """The adapter's factors by module, and its whole tensors by the base's names."""
+@dataclass(frozen=True)
+class _Named:
+    """An adapter's tensors by its own names, without PEFT's prefix and what wrappers add."""
+
+    factors: _Factors
+    saved: dict[str, TensorInfo]
+    trained: frozenset[str]
+    """Which of `saved` were trained whole."""
+
+
+def _sort(shard: Shard, settings: Settings) -> _Named:
+    """The adapter's factors, and its whole tensors."""
     file = shard.file
     factors: _Factors = {}
     plain: dict[str, TensorInfo] = {}
     wrapped: dict[str, TensorInfo] = {}
+    trained, renamed = set(), ""
     for tensor in shard.tensors:
-        name = tensor.name.removeprefix(PREFIX)
+        name = _own_name(file, tensor)
+        renamed = renamed or (tensor.name if tensor.name != PREFIX + name else "")
         factor = _FACTOR.fullmatch(name)
-        if name == tensor.name or (factor is None and (".lora_" in name or ".token_adapter." in name)):
+        if factor is None and (".lora_" in name or ".token_adapter." in name):
             raise InputError(f"{file}: {tensor.name} is not a tensor of a plain LoRA; {MERGE_FIRST}")
         if factor is not None:
             _add_factor(file, factors, factor, tensor)
         elif ".original_module." not in name:  # the untrained copy, if embeddings were saved too
             target = _WRAPPER.sub("", name)
-            (plain if target == name else wrapped)[target] = tensor
+            _add_saved(file, plain if target == name else wrapped, target, tensor)
+            if settings.trains(target.rpartition(".")[0]) or ".modules_to_save." in name:
+                trained.add(target)
     _require_pairs(file, factors)
     if not shard.tensors:
         raise InputError(f"{file} contains no tensors; save the adapter again")
-    return factors, {**wrapped, **plain}
+    if renamed:
+        log.warning("%s: names such as %s contain what a wrapper of training added; it is left out", file, renamed)
+    return _Named(factors, {**wrapped, **plain}, frozenset(trained))
+
+
+def _own_name(file: Path, tensor: TensorInfo) -> str:
+    name = without_wrappers(tensor.name)
+    if not name.startswith(PREFIX):
+        raise InputError(
+            f"{file}: {tensor.name} is not a tensor of a plain LoRA as PEFT saves it, whose name begins with {PREFIX} "
+            "(others are ignored when it is loaded): save the adapter again with peft's save_pretrained"
+        )
+    return without_wrappers(name.removeprefix(PREFIX))
+
+
+def _add_saved(file: Path, found: dict[str, TensorInfo], name: str, tensor: TensorInfo) -> None:
+    if name in found:
+        raise InputError(f"{file} contains both {found[name].name} and {tensor.name}; save the adapter again")
+    found[name] = tensor
 
 
 def _add_factor(file: Path, factors: _Factors, match: re.Match[str], tensor: TensorInfo) -> None:
     side = match["linear"] or f"embedding_{match['embedding']}"
-    pair = factors.setdefault(match["module"], {})
+    pair = factors.setdefault(f"{match['module']}.weight", {})
     if side in pair:
         raise InputError(f"{file} contains more than one adapter: {pair[side].name} and {tensor.name}")
     if len(tensor.shape) != 2:
@@ -175,59 +255,44 @@ def _is_in_out(module: str, settings: Settings, base: Checkpoint) -> bool:
     return settings.fan_in_fan_out
 
 
-# --- the base's names ---------------------------------------------------------------------------------------------
+# --- what does not fit --------------------------------------------------------------------------------------------
 
-
-def _settle_tied(
-    path: Path, base: Checkpoint, settings: Settings, factors: _Factors, saved: dict[str, TensorInfo]
-) -> None:
-    """Drop a tied head's copy of its embedding's change; refuse a change to only one of two tied tensors.
-
-    Once merged, such a change would affect the other too, which the adapter was not trained for.
-    """
-    for head, embedding in tied_heads(base):
-        changed = [name for name in (head, embedding) if name in saved or name.removesuffix(".weight") in factors]
-        if changed and (not settings.tied or (len(changed) == 1 and head in base.tensors)):
-            raise InputError(
-                f"the adapter {path.name} changes {changed[0]}, but {base.path.name} ties {head} to {embedding}: "
-                "merged, the change would reach both; train it with ensure_weight_tying, or on an untied base"
-            )
-        if embedding in changed and head not in base.tensors:
-            saved.pop(head, None)
-            factors.pop(head.removesuffix(".weight"), None)
-
-
-def tied_heads(base: Checkpoint) -> list[tuple[str, str]]:
-    """A checkpoint's tied heads, each with its embedding; if the config does not say, the heads it does not store."""
-    ties = ties_head(base.config)
-    return [
-        (head, embedding)
-        for head, embedding in TIED_HEADS
-        if embedding in base.tensors and (head not in base.tensors if ties is None else ties)
-    ]
+LACKING = "tensors that the base lacks"
 
 
 def _mismatches(
-    base: Checkpoint, settings: Settings, low_rank: dict[str, LowRank], saved: dict[str, TensorInfo]
+    base: Checkpoint,
+    settings: Settings,
+    low_rank: dict[str, LowRank],
+    saved: dict[str, TensorInfo],
+    rows: Mapping[str, tuple[int, int]],
 ) -> list[str]:
-    shapes = [(name, pair.shape) for name, pair in low_rank.items()]
-    shapes += [(name, tensor.shape) for name, tensor in saved.items()]
-    layout = "[in, out]" if settings.fan_in_fan_out else "[out, in]"
-    problems = listed("tensors that the base lacks", sorted({*low_rank, *saved} - set(base.tensors)))
-    problems += listed("ranks that differ from its config's", _other_ranks(settings, low_rank))
-    problems += listed(
-        f"shapes that differ from the base's (with weights stored as {layout}, by fan_in_fan_out)",
-        [
-            f"{name} {list(shape)} ≠ {list(base.tensors[name].shape)}"
-            for name, shape in shapes
-            if name in base.tensors and shape != base.tensors[name].shape
-        ],
+    factors = _unlike(base, {name: pair.shape for name, pair in low_rank.items()}, rows)
+    layout = ""
+    if any(shape[::-1] == base.tensors[name].shape for name, shape in factors.items()):
+        layout = (
+            f" (with weights stored as {'[in, out]' if settings.fan_in_fan_out else '[out, in]'}, by fan_in_fan_out)"
+        )
+    unlike = {**factors, **_unlike(base, {name: tensor.shape for name, tensor in saved.items()}, rows)}
+    problems = listed(
+        f"shapes that differ from the base's{layout}",
+        [f"{name} {list(shape)} ≠ {list(base.tensors[name].shape)}" for name, shape in unlike.items()],
     )
     return problems + listed("dtypes that cannot be combined", _other_dtypes(base, low_rank, saved))
 
 
-def _other_ranks(settings: Settings, low_rank: dict[str, LowRank]) -> list[str]:
-    wanted = {name: settings.rank_of(name.removesuffix(".weight")) for name in low_rank}
+def _unlike(
+    base: Checkpoint, shapes: Mapping[str, tuple[int, ...]], rows: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes that are not the base's, nor those of another vocabulary."""
+    wanted = {
+        name: (rows[name][1], *info.shape[1:]) if name in rows else info.shape for name, info in base.tensors.items()
+    }
+    return {name: shape for name, shape in shapes.items() if name in wanted and shape != wanted[name]}
+
+
+def _other_ranks(settings: Settings, low_rank: dict[str, LowRank], modules: dict[str, str]) -> list[str]:
+    wanted = {name: settings.rank_of(modules[name]) for name in low_rank}
     return [
         f"{name} {'×'.join(map(str, pair.ranks))} ≠ {wanted[name]}"
         for name, pair in low_rank.items()
