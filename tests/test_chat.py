@@ -129,7 +129,7 @@ STOPS = {
     "nothing in a list": ("generation_config.json", [2, None], "None"),
     "a list in a list": ("generation_config.json", [[2]], r"\[2\]"),
     "an object": ("generation_config.json", {"id": 2}, r"\{'id': 2\}"),
-    "a fraction in config.json": ("config.json", [2.5], "2.5"),
+    "in config.json": ("config.json", "</s>", "'</s>'"),
 }
 
 

@@ -83,22 +83,7 @@ class ChatTokenizer:
             InputError: One of the configured is no token id of the model.
         """
         own = [number for number in _as_list(self._tokenizer.eos_token_id) if number < self._end]
-        return tuple(sorted({*own, *self._configured_stop_ids()}))
-
-    def _configured_stop_ids(self) -> list[int]:
-        file = self._model / GENERATION_CONFIG
-        configured = (read_json(file) if file.is_file() else {}).get("eos_token_id")
-        if configured is None:
-            file = self._model / CONFIG_FILE
-            configured = read_config(self._model).get("eos_token_id")
-        ids = _as_list(configured)
-        bad = [one for one in ids if type(one) is not int or not 0 <= one < self._end]
-        if bad:
-            known = f", which has ids up to {self._end - 1}" if self._end < UNLIMITED and type(bad[0]) is int else ""
-            raise InputError(
-                f"{file} has eos_token_id {shown(bad[0])}, no token id of the model{known}: correct it there"
-            )
-        return ids
+        return tuple(sorted({*own, *configured_stop_ids(self._model, self._end)}))
 
     def ending(self) -> Ending | None:
         """The first special token that the chat template writes after an answer; None where it writes none."""
@@ -245,6 +230,29 @@ def _load(model: Path, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a toke
         why = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
         newer = "it may need newer tokenizers/transformers"
         raise InputError(f"the tokenizer in {model} cannot be loaded: {why}; {newer}") from error
+
+
+def configured_stop_ids(model: Path, rows: int | None) -> list[int]:
+    """The `eos_token_id` of generation_config.json, else config.json.
+
+    Args:
+        model: The model's folder.
+        rows: How many tokens the model has vectors for; None if not known.
+
+    Raises:
+        InputError: One is no token id of the model.
+    """
+    file = model / GENERATION_CONFIG
+    configured = (read_json(file) if file.is_file() else {}).get("eos_token_id")
+    if configured is None:
+        file = model / CONFIG_FILE
+        configured = read_config(model).get("eos_token_id")
+    ids, end = _as_list(configured), UNLIMITED if rows is None else rows
+    for bad in ids:
+        if type(bad) is not int or not 0 <= bad < end:
+            known = f", which has ids up to {end - 1}" if type(bad) is int and end < UNLIMITED else ""
+            raise InputError(f"{file} has eos_token_id {shown(bad)}, no token id of the model{known}: correct it there")
+    return ids
 
 
 def context_length(model: Path) -> int:

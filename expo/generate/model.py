@@ -26,7 +26,7 @@ from expo.checkpoint.hub import locate
 from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ThetaConfig
 from expo.engines import GENERATORS, EngineSpec
-from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
+from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
 from expo.errors import InputError
 from expo.files import Row
 from expo.settings import flag, recorded, settings_of
@@ -120,11 +120,10 @@ def find_model(config: GenerateConfig, spec: EngineSpec) -> Model:
 
 def _local(config: GenerateConfig, spec: EngineSpec) -> Model:
     source = find_source(config)
+    rows = embedding_rows(source.folder) if source.theta is None else rows_in(source.theta.shapes())
+    configured_stop_ids(source.folder, rows)  # first, as transformers says less of a bad one
     tokenizer = ChatTokenizer(
-        source.folder,
-        template=config.chat_template,
-        trust_remote_code=config.trust_remote_code,
-        rows=embedding_rows(source.folder) if source.theta is None else rows_in(source.theta.shapes()),
+        source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code, rows=rows
     )
     return Model(
         path=source.folder,
