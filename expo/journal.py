@@ -292,17 +292,26 @@ class RunLock:
 
 
 def _create(path: Path, me: Holder) -> bool:
-    """Create the lock; returns whether this process holds it now."""
-    content = json.dumps(asdict(me), separators=(",", ":"))
+    """Create the lock; returns whether this process holds it now: NFS may resend a request that had succeeded."""
+    return create_once(path, json.dumps(asdict(me), separators=(",", ":"))) or _holder(path) == me
+
+
+def create_once(path: Path, content: str) -> bool:
+    """Create a path together with its short content, as a symbolic link where there are such; False if it is there."""
     try:
         path.symlink_to(content)
     except FileExistsError:
-        return _holder(path) == me  # NFS may resend a request that had succeeded
+        return False
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
         return _create_file(path, content)
     return True
+
+
+def content_of(path: Path) -> str:
+    """The content of a path that `create_once` created."""
+    return str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
 
 
 def _create_file(path: Path, content: str) -> bool:
@@ -317,8 +326,7 @@ def _create_file(path: Path, content: str) -> bool:
 def _holder(path: Path) -> Holder | None:
     """The holder of a lock; None where nobody holds it."""
     try:
-        text = str(path.readlink()) if path.is_symlink() else path.read_text(encoding="utf-8")
-        held = Holder(**json.loads(text))
+        held = Holder(**json.loads(content_of(path)))
         return held if held.nonce.isalnum() else UNKNOWN
     except FileNotFoundError:
         return None

@@ -24,6 +24,9 @@ SLURM_FIRST, SLURM_STEP = "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"
 FILE_NAME = re.compile(r"\.?(\d+-of-(\d+))\.(?:jsonl|meta\.json|journal\.jsonl)")
 """A part's files: its rows, its meta file, and the journal while it runs."""
 
+DATE_NAME = ".date-"
+"""How the files begin that say the date which all parts of a run give their chat template."""
+
 
 @dataclass(frozen=True)
 class Part:

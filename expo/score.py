@@ -30,6 +30,7 @@ from expo.checkpoint.folder import (
     source_fingerprint,
 )
 from expo.checkpoint.hub import locate
+from expo.checkpoint.vocabulary import embedding_rows
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
 from expo.engines.chat import ChatTokenizer, context_length
@@ -37,7 +38,8 @@ from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
 from expo.parts import Part, read_part
-from expo.rows import EngineKeeper, run as run_job
+from expo.rows import EngineKeeper, plan_to_run, run as run_job
+from expo.rows.dates import find_date
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.settings import Fingerprint, absent_values, recorded
@@ -119,7 +121,7 @@ def run(config: ScoreConfig, keeper: EngineKeeper | None = None) -> Scored:
         InputError: The settings or inputs are at fault.
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
-    done = run_job(plan(config), keeper)
+    done = run_job(plan_to_run(plan, config), keeper)
     meta, files = done.meta, done.job.files
     n, mean, error = meta.get("n", meta["rows"] - meta["failed"]), meta.get("mean"), meta.get("standard_error")
     return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"], done.reason, done.can_retry)
@@ -290,6 +292,7 @@ class ScoreJob(RowJob):
             "engine": self.engine,
             "outputs": str(self.outputs),
             **self.describe_parts(),
+            **self.describe_date(),
             "rows": len(self.rows),
             "rows_without_answer": len(self.rows) - len(scored),
             "tokens": sum(len(row.token_ids) for row in scored),
@@ -338,7 +341,12 @@ def plan(config: ScoreConfig) -> ScoreJob:
     require_loadable(location.path)
     require_reward_model(location.path)
     refuse_inside(folder, location, flag="--output-dir")
-    tokenizer = ChatTokenizer(location.path, template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    tokenizer = ChatTokenizer(
+        location.path,
+        template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
+        rows=embedding_rows(location.path),
+    )
     longest = min(config.max_length or context_length(location.path), context_length(location.path))
     files = RowFiles(folder / f"rewards_{task.name}" / f"{config.name}.jsonl", config.name, "outputs_sha256")
     refuse_replacing(outputs, (files.final, files.meta, rows_file(files)))
@@ -349,6 +357,10 @@ def plan(config: ScoreConfig) -> ScoreJob:
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
         **recorded(config, "rows", "batches"),
     }
+    fingerprint = Fingerprint(made_from, absent_values(config, "rows", "batches"))
+    date = find_date(files, fingerprint, overwrite=config.overwrite) if tokenizer.asks_for_time else None
+    if date is not None:
+        tokenizer, fingerprint = tokenizer.at(date.moment), fingerprint.with_entry(date.entry)
     whole = ScoreJob(
         config=config,
         engine=engine,
@@ -359,7 +371,8 @@ def plan(config: ScoreConfig) -> ScoreJob:
         rows=tuple(_score_rows(conversations, tokenizer, longest, outputs)),
         setup=ScorerSetup(config, location.path, tokenizer.pad_id),
         files=files,
-        fingerprint=Fingerprint(made_from, absent_values(config, "rows", "batches")),
+        fingerprint=fingerprint,
+        date=date,
     )
     return whole if config.part is None else whole.share(read_part(config.part, {}))
 
@@ -389,7 +402,10 @@ def require_reward_model(model: Path) -> None:
 def _score_rows(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, longest: int, outputs: Path
 ) -> Iterator[ScoreRow]:
-    ids = tokenizer.encode([conversation.messages for conversation in conversations], generation_prompt=False)
+    messages = [conversation.messages for conversation in conversations]
+    ids = tokenizer.encode(messages, generation_prompt=False)
+    tokenizer.require_all_said(messages, generation_prompt=False)
+    tokenizer.require_readable(ids)
     failed, keys = _of_generate(outputs)
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)

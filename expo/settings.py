@@ -113,6 +113,10 @@ class Fingerprint(dict[str, Any]):
         super().__init__(normalised(values, absent))
         self.absent = absent
 
+    def with_entry(self, entry: Row) -> Fingerprint:
+        """The same with another source, which not every output has."""
+        return Fingerprint({**self, **entry}, self.absent)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, dict) and normalised(other, self.absent) == dict(self)
 

@@ -1,21 +1,34 @@
 """Conversations to token ids and back, with the model's own tokenizer and chat template.
 
 Every engine gets prompts as these ids: one leading BOS if the template writes one, the user's text unchanged.
+What a template does with a conversation is in `templates.py`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from expo.checkpoint.folder import read_config, read_json
+from expo.checkpoint.folder import CONFIG_FILE, read_config, read_json
+from expo.engines.templates import after_answer, asks_for_time, known_roles, left_out, read_template
 from expo.errors import InputError, first_line
+from expo.files import shown
 from expo.tasks import Message
 
 UNLIMITED = 1 << 30
 TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 """Exceptions that a template's own expressions raise, besides Jinja's."""
+GENERATION_CONFIG = "generation_config.json"
+
+
+class Ending(NamedTuple):
+    """The token that a chat template writes after an answer."""
+
+    id: int
+    text: str
 
 
 class ChatTokenizer:
@@ -25,21 +38,19 @@ class ChatTokenizer:
         model: The model's folder.
         template: A Jinja file used instead of the model's own chat template.
         trust_remote_code: Whether to run Python code in the folder.
+        rows: How many tokens the model has vectors for; None if not known.
 
     Raises:
-        InputError: There is no tokenizer or no chat template.
+        InputError: The tokenizer cannot be loaded, or there is no chat template.
     """
 
-    def __init__(self, model: Path, *, template: str | None, trust_remote_code: bool) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(self, model: Path, *, template: str | None, trust_remote_code: bool, rows: int | None = None) -> None:
         self._model = model
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"the tokenizer in {model} cannot be loaded: {first_line(error)}") from error
+        self._end = UNLIMITED if rows is None else rows
+        self._tokenizer: Any = _load(model, trust_remote_code)
+        self._given: dict[str, Any] = {}
         if template is not None:
-            self._tokenizer.chat_template = _read_template(Path(template))
+            self._tokenizer.chat_template = read_template(Path(template))
         if not self._tokenizer.chat_template:
             raise InputError(f"{model} has no chat template; pass one with --chat-template FILE")
 
@@ -49,38 +60,68 @@ class ChatTokenizer:
         return str(self._tokenizer.chat_template)
 
     @property
+    def asks_for_time(self) -> bool:
+        """Whether the chat template writes the time, or a part of it, into prompts."""
+        return asks_for_time(self.template)
+
+    def at(self, moment: str) -> Self:
+        """The same tokenizer with its template's clock standing at a moment, in ISO 8601."""
+        other = copy.copy(self)
+        other._given = {"strftime_now": datetime.fromisoformat(moment).strftime}
+        return other
+
+    @property
     def pad_id(self) -> int | None:
-        """The padding token's id."""
+        """The padding token's id; None where there is none, or the model has no vector for it."""
         pad_id: int | None = self._tokenizer.pad_token_id
-        return pad_id
+        return pad_id if pad_id is not None and pad_id < self._end else None
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer: the tokenizer's EOS and those of generation_config.json, else config.json."""
-        file = self._model / "generation_config.json"
-        configured = (read_json(file) if file.is_file() else {}).get("eos_token_id")
-        if configured is None:
-            configured = read_config(self._model).get("eos_token_id")
-        ids = {*_as_list(self._tokenizer.eos_token_id), *_as_list(configured)}
-        return tuple(sorted(ids))
+        """Token ids that end an answer: the tokenizer's EOS and those of generation_config.json, else config.json.
+
+        Raises:
+            InputError: One of the configured is no token id of the model.
+        """
+        own = [number for number in _as_list(self._tokenizer.eos_token_id) if number < self._end]
+        return tuple(sorted({*own, *configured_stop_ids(self._model, self._end)}))
+
+    def ending(self) -> Ending | None:
+        """The first special token that the chat template writes after an answer; None where it writes none."""
+        text = after_answer(lambda messages: self._render(messages, False))
+        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder} - {
+            self._tokenizer.unk_token_id
+        }
+        for number in self._tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else ():
+            token = str(self._tokenizer.convert_ids_to_tokens(number))
+            if number in special and number < self._end and token.strip():
+                return Ending(number, token)
+        return None
 
     def encode(self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool) -> list[list[int]]:
         """Token ids from `apply_chat_template`, for all conversations at once.
 
         Raises:
-            InputError: The template refuses a conversation, for example one with a system message.
+            InputError: The template refuses a conversation, for example one with a system message, or the tokenizer
+                cannot encode its text.
         """
+        rows: list[list[int]] = self._apply(conversations, generation_prompt, tokenize=True, return_dict=False)
+        return rows
+
+    def _apply(self, conversations: Sequence[Sequence[Message]], generation_prompt: bool, **options: bool) -> Any:  # noqa: ANN401 - texts or ids
         from jinja2 import TemplateError
 
+        rows = [list(messages) for messages in conversations]
+        options = {"add_generation_prompt": generation_prompt, **options}
         try:
-            rows: list[list[int]] = self._tokenizer.apply_chat_template(
-                [list(messages) for messages in conversations],
-                tokenize=True,
-                add_generation_prompt=generation_prompt,
-                return_dict=False,
-            )
+            return self._tokenizer.apply_chat_template(rows, **options, **self._given)
         except (TemplateError, *TEMPLATE_FAULTS) as error:
             raise InputError(f"the chat template of {self._model} refuses the prompts: {first_line(error)}") from error
-        return rows
+        except MemoryError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise InputError(
+                f"the tokenizer in {self._model} cannot encode the prompts: {first_line(error)}"
+            ) from error
 
     def encode_each(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | str]:
         """Token ids of each conversation, with a generation prompt, or why it has none.
@@ -100,7 +141,7 @@ class ChatTokenizer:
         try:
             return self.encode([messages], generation_prompt=True)[0]
         except InputError as error:
-            return str(error).replace("refuses the prompts", "refuses it")
+            return str(error).replace("refuses the prompts", "refuses it").replace("encode the prompts", "encode it")
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of token ids, without special tokens."""
@@ -108,6 +149,110 @@ class ChatTokenizer:
             self._tokenizer.decode(list(row), skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for row in rows
         ]
+
+    # --- what prompts must be
+
+    def require_all_said(
+        self, conversations: Sequence[Sequence[Message]], *, generation_prompt: bool, system_flag: bool = False
+    ) -> None:
+        """Refuse conversations with a message that the chat template ignores.
+
+        Args:
+            conversations: Row by row.
+            generation_prompt: As they are encoded.
+            system_flag: Whether their system messages are from `--system`.
+
+        Raises:
+            InputError: There is one; the message names its role and row, and how many rows have one.
+        """
+
+        def render(messages: Sequence[Message]) -> str | None:
+            return self._render(messages, generation_prompt)
+
+        rows = {
+            number: [messages[one]["role"] for one in ignored]
+            for number, messages in enumerate(conversations)
+            if (text := render(messages)) is not None and (ignored := left_out(messages, text, render))
+        }
+        if not rows:
+            return
+        roles = dict.fromkeys(role for roles in rows.values() for role in roles)
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        drop = "drop --system, " if system_flag and "system" in roles else ""
+        raise InputError(
+            f"the chat template of {self._model} ignores messages with role {', '.join(map(repr, roles))} (row "
+            f"{next(iter(rows))}{more}): {drop}use roles that it writes ({', '.join(known_roles(render))}), or pass a "
+            "--chat-template that writes them"
+        )
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str | None:
+        """A conversation's text; None where the template rejects it."""
+        try:
+            text: str = self._apply([messages], generation_prompt, tokenize=False)[0]
+        except InputError:
+            return None
+        return text
+
+    def unreadable(self, ids: Sequence[int] | str) -> str | None:
+        """Why the model cannot read a prompt's token ids; None where it can, or there are none."""
+        worst = 0 if isinstance(ids, str) else max(ids, default=0)
+        if worst < self._end:
+            return None
+        return (
+            f"has token {shown(self._tokenizer.convert_ids_to_tokens(worst))} with id {worst}, and the model has "
+            f"vectors for ids up to {self._end - 1} only: use the tokenizer and chat template it was trained with"
+        )
+
+    def require_readable(self, rows: Sequence[Sequence[int] | str]) -> None:
+        """Refuse prompts with a token that the model has no vector for: tokens were added, and it was not resized.
+
+        Raises:
+            InputError: There is one; the message names its row, token and id.
+        """
+        for number, ids in enumerate(rows):
+            if (why := self.unreadable(ids)) is not None:
+                raise InputError(f"with the tokenizer in {self._model}, row {number} {why}")
+
+
+def _load(model: Path, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a tokenizer of any class
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise InputError(f"the tokenizer in {model} cannot be loaded: {first_line(error)}") from error
+    except BaseException as error:
+        # The tokenizers library raises bare Exceptions for files that it does not understand, and panics at some.
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, MemoryError) or not (is_panic or isinstance(error, Exception)):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
+        newer = "it may need newer tokenizers/transformers"
+        raise InputError(f"the tokenizer in {model} cannot be loaded: {why}; {newer}") from error
+
+
+def configured_stop_ids(model: Path, rows: int | None) -> list[int]:
+    """The `eos_token_id` of generation_config.json, else config.json.
+
+    Args:
+        model: The model's folder.
+        rows: How many tokens the model has vectors for; None if not known.
+
+    Raises:
+        InputError: One is no token id of the model.
+    """
+    file = model / GENERATION_CONFIG
+    configured = (read_json(file) if file.is_file() else {}).get("eos_token_id")
+    if configured is None:
+        file = model / CONFIG_FILE
+        configured = read_config(model).get("eos_token_id")
+    ids, end = _as_list(configured), UNLIMITED if rows is None else rows
+    for bad in ids:
+        if type(bad) is not int or not 0 <= bad < end:
+            known = f", which has ids up to {end - 1}" if type(bad) is int and end < UNLIMITED else ""
+            raise InputError(f"{file} has eos_token_id {shown(bad)}, no token id of the model{known}: correct it there")
+    return ids
 
 
 def context_length(model: Path) -> int:
@@ -119,14 +264,7 @@ def context_length(model: Path) -> int:
     return limits[0] if limits else UNLIMITED
 
 
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the chat template {path} cannot be read: {error}") from error
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
+def _as_list(ids: Any) -> list[Any]:  # noqa: ANN401 - from a file
     if ids is None:
         return []
     return ids if isinstance(ids, list) else [ids]

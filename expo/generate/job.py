@@ -28,7 +28,8 @@ from expo.generate.model import Model, find_model, require_fitting
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
 from expo.redact import without_secrets
-from expo.rows import EngineKeeper, run as run_job
+from expo.rows import EngineKeeper, plan_to_run, run as run_job
+from expo.rows.dates import find_date
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.settings import Fingerprint, absent_values, recorded, require_name
@@ -62,7 +63,7 @@ def run(config: GenerateConfig, keeper: EngineKeeper | None = None) -> Generated
         InputError: The settings or inputs are at fault.
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
-    done = run_job(plan(config), keeper)
+    done = run_job(plan_to_run(plan, config), keeper)
     files, meta = done.job.files, done.meta
     return Generated(files.final, files.meta, done.status, meta["rows"], meta["failed"], done.reason, done.can_retry)
 
@@ -279,6 +280,7 @@ class GenerateJob(RowJob):
             "engine": self.engine,
             "task": self.task.name,
             **self.describe_parts(),
+            **self.describe_date(),
             "rows": len(self.keys),
             "rows_too_long": len(self.first.unanswerable),
             "temperatures": {str(value): number for value, number in sorted(temperatures.items())},
@@ -324,9 +326,6 @@ def plan(config: GenerateConfig) -> GenerateJob:
     require_one_system_message(prompts, config)
     dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
     prompts = prompts[: config.limit]
-    builder, first = RequestBuilder.begin(config, task, model, prompts)
-    stop_ids = model.stop_ids(config.stop_token_id)
-    needed = max((builder.token_budgets[request.id] for request in first.requests), default=1)
     name = config.name or model.name
     require_name(name)
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
@@ -341,6 +340,13 @@ def plan(config: GenerateConfig) -> GenerateJob:
         **(recorded(config, "batches") if spec.pads else {}),
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
+    fingerprint = Fingerprint(made_from, {**absent_values(config, "rows", "batches", "weights"), **spec.absent})
+    date = find_date(files, fingerprint, overwrite=config.overwrite) if model.asks_for_time else None
+    if date is not None:
+        model, fingerprint = model.at(date.moment), fingerprint.with_entry(date.entry)
+    builder, first = RequestBuilder.begin(config, task, model, prompts)
+    stop_ids = model.stop_ids(config.stop_token_id)
+    needed = max((builder.token_budgets[request.id] for request in first.requests), default=1)
     whole = GenerateJob(
         config=config,
         engine=engine,
@@ -353,6 +359,7 @@ def plan(config: GenerateConfig) -> GenerateJob:
         setup=GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta),
         files=files,
         name=name,
-        fingerprint=Fingerprint(made_from, {**absent_values(config, "rows", "batches", "weights"), **spec.absent}),
+        fingerprint=fingerprint,
+        date=date,
     )
     return whole if config.part is None else whole.share(read_part(config.part, {}))

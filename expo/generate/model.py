@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,14 +25,17 @@ from expo.checkpoint.folder import (
     source_fingerprint,
 )
 from expo.checkpoint.hub import locate
+from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ThetaConfig
 from expo.engines import GENERATORS, EngineSpec
-from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
+from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
 from expo.errors import InputError
 from expo.files import Row
 from expo.settings import flag, recorded, settings_of
 from expo.tasks import Message
 from expo.theta.pair import ThetaPlan, plan_theta
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Model:
         """The model as plain data."""
         return describe_theta(self.theta) if self.theta is not None else {"model": str(self.path)}
 
+    @property
+    def asks_for_time(self) -> bool:
+        """Whether its chat template writes the time into prompts."""
+        return self.tokenizer is not None and self.tokenizer.asks_for_time
+
+    def at(self, moment: str) -> Model:
+        """The same model with its template's clock standing at a moment."""
+        return self if self.tokenizer is None else replace(self, tokenizer=self.tokenizer.at(moment))
+
     def encode(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Sequence[int]]:
         """The prompts' token ids; empty if the server tokenizes."""
         if self.tokenizer is None:
@@ -67,14 +80,29 @@ class Model:
         """The prompts' token ids, or for each that the chat template rejects, why."""
         return self.encode(conversations) if self.tokenizer is None else self.tokenizer.encode_each(conversations)
 
+    def readable_or_why(self, rows: Sequence[Sequence[int] | str]) -> Sequence[Sequence[int] | str]:
+        """The prompts' token ids, or for each that the model has no vectors for, why."""
+        tokenizer = self.tokenizer
+        return rows if tokenizer is None else [tokenizer.unreadable(row) or row for row in rows]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's token ids; with an engine that returns ids there is a tokenizer."""
         return self.tokenizer.decode([ids])[0] if self.tokenizer is not None else ""
 
     def stop_ids(self, further: Sequence[int]) -> tuple[int, ...]:
         """Token ids that end an answer, besides those that the server knows."""
-        own = self.tokenizer.stop_ids() if self.tokenizer is not None else ()
-        return tuple(sorted({*own, *further}))
+        if self.tokenizer is None:
+            return tuple(sorted(further))
+        ids = {*self.tokenizer.stop_ids(), *further}
+        ending = self.tokenizer.ending()
+        if ending is not None and ending.id not in ids:
+            log.warning(
+                "the chat template ends an answer with %s, which is no stop token, so answers may run on: "
+                "pass --stop-token-id %d",
+                ending.text,
+                ending.id,
+            )
+        return tuple(sorted(ids))
 
     def pad_id(self, stop_ids: Sequence[int]) -> int:
         """An id to pad batches with."""
@@ -94,7 +122,11 @@ def find_model(config: GenerateConfig, spec: EngineSpec) -> Model:
 
 def _local(config: GenerateConfig, spec: EngineSpec) -> Model:
     source = find_source(config)
-    tokenizer = ChatTokenizer(source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    rows = embedding_rows(source.folder) if source.theta is None else rows_in(source.theta.shapes())
+    configured_stop_ids(source.folder, rows)  # first, as transformers says less of a bad one
+    tokenizer = ChatTokenizer(
+        source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code, rows=rows
+    )
     return Model(
         path=source.folder,
         name=source.name,

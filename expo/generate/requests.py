@@ -56,10 +56,15 @@ class RequestBuilder:
         """The builder for some prompts, and their first turn.
 
         Raises:
-            InputError: The chat template rejects all prompts, or a conversation of several turns.
+            InputError: The chat template rejects all prompts or a conversation of several turns, or ignores a message;
+                or the model cannot read a prompt's tokens.
         """
         opening = cls(config, task, model, {})
         ids = model.encode_each([opening.opening(prompt) for prompt in prompts])
+        if model.tokenizer is not None:
+            whole = [opening.whole(prompt) for prompt in prompts]
+            model.tokenizer.require_all_said(whole, generation_prompt=True, system_flag=config.system is not None)
+            model.tokenizer.require_readable(ids)
         builder = cls(config, task, model, opening.budgets(prompts, ids))
         asked = [
             ((prompt.id, sample, 0), prompt, builder.opening(prompt), row)
@@ -73,6 +78,10 @@ class RequestBuilder:
         if self.config.system is None:
             return prompt.messages
         return ({"role": "system", "content": self.config.system}, *prompt.messages)
+
+    def whole(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The conversation of its last turn, before there are answers."""
+        return (*self.opening(prompt), *(message for later in prompt.followups for message in (ANSWER, later)))
 
     def temperature(self, prompt: Prompt) -> float:
         """The user's temperature, or that of the row's category, or the paper's."""
@@ -96,7 +105,7 @@ class RequestBuilder:
         several = [prompt for prompt in prompts if prompt.followups]
         asked = {prompt.id: len(row) for prompt, row in zip(prompts, ids, strict=True)}
         if several:
-            whole = [(*self.opening(prompt), *(m for f in prompt.followups for m in (ANSWER, f))) for prompt in several]
+            whole = [self.whole(prompt) for prompt in several]
             asked |= {prompt.id: len(row) for prompt, row in zip(several, self.model.encode(whole), strict=True)}
         most = self.config.max_tokens
         return {
@@ -120,7 +129,7 @@ class RequestBuilder:
         }
         asked = [one for one in waiting if (one[0].id, one[1], number) not in lost]
         conversations = [self._so_far(prompt, sample, number, done) for prompt, sample in asked]
-        ids = self.model.encode_each(conversations) if conversations else []
+        ids = self.model.readable_or_why(self.model.encode_each(conversations)) if conversations else []
         rows = [
             ((prompt.id, sample, number), prompt, conversation, row)
             for (prompt, sample), conversation, row in zip(asked, conversations, ids, strict=True)

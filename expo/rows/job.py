@@ -23,6 +23,7 @@ from expo.files import Row, json_lines, texts_sha256
 from expo.journal import Journal
 from expo.parts import Part
 from expo.progress import rows_progress
+from expo.rows.dates import TemplateDate
 from expo.rows.files import Columns, Found, RowFiles, State, checksum, require_columns
 from expo.settings import require_same
 
@@ -106,6 +107,8 @@ class RowJob(ABC):
     """Every setting and source that changes the rows."""
     setup: Setup
     """What the engine is started with."""
+    date: TemplateDate | None = None
+    """The date that the chat template writes into prompts; None where it writes none."""
     part: Part | None = None
     """Which part of a job this is; None is the whole."""
     whole: Self | None = None
@@ -223,6 +226,10 @@ class RowJob(ABC):
             **({"parts_to_join": config.join} if config.join else {}),
         }
 
+    def describe_date(self) -> Row:
+        """The plan's entry about the date in prompts."""
+        return {} if self.date is None else {"template_date": self.date.moment}
+
     def recorded_config(self) -> Row:
         """The settings as recorded in the meta file."""
         values = dataclasses.asdict(self.config)
@@ -303,6 +310,8 @@ def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Don
     old = rows_to_extend(job, found)
     if old is None:
         return Done(job, found.meta, "already complete")
+    if job.date is not None and job.date.closed is not None:
+        raise InputError(job.date.closed)
     journal = job.files.open_journal(job.fingerprint)
     with job.files.holding(journal):
         if old:

@@ -10,7 +10,7 @@ from expo.arguments import shown
 from expo.errors import InputError, listed
 from expo.files import Row, texts_sha256
 from expo.journal import read_journal
-from expo.parts import FILE_NAME, all_parts, counts_in
+from expo.parts import DATE_NAME, FILE_NAME, all_parts, counts_in
 from expo.rows.files import Found, RowFiles, State, checksum, require_columns
 from expo.rows.job import Done, Figures, RowJob, Rows, rows_to_extend
 from expo.settings import require_same
@@ -242,6 +242,9 @@ def remove_parts(whole: RowJob) -> None:
             finally:
                 lock.release()
     folder = whole.files.parts_folder
+    if all(name.startswith(DATE_NAME) for name in _names_in(whole.files)):
+        for name in _names_in(whole.files):
+            (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

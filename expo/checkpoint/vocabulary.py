@@ -1,0 +1,53 @@
+"""How many tokens a model has vectors for: the rows of its embedding, read from one header.
+
+A tokenizer may know more tokens than the model (some were added, and the model was not resized) or fewer (the rows are
+padded). To support another name of the embedding, add it to `EMBEDDING`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from expo.checkpoint.folder import INDEX_FILE, SINGLE_FILE, read_config, read_json, read_shard
+from expo.checkpoint.tied import config_tables
+from expo.errors import InputError
+
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|shared|embeddings)\.weight$"
+)
+"""Names of the embedding of tokens, at the end of a tensor's name."""
+
+Shapes = Iterable[tuple[str, tuple[int, ...]]]
+"""Tensors' names and shapes."""
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """The rows of a model's embedding, from its safetensors files, else from its config; None if not known."""
+    try:
+        shards = [read_shard(folder / name) for name in _files(folder)]
+    except InputError:  # whatever loads the weights says what is wrong with them
+        return None
+    rows = rows_in((tensor.name, tensor.shape) for shard in shards for tensor in shard.tensors)
+    return rows if shards else _configured(folder)
+
+
+def rows_in(tensors: Shapes) -> int | None:
+    """The rows of the embedding among tensors; None if there is none."""
+    found = (shape[0] for name, shape in tensors if len(shape) == 2 and EMBEDDING.search(name))
+    return max(found, default=None)
+
+
+def _files(folder: Path) -> set[str]:
+    """The files that hold the embedding."""
+    if (folder / SINGLE_FILE).exists():
+        return {SINGLE_FILE}
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map") if (folder / INDEX_FILE).exists() else None
+    pairs = weight_map.items() if isinstance(weight_map, dict) else ()
+    return {file for name, file in pairs if isinstance(file, str) and EMBEDDING.search(name)}
+
+
+def _configured(folder: Path) -> int | None:
+    sizes = (table.get("vocab_size") for table in config_tables(read_config(folder)))
+    return max((size for size in sizes if type(size) is int and size > 0), default=None)
