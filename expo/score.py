@@ -22,7 +22,6 @@ import xxhash
 from expo import __version__
 from expo.checkpoint.folder import (
     ADAPTER_CONFIG,
-    CONFIG_FILE,
     Location,
     find_folder,
     is_adapter,
@@ -35,7 +34,7 @@ from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
 from expo.engines.chat import ChatTokenizer, context_length
-from expo.engines.coverage import NoHead, require_reward_weights
+from expo.engines.coverage import NoHead, require_reward_weights, weight_shapes
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
@@ -359,7 +358,7 @@ def require_reward_model(model: Path, *, trust_remote_code: bool) -> None:
     Raises:
         InputError: The model is not a reward model.
     """
-    if is_adapter(model) and not (model / CONFIG_FILE).is_file():
+    if is_adapter(model) and weight_shapes(model) is None:
         adapter = read_json(model / ADAPTER_CONFIG)
         kind, base = adapter.get("task_type") or "no task type", adapter.get("base_model_name_or_path") or "its base"
         raise InputError(

@@ -396,6 +396,24 @@ def test_a_text_model_within_a_model_is_read_where_transformers_reads_it(llama_p
     assert len({round(value, 4) for value in expected}) == len(rows)
 
 
+def test_an_encoder_with_a_decoder_scores_rows_with_any_number_of_eos(llama_pair, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0, "init_std": 0.3}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "vocab_size": 64}
+    model = make_classifier(
+        "Bart", tmp_path / "rm", llama_pair[1], max_position_embeddings=64, **sizes, **heads, **tokens
+    )
+    rows = [[1, 5, 2, 6, 2], [7, 2], [8, 9, 2, 2, 2]]
+    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, 0))
+    alone = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = [alone(torch.tensor([row])).logits.item() for row in rows]
+    assert scorer.score(rows) == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in expected}) == 3
+
+
 def vocabulary(model: Path) -> int:
     size: int = json.loads((model / "config.json").read_text())["vocab_size"]
     return size
@@ -436,7 +454,8 @@ def test_positions_that_begin_after_the_padding_id_are_not_run_out_of(llama_pair
     assert numbers(result.rewards) == pytest.approx(rewards_alone(model, ROWS, longest), abs=1e-5)
 
 
-def test_an_adapter_says_what_it_is_and_what_to_do(reward_model, outputs, tmp_path):
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_says_what_it_is_and_what_to_do(reward_model, outputs, tmp_path, with_config):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -444,6 +463,8 @@ def test_an_adapter_says_what_it_is_and_what_to_do(reward_model, outputs, tmp_pa
         AutoModelForSequenceClassification.from_pretrained(reward_model), LoraConfig(task_type="SEQ_CLS", r=2)
     )
     model.save_pretrained(tmp_path / "lora")
+    if with_config:
+        shutil.copy(reward_model / "config.json", tmp_path / "lora")
     with pytest.raises(InputError, match=r"lora is an adapter \(SEQ_CLS\) of .*/rm, .* merge it with peft's merge_and"):
         verb.run(settings(tmp_path / "lora", tmp_path))
 

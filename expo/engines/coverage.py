@@ -123,7 +123,7 @@ def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
     if found is None:
         return False
     heads = [name for name in found.unread if _is_head(name)]
-    for name, theirs, ours in found.unlike:
+    for name, theirs, ours in sorted(found.unlike, key=lambda one: -len(one[1])):  # a weight before its bias
         if _is_head(name) and ours[0] == 1 and theirs[1:] == ours[1:]:
             raise InputError(f"{model.name} has {theirs[0]} labels; a reward model has one ({name} is {list(theirs)})")
     for name in found.missing:

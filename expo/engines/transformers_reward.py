@@ -44,6 +44,8 @@ class TransformersScorer:
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The raw logit of each row; padding does not affect it."""
+        if self._model.config.is_encoder_decoder and len(rows) > 1:  # its batches must have EOS equally often
+            return [self.score([row])[0] for row in rows]
         width = max(map(len, rows))
         with (
             torch.inference_mode(),
