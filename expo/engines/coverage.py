@@ -47,6 +47,9 @@ WRAPPERS = frozenset(
 )
 """Parts of names that training wrappers and PEFT add."""
 
+TRAINED_BUFFER, TRAINED_BUFFER_METHOD = ".e_score_correction_bias", "noaux_tc"
+"""A router's bias, trained although it is a buffer, and the way of routing that reads it."""
+
 CONVERSION = "automatic conversion"
 """Part of transformers' message about tensors that cannot be fused, such as experts of which one is missing."""
 
@@ -141,14 +144,17 @@ def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
 def missing_parameters(model: Any, info: Mapping[str, Any]) -> list[str]:  # noqa: ANN401 - a transformers model
     """Parameters that were not in the weights from which a model was loaded, in its order.
 
-    Buffers are left out: they are computed or 0, never random, and older checkpoints lack some.
+    Buffers are left out, but for trained ones: they are computed or 0, never random, and older checkpoints lack some.
 
     Args:
         model: The model.
         info: What transformers says about its loading.
     """
     missing = set(info["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", ()))
-    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name in missing]
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if getattr(model.config, "topk_method", TRAINED_BUFFER_METHOD) == TRAINED_BUFFER_METHOD:
+        trained |= {name for name in missing if name.endswith(TRAINED_BUFFER)}
+    return [name for name in model.state_dict() if name in missing & trained]
 
 
 def require_trained(label: str, model: Any, info: Mapping[str, Any], verb: str = "answer") -> None:  # noqa: ANN401
