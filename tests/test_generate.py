@@ -12,6 +12,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from expo import generate as verb
 from expo.cli import program as cli
@@ -546,6 +547,48 @@ def test_a_reward_model_cannot_generate(trained, prompt_file, tmp_path):
     ):
         verb.run(settings(trained / "tiny-rm", prompt_file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def lacking(model: Path, copy: Path, name: str) -> Path:
+    """A copy of a model without one of its tensors."""
+    shutil.copytree(model, copy)
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = copy / content["weight_map"].pop(name)
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    index.write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_in_the_plan(llama_pair, prompt_file, tmp_path, engine, name):
+    model = lacking(llama_pair[1], tmp_path / "half", name)
+    with pytest.raises(InputError, match=f"half lacks {name}, which LlamaForCausalLM reads: random weights would ans"):
+        verb.plan(settings(model, prompt_file, tmp_path, engine=engine))
+    assert not (tmp_path / "outputs_questions").exists()
+
+
+def test_missing_weights_that_only_loading_shows_are_refused(llama_pair, prompt_file, tmp_path, monkeypatch):
+    model = lacking(llama_pair[1], tmp_path / "half", "lm_head.weight")
+    monkeypatch.setattr("expo.generate.model.require_whole", lambda *_, **__: None)
+    with pytest.raises(InputError, match=r"half lacks lm_head.weight: random weights would answer"):
+        verb.run(settings(model, prompt_file, tmp_path))
+
+
+@pytest.mark.parametrize("pad_id", [-1, 10_000], ids=["-1", "beyond the vocabulary"])
+def test_a_padding_id_that_is_no_token_changes_no_row(llama_pair, prompt_file, tmp_path, pad_id):
+    job = verb.plan(settings(llama_pair[1], prompt_file, tmp_path))
+    rows = [
+        {one.request.id: one.token_ids for batch in engine.generate(job.requests, set()) for one in batch}
+        for engine in (
+            backend.TransformersGenerator(job.setup),
+            backend.TransformersGenerator(replace(job.setup, pad_id=pad_id)),
+        )
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_a_model_without_chat_template_is_refused(llama_pair, prompt_file, tmp_path):

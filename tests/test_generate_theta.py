@@ -203,6 +203,17 @@ def test_what_turns_up_while_loading_is_one_error(llama_pair, task, tmp_path):
     assert verb.run(settings(task, **pair, allow_nonfinite=True)).status == "written"
 
 
+def test_a_tensor_that_both_sides_lack_is_refused_in_the_plan(llama_pair, task, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    for side, model in zip(("sft", "dpo"), llama_pair, strict=True):
+        shutil.copytree(model, tmp_path / side, ignore=shutil.ignore_patterns("*.safetensors*"))
+        tensors = helpers.read_checkpoint_tensors(model)
+        del tensors[name]
+        save_file(tensors, tmp_path / side / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"dpo lacks {name}, which LlamaForCausalLM reads"):
+        verb.plan(settings(task, **of_pair((tmp_path / "sft", tmp_path / "dpo"))))
+
+
 def test_the_same_weights_twice_are_refused(llama_pair, task, tmp_path):
     shutil.copytree(llama_pair[1], tmp_path / "copy")
     with pytest.raises(InputError, match="SFT and DPO have the same weights"):

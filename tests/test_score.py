@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -18,8 +19,9 @@ import torch
 from made_inputs import on_real_inputs_too
 
 from expo import score as verb
+from expo.cli.score import show
 from expo.config import ScoreConfig
-from expo.engines import transformers_reward as backend
+from expo.engines import ScorerSetup, transformers_reward as backend
 from expo.errors import EnvironmentFailure, InputError
 
 ROWS = [(" ".join(f"w{(5 * row + word) % 50}" for word in range(2 + row % 4)), "w3 " * (row % 9)) for row in range(14)]
@@ -63,7 +65,7 @@ def numbers(path: Path) -> list[float | None]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def rewards_alone(model: Path, rows) -> list[float]:
+def rewards_alone(model: Path, rows, longest: int | None = None) -> list[float]:
     """Each row by itself through transformers: no padding, no batching, none of our code."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -74,7 +76,7 @@ def rewards_alone(model: Path, rows) -> list[float]:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
         ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
         with torch.inference_mode():
-            values.append(reference(torch.tensor([ids])).logits[0, 0].item())
+            values.append(reference(torch.tensor([ids[:longest]])).logits[0, 0].item())
     return values
 
 
@@ -334,16 +336,204 @@ def test_two_labels_are_refused(llama_pair, outputs, tmp_path):
         verb.run(settings(model, tmp_path))
 
 
-def test_a_config_that_does_not_fit_the_weights_is_one_line(llama_pair, reward_model, outputs, tmp_path):
-    model = tmp_path / "unlabelled"
-    shutil.copytree(reward_model, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")})
-    )
-    with pytest.raises(InputError, match="cannot load unlabelled: its weights do not have the shapes that its config"):
+def edited(model: Path, copy: Path, **changes) -> Path:
+    """A copy of a model with another config; None leaves an entry out."""
+    shutil.copytree(model, copy)
+    config = {**json.loads((copy / "config.json").read_text()), **changes}
+    (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return copy
+
+
+LABELS = {
+    "unsaid": {"id2label": None, "label2id": None},
+    "said to be two": {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}},
+    "said to be five, as a number": {"id2label": None, "label2id": None, "num_labels": 5},
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_a_head_with_one_row_scores_whatever_the_config_says_of_labels(reward_model, outputs, tmp_path, case):
+    model = edited(reward_model, tmp_path / "labelled", **LABELS[case])
+    result = verb.run(settings(model, tmp_path))
+    assert numbers(result.rewards) == pytest.approx(rewards_alone(reward_model, ROWS), abs=2e-6)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_one_line(reward_model, outputs, tmp_path):
+    model = edited(reward_model, tmp_path / "narrow", intermediate_size=40)
+    with pytest.raises(InputError, match=r"narrow does not fit its config.json: .* is \[32, 64\]") as raised:
         verb.run(settings(model, tmp_path))
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "rewards_q").exists()
+
+
+@pytest.mark.parametrize("pad_id", [-1, 10_000], ids=["-1", "beyond the vocabulary"])
+@pytest.mark.parametrize("batch_tokens", [1, 60])
+def test_a_padding_id_that_is_no_token_moves_no_reward(reward_model, outputs, tmp_path, pad_id, batch_tokens):
+    """Alone, a row is read at its last id that is not this one: its last."""
+    model = edited(reward_model, tmp_path / "odd", pad_token_id=pad_id)
+    unpadded = edited(reward_model, tmp_path / "none", pad_token_id=None)
+    result = verb.run(settings(model, tmp_path, batch_tokens=batch_tokens))
+    assert numbers(result.rewards) == pytest.approx(rewards_alone(unpadded, ROWS), abs=2e-6)
+
+
+TEXT = {
+    "initializer_range": 0.3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+COMPOSITE = {
+    "Gemma3": ({**TEXT, "sliding_window": 16}, VISION, {"mm_tokens_per_image": 4, "image_token_index": 5}),
+    "Gemma3Text": ({**TEXT, "sliding_window": 16}, None, {}),
+    "Qwen3_5": ({**TEXT, **LINEAR}, QWEN_VISION, {}),
+}
+
+
+def make_classifier(kind: str, folder: Path, tokenizer: Path, **settings) -> Path:
+    import transformers
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{kind}Config")(num_labels=1, **settings)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    torch.nn.init.normal_(
+        next(value for name, value in model.named_parameters() if name.startswith(("score", "class")))
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pad_id", [0, 2, 7, -1, None])
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_a_text_model_within_a_model_is_read_where_transformers_reads_it(llama_pair, tmp_path, kind, pad_id):
+    """Rows of unequal lengths, with the padding id inside, at the end, and everywhere."""
+    from transformers import AutoModelForSequenceClassification
+
+    text, vision, others = COMPOSITE[kind]
+    text = {**text, "vocab_size": vocabulary(llama_pair[1]), "pad_token_id": pad_id}
+    parts = text if vision is None else {"text_config": text, "vision_config": vision, **others}
+    model = make_classifier(kind, tmp_path / "rm", llama_pair[1], **parts)
+    rows = [[1, 5, 6, 2], [1, 7, 8, 9, 10, 11, 2], [3], [0, 4, 0, 0], [7, 9, 2, 7], [7, 7], [2, 2, 2], [12, 13, 0]]
+    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, pad_id))
+    alone = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = [alone(torch.tensor([row])).logits.item() for row in rows]
+    assert scorer.score(rows) == pytest.approx(expected, abs=1e-4)
+    assert [scorer.score([row])[0] for row in rows] == pytest.approx(expected, abs=1e-4)
+    assert len({round(value, 4) for value in expected}) == len(rows)
+
+
+def test_an_encoder_with_a_decoder_scores_rows_with_any_number_of_eos(llama_pair, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0, "init_std": 0.3}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "vocab_size": 64}
+    model = make_classifier(
+        "Bart", tmp_path / "rm", llama_pair[1], max_position_embeddings=64, **sizes, **heads, **tokens
+    )
+    rows = [[1, 5, 2, 6, 2], [7, 2], [8, 9, 2, 2, 2]]
+    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, 0))
+    alone = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = [alone(torch.tensor([row])).logits.item() for row in rows]
+    assert scorer.score(rows) == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 4) for value in expected}) == 3
+
+
+def vocabulary(model: Path) -> int:
+    size: int = json.loads((model / "config.json").read_text())["vocab_size"]
+    return size
+
+
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "type_vocab_size": 1,
+}
+POSITIONS = {
+    "roberta": ("Roberta", {"pad_token_id": 1}, 12),
+    "roberta that pads with 0": ("Roberta", {"pad_token_id": 0}, 13),
+    "roberta that pads with 4": ("Roberta", {"pad_token_id": 4}, 9),
+    "xlm-roberta": ("XLMRoberta", {"pad_token_id": 1}, 12),
+    "xlm-roberta-xl": ("XLMRobertaXL", {"pad_token_id": 1}, 12),
+    "camembert": ("Camembert", {"pad_token_id": 1}, 12),
+    "data2vec": ("Data2VecText", {"pad_token_id": 1}, 12),
+    "longformer": ("Longformer", {"pad_token_id": 1, "attention_window": 4}, 12),
+    "mpnet": ("MPNet", {"pad_token_id": 0}, 12),
+    "bert": ("Bert", {"pad_token_id": 0}, 14),
+    "deberta-v2": ("DebertaV2", {"pad_token_id": 0, "relative_attention": False}, 14),
+}
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_positions_that_begin_after_the_padding_id_are_not_run_out_of(llama_pair, outputs, tmp_path, case, caplog):
+    kind, others, longest = POSITIONS[case]
+    sizes = {**ENCODER, "vocab_size": vocabulary(llama_pair[1]), "max_position_embeddings": 14}
+    model = make_classifier(kind, tmp_path / "rm", llama_pair[1], **{**sizes, **others})
+    result = verb.run(settings(model, tmp_path, max_length=1000))
+    assert f"--max-length 1000: rm takes at most {longest} tokens" in caplog.text
+    rows = [json.loads(line) for line in (tmp_path / "rewards_q/m.rows.jsonl").read_text().splitlines()]
+    assert max(row["tokens"] for row in rows) == longest
+    assert any(row["truncated"] for row in rows)
+    assert numbers(result.rewards) == pytest.approx(rewards_alone(model, ROWS, longest), abs=1e-5)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_says_what_it_is_and_what_to_do(reward_model, outputs, tmp_path, with_config):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(reward_model), LoraConfig(task_type="SEQ_CLS", r=2)
+    )
+    model.save_pretrained(tmp_path / "lora")
+    if with_config:
+        shutil.copy(reward_model / "config.json", tmp_path / "lora")
+    with pytest.raises(InputError, match=r"lora is an adapter \(SEQ_CLS\) of .*/rm, .* merge it with peft's merge_and"):
+        verb.run(settings(tmp_path / "lora", tmp_path))
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, r"reward -?[0-9.]+ over 1 rows"), (2, r"± [0-9.]+ over 2 rows")])
+def test_one_row_has_no_standard_error(reward_model, tmp_path, rows, words, caplog):
+    write_outputs(tmp_path, ROWS[:rows])
+    with caplog.at_level("INFO"):
+        show(verb.run(settings(reward_model, tmp_path)))
+    assert re.search(words, caplog.text)
+
+
+def test_missing_weights_that_only_loading_shows_are_refused(llama_pair, reward_model, outputs, tmp_path, monkeypatch):
+    model = tmp_path / "headless"
+    shutil.copytree(llama_pair[1], model)
+    shutil.copy(reward_model / "config.json", model / "config.json")
+    monkeypatch.setattr(verb, "require_reward_weights", lambda *_, **__: True)
+    with pytest.raises(InputError, match=r"headless lacks score.weight: random weights would score"):
+        verb.run(settings(model, tmp_path))
 
 
 def test_an_untrained_head_is_refused(llama_pair, reward_model, outputs, tmp_path):

@@ -25,8 +25,8 @@ EXAMPLES = (
 def show(result: Scored) -> Shown:
     """Where the rewards are; their mean is logged."""
     if result.mean is not None:
-        error = result.standard_error or 0.0
-        log.info("%s: mean reward %.4f ± %.4f over %d rows", result.status, result.mean, error, result.n)
+        error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
+        log.info("%s: mean reward %.4f%s over %d rows", result.status, result.mean, error, result.n)
     return Shown(dataclasses.asdict(result), result.rewards, result.failed, result.reason, result.can_retry)
 
 

@@ -19,6 +19,13 @@ from expo.files import shown
 from expo.tasks import Message
 
 UNLIMITED = 1 << 30
+PAD_BEFORE_POSITIONS = {
+    **dict.fromkeys(("camembert", "data2vec-text", "ibert", "layoutlmv3", "longformer", "luke", "mpnet"), 1),
+    **dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"), 1),
+    **dict.fromkeys(("lilt", "markuplm"), 0),
+    "esm": None,
+}
+"""Kinds of models whose positions are counted from the padding id + 1, and the padding id where the config has none."""
 TEMPLATE_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 """Exceptions that a template's own expressions raise, besides Jinja's."""
 GENERATION_CONFIG = "generation_config.json"
@@ -260,8 +267,17 @@ def context_length(model: Path) -> int:
     config = read_config(model)
     tables = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
-    limits = [table[name] for table in tables for name in names if isinstance(table.get(name), int)]
+    limits = [table[name] - _unused(table) for table in tables for name in names if isinstance(table.get(name), int)]
     return limits[0] if limits else UNLIMITED
+
+
+def _unused(config: dict[str, Any]) -> int:
+    """Positions that a model has and never gives to a token."""
+    kind = config.get("model_type")
+    if kind not in PAD_BEFORE_POSITIONS or config.get("position_embedding_type", "absolute") == "rotary":
+        return 0
+    pad_id = 1 if kind == "mpnet" else config.get("pad_token_id", PAD_BEFORE_POSITIONS[kind])
+    return pad_id + 1 if isinstance(pad_id, int) else 0
 
 
 def _as_list(ids: Any) -> list[Any]:  # noqa: ANN401 - from a file

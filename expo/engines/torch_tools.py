@@ -69,7 +69,7 @@ def loading(name: str) -> Iterator[None]:
     with out_of_memory_hint("--dtype bfloat16"):
         try:
             yield
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
             raise InputError(f"transformers cannot load {name}: {first_line(error)}") from error
         except RuntimeError as error:
             if MISMATCH not in str(error):

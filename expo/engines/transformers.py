@@ -26,8 +26,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from expo.checkpoint.folder import is_adapter
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Request, token_batches
+from expo.engines.coverage import is_token, require_trained
 from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
 from expo.engines.transformers_theta import load_theta
 
@@ -173,9 +175,10 @@ class TransformersGenerator:
         with loading(setup.name):
             model = _load(setup, self._device)
         self._model = model.eval()
+        self._pad_id = setup.pad_id if is_token(setup.pad_id, model.config.get_text_config()) else 0
         # The model's own sampling defaults must not interfere: the processors below do everything.
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False, eos_token_id=list(setup.stop_ids) or None, pad_token_id=setup.pad_id
+            do_sample=False, eos_token_id=list(setup.stop_ids) or None, pad_token_id=self._pad_id
         )
 
     def load(self, setup: GeneratorSetup) -> None:
@@ -204,7 +207,7 @@ class TransformersGenerator:
     def _generate_batch(self, batch: list[Request]) -> list[Completion]:
         width = max(len(request.prompt_ids) for request in batch)
         padding = [width - len(request.prompt_ids) for request in batch]
-        ids = [[self._setup.pad_id] * gap + list(row.prompt_ids) for gap, row in zip(padding, batch, strict=True)]
+        ids = [[self._pad_id] * gap + list(row.prompt_ids) for gap, row in zip(padding, batch, strict=True)]
         mask = [[0] * gap + [1] * (width - gap) for gap in padding]
         limits = [request.max_tokens for request in batch]
         with torch.inference_mode(), out_of_memory_hint("a smaller --batch-tokens"):
@@ -233,10 +236,16 @@ class TransformersGenerator:
 def _load(setup: GeneratorSetup, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
     if setup.theta is not None:
         return load_theta(setup, setup.theta, device)
-    trust = setup.config.trust_remote_code
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        setup.model, dtype=setup.config.dtype, trust_remote_code=trust, device_map=str(device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        setup.model,
+        dtype=setup.config.dtype,
+        trust_remote_code=setup.config.trust_remote_code,
+        device_map=str(device),
+        output_loading_info=True,
     )
+    model, info = loaded
+    if not is_adapter(setup.model):  # of which transformers reports the adapter's tensors
+        require_trained(setup.name, model, info)
     return model
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from expo.engines import ScorerSetup
+from expo.engines.coverage import is_token, require_trained, reward_config
 from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
 from expo.errors import InputError
 
@@ -21,7 +23,7 @@ class TransformersScorer:
         setup: What to start.
 
     Raises:
-        InputError: The model cannot be loaded, or is not a reward model with one label.
+        InputError: The model cannot be loaded, or its weights are not all there.
         EnvironmentFailure: There is not enough memory.
     """
 
@@ -30,33 +32,36 @@ class TransformersScorer:
         with loading(setup.model.name):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 setup.model,
+                config=reward_config(setup.model, trust_remote_code=setup.config.trust_remote_code),
                 dtype=setup.config.dtype,
                 trust_remote_code=setup.config.trust_remote_code,
                 device_map=str(self._device),
                 output_loading_info=True,
             )
-        untrained = sorted(info["missing_keys"])
-        if untrained:
-            raise InputError(f"{setup.model.name} has no trained score head ({untrained[0]} is not in its weights)")
-        if model.config.num_labels != 1:
-            raise InputError(f"{setup.model.name} has {model.config.num_labels} labels; a reward model has one")
+        require_trained(setup.model.name, model, info, "score")
+        self._name = setup.model.name
         self._model: Any = model.eval()
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The raw logit of each row; padding does not affect it."""
+        if self._model.config.is_encoder_decoder and len(rows) > 1:  # its batches must have EOS equally often
+            return [self.score([row])[0] for row in rows]
         width = max(map(len, rows))
-        with torch.inference_mode(), out_of_memory_hint("a smaller --batch-tokens"), self._padded_with(rows) as pad_id:
+        with (
+            torch.inference_mode(),
+            out_of_memory_hint("a smaller --batch-tokens"),
+            _PadId(self._model, rows) as pad_id,
+        ):
             ids = [list(row) + [pad_id] * (width - len(row)) for row in rows]
             mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
             logits = self._model(
                 input_ids=torch.tensor(ids, device=self._device),  # (batch, width)
                 attention_mask=torch.tensor(mask, device=self._device),
             ).logits  # (batch, 1)
+        if logits.shape[-1] != 1:
+            raise InputError(f"{self._name} gives {logits.shape[-1]} numbers for a row; a reward model gives one")
         rewards: list[float] = logits[:, 0].float().tolist()
         return rewards
-
-    def _padded_with(self, rows: Sequence[Sequence[int]]) -> _PadId:
-        return _PadId(self._model.config, rows)
 
     def load(self, setup: ScorerSetup) -> None:
         """Go on with other settings; none of them is the model's."""
@@ -73,19 +78,22 @@ class TransformersScorer:
 class _PadId:
     """The padding id of one batch.
 
-    The model takes the reward at the last token that is not `config.pad_token_id`. Where the config has that id,
-    it is used, so that a row's reward is the same alone and padded. Where it has none, a single row is read at
-    its last token: then the batch is padded with an id that is in none of its rows.
+    A causal model takes the reward at the last token that is not the padding id of its config, of its text model's
+    config if it has one. Where that is a token, it is used, so that a row's reward is the same alone and padded. Where
+    there is none, or it is no token, such as -1, a single row is read at its last token: then the batch is padded with
+    an id that no row ends with.
     """
 
-    def __init__(self, config: Any, rows: Sequence[Sequence[int]]) -> None:  # noqa: ANN401 - a transformers config
-        self._config = config
-        self._configured = config.pad_token_id
-        used = set().union(*rows)
-        self._pad_id = next(id for id in range(len(used) + 1) if id not in used)
+    def __init__(self, model: Any, rows: Sequence[Sequence[int]]) -> None:  # noqa: ANN401 - a transformers model
+        config = model.config
+        self._config = config.get_text_config() if isinstance(model, GenericForSequenceClassification) else config
+        self._configured: Any = getattr(self._config, "pad_token_id", None)
+        self._is_token = is_token(self._configured, self._config)
+        ends = {row[-1] for row in rows}
+        self._pad_id = next(id for id in range(len(ends) + 1) if id not in ends)
 
     def __enter__(self) -> int:
-        if self._configured is not None:
+        if self._is_token:
             return int(self._configured)
         self._config.pad_token_id = self._pad_id
         return self._pad_id

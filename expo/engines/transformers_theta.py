@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expo.engines import GeneratorSetup
+from expo.engines.coverage import require_trained
 from expo.errors import ExpoError
 from expo.theta.pair import ThetaPlan
 from expo.theta.tensors import Theta
@@ -59,14 +60,19 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> 
     """
     trust = setup.config.trust_remote_code
     config = AutoConfig.from_pretrained(setup.model, trust_remote_code=trust)
-    with torch.device("meta"):  # a model without weights, only to find its class
-        kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))  # type: ignore[no-untyped-call]
+    with torch.device("meta"):  # a model without weights, only to find its class and that one's config
+        empty: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
     failed: list[ExpoError] = []
     with Theta(plan.pair) as theta:
         slices = {name: _Slice(theta, name, failed) for name in theta.names}
         try:
-            model = kind.from_pretrained(
-                None, config=config, state_dict=slices, dtype=setup.config.dtype, device_map=str(device)
+            model, info = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=slices,
+                dtype=setup.config.dtype,
+                device_map=str(device),
+                output_loading_info=True,
             )
         except Exception:
             if failed:
@@ -75,4 +81,5 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> 
         if failed:
             raise failed[0]
         theta.check_change()
+    require_trained(setup.name, model, info)
     return model

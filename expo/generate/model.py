@@ -29,6 +29,7 @@ from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ThetaConfig
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
+from expo.engines.coverage import Shapes, require_whole
 from expo.errors import InputError
 from expo.files import Row
 from expo.settings import flag, recorded, settings_of
@@ -122,8 +123,9 @@ def find_model(config: GenerateConfig, spec: EngineSpec) -> Model:
 
 def _local(config: GenerateConfig, spec: EngineSpec) -> Model:
     source = find_source(config)
-    rows = embedding_rows(source.folder) if source.theta is None else rows_in(source.theta.shapes())
+    rows = embedding_rows(source.folder) if source.shapes is None else rows_in(source.shapes.items())
     configured_stop_ids(source.folder, rows)  # first, as transformers says less of a bad one
+    require_whole(source.folder, source.label, source.shapes, trust_remote_code=config.trust_remote_code)
     tokenizer = ChatTokenizer(
         source.folder, template=config.chat_template, trust_remote_code=config.trust_remote_code, rows=rows
     )
@@ -179,6 +181,18 @@ class ModelSource:
     record: Row
     """Its entries in the meta file."""
     theta: ThetaPlan | None = None
+
+    @property
+    def label(self) -> str:
+        """Whose names the weights have, for messages."""
+        if self.theta is None:
+            return self.name
+        return (self.theta.sft if is_adapter(self.theta.dpo.path) else self.theta.dpo).label
+
+    @property
+    def shapes(self) -> Shapes | None:
+        """The tensors that an engine is given in place of those in the folder."""
+        return None if self.theta is None else {t.name: t.shape for s in self.theta.pair.shards for t in s.tensors}
 
 
 def describe_theta(theta: ThetaPlan) -> Row:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,10 +117,6 @@ class ThetaPlan:
     def name(self) -> str:
         """The name of θ(α), as its folder would be named."""
         return f"{self.dpo.name}-ExPO-a{self.config.alpha!r}"
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the tensors of θ(α)."""
-        yield from ((tensor.name, tensor.shape) for shard in self.pair.shards for tensor in shard.tensors)
 
     @property
     def side_files(self) -> dict[str, Path]:

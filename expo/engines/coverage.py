@@ -1,0 +1,393 @@
+"""Whether a checkpoint has every tensor that its model reads: decided from headers, before anything is loaded.
+
+transformers' own loader is asked, with tensors that have shapes and no values, for a model without memory. It knows
+which names are renamed, fused or tied, and which may be absent; a model of 32 layers takes a fifth of a second. A model
+that transformers does not know, or that is quantized, is not judged: its engine refuses it where it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from expo.checkpoint.folder import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
+from expo.checkpoint.header import read_shard
+from expo.errors import InputError
+from expo.files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Tensor → its shape."""
+
+HEADS = frozenset(
+    {
+        "score",
+        "classifier",
+        "pre_classifier",
+        "classification_head",
+        "sequence_summary",
+        "logits_proj",
+        "v_head",
+        "value_head",
+        "reward_head",
+        "regression_head",
+        "summary",
+    }
+)
+"""First parts of the names of heads that give a reward."""
+
+PEFT_PREFIX = "base_model.model."
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module"}
+)
+"""Parts of names that training wrappers and PEFT add."""
+
+TRAINED_BUFFER, TRAINED_BUFFER_METHOD = ".e_score_correction_bias", "noaux_tc"
+"""A router's bias, trained although it is a buffer, and the way of routing that reads it."""
+
+CONVERSION = "automatic conversion"
+"""Part of transformers' message about tensors that cannot be fused, such as experts of which one is missing."""
+
+SAVE_AGAIN = "save the model inside the wrapper with `save_pretrained` (an adapter: after `merge_and_unload`)"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a model's loader says about a checkpoint's names and shapes."""
+
+    architecture: str
+    missing: tuple[str, ...]
+    """What the model reads and the checkpoint lacks, by the checkpoint's kind of names, in the model's order."""
+    unlike: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """Tensors with another shape: name, the checkpoint's, the model's."""
+    unread: tuple[str, ...]
+    """What the model has no place for."""
+
+
+def require_whole(model: Path, label: str, shapes: Shapes | None, *, trust_remote_code: bool) -> None:
+    """Refuse weights that leave a part of the model that answers without values.
+
+    Args:
+        model: The folder with the config, and the code if there is any.
+        label: Whose weights they are, for the message.
+        shapes: The weights; None takes those in the folder.
+        trust_remote_code: Whether to run Python code in the folder.
+
+    Raises:
+        InputError: A tensor is missing, misnamed or of another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shapes = weight_shapes(model) if shapes is None else shapes
+    if shapes is None:
+        return
+    found = _look(AutoModelForCausalLM, AutoConfig.from_pretrained, model, shapes, trust_remote_code)
+    _require_unwrapped(label, shapes, found.missing if found else None)
+    if found is None:
+        return
+    _require_tensors(label, found, "answer")
+    bias = [name for name in found.unread if name.endswith("lm_head.bias")]
+    if bias:
+        raise InputError(
+            f"{label} has {bias[0]}, which {found.architecture} has no place for: it would answer without it"
+        )
+
+
+class NoHead(InputError):
+    """A checkpoint without the head of a reward model."""
+
+
+def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
+    """Refuse a model whose own tensors are not those of a reward model with one output.
+
+    Args:
+        model: The model's folder.
+        trust_remote_code: Whether to run Python code in it.
+
+    Returns:
+        Whether that could be judged.
+
+    Raises:
+        NoHead: The head is missing.
+        InputError: Another tensor is missing, misnamed or of another shape, or the head has more outputs.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    shapes = weight_shapes(model)
+    if shapes is None:
+        return False
+    found = _look(AutoModelForSequenceClassification, reward_config, model, shapes, trust_remote_code)
+    _require_unwrapped(model.name, shapes, found.missing if found else None)
+    if found is None:
+        return False
+    heads = [name for name in found.unread if _is_head(name)]
+    for name, theirs, ours in sorted(found.unlike, key=lambda one: -len(one[1])):  # a weight before its bias
+        if _is_head(name) and ours[0] == 1 and theirs[1:] == ours[1:]:
+            raise InputError(f"{model.name} has {theirs[0]} labels; a reward model has one ({name} is {list(theirs)})")
+    for name in found.missing:
+        if _is_head(name):
+            other = f"; {heads[0]} is no head that {found.architecture} reads" if heads else ""
+            raise NoHead(f"{model.name} has no trained score head ({name} is not in its weights{other})")
+    _require_tensors(model.name, found, "score")
+    if heads:
+        raise InputError(
+            f"{model.name} has {heads[0]}, which {found.architecture} has no place for: rewards would be without it"
+        )
+    return True
+
+
+def missing_parameters(model: Any, info: Mapping[str, Any]) -> list[str]:  # noqa: ANN401 - a transformers model
+    """Parameters that were not in the weights from which a model was loaded, in its order.
+
+    Buffers are left out, but for trained ones: they are computed or 0, never random, and older checkpoints lack some.
+
+    Args:
+        model: The model.
+        info: What transformers says about its loading.
+    """
+    missing = set(info["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", ()))
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if getattr(model.config, "topk_method", TRAINED_BUFFER_METHOD) == TRAINED_BUFFER_METHOD:
+        trained |= {name for name in missing if name.endswith(TRAINED_BUFFER)}
+    return [name for name in model.state_dict() if name in missing & trained]
+
+
+def require_trained(label: str, model: Any, info: Mapping[str, Any], verb: str = "answer") -> None:  # noqa: ANN401
+    """Refuse a loaded model with parameters that were not in its weights, where headers could not tell.
+
+    Raises:
+        InputError: There is one.
+    """
+    untrained = missing_parameters(model, info)
+    if untrained:
+        raise InputError(f"{label} lacks {untrained[0]}: random weights would {verb}; download or save it again")
+
+
+def is_token(pad_id: object, config: Any) -> bool:  # noqa: ANN401 - a transformers config
+    """Whether a padding id has a row in the model's embedding; some configs have -1, or one beyond the vocabulary."""
+    return isinstance(pad_id, int) and 0 <= pad_id < getattr(config, "vocab_size", pad_id + 1)
+
+
+def reward_config(model: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers config
+    """The config that a reward model is loaded with: one label, whatever its file says or does not say.
+
+    A padding id beyond the vocabulary is none: the model's embedding could not be made with it.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    for table in (config, getattr(config, "text_config", None)):
+        if table is None:
+            continue
+        table.num_labels = 1
+        pad_id = getattr(table, "pad_token_id", None)
+        if isinstance(pad_id, int) and pad_id >= 0 and not is_token(pad_id, table):
+            table.pad_token_id = None
+    return config
+
+
+# --- what is there ------------------------------------------------------------------------------------------------
+
+
+def weight_shapes(model: Path) -> Shapes | None:
+    """The tensors that a loader finds in a folder; None where there are none under the usual names.
+
+    Raises:
+        InputError: A safetensors file or an index is missing or damaged.
+    """
+    for single, index in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
+        if (model / single).is_file():
+            names: list[Any] = [single]
+        elif (model / index).is_file():
+            weight_map = read_json(model / index).get("weight_map")
+            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        else:
+            continue
+        if not names or not all(isinstance(name, str) for name in names):
+            return None
+        if single == BIN_FILE:
+            return _pickled_shapes([model / name for name in names])
+        shards = [read_shard(model / name) for name in names]
+        return {tensor.name: tensor.shape for shard in shards for tensor in shard.tensors}
+    return None
+
+
+def _pickled_shapes(files: Iterable[Path]) -> Shapes | None:
+    """Shapes in .bin files, read as transformers reads them; None where it would refuse them, with its own reason."""
+    import torch
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for file in files:
+            state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+            shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception:  # a file made by others can raise anything
+        return None
+    return shapes
+
+
+# --- what the loader says -----------------------------------------------------------------------------------------
+
+
+class _Shape:
+    """A tensor as transformers' loader takes one from a file, without values."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def is_floating_point(self) -> bool:
+        """Whether it may be cast."""
+        return True
+
+    def __getitem__(self, index: Any) -> Tensor:  # noqa: ANN401 - as torch has it
+        import torch
+
+        return torch.empty(self._shape, device="meta")[index]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports about what is missing, and its progress bar."""
+    from transformers.utils import logging
+
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _look(
+    auto: Any,  # noqa: ANN401 - a class of transformers' that finds models
+    read_config: Callable[..., Any],
+    model: Path,
+    shapes: Shapes,
+    trust_remote_code: bool,
+) -> Coverage | None:
+    """What transformers' loader says; None where it cannot judge."""
+    with _quiet():
+        try:
+            config = read_config(model, trust_remote_code=trust_remote_code)
+            tables = (config, getattr(config, "text_config", None))
+            if any(getattr(table, "quantization_config", None) for table in tables):
+                return None
+            empty = _empty_model(auto, config, trust_remote_code)
+        except Exception:  # config and code are others', and the engine may know more than transformers
+            return None
+        found = _asked(empty, shapes)
+    foreign = hasattr(config, "auto_map") and not trust_remote_code  # the names may be those of the code beside it
+    return None if found is None or (foreign and 2 * len(found.missing) > len(shapes)) else found
+
+
+def _empty_model(auto: Any, config: Any, trust_remote_code: bool) -> Any:  # noqa: ANN401 - as above
+    """A model without memory, of the class that transformers takes, or that the config names."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        try:
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError:
+            return getattr(transformers, config.architectures[0])(config)
+
+
+def _asked(empty: Any, shapes: Shapes) -> Coverage | None:  # noqa: ANN401 - a transformers model
+    import torch
+
+    try:
+        model, info = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict={name: _Shape(shape) for name, shape in shapes.items()},
+            dtype=torch.float32,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # as for the config
+        lacking = _lacking(empty, shapes) if CONVERSION in str(error) else []
+        return Coverage(type(empty).__name__, tuple(lacking), (), ()) if lacking else None
+    missing = missing_parameters(model, info)
+    unlike = sorted((name, tuple(theirs), tuple(ours)) for name, theirs, ours in info["mismatched_keys"])
+    faulty = {*missing, *(name for name, _, _ in unlike)}
+    lacking = _lacking(model, shapes) if faulty - shapes.keys() else []
+    if lacking and not faulty.intersection(lacking):
+        missing = lacking  # parts of what the model has fused
+    return Coverage(type(empty).__name__, tuple(missing), tuple(unlike), tuple(sorted(info["unexpected_keys"])))
+
+
+def _lacking(model: Any, shapes: Shapes) -> list[str]:  # noqa: ANN401 - a transformers model
+    """The names that `save_pretrained` would write and the checkpoint lacks."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import revert_weight_conversion
+
+        if not getattr(model, "_weight_conversions", None):
+            model._weight_conversions = get_model_conversion_mapping(model)
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+        return [name for name in revert_weight_conversion(model, state) if name not in shapes]
+    except Exception:  # not a public interface of transformers; it only finds better words
+        return []
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] in HEADS
+
+
+def _require_tensors(label: str, found: Coverage, verb: str) -> None:
+    if found.missing:
+        more = f" (and {len(found.missing) - 1} more)" if len(found.missing) > 1 else ""
+        raise InputError(
+            f"{label} lacks {found.missing[0]}{more}, which {found.architecture} reads: random weights would {verb}; "
+            "download or save it again"
+        )
+    if found.unlike:
+        name, theirs, ours = found.unlike[0]
+        raise InputError(
+            f"{label} does not fit its config.json: {name} is {list(theirs)}, and {found.architecture} has "
+            f"{list(ours)} there"
+        )
+
+
+def _require_unwrapped(label: str, shapes: Shapes, missing: Collection[str] | None) -> None:
+    prefix = _wrapping(shapes, missing)
+    if prefix:
+        raise InputError(
+            f"{label} names its tensors with {prefix!r}, such as {next(name for name in shapes if prefix in name)}: "
+            f"random weights would be in their place; {SAVE_AGAIN}"
+        )
+
+
+def _wrapping(names: Collection[str], missing: Collection[str] | None) -> str | None:
+    """What a wrapper added to the names of all that is missing, or of all tensors where that is not known."""
+    if missing is None:
+        return next((word for word in (PEFT_PREFIX, *_dotted()) if all(name.startswith(word) for name in names)), None)
+    first = next(iter(missing), None)
+    if first is None:
+        return None
+    prefix = next((name.removesuffix(first) for name in names if name.endswith(f".{first}")), None)
+    if prefix and all(prefix + name in names for name in missing):
+        return prefix
+    bare = {_bare(name) for name in names}
+    wrapped = [word for word in (PEFT_PREFIX, *_dotted()) if any(f".{word}" in f".{name}" for name in names)]
+    return wrapped[0] if wrapped and bare.issuperset(missing) else None
+
+
+def _dotted() -> list[str]:
+    return [f"{word}." for word in sorted(WRAPPERS)]
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.removeprefix(PEFT_PREFIX).split(".") if part not in WRAPPERS)
