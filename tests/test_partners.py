@@ -301,15 +301,15 @@ def test_two_modules_with_one_core_are_not_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
-        ("language_model.model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
-        ("model.language_model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("model.layers.0.mlp.up_proj.weight", "text.layers.0.mlp.up_proj.weight"),
+        ("language_model.model.layers.0.mlp.up_proj.weight", "text.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "text.layers.0.mlp.up_proj.weight"),
         ("model.vision_tower.layers.0.mlp.up_proj.weight", "vision_tower.layers.0.mlp.up_proj.weight"),
         ("vision_tower.layers.0.mlp.up_proj.weight", "vision_tower.layers.0.mlp.up_proj.weight"),
         ("visual.blocks.0.norm.weight", "visual.blocks.0.norm.weight"),
         ("lm_head.weight", "lm_head.weight"),
-        ("model.layers.1.block_sparse_moe.experts.3.w2.weight", "layers.1.mlp.experts.3.down_proj.weight"),
-        ("model.layers.1.feed_forward.w2.weight", "layers.1.feed_forward.w2.weight"),
+        ("model.layers.1.block_sparse_moe.experts.3.w2.weight", "text.layers.1.mlp.experts.3.down_proj.weight"),
+        ("model.layers.1.feed_forward.w2.weight", "text.layers.1.feed_forward.w2.weight"),
     ],
 )
 def test_the_core_of_a_name(name: str, expected: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from expo.checkpoint.folder import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
 from expo.checkpoint.header import read_shard
+from expo.checkpoint.names import PEFT_PREFIX, WRAPPERS
 from expo.errors import InputError
 from expo.files import read_json
 
@@ -41,10 +42,7 @@ HEADS = frozenset(
 )
 """First parts of the names of heads that give a reward."""
 
-PEFT_PREFIX = "base_model.model."
-WRAPPERS = frozenset(
-    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module"}
-)
+PARTS = frozenset({*WRAPPERS, "module", "base_layer", "original_module"})
 """Parts of names that training wrappers and PEFT add."""
 
 TRAINED_BUFFER, TRAINED_BUFFER_METHOD = ".e_score_correction_bias", "noaux_tc"
@@ -386,8 +384,8 @@ def _wrapping(names: Collection[str], missing: Collection[str] | None) -> str | 
 
 
 def _dotted() -> list[str]:
-    return [f"{word}." for word in sorted(WRAPPERS)]
+    return [f"{word}." for word in sorted(PARTS)]
 
 
 def _bare(name: str) -> str:
-    return ".".join(part for part in name.removeprefix(PEFT_PREFIX).split(".") if part not in WRAPPERS)
+    return ".".join(part for part in name.removeprefix(PEFT_PREFIX).split(".") if part not in PARTS)

@@ -16,21 +16,13 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from expo.checkpoint.folder import Checkpoint, TensorInfo
+from expo.checkpoint.names import PARALLEL, PEFT_PREFIX, UNMERGED, spelling, without_wrappers
 from expo.errors import InputError
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-"""Parts of names that only torch.compile, FSDP, activation checkpointing and DeepSpeed add; loaders know none."""
-MAYBE_WRAPPERS = ("base_model.model.", "module.")
-"""Those of peft and of data parallelism, which could also be a model's own: removed if they are around all tensors, or
-where the other side has the name without them."""
+MAYBE_WRAPPERS = (PEFT_PREFIX, PARALLEL)
+"""Around all tensors they are no model's; elsewhere they are removed where the other side has the name without."""
 BASE_PREFIXES = frozenset({"model.", "transformer.", "backbone.", "gpt_neox."})
 """Where a causal model keeps everything but its head: never a wrapper."""
-
-UNMERGED = re.compile(r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|base_layer|original_module)\.")
-"""Parts of the names of a model saved together with its adapter."""
-
-SHELLS = re.compile(r"^(?:(?:model|language_model|text_model|transformer|base_model|backbone|llm|module)\.)+")
-"""The modules around the same language model, which differ between classes and versions."""
 
 ALIASES = (
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
@@ -113,8 +105,8 @@ def unwrapped(checkpoint: Checkpoint, other: Checkpoint | None = None) -> Checkp
 
 def _model_names(checkpoint: Checkpoint, other: Checkpoint | None) -> list[str]:
     """The names without wrappers, in their order."""
-    names = _without_prefixes([WRAPPERS.sub("", name) for name in checkpoint.tensors])
-    others = set(_without_prefixes([WRAPPERS.sub("", name) for name in other.tensors])) if other is not None else set()
+    names = _without_prefixes([without_wrappers(name) for name in checkpoint.tensors])
+    others = set(_without_prefixes([without_wrappers(name) for name in other.tensors])) if other is not None else set()
     for wrapper in MAYBE_WRAPPERS:
         within = re.compile(rf"(?:^|(?<=\.)){re.escape(wrapper)}")
         bare = [within.sub("", name) for name in names]
@@ -164,8 +156,8 @@ def find_partners(sft: Checkpoint, dpo: Checkpoint) -> Partners:
 
 
 def core(name: str) -> str:
-    """A tensor's name within the language model, whatever is around it."""
-    name = SHELLS.sub("", name).replace(".module.", ".")
+    """A tensor's name in one spelling, for experts as well."""
+    name = spelling(name)
     for pattern, usual in ALIASES:
         name = pattern.sub(usual, name)
     return name

@@ -1,60 +1,13 @@
-"""An adapter's module names, which are those of a loaded model, and its base's, which are those on disk.
-
-A vision-language model's parts have other prefixes in memory than on disk, and these changed between versions of
-transformers; a training wrapper adds its own. Here both are brought to one spelling.
-To support another model's prefix, add a line to `SPELLINGS`.
-"""
+"""Which tensor of the base an adapter's names mean: they are those of a loaded model, and the base's those on disk."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from expo.checkpoint.folder import Checkpoint
+from expo.checkpoint.names import spelling
 from expo.checkpoint.tied import TIED_HEADS, ties_head
 from expo.errors import InputError
-
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What torch.compile, FSDP and activation checkpointing add to a name, at any place of it."""
-PARALLEL = "module."
-"""What (distributed) data parallelism adds in front."""
-
-WHOLES = ("thinker.", "vlm.")
-"""Of models that have a vision-language model as a part, which may also be loaded by itself."""
-_MODALITY = (
-    "vision_tower|vision_model|visual|image_tower|video_tower|audio_tower|multi_modal_projector|connector|"
-    "image_newline|embed_vision|embed_audio"
-)
-SPELLINGS = (
-    (r"(?:model\.)?(?:language_model|text_model)\.lm_head\.", "lm_head."),
-    (r"embed_out\.", "lm_head."),
-    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_tower."),
-    (rf"(?:model\.)?({_MODALITY})(?=\.|$)", r"\1"),
-    (r"model\.language_model\.|model\.text_model\.|(?:language_model|text_model)\.(?:model\.)?|model\.", "text."),
-    (r"(?=layers\.\d|embed_tokens\.|norm\.)", "text."),
-    (r"transformer\.(?=h\.\d|wte\.|wpe\.|ln_f\.)", ""),
-)
-"""Beginnings of names, and one spelling of each; the first that matches counts."""
-
-
-def without_wrappers(name: str) -> str:
-    """A name without what wrappers of training added."""
-    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-    while name.startswith(PARALLEL):
-        name = name.removeprefix(PARALLEL)
-    return name
-
-
-def spelling(name: str) -> str:
-    """A tensor's name in the one spelling, in which it is compared with others."""
-    name = without_wrappers(name)
-    for whole in WHOLES:
-        name = name.removeprefix(whole)
-    for pattern, replacement in SPELLINGS:
-        changed, count = re.subn(rf"^(?:{pattern})", replacement, name)
-        if count:
-            return changed
-    return name
 
 
 def base_names(names: Iterable[str], base: Checkpoint) -> dict[str, str]:

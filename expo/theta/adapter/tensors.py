@@ -23,9 +23,10 @@ from expo.checkpoint.folder import (
     read_json,
     read_shard,
 )
+from expo.checkpoint.names import without_wrappers
 from expo.errors import InputError, listed
 from expo.theta.adapter.embeddings import resized, resized_problem, settle_tied, with_rows
-from expo.theta.adapter.names import base_names, without_wrappers
+from expo.theta.adapter.names import base_names
 from expo.theta.adapter.settings import MERGE_FIRST, Settings, read_settings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
