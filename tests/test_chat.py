@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import CHAT_TEMPLATE
 from safetensors.torch import load_file, save_file
 
@@ -49,11 +51,18 @@ def plan(model: Path, folder: Path, *rows: dict, **others) -> generate.GenerateJ
     )
 
 
+def change_tensors(file: Path, change: Callable[[dict], dict]) -> None:
+    tensors = change({name: tensor.clone() for name, tensor in load_file(file).items()})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
 def plan_scores(model: Path, folder: Path, *messages: dict) -> score.ScoreJob:
     """The plan of scoring one answer of a conversation."""
     row = {"prompt": messages[-1]["content"], "messages": list(messages), "output": "w3"}
     (folder / "o.jsonl").write_text(json.dumps(row) + "\n")
     edit(model / "config.json", architectures=["LlamaForSequenceClassification"], id2label={"0": "LABEL_0"})
+    for file in model.glob("*.safetensors"):
+        change_tensors(file, lambda tensors: {**tensors, "score.weight": torch.ones(1, 32)})
     outputs = str(folder / "o.jsonl")
     return score.plan(
         ScoreConfig(task=outputs, outputs=outputs, name="n", output_dir=str(folder / "out"), reward_model=str(model))
@@ -124,8 +133,6 @@ STOPS = {
     "text": ("generation_config.json", "2", "'2'"),
     "a fraction": ("generation_config.json", 2.0, "2.0"),
     "true": ("generation_config.json", True, "True"),
-    "negative": ("generation_config.json", -1, "-1"),
-    "beyond the embedding": ("generation_config.json", [2, 64], "64, no token id of the model, which has ids up to 63"),
     "nothing in a list": ("generation_config.json", [2, None], "None"),
     "a list in a list": ("generation_config.json", [[2]], r"\[2\]"),
     "an object": ("generation_config.json", {"id": 2}, r"\{'id': 2\}"),
@@ -143,7 +150,14 @@ def test_a_configured_stop_token_that_is_none_is_refused(model, tmp_path, file, 
 
 @pytest.mark.parametrize(
     ("own", "configured", "expected"),
-    [(5, [2, 7], (2, 5, 7)), (None, 6, (2, 6)), ([], 6, (2,)), (0, None, (0, 2)), ([63], None, (2, 63))],
+    [
+        (5, [2, 7], (2, 5, 7)),
+        (None, 6, (2, 6)),
+        ([], 6, (2,)),
+        (0, None, (0, 2)),
+        ([63], None, (2, 63)),
+        ([64, -1], 6, (2,)),
+    ],
 )
 def test_stop_tokens_are_those_of_the_generation_config_else_the_config(model, tmp_path, own, configured, expected):
     edit(model / "generation_config.json", eos_token_id=[own, *configured] if configured == [2, 7] else own)
@@ -156,13 +170,12 @@ def test_stop_tokens_are_those_of_the_generation_config_else_the_config(model, t
 
 def shrink(model: Path, rows: int) -> None:
     """Take the last rows of the embedding away, as if the tokenizer had been extended after training."""
+    cut = ("embed_tokens", "lm_head")
     for file in model.glob("*.safetensors"):
-        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-        save_file(
-            {name: tensor[:rows].clone() if "embed_tokens" in name else tensor for name, tensor in tensors.items()},
-            file,
-            {"format": "pt"},
+        change_tensors(
+            file, lambda tensors: {n: t[:rows] if any(c in n for c in cut) else t for n, t in tensors.items()}
         )
+    edit(model / "config.json", vocab_size=rows)
 
 
 @pytest.mark.parametrize("verb", [plan, plan_scores], ids=["generate", "score"])

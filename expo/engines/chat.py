@@ -87,7 +87,7 @@ class ChatTokenizer:
         """Token ids that end an answer: the tokenizer's EOS and those of generation_config.json, else config.json.
 
         Raises:
-            InputError: One of the configured is no token id of the model.
+            InputError: One of the configured is no number.
         """
         own = [number for number in _as_list(self._tokenizer.eos_token_id) if number < self._end]
         return tuple(sorted({*own, *configured_stop_ids(self._model, self._end)}))
@@ -240,14 +240,14 @@ def _load(model: Path, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a toke
 
 
 def configured_stop_ids(model: Path, rows: int | None) -> list[int]:
-    """The `eos_token_id` of generation_config.json, else config.json.
+    """The `eos_token_id` of generation_config.json, else config.json, without those that the model cannot give.
 
     Args:
         model: The model's folder.
         rows: How many tokens the model has vectors for; None if not known.
 
     Raises:
-        InputError: One is no token id of the model.
+        InputError: One is no number.
     """
     file = model / GENERATION_CONFIG
     configured = (read_json(file) if file.is_file() else {}).get("eos_token_id")
@@ -255,11 +255,9 @@ def configured_stop_ids(model: Path, rows: int | None) -> list[int]:
         file = model / CONFIG_FILE
         configured = read_config(model).get("eos_token_id")
     ids, end = _as_list(configured), UNLIMITED if rows is None else rows
-    for bad in ids:
-        if type(bad) is not int or not 0 <= bad < end:
-            known = f", which has ids up to {end - 1}" if type(bad) is int and end < UNLIMITED else ""
-            raise InputError(f"{file} has eos_token_id {shown(bad)}, no token id of the model{known}: correct it there")
-    return ids
+    for bad in (one for one in ids if type(one) is not int):
+        raise InputError(f"{file} has eos_token_id {shown(bad)}, which is no token id: correct it there")
+    return [number for number in ids if 0 <= number < end]
 
 
 def context_length(model: Path) -> int:
