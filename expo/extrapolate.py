@@ -99,6 +99,7 @@ class ExtrapolatePlan(Origin):
             "rule": self.config.rule,
             "outputs": [output.describe() for output in self.outputs],
             "tensors": pair.tensor_counts(),
+            "share_copied": round(pair.copied[1], 4),
             "patterns": [
                 {
                     "flag": one.flag,

@@ -485,7 +485,9 @@ REFUSED: dict[str, Bad] = {
     ),
     # --- the pair
     "SFT lacks a tensor": Bad("missing in SFT", lambda root: change(root / "sft", norm=None)),
-    "DPO lacks a tensor": Bad("missing in DPO: norm", lambda root: change(root / "dpo", norm=None)),
+    "DPO lacks a tensor": Bad(
+        "missing in DPO (--missing copy-dpo goes on without them): norm", lambda root: change(root / "dpo", norm=None)
+    ),
     "shapes differ": Bad("norm [9] ≠ [8]", lambda root: change(root / "sft", norm=torch.zeros(9))),
     "shapes that would broadcast": Bad("norm [1] ≠ [8]", lambda root: change(root / "sft", norm=torch.zeros(1))),
     "a scalar that would broadcast": Bad("norm [] ≠ [8]", lambda root: change(root / "sft", norm=torch.zeros(()))),
