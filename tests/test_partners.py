@@ -85,6 +85,7 @@ CASES: dict[str, tuple[Rename, Rename, Rename]] = {
     "both data parallel": (before("module."), before("module."), same),
     "compiled data parallel": (same, before("module._orig_mod."), same),
     "peft's model saved whole": (same, before("base_model.model."), same),
+    "data parallel around peft": (same, before("module.base_model.model."), same),
     "peft's on both sides": (before("base_model.model."), before("base_model.model."), same),
     "FSDP around each layer": (same, within(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module."), same),
     "checkpointing in both": (
@@ -152,6 +153,11 @@ def test_wrapped_pickles(tmp_path: Path, expo: Callable[..., Result]) -> None:
     assert made.keys() == SHAPES.keys()
     for name, tensor in made.items():
         share_off(sft[name], dpo[name], 0.5, tensor)
+
+
+def test_a_module_that_is_the_models_own_keeps_its_name(tmp_path: Path) -> None:
+    pair = plan(tmp_path, *random_pair({"module.a.weight": (4, 4), "b.weight": (4,)}))
+    assert tensors_of(pair, stream(pair)[0]).keys() == {"module.a.weight", "b.weight"}
 
 
 # --- fused and split ----------------------------------------------------------------------------------------------

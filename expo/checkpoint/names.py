@@ -36,9 +36,14 @@ SPELLINGS = (
 """Beginnings of names, and one spelling of each; the first that matches counts."""
 
 
+def without_parts(name: str) -> str:
+    """A name without the parts that only wrappers of training have."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def without_wrappers(name: str) -> str:
-    """A name without what wrappers of training added."""
-    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    """A name without what wrappers of training added, data parallelism too."""
+    name = without_parts(name)
     while name.startswith(PARALLEL):
         name = name.removeprefix(PARALLEL)
     return name

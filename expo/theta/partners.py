@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from expo.checkpoint.folder import Checkpoint, TensorInfo
-from expo.checkpoint.names import PARALLEL, PEFT_PREFIX, UNMERGED, spelling, without_wrappers
+from expo.checkpoint.names import PARALLEL, PEFT_PREFIX, UNMERGED, spelling, without_parts
 from expo.errors import InputError
 
 MAYBE_WRAPPERS = (PEFT_PREFIX, PARALLEL)
@@ -105,8 +105,8 @@ def unwrapped(checkpoint: Checkpoint, other: Checkpoint | None = None) -> Checkp
 
 def _model_names(checkpoint: Checkpoint, other: Checkpoint | None) -> list[str]:
     """The names without wrappers, in their order."""
-    names = _without_prefixes([without_wrappers(name) for name in checkpoint.tensors])
-    others = set(_without_prefixes([without_wrappers(name) for name in other.tensors])) if other is not None else set()
+    names = _without_prefixes([without_parts(name) for name in checkpoint.tensors])
+    others = set(_without_prefixes([without_parts(name) for name in other.tensors])) if other is not None else set()
     for wrapper in MAYBE_WRAPPERS:
         within = re.compile(rf"(?:^|(?<=\.)){re.escape(wrapper)}")
         bare = [within.sub("", name) for name in names]
@@ -120,10 +120,9 @@ def _model_names(checkpoint: Checkpoint, other: Checkpoint | None) -> list[str]:
 
 
 def _without_prefixes(names: list[str]) -> list[str]:
-    for wrapper in MAYBE_WRAPPERS:
-        if all(name.startswith(wrapper) for name in names):
-            names = [name.removeprefix(wrapper) for name in names]
-    return names
+    around = (wrapper for wrapper in MAYBE_WRAPPERS if all(name.startswith(wrapper) for name in names))
+    wrapper = next(around, None)
+    return names if wrapper is None else _without_prefixes([name.removeprefix(wrapper) for name in names])
 
 
 def _foreign_prefix(names: Sequence[str], others: set[str]) -> str:
