@@ -240,6 +240,8 @@ def test_a_fused_pair_loads_as_the_split_one(
     done = expo(sides, "--alpha", 0.5, "--output", tmp_path / "out")
     assert done.code == 0
     assert "6 tensors have other names in sft, or are fused on one side only" in caplog.text
+    found = run_expo("inspect", "--sft", sides[0], "--dpo", sides[1]).stdout
+    assert "6 tensors have other names in SFT, or are fused on one side only" in found
     split = write_checkpoint(tmp_path / "split", dpo)
     expo((sides[0], split), "--alpha", 0.5, "--output", tmp_path / "whole")
     made, whole = (read_checkpoint_tensors(tmp_path / name) for name in ("out", "whole"))

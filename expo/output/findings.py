@@ -261,6 +261,8 @@ class Inspection:
         rows = [HEADINGS, *(_row(module) for module in (*self.modules, Module("total", self.total, self.layers)))]
         kinds = {**self.mismatches, "NaN, infinity or too large to be squared": self.nonfinite}
         notes = [note for kind, names in kinds.items() for note in listed(f"{kind} ({len(names)})", names)]
+        if self.overlap.renamed:
+            notes.append(f"{self.overlap.renamed} tensors have other names in SFT, or are fused on one side only")
         if (sizes := self.overlap.vocabulary) is not None:
             notes.append(
                 f"vocabularies of {sizes.sft} and {sizes.dpo} rows: only the {sizes.common} in both are compared "

@@ -154,6 +154,7 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
         dtypes=tuple((pair.parts[0][1], pair.dpo) for pair in kinds["dtype"] if pair.parts[0][1]),
         vocabulary=both.vocabulary if any(pair.cut for pair in kinds["alike"]) else None,
         sources=(sft, dpo),
+        renamed=both.renamed,
     )
 
 

@@ -240,6 +240,8 @@ class Overlap:
     """Set if the vocabularies differ in size; then the segments have only the shared rows."""
     sources: tuple[Checkpoint | Adapter, ...] = ()
     """The checkpoints that the segments are read from."""
+    renamed: int = 0
+    """As in `PairPlan`."""
 
 
 # --- the output's files -----------------------------------------------------------------------------------------------
