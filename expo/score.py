@@ -21,11 +21,8 @@ import xxhash
 
 from expo import __version__
 from expo.checkpoint.folder import (
-    ADAPTER_CONFIG,
     Location,
     find_folder,
-    is_adapter,
-    read_config,
     read_json,
     refuse_inside,
     require_loadable,
@@ -36,7 +33,7 @@ from expo.checkpoint.vocabulary import embedding_rows
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, Scorer, ScorerSetup, find_engine, token_batches
 from expo.engines.chat import ChatTokenizer, context_length
-from expo.engines.coverage import NoHead, require_reward_weights, weight_shapes
+from expo.engines.coverage import require_reward_model
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
@@ -381,45 +378,6 @@ def plan(config: ScoreConfig) -> ScoreJob:
         date=date,
     )
     return whole if config.part is None else whole.share(read_part(config.part, {}))
-
-
-def require_reward_model(model: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a model without a trained score head or with more than one label, before its weights are loaded.
-
-    Its own tensors decide; where they cannot be judged, the architecture's name does.
-
-    Args:
-        model: The model's folder.
-        trust_remote_code: Whether to run Python code in it.
-
-    Raises:
-        InputError: The model is not a reward model.
-    """
-    if is_adapter(model) and weight_shapes(model) is None:
-        adapter = read_json(model / ADAPTER_CONFIG)
-        kind, base = adapter.get("task_type") or "no task type", adapter.get("base_model_name_or_path") or "its base"
-        raise InputError(
-            f"{model.name} is an adapter ({kind}) of {base}, not a whole reward model: merge it with peft's "
-            "merge_and_unload, save the result with `save_pretrained` and its tokenizer, and give that"
-        )
-    try:
-        judged = require_reward_weights(model, trust_remote_code=trust_remote_code)
-    except NoHead as error:
-        raise _causal(model) or error from None
-    found = None if judged else _causal(model)
-    if found is not None:
-        raise found
-
-
-def _causal(model: Path) -> InputError | None:
-    architectures = [str(name) for name in read_config(model).get("architectures") or []]
-    causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
-    if not causal:
-        return None
-    return InputError(
-        f"{model.name} is a {causal[0]}, not a reward model: it has no trained score head; use a model with one "
-        "label, such as weqweasdas/RM-Mistral-7B"
-    )
 
 
 def _score_rows(

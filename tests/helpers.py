@@ -60,6 +60,16 @@ class Result:
     stderr: str
 
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+"""The config of a tiny vision tower, for models that have one."""
+
 Run = Callable[..., Result]
 """Runs a program with these words."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import SIZES, llama, tied_llama, untied_gpt2
+from helpers import VISION
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -276,14 +277,6 @@ def test_a_vocabulary_of_one_size_is_as_without_the_setting(tmp_path: Path) -> N
 # --- names in memory and on disk ----------------------------------------------------------------------------------
 
 TEXT = {**SIZES, "num_key_value_heads": 2, "vocab_size": 64}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 
 
 def gemma() -> nn.Module:

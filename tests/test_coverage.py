@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import VISION
 from safetensors.torch import load_file, save_file
 
 from expo.engines.coverage import require_reward_weights, require_whole
@@ -46,14 +47,6 @@ DEEPSEEK = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
     "num_key_value_heads": 4,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
 }
 GEMMA3 = {"text_config": {**TEXT, "sliding_window": 16}, "vision_config": VISION, "mm_tokens_per_image": 4}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,12 +16,13 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from helpers import VISION
 from made_inputs import on_real_inputs_too
 
 from expo import score as verb
 from expo.cli.score import show
 from expo.config import ScoreConfig
-from expo.engines import ScorerSetup, transformers_reward as backend
+from expo.engines import ScorerSetup, coverage, transformers_reward as backend
 from expo.errors import EnvironmentFailure, InputError
 
 ROWS = [(" ".join(f"w{(5 * row + word) % 50}" for word in range(2 + row % 4)), "w3 " * (row % 9)) for row in range(14)]
@@ -388,14 +389,6 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
 QWEN_VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
 LINEAR = {
     "linear_key_head_dim": 8,
@@ -531,7 +524,7 @@ def test_missing_weights_that_only_loading_shows_are_refused(llama_pair, reward_
     model = tmp_path / "headless"
     shutil.copytree(llama_pair[1], model)
     shutil.copy(reward_model / "config.json", model / "config.json")
-    monkeypatch.setattr(verb, "require_reward_weights", lambda *_, **__: True)
+    monkeypatch.setattr(coverage, "require_reward_weights", lambda *_, **__: True)
     with pytest.raises(InputError, match=r"headless lacks score.weight: random weights would score"):
         verb.run(settings(model, tmp_path))
 

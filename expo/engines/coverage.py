@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from expo.checkpoint.folder import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
+from expo.checkpoint.folder import (
+    ADAPTER_CONFIG,
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    is_adapter,
+    read_config,
+)
 from expo.checkpoint.header import read_shard
 from expo.checkpoint.names import PEFT_PREFIX, WRAPPERS
 from expo.errors import InputError
@@ -96,7 +104,46 @@ def require_whole(model: Path, label: str, shapes: Shapes | None, *, trust_remot
         )
 
 
-class NoHead(InputError):
+def require_reward_model(model: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a model without a trained score head or with more than one label, before its weights are loaded.
+
+    Its own tensors decide; where they cannot be judged, the architecture's name does.
+
+    Args:
+        model: The model's folder.
+        trust_remote_code: Whether to run Python code in it.
+
+    Raises:
+        InputError: The model is not a reward model.
+    """
+    if is_adapter(model) and weight_shapes(model) is None:
+        adapter = read_json(model / ADAPTER_CONFIG)
+        kind, base = adapter.get("task_type") or "no task type", adapter.get("base_model_name_or_path") or "its base"
+        raise InputError(
+            f"{model.name} is an adapter ({kind}) of {base}, not a whole reward model: merge it with peft's "
+            "merge_and_unload, save the result with `save_pretrained` and its tokenizer, and give that"
+        )
+    try:
+        judged = require_reward_weights(model, trust_remote_code=trust_remote_code)
+    except _NoHead as error:
+        raise _causal(model) or error from None
+    found = None if judged else _causal(model)
+    if found is not None:
+        raise found
+
+
+def _causal(model: Path) -> InputError | None:
+    architectures = [str(name) for name in read_config(model).get("architectures") or []]
+    causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if not causal:
+        return None
+    return InputError(
+        f"{model.name} is a {causal[0]}, not a reward model: it has no trained score head; use a model with one "
+        "label, such as weqweasdas/RM-Mistral-7B"
+    )
+
+
+class _NoHead(InputError):
     """A checkpoint without the head of a reward model."""
 
 
@@ -111,8 +158,8 @@ def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
         Whether that could be judged.
 
     Raises:
-        NoHead: The head is missing.
-        InputError: Another tensor is missing, misnamed or of another shape, or the head has more outputs.
+        InputError: A tensor is missing (`_NoHead` if it is the head's), misnamed or of another shape, or the head has more
+            outputs.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -130,7 +177,7 @@ def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
     for name in found.missing:
         if _is_head(name):
             other = f"; {heads[0]} is no head that {found.architecture} reads" if heads else ""
-            raise NoHead(f"{model.name} has no trained score head ({name} is not in its weights{other})")
+            raise _NoHead(f"{model.name} has no trained score head ({name} is not in its weights{other})")
     _require_tensors(model.name, found, "score")
     if heads:
         raise InputError(

@@ -38,8 +38,12 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Module → those whose rows it has, one after the other."""
-STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "gate_proj": ("gate_proj",), "up_proj": ("up_proj",),
-           "down_proj": ("down_proj",)}  # fmt: skip
+STACKED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
 """Module with the weights of all experts along a first axis → those of one expert whose rows it has."""
 OTHER_LAYOUTS = frozenset({"codegen", "dbrx", "gpt_oss", "llama4", "llama4_text"})
 """Model types whose fused weights are interleaved or transposed."""
