@@ -158,8 +158,8 @@ def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
         Whether that could be judged.
 
     Raises:
-        InputError: A tensor is missing (`_NoHead` if it is the head's), misnamed or of another shape, or the head has more
-            outputs.
+        InputError: A tensor is missing (`_NoHead` if it is the head's), misnamed or of another shape, or the head has
+            more outputs.
     """
     from transformers import AutoModelForSequenceClassification
 
