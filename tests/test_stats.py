@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from expo.score import mean_and_standard_error
+from expo.score.job import mean_and_standard_error
 from expo.stats import cosine_distance, relative_change
 
 

@@ -1,0 +1,105 @@
+"""The rows that `expo score` scores: an answer with its conversation, as the token ids that a reward model reads."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import xxhash
+
+from expo.checkpoint.folder import read_json
+from expo.engines.chat import ChatTokenizer
+from expo.errors import InputError
+from expo.files import Row
+from expo.tasks import Conversation
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One row to score."""
+
+    number: int
+    conversation: Conversation
+    id: str
+    sample: int
+    token_ids: tuple[int, ...]
+    truncated: bool
+    failed: bool
+    """Whether there is no answer to score."""
+
+    @cached_property
+    def token_ids_xxh3(self) -> str:
+        """Identifies what was scored."""
+        return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
+
+    def journal_row(self, reward: float | None) -> Row:
+        """The row in the journal's form; a reward of None means it failed."""
+        turn = self.conversation.turn
+        return {
+            "row": self.number,
+            "token_ids_xxh3": self.token_ids_xxh3,
+            "id": self.id,
+            "sample": self.sample,
+            **({} if turn is None else {"turn": turn}),
+            "reward": reward,
+            "tokens": len(self.token_ids),
+            "truncated": self.truncated,
+        }
+
+
+def score_rows(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, longest: int, outputs: Path
+) -> Iterator[ScoreRow]:
+    """The rows of an output file, as token ids.
+
+    Args:
+        conversations: What the file contains.
+        tokenizer: The reward model's.
+        longest: The maximum number of tokens; longer rows lose their end.
+        outputs: The file, beside which generate's meta file may be.
+
+    Raises:
+        InputError: The chat template leaves out a message, or the model has no vector for a token.
+    """
+    messages = [conversation.messages for conversation in conversations]
+    ids = tokenizer.encode(messages, generation_prompt=False)
+    tokenizer.require_all_said(messages, generation_prompt=False)
+    tokenizer.require_readable(ids)
+    failed, keys = _of_generate(outputs)
+    for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
+        name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
+        yield ScoreRow(
+            number=number,
+            conversation=conversation,
+            id=name,
+            sample=sample,
+            token_ids=tuple(row_ids[:longest]),
+            truncated=len(row_ids) > longest,
+            failed=conversation.failed or number in failed,
+        )
+
+
+def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
+    """Which rows failed, and every row's id and sample, from generate's meta file; empty if there is none.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    file = outputs.with_name(f"{outputs.stem}.meta.json")
+    advice = f"move it away to score {outputs.name} without it"
+    try:
+        meta = read_json(file) if file.is_file() else {}
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
+    if meta.get("command") != "generate":
+        return set(), []
+    try:
+        failed = {int(error["row"]) for error in meta["errors"]}
+        columns = meta["per_row"]["id"], meta["per_row"]["sample"]
+        keys = [(str(name), int(sample)) for name, sample in zip(*columns, strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {advice}") from error
+    return failed, keys
