@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
-from expo.config import CommonConfig
-from expo.settings import POSITIONAL, flag, settings_of
+from expo.config import CommandConfig
+from expo.settings import flag, settings_of
 
 
-def arguments_of(settings: CommonConfig) -> list[str]:
+def arguments_of(settings: CommandConfig) -> list[str]:
     """The arguments after `expo <command>` that give these settings, whatever file or recipe they came from.
 
     A value that begins with a dash is written as `--flag=value`, so that it is not parsed as a flag.
     """
     arguments: list[str] = []
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-    for name in settings_of(type(settings)):
+    for name, setting in settings_of(type(settings)).items():
         value = getattr(settings, name)
-        if name == POSITIONAL:
-            arguments.insert(0, value)
+        if setting.positional:
+            arguments[:0] = value if isinstance(value, tuple) else [value]
         elif value is not None and value != defaults[name]:
             arguments += _words(flag(name), value)
     return arguments
@@ -33,6 +33,6 @@ def _words(spelling: str, value: object) -> list[str]:
     return [f"{spelling}={value}"] if str(value).startswith("-") else [spelling, str(value)]
 
 
-def shown(command: str, settings: CommonConfig) -> str:
+def shown(command: str, settings: CommandConfig) -> str:
     """The command line for these settings, quoted for a shell."""
     return shlex.join(["expo", command, *arguments_of(settings)])

@@ -20,9 +20,6 @@ from expo.errors import InputError
 from expo.files import Row, is_utf8, name_problem, shown
 from expo.redact import without_secrets
 
-POSITIONAL = "task"
-"""The one setting that is an argument instead of an option."""
-
 Change: TypeAlias = Literal["nothing", "rows", "batches", "weights"]
 
 
@@ -35,6 +32,8 @@ class Setting:
     metavar: str | None = None
     flags: tuple[str, ...] = ()
     """Further spellings of its flag."""
+    positional: bool = False
+    """Whether it is an argument, or, where its type is a tuple, several, instead of an option."""
     changes: Change = "nothing"
     """What its value changes, and is recorded for: rows, weights, or how rows are batched, which changes the rows of an
     engine that pads. `nothing` if the content is recorded instead (models, data sets, templates)."""
@@ -62,8 +61,14 @@ def settings_of(kind: type) -> dict[str, Setting]:
 
 
 def flag(name: str) -> str:
-    """A setting as the command line spells it."""
-    return name.upper() if name == POSITIONAL else f"--{name.replace('_', '-')}"
+    """A setting that is an option, as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def spelling(kind: type, name: str) -> str:
+    """A setting of a config class as the command line spells it: a flag, or an argument's metavar."""
+    setting = settings_of(kind)[name]
+    return setting.metavar or name.upper() if setting.positional else flag(name)
 
 
 def changing(kind: type, *what: Change) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 from expo import config_files
 from expo.arguments import arguments_of, shown
 from expo.cli import program as cli
-from expo.config import PAIR_SETTINGS, GenerateConfig
+from expo.config import PAIR_SETTINGS, CompareConfig, GenerateConfig
 
 OTHERWISE = {
     "task": "my prompts.jsonl", "model": "a/b@main", "overwrite": True, "dry_run": True, "output_dir": "-out",
@@ -73,3 +73,9 @@ def test_the_shown_command_can_be_pasted(resolved):
     words = shlex.split(shown("generate", made))
     assert words[:2] == ["expo", "generate"]
     assert resolved(words[2:]) == made
+
+
+def test_several_words_without_a_flag():
+    settings = CompareConfig(runs=("my run", "b.jsonl", "c"), task="alpaca", flips=3)
+    words = arguments_of(settings)
+    assert words == ["my run", "b.jsonl", "c", "--flips", "3", "--task", "alpaca"]

@@ -11,7 +11,7 @@ import pytest
 
 from expo import config, config_files, recipes
 from expo.cli import program as cli
-from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
+from expo.config import CompareConfig, ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from expo.errors import InputError
 
 RECIPE = """
@@ -188,9 +188,16 @@ def test_a_files_values_are_checked_as_flags_are(
 
 GENERATE = {"task": "alpaca", "model": "m"}
 SCORE = {"task": "alpaca", "name": "n"}
+COMPARE = {"runs": ("a", "b")}
 EXTRAPOLATE = {"sft": "s", "dpo": "d", "alpha": (0.5,)}
 INSPECT = {"sft": "s", "dpo": "d"}
-VALID = {ExtrapolateConfig: EXTRAPOLATE, GenerateConfig: GENERATE, InspectConfig: INSPECT, ScoreConfig: SCORE}
+VALID = {
+    ExtrapolateConfig: EXTRAPOLATE,
+    GenerateConfig: GENERATE,
+    InspectConfig: INSPECT,
+    ScoreConfig: SCORE,
+    CompareConfig: COMPARE,
+}
 
 OUT_OF_RANGE = [
     (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": ()}, "--alpha is missing"),
@@ -245,6 +252,10 @@ OUT_OF_RANGE = [
     (ScoreConfig, {**SCORE, "name": ".hidden"}, "--name '.hidden' is not a plain file name"),
     (ScoreConfig, {**SCORE, "max_length": 0}, "--max-length must be positive"),
     (ScoreConfig, {**SCORE, "batch_tokens": 0}, "--batch-tokens must be positive"),
+    (CompareConfig, {"runs": ("a",)}, "compare takes two or more runs, not 1: a baseline, and what to compare with it"),
+    (CompareConfig, {"runs": ("a", "")}, "RUN is empty"),
+    (CompareConfig, {"runs": ("a", "\udcff")}, "RUN '\\udcff' is not UTF-8"),
+    (CompareConfig, {**COMPARE, "flips": -1}, "--flips must be 0 to 1000000, not -1"),
 ]
 
 
@@ -268,7 +279,7 @@ def test_the_papers_decoding() -> None:
 def test_settings_cannot_be_changed(kind: type) -> None:
     made = kind(**VALID[kind])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made.overwrite = True
+        made.dry_run = True
 
 
 def test_alphas_are_floats_however_they_come() -> None:

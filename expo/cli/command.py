@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from expo.config import CommonConfig
+from expo.config import CommandConfig
 
 Levels: TypeAlias = tuple[set[str], set[str], set[str], set[str]]
 """The names of the settings given by flags, the command's own table, `[common]` and the recipe."""
@@ -35,7 +35,7 @@ class Shown(NamedTuple):
 class Command:
     """A command that has settings."""
 
-    config: type[CommonConfig]
+    config: type[CommandConfig]
     verb: str
     """The module with `plan` and `run`, imported when needed."""
     help: str
@@ -44,5 +44,7 @@ class Command:
     """Logs the outcome and says what to print, from what `run` returns."""
     choices: Mapping[str, Collection[str]] = field(default_factory=dict)
     """Setting → its choices, where a table of extensions lists them; hidden while there is only one."""
+    takes_recipe: bool = True
+    """Whether a known model says anything about its settings."""
     leave_out: Callable[[Levels], Collection[str]] | None = None
     """The settings that keep their default, whatever was given; none if omitted."""

@@ -33,12 +33,12 @@ from expo.errors import PARTLY_FAILED, ExpoError, Stopped
 from expo.files import shown
 from expo.orphans import VARIABLE, end_with_parent
 from expo.redact import without_secrets
-from expo.settings import POSITIONAL, Setting, flag, settings_of
+from expo.settings import Setting, flag, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Config = TypeVar("Config", bound=config.CommonConfig)
+Config = TypeVar("Config", bound=config.CommandConfig)
 
 INTERRUPTED = 130
 
@@ -144,6 +144,7 @@ def options_of(command: Command) -> Callable[..., None]:
             *(
                 Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=default)
                 for name, (hint, default) in {**settings, **NO_SETTINGS}.items()
+                if name != "recipe" or command.takes_recipe
             ),
         ]
     )
@@ -158,15 +159,15 @@ def _option(
     default: object,
     choices: Collection[str] | None,
 ) -> tuple[Any, object]:
-    """A setting for typer: an annotation and a default; booleans are switches, tuples are repeatable."""
+    """A setting for typer: an annotation and a default; booleans are switches, tuples repeatable or several words."""
     default = Parameter.empty if default is dataclasses.MISSING else default
     text: dict[str, Any] = {"metavar": setting.metavar, "help": setting.help}
     if choices is not None:
         text |= {"metavar": "|".join(choices), "hidden": len(choices) == 1}
-    if name == POSITIONAL:
-        return Annotated[kind, typer.Argument(**text)], default
     if get_origin(kind) is tuple:
         kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+    if setting.positional:
+        return Annotated[kind, typer.Argument(**text)], default
     spelling = f"{flag(name)}/--no-{flag(name)[2:]}" if default is True else flag(name)
     return Annotated[kind, typer.Option(spelling, *setting.flags, **text)], default
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class RowKey(NamedTuple):
@@ -38,6 +38,28 @@ class RunRow:
     finish_reason: str | None
     """stop, length or error, where that is known."""
 
+    @property
+    def label(self) -> str:
+        """The row's id for people: the prompt's, with its sample and turn where they are not the first."""
+        sample = f"#{self.key.sample}" if self.key.sample else ""
+        return f"{self.id}{sample}" + (f" turn {self.key.turn + 1}" if self.key.turn else "")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is known of one reward model's rewards of a run, beside the rewards."""
+
+    model: str | None
+    """The reward model as its files name it; None where nothing says which it was."""
+    revision: str | None
+    """Its commit on the hub, where that is known."""
+    truncated: frozenset[int] = frozenset()
+    """The rows whose conversation lost its end."""
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    """Row → why it has no reward."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The fingerprint of the rewards, where they have one."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,6 +69,11 @@ class Run:
     task: str
     rows: tuple[RunRow, ...]
     rewards: Mapping[str, tuple[float | None, ...]]
-    """Reward model → the reward of each row, in the order of `rows`; None where a row has none."""
+    """Reward model → the reward of each row, in the order of `rows`; None where a row has none.
+
+    The first is the one whose file has the run's plain name, if there is one.
+    """
     alpha: float | None = None
     """The α of θ(α), where its files say so; 0 is not assumed."""
+    scorings: Mapping[str, Scoring] = field(default_factory=dict)
+    """Reward model → what else its files say; the keys are those of `rewards`."""

@@ -8,6 +8,7 @@ To add a setting, add a field, and its check where not every value will do.
 
 from expo.config.pair import (
     PAIR_SETTINGS as PAIR_SETTINGS,
+    CommandConfig as CommandConfig,
     CommonConfig as CommonConfig,
     Dtype as Dtype,
     ExtrapolateConfig as ExtrapolateConfig,
@@ -21,10 +22,12 @@ from expo.config.rows import (
     RowsConfig as RowsConfig,
     ScoreConfig as ScoreConfig,
 )
+from expo.config.runs import CompareConfig as CompareConfig, RunsConfig as RunsConfig
 
-COMMANDS: dict[str, type[ExtrapolateConfig] | type[GenerateConfig] | type[InspectConfig] | type[ScoreConfig]] = {
+COMMANDS: dict[str, type[CommandConfig]] = {
     "extrapolate": ExtrapolateConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,
     "score": ScoreConfig,
+    "compare": CompareConfig,
 }

@@ -47,13 +47,19 @@ Workers: TypeAlias = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonConfig:
+class CommandConfig:
+    """What every command with settings shares."""
+
+    dry_run: Annotated[bool, Setting("Print the plan and write nothing.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig(CommandConfig):
     """What every command that writes something shares."""
 
     overwrite: Annotated[bool, Setting("Replace an output made with other settings, once the new one is complete.")] = (
         False
     )
-    dry_run: Annotated[bool, Setting("Print the plan and write nothing.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

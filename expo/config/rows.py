@@ -20,6 +20,7 @@ from expo.settings import (
     require_device,
     require_name,
     require_text,
+    spelling,
 )
 
 SeedMode: TypeAlias = Literal["row", "shared"]
@@ -43,7 +44,10 @@ class RowsConfig(CommonConfig):
     """What the commands that work row by row share."""
 
     task: Annotated[
-        str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
+        str,
+        Setting(
+            "ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK", positional=True
+        ),
     ]
     output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
     limit: Annotated[
@@ -80,7 +84,7 @@ class RowsConfig(CommonConfig):
         """
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), str):
-                require_text(flag(field.name), value)
+                require_text(spelling(type(self), field.name), value)
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
         require_choice("--dtype", self.dtype, Dtype)
         require_device(self.device)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from expo.checkpoint.places import Place
 from expo.errors import listed
-from expo.stats import cosine_distance, relative_change
+from expo.stats.changes import cosine_distance, relative_change
 from expo.theta.pair_checks import UNRELATED_CHANGE
 from expo.theta.plan import Overlap, Segment
 

@@ -12,6 +12,7 @@ from expo.tasks.task import (
     Message as Message,
     Prompt as Prompt,
     Task as Task,
+    answers_of as answers_of,
     assistant as assistant,
     load_prompts as load_prompts,
     read_conversations as read_conversations,

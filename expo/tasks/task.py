@@ -280,7 +280,12 @@ def read_outputs(path: Path, task: Task) -> list[str]:
 
 
 def read_conversations(
-    path: Path, task: Task, *, dataset: str | None = None, limit: int | None = None
+    path: Path,
+    task: Task,
+    *,
+    dataset: str | None = None,
+    limit: int | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[Conversation]:
     """The answers of a generated file, in its order, each with the conversation before it.
 
@@ -289,6 +294,7 @@ def read_conversations(
         task: Its task.
         dataset: The questions, for a file that contains only answers.
         limit: Take only the file's first rows.
+        prompts: The questions, if they have been loaded.
 
     Raises:
         InputError: The file is missing or not in a format that `expo generate` writes, or its questions are missing.
@@ -297,8 +303,8 @@ def read_conversations(
     rows = read_rows(path)[:limit]
     if task.asked is not None:
         return [_conversation(number, row, path, task) for number, row in enumerate(rows)]
-    prompts = {prompt.id: prompt for prompt in load_prompts(task, dataset)}
-    return [one for number, row in enumerate(rows) for one in _turns(number, row, path, task, prompts)]
+    asked = {prompt.id: prompt for prompt in (load_prompts(task, dataset) if prompts is None else prompts)}
+    return [one for number, row in enumerate(rows) for one in _turns(number, row, path, task, asked)]
 
 
 def _conversation(number: int, row: Row, path: Path, task: Task) -> Conversation:
@@ -320,7 +326,7 @@ def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Pro
     prompt = prompts.get(str(task.prompt_id(row)))
     if prompt is None:
         raise InputError(f"row {number} of {path} answers no question of {task.name}: {row.get('question_id')!r}")
-    answers = _answers(number, row, path, task)
+    answers = answers_of(number, row, path, task)
     if len(answers) != prompt.turns:
         raise InputError(f"row {number} of {path} has {len(answers)} answers to a question of {prompt.turns} turns")
     messages = prompt.messages
@@ -330,7 +336,12 @@ def _turns(number: int, row: Row, path: Path, task: Task, prompts: dict[str, Pro
         messages = (*messages, *prompt.followups[turn : turn + 1])
 
 
-def _answers(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
+def answers_of(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
+    """The answers in a row of a generated file, one per turn.
+
+    Raises:
+        InputError: It is malformed.
+    """
     try:
         answers = task.answers(row)
     except (KeyError, IndexError, TypeError) as error:

@@ -1,0 +1,67 @@
+"""The settings of the commands that read runs, which `expo generate`, `expo score` or others made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from expo.config.pair import CommandConfig
+from expo.settings import Setting, require, require_text, spelling
+
+MAX_FLIPS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig(CommandConfig):
+    """Which runs are read, and what for."""
+
+    runs: Annotated[
+        tuple[str, ...],
+        Setting("Two or more runs: names, output files or reward files. The first is the baseline.", metavar="RUN",
+                positional=True),
+    ] = ()  # fmt: skip
+    task: Annotated[
+        str | None,
+        Setting("The runs' task, as given to generate. [default: found by the names]", metavar="TASK"),
+    ] = None
+    output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
+    dataset: Annotated[
+        str | None, Setting("Read mtbench's questions from a local file or another hub dataset.", metavar="PATH|ID")
+    ] = None
+    intersect: Annotated[
+        bool, Setting("Use only the rows that all runs have, and name the others, where their prompts differ.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is out of its range; the message names the flag.
+        """
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    require_text(spelling(type(self), field.name), text)
+                    require(bool(text.strip()), f"{spelling(type(self), field.name)} is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(RunsConfig):
+    """`expo compare`: paired comparison of runs on the prompts they share."""
+
+    flips: Annotated[
+        int, Setting("How many of the rows that a model loses, and wins, by the most to name.", metavar="N")
+    ] = 10
+    markdown: Annotated[bool, Setting("Print the table in GitHub's markdown.")] = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is out of its range; the message names the flag.
+        """
+        super().__post_init__()
+        require(0 <= self.flips <= MAX_FLIPS, f"--flips must be 0 to {MAX_FLIPS}, not {self.flips}")
+        count = len(self.runs)
+        require(count >= 2, f"compare takes two or more runs, not {count}: a baseline, and what to compare with it")
