@@ -123,10 +123,11 @@ FLAGS = {
     " --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
     "score": f"{ROWS} --data-parallel --join --part --max-length --outputs --reward-model --trust-remote-code",
+    "compare": "--config --dataset --debug --dry-run --flips --intersect --json --markdown --output-dir --task",
     "inspect": f"{PAIR} --output --workers",
     "recipes": "--debug --json",
 }
-ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "recipes": {"names"}}
+ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "compare": {"runs"}, "recipes": {"names"}}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

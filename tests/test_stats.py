@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from expo.score.job import mean_and_standard_error
 from expo.stats.changes import cosine_distance, relative_change
+from expo.stats.means import mean_and_standard_error
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=50))

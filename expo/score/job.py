@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from expo.parts import Part
 from expo.rows.files import Columns, RowFiles, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.score.rows import ScoreRow
+from expo.stats.means import mean_and_standard_error
 from expo.tasks import find_task, read_conversations, read_rows
 
 ROW_COLUMNS: Columns = {
@@ -215,16 +215,3 @@ class ScoreJob(RowJob):
 def rows_file(files: RowFiles) -> Path:
     """The file beside the rewards with each row's id, sample, tokens and whether it was truncated."""
     return files.final.with_name(f"{files.name}.rows.jsonl")
-
-
-def mean_and_standard_error(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The mean and its standard error s/√n.
-
-    Args:
-        values: The sample; no NaN.
-
-    Returns:
-        None for the mean of no values, and for the standard error of fewer than two.
-    """
-    mean = statistics.fmean(values) if values else None
-    return mean, statistics.stdev(values, mean) / math.sqrt(len(values)) if len(values) > 1 else None

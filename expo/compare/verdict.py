@@ -1,0 +1,84 @@
+"""A comparison in plain words: who wins, by how much, and whether it is only longer."""
+
+from __future__ import annotations
+
+from expo.compare.figures import Comparison, ModelFigures, Table
+from expo.stats.means import Interval
+from expo.stats.resampling import LEVEL, RESAMPLES
+
+SIGNIFICANT = 1 - LEVEL
+"""The p below which a difference is called one."""
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """A sentence or two for each model and reward model."""
+    several = len(comparison.tables) > 1
+    return [
+        (f"By {table.reward_model}: " if several else "") + verdict(table, one)
+        for table in comparison.tables
+        for one in table.others
+    ]
+
+
+def verdict(table: Table, model: ModelFigures) -> str:
+    """Who wins, by how much, and whether it is only longer."""
+    baseline, paired = table.baseline.name, model.paired
+    if paired is None or paired.difference is None:
+        nothing = f"No rewards compare {model.name} with {baseline}."
+        return " ".join(filter(None, [nothing, _length(model)]))
+    seen = f"{paired.difference:+.3g}{_within(paired.interval)}, {_p(paired.p)}"
+    if model.standardized_difference is not None:
+        seen = f"{seen}; {model.standardized_difference:+.2f} standard deviations of {baseline}'s rewards"
+    verb = "is not distinguishable from"
+    if is_significant(model):
+        verb = "beats" if paired.difference > 0 else "loses to"
+    share = "" if paired.win_rate is None else f"; it wins {paired.win_rate:.1%} of {paired.n} rows"
+    first = f"{model.name} {verb} {baseline} ({seen}){share}."
+    return " ".join(filter(None, [first, _length(model), _at_equal_length(model)]))
+
+
+def is_significant(model: ModelFigures) -> bool:
+    """Whether its p says that it differs from the baseline."""
+    return model.paired is not None and model.paired.p is not None and model.paired.p < SIGNIFICANT
+
+
+def _length(model: ModelFigures) -> str:
+    longer = model.longer
+    if longer is None:
+        return ""
+    if not excludes_zero(longer.interval):
+        return "Its answers are about as long."
+    more = "longer" if longer.difference > 0 else "shorter"
+    return f"Its answers are {abs(longer.difference):.0f} characters {more}."
+
+
+def _at_equal_length(model: ModelFigures) -> str:
+    """Whether length explains the difference, where there is one and length goes with it."""
+    paired, equal, longer = model.paired, model.at_equal_length, model.longer
+    if equal is None or paired is None or paired.difference is None or longer is None:
+        return ""
+    figure = f"at equal length the difference is {equal.difference:+.3g}{_within(equal.interval)}"
+    together = excludes_zero(longer.interval) and (longer.difference > 0) is (paired.difference > 0)
+    if not is_significant(model) or not together:
+        return f"A{figure[1:]}."
+    word = "longer" if longer.difference > 0 else "shorter"
+    if not excludes_zero(equal.interval):
+        return f"Length alone may explain it: {figure}."
+    same = (equal.difference > 0) is (paired.difference > 0)
+    return f"It is {'not only' if same else 'only'} {word}: {figure}."
+
+
+def excludes_zero(interval: Interval | None) -> bool:
+    """Whether an interval lies on one side of 0."""
+    return interval is not None and (interval[0] > 0 or interval[1] < 0)
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f" [{interval[0]:+.3g}, {interval[1]:+.3g}]"
+
+
+def _p(p: float | None) -> str:
+    """A p as a reader wants it."""
+    if p is None:
+        return "no p"
+    return f"p = {p:.4f}" if p > 1 / (RESAMPLES + 1) else f"p ≤ {1 / (RESAMPLES + 1):.4f}"
