@@ -108,7 +108,7 @@ def _quantiles(sums: Sums, means: Floats, level: float, resamples: int, seed: in
     """The quantiles of the smallest and the largest t* of each draw; None where one is infinite."""
     residuals, counts = sums.sums - means * sums.counts, sums.counts
     of_sum = [residuals, residuals**2, residuals * counts, counts, counts**2]
-    columns, models = np.hstack(of_sum), len(means)
+    columns = np.hstack(of_sum)
     lowest, highest = [], []
     for weights in _draws(len(columns), resamples, seed):
         total, squares, cross, size, size_squares = np.split(weights @ columns, 5, axis=1)
@@ -120,9 +120,10 @@ def _quantiles(sums: Sums, means: Floats, level: float, resamples: int, seed: in
         t = np.divide(total, np.sqrt(np.maximum(spread, 0)), out=infinite, where=seen)
         lowest.append(t.min(axis=1))
         highest.append(t.max(axis=1))
-    low = np.quantile(np.concatenate(lowest), (1 - level) / 2, method="closest_observation")
-    high = np.quantile(np.concatenate(highest), (1 + level) / 2, method="closest_observation")
-    return (float(low), float(high)) if models and np.isfinite(low) and np.isfinite(high) else None
+    beyond = max(round((resamples + 1) * (1 - level) / 2), 1)  # draws on either side, counted alike
+    low = float(np.sort(np.concatenate(lowest))[beyond - 1])
+    high = float(np.sort(np.concatenate(highest))[-beyond])
+    return (low, high) if np.isfinite([low, high]).all() else None
 
 
 def _draws(clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
