@@ -213,7 +213,7 @@ def test_a_row_without_a_reward_is_left_out_by_name() -> None:
     rest = [number for number in range(60) if number != 7]
     alone = figures(compare([permuted(run, rest) for run in runs[:2]]))
     assert one["difference"] == pytest.approx(alone["difference"])
-    assert found.notes[-1] == f"left out by {RM}: 1 rows of B: no finite number (p7)"
+    assert found.notes[-1] == f"left out by {RM}: 1 row of B: no finite number (p7)"
 
 
 def test_intersect_names_what_it_drops() -> None:

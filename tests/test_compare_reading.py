@@ -177,6 +177,24 @@ def test_a_file_elsewhere_takes_no_rewards_of_other_answers(two: Path, tmp_path:
     assert read_runs([str(other / "A.jsonl")], task="prompts", output_dir=str(two))[0].rewards == {RM: (1.0, 2.0, 3.0)}
 
 
+GOLDEN = Path(__file__).parent / "golden"
+SCORED = sorted((GOLDEN / "finished").glob("*/rewards_*/*.meta.json"))
+
+
+@pytest.mark.parametrize("meta", SCORED, ids=[file.parents[1].name for file in SCORED])
+def test_what_score_wrote_is_read(meta: Path) -> None:
+    written = json.loads(meta.read_text())
+    lines = meta.with_name(f"{written['name']}.jsonl").read_text().splitlines()
+    task = meta.parent.name.removeprefix("rewards_")
+    dataset = str(GOLDEN / "inputs" / "questions.jsonl") if task == "mtbench" else None
+    folder = str(meta.parents[1])
+    (run,) = read_runs([written["name"]], task=task, output_dir=folder, dataset=dataset)
+    assert run.rewards == {written["reward_model"]: tuple(map(json.loads, lines))}
+    assert all(row.output is not None and row.tokens is not None for row in run.rows)
+    rows = meta.with_name(f"{written['name']}.rows.jsonl").read_text().splitlines()
+    assert [row.id for row in run.rows] == [json.loads(row)["id"] for row in rows]
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -219,12 +237,17 @@ def test_a_file_that_does_not_fit_is_refused(two: Path, name: str, damage, messa
         (["{}/outputs_alpaca/C.json", "{}/outputs_prompts/A.jsonl"], "different tasks .*: alpaca .* and prompts"),
         (["{}/outputs_alpaca/C.json", "A"], "no outputs and no rewards of A for the task alpaca"),
         (["A", "C"], "different tasks cannot be paired: A is there for prompts and C for alpaca"),
+        (["{}/strange.json"], "is no output file: its rows have 'foo', and no output beside a prompt"),
+        (["{}/empty.json"], "empty.json contains no rows"),
+        (["{}/numbers.jsonl"], "holds rewards alone, outside of a folder rewards_<task>: pass --task"),
         (["D", "D"], "D is not finished for prompts: `expo generate prompts` continues it"),
     ],
 )
 def test_words_that_mean_nothing_together(two: Path, words: list[str], message: str) -> None:
     write_outputs(two, "C", ROWS, task="alpaca")
     (two / "outputs_prompts" / ".D.journal.jsonl").write_text("{}\n")
+    for name, text in (("strange.json", '[{"foo": 1}]'), ("empty.json", "[]"), ("numbers.jsonl", "1\n2\n")):
+        (two / name).write_text(text)
     with pytest.raises(InputError, match=message):
         read_runs([word.format(two) for word in words], output_dir=str(two))
 

@@ -150,13 +150,26 @@ def test_draws_depend_on_nothing_but_the_seed_and_negate_with_the_data() -> None
 
 
 def test_memory_does_not_grow_with_the_number_of_draws() -> None:
-    values = np.random.default_rng(2).normal(size=50_000)
-    tracemalloc.start()
-    bootstrap_intervals(sums_of(values), resamples=300)
-    sign_flip_p(sums_of(values), resamples=300)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 12 * 8 * resampling.BLOCK_VALUES, "300 draws at once are seven times a block"
+    values = np.random.default_rng(2).normal(size=4000)
+    peaks = []
+    for resamples in (1_000, 4_000):
+        tracemalloc.start()
+        bootstrap_intervals(sums_of(values), resamples=resamples)
+        sign_flip_p(sums_of(values), resamples=resamples)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0], "a thousand draws are two blocks, four thousand eight"
+
+
+def test_very_many_prompts_are_drawn_in_groups() -> None:
+    rng = np.random.default_rng(8)
+    models = [rng.normal(mean, 1, size=30_000) for mean in (0.0, 0.012, 0.05)]
+    for values, p in zip(models, sign_flip_p(sums_of(*models)), strict=True):
+        expected = stats.ttest_1samp(values, 0)
+        ((low, high),) = bootstrap_intervals(sums_of(values))
+        assert (low, high) == pytest.approx(tuple(expected.confidence_interval(0.95)), abs=0.0006)
+        assert p >= expected.pvalue - 0.01
+        assert sign_flip_p(sums_of(values))[0] == pytest.approx(expected.pvalue, abs=0.015)
 
 
 # --- sign flips -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expo.compare.figures import Agreed, Comparison, Flip, Measured, ModelFigures, Paired, Table
-from expo.compare.pairing import LeftOut, Pairing, common_reward_models, pair
+from expo.compare.pairing import LeftOut, Pairing, common_reward_models, counted, pair
 from expo.compare.run import Run, RunRow
 from expo.stats.agreement import agreement
 from expo.stats.means import Floats, Whole, cluster_sums, clustered_mean_and_standard_error
@@ -259,7 +259,7 @@ def _notes(table: Table) -> list[str]:
         missing.setdefault((row.run, row.reason), []).append(row.id)
     for (run, reason), ids in missing.items():
         more = f", … and {len(ids) - 3} more" if len(ids) > 3 else ""
-        notes.append(f"left out{by}: {len(ids)} rows of {run}: {reason} ({', '.join(ids[:3])}{more})")
+        notes.append(f"left out{by}: {counted(len(ids))} of {run}: {reason} ({', '.join(ids[:3])}{more})")
     return notes
 
 

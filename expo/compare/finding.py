@@ -214,12 +214,18 @@ def _look(word: _Word) -> str:
     """The task of a file that others made, by its first row."""
     if word.file is None or word.rewards:
         raise InputError(f"{word.text} holds rewards alone, outside of a folder rewards_<task>: pass --task")
-    row = next(iter(read_rows(word.file)), {})
-    return next((task for task, columns in FORMATS.items() if columns <= row.keys()), OTHERS_TASK)
+    row = next(iter(read_rows(word.file)), None)
+    if row is None:
+        raise InputError(f"{word.text} contains no rows")
+    task = next((task for task, columns in FORMATS.items() if columns <= row.keys()), None)
+    if task is None:
+        columns = ", ".join(map(shown, list(row)[:5])) or "no columns"
+        raise InputError(f"{word.text} is no output file: its rows have {columns}, and no output beside a prompt")
+    return task
 
 
-FORMATS = {"mtbench": {"question_id", "choices"}, "alpaca": {"instruction", "output"}}
-"""Tasks whose output files others make, too: the columns that tell them."""
+FORMATS = {"mtbench": {"question_id", "choices"}, "alpaca": {"instruction", "output"}, OTHERS_TASK: {"output"}}
+"""Tasks whose output files others make, too: the columns that tell them, the first task that fits."""
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from expo.compare.run import RowKey, Run, RunRow
+from expo.compare.run import UNKNOWN, RowKey, Run, RunRow
 from expo.errors import InputError, listed
 from expo.files import Row
 from expo.stats.means import Floats, Whole
-
-FIRST_IDS = 3
-"""How many ids a message names."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def _require_same(first: Run, second: Run, one: Mapping[RowKey, int], other: Map
     ]
     if not any(only for _, only in sides):
         return
-    parts = [part for name, only in sides for part in listed(f"{len(only)} rows only in {name}", only)]
+    parts = [part for name, only in sides for part in listed(f"{counted(len(only))} only in {name}", only)]
     advice = f"--intersect compares the {common} that all share" if common else "none is in both"
     raise InputError(f"{first.name} and {second.name} answer different prompts: {'; '.join(parts)}; {advice}")
 
@@ -116,6 +113,11 @@ def _dropped(runs: Sequence[Run], places: Sequence[Mapping[RowKey, int]]) -> Ite
             for other, place in zip(runs, places, strict=True):
                 if row.key not in place:
                     yield LeftOut(row.id, row.key.sample, row.key.turn, other.name, f"{other.name} has no such row")
+
+
+def counted(rows: int) -> str:
+    """A number of rows in words."""
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 # --- reward models --------------------------------------------------------------------------------------------------
@@ -141,6 +143,8 @@ def common_reward_models(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     for model in shared:
         _require_one_model(model, runs)
     notes = [note for model in shared for note in _different_settings(model, runs)]
+    if UNKNOWN in shared:
+        notes.append("no file says which reward model gave these rewards: they are taken to be of one")
     others = sorted({model for run in runs for model in run.rewards} - set(shared))
     return shared, [*notes, *(f"rewards by {model} are left aside: not all runs have them" for model in others)]
 

@@ -9,12 +9,9 @@ from pathlib import Path
 
 from expo.compare.answers import Names
 from expo.compare.finding import meta_beside
-from expo.compare.run import Scoring
+from expo.compare.run import UNKNOWN, Scoring
 from expo.errors import InputError
 from expo.files import Row, open_file, read_rows, shown
-
-UNKNOWN = "an unnamed reward model"
-"""Stands for the reward model of files that do not name theirs."""
 
 
 @dataclass(frozen=True)

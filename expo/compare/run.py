@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+UNKNOWN = "an unnamed reward model"
+"""Stands in `Run.rewards` for the reward model of files that do not name theirs."""
+
 
 class RowKey(NamedTuple):
     """Identifies an answer across runs: rows are paired by it, never by their position."""

@@ -78,7 +78,8 @@ def at_zero(differences: Floats, others: Floats, clusters: Whole, *, level: floa
     With y the paired difference of rewards and x that of lengths, a is the difference between answers of equal length.
     The variance of (a, b) is (XᵀX)⁻¹ (Σ_c g_c g_cᵀ) (XᵀX)⁻¹ with g_c = Σ_{i in c} x_i e_i, times
     C/(C−1) · (n−1)/(n−2) (Liang and Zeger, 1986; Stata's and statsmodels' `cov_type="cluster"`); the interval takes
-    Student's quantile with C − 1 degrees of freedom.
+    Student's quantile with C − 1 degrees of freedom. It covers 93 to 97 % from some 40 prompts on, and 91 % with 30
+    prompts whose differences are lognormal (`benchmarks/coverage.py`).
 
     Args:
         differences: (n,): y.

@@ -22,6 +22,9 @@ BLOCK_VALUES = 1 << 21
 """Draws times clusters that are in memory at once, 16 MiB in float64."""
 MIN_CLUSTERS = 10
 """With fewer clusters too many draws repeat one cluster, and have no spread to be measured by."""
+MAX_CLUSTERS = 4096
+"""More clusters are dealt at random into so many groups, whose sums are drawn: the time no longer grows with them, and
+with sums of thousands the difference is far below the noise of the draws."""
 NO_SPREAD = 1e-12
 """The share of a variance below which only rounding is left of it."""
 TIE = 1e-9
@@ -60,7 +63,7 @@ def bootstrap_intervals(
     measured = np.flatnonzero(np.nan_to_num(errors) > NO_SPREAD * _scale(sums))
     quantiles = None
     if measured.size and len(sums.sums) >= MIN_CLUSTERS:
-        some = Sums(sums.sums[:, measured], sums.counts[:, measured])
+        some = _dealt(Sums(sums.sums[:, measured], sums.counts[:, measured]), seed)
         quantiles = _quantiles(some, means[measured], level, resamples, seed)
     intervals: list[Interval | None] = []
     for mean, error, clusters in zip(means, errors, sums.clusters, strict=True):
@@ -95,6 +98,16 @@ def _around(mean: float, error: float, quantiles: Interval) -> Interval:
 def _scale(sums: Sums) -> Floats:
     """(models,): how large a mean may be, as a measure of its rounding."""
     return np.asarray(np.abs(sums.sums).sum(axis=0) / np.maximum(sums.counts.sum(axis=0), 1))
+
+
+def _dealt(sums: Sums, seed: int) -> Sums:
+    """At most `MAX_CLUSTERS` clusters, sums of others where there were more."""
+    count = len(sums.sums)
+    if count <= MAX_CLUSTERS:
+        return sums
+    order = np.random.default_rng(seed).permutation(count)
+    begins = np.linspace(0, count, MAX_CLUSTERS, endpoint=False).astype(np.int64)
+    return Sums(np.add.reduceat(sums.sums[order], begins), np.add.reduceat(sums.counts[order], begins))
 
 
 def _student(freedom: float, level: float) -> Interval:
@@ -150,8 +163,9 @@ def sign_flip_p(sums: Sums, *, resamples: int = RESAMPLES, seed: int = SEED) -> 
     If a model does as the baseline, each cluster's sum of differences S_c could as well have the other sign. With signs
     ε_c = ±1 the statistic is |Σ_c ε_c S_c| / √(Σ_c S_c²), and p_j the share of sign vectors whose largest statistic of
     all models is at least that of model j (Westfall and Young, Resampling-Based Multiple Testing, 1993, single step;
-    for one model the paired permutation test of a mean). All sign vectors are taken where they are no more than the
-    draws, which makes p exact; else p = (1+k)/(1+draws), which is never 0 (Phipson and Smyth, 2010).
+    for one model the paired permutation test of a mean, as scipy's `permutation_test`, which has no test of several).
+    All sign vectors are taken where they are no more than the draws, which makes p exact; else p = (1+k)/(1+draws),
+    which is never 0 (Phipson and Smyth, 2010).
 
     Args:
         sums: Sums of clusters' differences, a column per model.
@@ -161,9 +175,10 @@ def sign_flip_p(sums: Sums, *, resamples: int = RESAMPLES, seed: int = SEED) -> 
     Returns:
         A p per model; None where a model has no differences at all, 1 where all of them are 0.
     """
+    p: list[float | None] = [1.0 if one > 0 else None for one in sums.clusters]
+    sums = _dealt(sums, seed)
     norms = np.sqrt((sums.sums**2).sum(axis=0))
     moving = np.flatnonzero(norms > 0)
-    p: list[float | None] = [1.0 if one > 0 else None for one in sums.clusters]
     if not moving.size:
         return p
     scores = sums.sums[:, moving] / norms[moving]  # (clusters, models), unit columns
