@@ -22,7 +22,7 @@ from expo.compare.figures import Comparison
 from expo.compare.reading import read_runs
 from expo.compare.run import RowKey, Run, RunRow, Scoring
 from expo.compare.text import as_markdown, as_text
-from expo.compare.verdict import verdict
+from expo.compare.verdict import verdict, verdicts
 from expo.config import CompareConfig
 from expo.errors import InputError
 
@@ -375,6 +375,14 @@ def test_a_verdict_says_who_wins_and_whether_it_is_only_longer(case: tuple, says
     assert all(part in sentence for part in says), sentence
 
 
+def test_a_verdict_on_two_reward_models() -> None:
+    first = made("A", [0.0] * 20, further=[0.0] * 20)
+    both = verdicts(compare([first, made("B", [1.0] * 20, further=[2.0] * 20)]))
+    assert both[-1] == f"{RM} and {OTHER} both prefer B; they prefer the same answer on 100.0% of 20 rows."
+    one = verdicts(compare([first, made("B", [1.0] * 20, further=[-2.0] * 20)]))
+    assert one[-1] == (f"Of B and A, {RM} prefers B and {OTHER} A; they prefer the same answer on 0.0% of 20 rows.")
+
+
 def test_tables_fit_a_terminal_and_names_are_text() -> None:
     runs = random_runs(count=3)
     runs[1] = replace(runs[1], name="an-organisation-model-of-a-long-name-that-goes-on-and-on-ExPO-a0.3\x1b[31m")
@@ -429,7 +437,7 @@ def test_json_is_the_contract_s_object_and_nothing_is_written(folder: Path) -> N
     assert [one["name"] for one in found["models"]] == ["A", "B", "C"]
     assert all(set(KEYS) <= one.keys() for one in found["models"][1:])
     assert found["models"][1]["difference_at_equal_length"].keys() == {"difference", "interval"}
-    assert (len(found["models"][1]["flips"]), found["simultaneous"], len(found["verdicts"])) == (4, True, 4)
+    assert (len(found["models"][1]["flips"]), found["simultaneous"], len(found["verdicts"])) == (4, True, 6)
     assert [one["reward_model"] for one in found["further"]] == [OTHER]
     assert tree(folder) == before
 

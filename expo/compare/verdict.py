@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expo.compare.figures import Comparison, ModelFigures, Table
+from expo.compare.figures import Agreed, Comparison, ModelFigures, Table
 from expo.stats.means import Interval
 from expo.stats.resampling import LEVEL, RESAMPLES
 
@@ -11,13 +11,30 @@ SIGNIFICANT = 1 - LEVEL
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """A sentence or two for each model and reward model."""
+    """A sentence or two for each model and reward model, and one for each two reward models about a model."""
     several = len(comparison.tables) > 1
     return [
-        (f"By {table.reward_model}: " if several else "") + verdict(table, one)
-        for table in comparison.tables
-        for one in table.others
+        *(
+            (f"By {table.reward_model}: " if several else "") + verdict(table, one)
+            for table in comparison.tables
+            for one in table.others
+        ),
+        *(_agreement(one, comparison.baseline) for one in comparison.agreement if one.figures.gains),
     ]
+
+
+def _agreement(agreed: Agreed, baseline: str) -> str:
+    """Whether two reward models prefer the same model, and how often the same answer."""
+    one, other = agreed.reward_models
+    preferred = [
+        agreed.name if gain.difference > 0 else baseline if gain.difference < 0 else "neither"
+        for gain in agreed.figures.gains or ()
+    ]
+    if preferred[0] == preferred[1]:
+        first = f"{one} and {other} both prefer {preferred[0]}"
+    else:
+        first = f"Of {agreed.name} and {baseline}, {one} prefers {preferred[0]} and {other} {preferred[1]}"
+    return f"{first}; they prefer the same answer on {agreed.figures.same_sign or 0:.1%} of {agreed.figures.n} rows."
 
 
 def verdict(table: Table, model: ModelFigures) -> str:
