@@ -8,6 +8,7 @@ model does to its logits after the head (soft caps, scales) is done. The head is
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -117,9 +118,11 @@ class TransformersLogProbs:
         self._setup = setup
 
     def close(self) -> None:
-        """Let go of the model that is in memory."""
+        """Let go of the model that is in memory, before another one is loaded."""
+        left = None if self._model is None else weakref.ref(self._model)
         self._folder = self._model = self._body = None
-        gc.collect()  # a model's modules refer to each other
+        if left is not None and left() is not None:
+            gc.collect()  # something in it refers back to it
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
