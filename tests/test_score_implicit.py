@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -120,9 +121,9 @@ def test_laws_of_the_pair(llama_pair, outputs, tmp_path):
 def test_published_answers_with_a_trained_pair(trained, alpaca_data, tmp_path):
     file = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
     pair = trained / "tiny-sft", trained / "tiny-dpo"
-    given = {"task": "alpaca", "outputs": str(file), "limit": 4, "batch_tokens": 4096}
+    given = {"task": "alpaca", "outputs": str(file), "limit": 3, "batch_tokens": 4096}
     result = verb.run(settings(pair, tmp_path, **given))
-    rows = [(row["instruction"], row["output"]) for row in json.loads(file.read_text())[:4]]
+    rows = [(row["instruction"], row["output"]) for row in json.loads(file.read_text())[:3]]
     longest = json.loads((pair[1] / "config.json").read_text())["max_position_embeddings"]
     expected = [by_hand(pair, messages, 0.1, longest) for messages in conversations(rows)]
     assert numbers(result.rewards) == [close(value) for value in expected]
@@ -468,3 +469,59 @@ def test_a_pair_that_common_names_is_for_the_implicit_reward_alone(llama_pair, o
     (tmp_path / "c.toml").write_text(f"[score]\n{names}")
     assert cli.run(list(map(str, [*words, "--reward-model", model]))) == 2
     assert "--sft and --dpo are for --implicit-reward" in capsys.readouterr().err
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lack_of_memory_halves_the_batch_and_moves_no_reward(llama_pair, outputs, tmp_path, monkeypatch, caplog):
+    expected = numbers(verb.run(settings(llama_pair, tmp_path)).rewards)
+    shutil.rmtree(tmp_path / "rewards_q")
+    original = TransformersLogProbs._sums
+
+    def narrow(self, rows):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, rows)
+
+    monkeypatch.setattr(TransformersLogProbs, "_sums", narrow)
+    assert numbers(verb.run(settings(llama_pair, tmp_path)).rewards) == [close(value) for value in expected]
+    assert "out of memory: going on with batches of half the size" in caplog.text
+
+
+def test_memory_that_does_not_suffice_for_one_row_is_said(llama_pair, outputs, tmp_path, monkeypatch):
+    def nothing(self, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TransformersLogProbs, "_sums", nothing)
+    with pytest.raises(EnvironmentFailure, match="--dtype bfloat16, or a smaller --max-length"):
+        verb.run(settings(llama_pair, tmp_path))
+
+
+def test_one_model_is_in_memory_at_a_time_and_the_head_gives_a_few_positions_at_once(llama_pair, tmp_path, monkeypatch):
+    """Of the numbers that the head gives there are never more than it may, whatever the rows' lengths."""
+    from transformers import LlamaForCausalLM
+
+    alive: list[weakref.ref] = []
+    sizes: list[int] = []
+    loading, forward = LlamaForCausalLM.from_pretrained.__func__, LlamaForCausalLM.forward
+
+    def noted(cls, *args, **named):
+        assert [one for one in alive if one() is not None] == []
+        loaded = loading(cls, *args, **named)
+        alive.append(weakref.ref(loaded[0]))
+        return loaded
+
+    def measured(self, *args, **named):
+        output = forward(self, *args, **named)
+        sizes.append(output.logits.numel())
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(noted))
+    monkeypatch.setattr(LlamaForCausalLM, "forward", measured)
+    monkeypatch.setattr(backend, "LOGITS_AT_ONCE", 3 * 64)
+    write_outputs(tmp_path, [("w1", "w2 " * 50), ("w3", "w4 " * 7)])
+    verb.run(settings(llama_pair, tmp_path))
+    assert len(alive) >= 2
+    assert max(sizes) == 3 * 64
+    assert sum(sizes) == 2 * 64 * (51 + 8)

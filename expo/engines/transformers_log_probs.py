@@ -8,6 +8,7 @@ model does to its logits after the head (soft caps, scales) is done. The head is
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,10 +22,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from expo.engines.coverage import require_trained
 from expo.engines.log_probs import Answered, LogProbSetup, Side
-from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
+from expo.engines.torch_tools import find_device, is_out_of_memory, loading, out_of_memory_hint
 
 LOGITS_AT_ONCE = 1 << 25
 """Numbers that the head gives at once: 128 MiB in float32, 262 positions of a vocabulary of 128,000."""
+
+log = logging.getLogger(__name__)
 
 
 class TransformersLogProbs:
@@ -51,20 +54,34 @@ class TransformersLogProbs:
             EnvironmentFailure: There is not enough memory.
         """
         self._use(getattr(self._setup, side))
+        with torch.inference_mode(), out_of_memory_hint("--dtype bfloat16, or a smaller --max-length,"):
+            return self._batch(rows)
+
+    def _batch(self, rows: Sequence[Answered]) -> list[float]:
+        """The sums of a batch, which is cut in halves where memory does not suffice."""
+        try:
+            return self._sums(rows)
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 or not is_out_of_memory(error):
+                raise
+        log.warning("out of memory: going on with batches of half the size")  # here the error's tensors are gone
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = len(rows) // 2
+        return [*self._batch(rows[:middle]), *self._batch(rows[middle:])]
+
+    def _sums(self, rows: Sequence[Answered]) -> list[float]:
         width = max(len(row.token_ids) for row in rows)
         ids = torch.tensor([[*row.token_ids, *[0] * (width - len(row.token_ids))] for row in rows])  # (batch, width)
         mask = torch.tensor([[1] * len(row.token_ids) + [0] * (width - len(row.token_ids)) for row in rows])
-        sums = torch.zeros(len(rows), dtype=torch.float64)
-        with torch.inference_mode(), out_of_memory_hint("a smaller --batch-tokens"):
-            hidden = self._body(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False)[
-                0
-            ]
-            for number, row in enumerate(rows):
-                first, end = max(row.start, 1), len(row.token_ids)  # nothing foretells the first id
-                targets = ids[number, first:end].to(hidden.device)  # (answer,)
-                sums[number] = self._answer(hidden[number, first - 1 : end - 1], targets)
-        values: list[float] = sums.tolist()
-        return values
+        given = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
+        hidden = self._body(**given, use_cache=False)[0]  # (batch, width, hidden size)
+        sums = []
+        for number, row in enumerate(rows):
+            first, end = max(row.start, 1), len(row.token_ids)  # nothing foretells the first id
+            targets = ids[number, first:end].to(hidden.device)  # (answer,)
+            sums.append(self._answer(hidden[number, first - 1 : end - 1], targets))
+        return sums
 
     def _answer(self, hidden: Tensor, targets: Tensor) -> float:
         """Σ log softmax of one answer.

@@ -37,7 +37,7 @@ from expo.score.implicit import AnswerRow, ImplicitJob, answer_span
 from expo.score.job import ScoreJob
 from expo.score.rows import ScoreRow, score_rows
 from expo.score.scorers import ScoredBy, files_of, find_scorers
-from expo.settings import Fingerprint, absent_values, recorded
+from expo.settings import Change, Fingerprint, absent_values, recorded
 from expo.tasks import Conversation, Task, find_task, read_conversations
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
     tokenizer = _tokenizer(location, config)
     longest = _longest(config, location)
     files = files_of(scorer, answers.file, answers.task, config)
-    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files)
+    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows", "batches")
     rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file))
     _say_cut_prompts(rows, tokenizer, longest)
     return ScoreJob(
@@ -188,7 +188,7 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
     tokenizer = _tokenizer(dpo, config)
     longest = _longest(config, dpo, sft)
     files = files_of(scorer, answers.file, answers.task, config)
-    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files)
+    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows")
     return ImplicitJob(
         config=config,
         engine=engine,
@@ -225,7 +225,13 @@ def _longest(config: ScoreConfig, *models: Location) -> int:
 
 
 def _made_from(
-    answers: _Answers, scorer: ScoredBy, config: ScoreConfig, engine: str, tokenizer: ChatTokenizer, files: RowFiles
+    answers: _Answers,
+    scorer: ScoredBy,
+    config: ScoreConfig,
+    engine: str,
+    tokenizer: ChatTokenizer,
+    files: RowFiles,
+    *changes: Change,
 ) -> tuple[ChatTokenizer, Fingerprint, TemplateDate | None]:
     """The fingerprint, and the date of a chat template that writes one, at which the tokenizer's clock then stands."""
     made_from = {
@@ -233,9 +239,9 @@ def _made_from(
         **scorer.source,
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
-        **recorded(config, "rows", "batches"),
+        **recorded(config, *changes),
     }
-    fingerprint = Fingerprint(made_from, absent_values(config, "rows", "batches"))
+    fingerprint = Fingerprint(made_from, absent_values(config, *changes))
     date = find_date(files, fingerprint, overwrite=config.overwrite) if tokenizer.asks_for_time else None
     if date is None:
         return tokenizer, fingerprint, None
