@@ -452,6 +452,27 @@ USAGE = {
 }
 
 
+def test_an_engine_that_gives_no_log_probabilities_is_refused(llama_pair, outputs, tmp_path):
+    with pytest.raises(InputError, match="--implicit-reward runs with transformers, not with --engine vllm"):
+        verb.plan(settings(llama_pair, tmp_path, engine="vllm"))
+    model = make_reward_model(tmp_path / "rm", llama_pair[1], labels=1, pad_id=2)
+    beside = settings(llama_pair, tmp_path, reward_model=(str(model),), engine="transformers")
+    assert verb.plan(beside).further[0].engine == "transformers"
+
+
+REWRITING = "{% if add_generation_prompt %}w1 w2 w3 w4 w5 w6 w7 w8 w9 w1{% endif %}" + helpers.CHAT_TEMPLATE
+
+
+def test_a_template_that_writes_answered_prompts_otherwise_is_said(llama_pair, outputs, tmp_path, caplog):
+    (tmp_path / "t.jinja").write_text(REWRITING)
+    plan = verb.plan(settings(llama_pair, tmp_path, chat_template=str(tmp_path / "t.jinja")))
+    assert {row.start for row in plan.rows} == {0}
+    assert "in 17 of 17 rows the chat template writes a prompt otherwise once it is answered" in caplog.text
+    caplog.clear()
+    verb.plan(settings(llama_pair, tmp_path))
+    assert "otherwise once it is answered" not in caplog.text
+
+
 @pytest.mark.parametrize(("words", "message"), USAGE.values(), ids=USAGE)
 def test_usage(tmp_path, capsys, words, message):
     assert cli.run(["score", "q.jsonl", "--name", "m", "--output-dir", str(tmp_path), *words.split()]) == 2

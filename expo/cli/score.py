@@ -59,7 +59,8 @@ def not_meant(levels: Levels) -> frozenset[str]:
 COMMAND = Command(
     config=ScoreConfig,
     verb="expo.score",
-    help="Score generated answers with a reward model: raw logits, one per row.",
+    help="Score generated answers with a reward model: raw logits, one per row. Of several reward models the first one's "
+    "result is the JSON object, and those of the others are in its list `further`.",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *SCORERS)},

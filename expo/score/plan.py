@@ -40,6 +40,9 @@ from expo.score.scorers import ScoredBy, files_of, find_scorers
 from expo.settings import Change, Fingerprint, absent_values, recorded
 from expo.tasks import Conversation, Task, find_task, read_conversations
 
+FEW_TOKENS = 8
+"""More than these, at the end of a prompt, are no generation prompt, nor letters that were joined with the answer's."""
+
 log = logging.getLogger(__name__)
 
 
@@ -305,9 +308,10 @@ def _answer_rows(answers: _Answers, tokenizer: ChatTokenizer, longest: int) -> t
     whole = score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file)
     prompts = tokenizer.encode([one.messages[:-1] for one in answers.conversations], generation_prompt=True)
     ending = tokenizer.ending()
-    rows = []
+    rows, rewritten = [], 0
     for row, prompt in zip(whole, prompts, strict=True):
         start, end = answer_span(prompt, row.token_ids, None if ending is None else ending.id)
+        rewritten += start + FEW_TOKENS < len(prompt)
         rows.append(
             AnswerRow(
                 number=row.number,
@@ -319,5 +323,11 @@ def _answer_rows(answers: _Answers, tokenizer: ChatTokenizer, longest: int) -> t
                 failed=row.failed or (end > longest and start >= longest),
                 start=start,
             )
+        )
+    if rewritten:
+        log.warning(
+            "in %d of %d rows the chat template writes a prompt otherwise once it is answered: the part that differs "
+            "counts as the answer's; see answer_tokens, or pass another --chat-template",
+            *(rewritten, len(rows)),
         )
     return tuple(rows)
