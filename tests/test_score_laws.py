@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from crashes import ended, forked
-from helpers import tree
+from helpers import CHAT_TEMPLATE, tree
 from made_inputs import on_real_inputs_too
 from test_score import ROWS, make_reward_model, numbers, rewards_alone, settings, write_outputs
 
 from expo import score as verb
 from expo.config import ScoreConfig
+from expo.errors import InputError
 from expo.journal import Journal
 
 SPELLED = ("<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "[INST]", "<|im_end|>", "{{ bos_token }}")
@@ -131,6 +132,30 @@ def test_prompts_that_leave_no_room_for_an_answer_are_said(reward, tmp_path, cap
     caplog.clear()
     verb.plan(settings(reward, tmp_path, max_length=60))
     assert "have a prompt of" not in caplog.text
+
+
+REFUSING = "{% if 'w50' in messages[0].content %}{{ raise_exception('no w50 here') }}{% endif %}" + CHAT_TEMPLATE
+
+
+def test_a_row_that_failed_since_the_template_refused_it_does_not_keep_the_others_from_their_rewards(
+    reward, llama_pair, tmp_path
+):
+    (tmp_path / "t.jinja").write_text(REFUSING)
+    rows = [{"prompt": f"w{n}", "output": "w1", "finish_reason": "stop"} for n in (48, 49, 50, 51)]
+    file = write_outputs(tmp_path)
+    for finish in ("error", "stop"):
+        rows[2] |= {"output": "" if finish == "error" else "w1", "finish_reason": finish}
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = both(reward, llama_pair, tmp_path, chat_template=str(tmp_path / "t.jinja"))
+        if finish == "stop":
+            with pytest.raises(InputError, match="refuses the prompts: no w50 here"):
+                verb.plan(config)
+            continue
+        result = verb.run(config)
+        for one in (result, *result.further):
+            assert (one.n, one.failed) == (3, 1)
+            assert one.reason == "row 2: m.jsonl has no answer to score, since generating it failed"
+            assert [reward is None for reward in numbers(one.rewards)] == [False, False, True, False]
 
 
 # --- what is recorded -----------------------------------------------------------------------------------------------

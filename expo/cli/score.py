@@ -59,8 +59,8 @@ def not_meant(levels: Levels) -> frozenset[str]:
 COMMAND = Command(
     config=ScoreConfig,
     verb="expo.score",
-    help="Score generated answers with a reward model: raw logits, one per row. Of several reward models the first one's "
-    "result is the JSON object, and those of the others are in its list `further`.",
+    help="Score generated answers with a reward model: raw logits, one per row. With several, the JSON object is the "
+    "first one's, and those of the others are in its list `further`.",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *SCORERS)},

@@ -35,7 +35,7 @@ from expo.rows.files import RowFiles
 from expo.rows.job import Done
 from expo.score.implicit import AnswerRow, ImplicitJob, answer_span
 from expo.score.job import ScoreJob
-from expo.score.rows import ScoreRow, score_rows
+from expo.score.rows import ScoreRow, encode_answered, score_rows
 from expo.score.scorers import ScoredBy, files_of, find_scorers
 from expo.settings import Change, Fingerprint, absent_values, recorded
 from expo.tasks import Conversation, Task, find_task, read_conversations
@@ -305,8 +305,9 @@ def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
 
 def _answer_rows(answers: _Answers, tokenizer: ChatTokenizer, longest: int) -> tuple[AnswerRow, ...]:
     """The rows, their token ids cut after the answer."""
-    whole = score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file)
-    prompts = tokenizer.encode([one.messages[:-1] for one in answers.conversations], generation_prompt=True)
+    whole = list(score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file))
+    asked, failed = [row.conversation.messages[:-1] for row in whole], [row.failed for row in whole]
+    prompts = encode_answered(asked, failed, tokenizer, generation_prompt=True)
     ending = tokenizer.ending()
     rows, rewritten = [], 0
     for row, prompt in zip(whole, prompts, strict=True):
