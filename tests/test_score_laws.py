@@ -181,6 +181,17 @@ def test_every_meta_file_has_what_the_contract_lists(reward, llama_pair, tmp_pat
     assert [meta["reward_model"] for meta in metas] == ["rm", "implicit reward of dpo over sft (beta 0.1)"]
 
 
+def test_the_standard_error_takes_answers_to_one_prompt_together(reward, tmp_path):
+    """Three answers that are one are worth one: the error is that of a third of the rows."""
+    rows = [(f"w{number}", f"w{3 * number % 40}") for number in range(9)]
+    write_outputs(tmp_path / "once", rows)
+    write_outputs(tmp_path / "thrice", [row for row in rows for _ in range(3)])
+    once, thrice = (verb.run(settings(reward, tmp_path / name)) for name in ("once", "thrice"))
+    assert thrice.n == 27
+    assert thrice.mean == pytest.approx(once.mean, abs=1e-6)
+    assert thrice.standard_error == pytest.approx(once.standard_error, rel=1e-4)
+
+
 # --- what a kill leaves ---------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from expo import __version__
 from expo.checkpoint.folder import Location
 from expo.config import ScoreConfig
@@ -21,7 +23,7 @@ from expo.parts import Part
 from expo.rows.files import Columns, RowFiles, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.score.rows import ScoreRow
-from expo.stats.means import mean_and_standard_error
+from expo.stats.means import clustered_mean_and_standard_error, mean_and_standard_error
 from expo.tasks import find_task, read_conversations, read_rows
 
 ROW_COLUMNS: Columns = {
@@ -180,7 +182,7 @@ class ScoreJob(RowJob):
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
         """The content of the meta file."""
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        mean, standard_error = mean_and_standard_error(rewards)
+        mean, standard_error = self._mean_and_standard_error(rows)
         return {
             "command": self.verb,
             "name": self.config.name,
@@ -213,6 +215,16 @@ class ScoreJob(RowJob):
             "outputs_sha256": texts_sha256(self.items),
             "fingerprint": self.fingerprint,
         }
+
+    def _mean_and_standard_error(self, rows: Sequence[Row]) -> tuple[float | None, float | None]:
+        """Of the rewards; samples of a prompt, and turns of a question, are not independent, and count as a cluster."""
+        answered = [row for row in rows if self.is_answered(row)]
+        rewards = [float(row["reward"]) for row in answered]
+        of = [self.by_number[self.key_of(row)].cluster for row in answered]
+        numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(of))}
+        if len(numbers) == len(of):
+            return mean_and_standard_error(rewards)
+        return clustered_mean_and_standard_error(np.array(rewards), np.array([numbers[cluster] for cluster in of]))
 
     def _why_failed(self, row: Row) -> str:
         one = self.by_number[self.key_of(row)]

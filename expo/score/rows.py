@@ -13,7 +13,7 @@ import xxhash
 from expo.checkpoint.folder import read_json
 from expo.engines.chat import ChatTokenizer
 from expo.errors import InputError
-from expo.files import Row
+from expo.files import Row, json_text
 from expo.tasks import Conversation, Message
 
 
@@ -34,6 +34,12 @@ class ScoreRow:
     def token_ids_xxh3(self) -> str:
         """Identifies what was scored."""
         return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
+
+    @property
+    def cluster(self) -> str:
+        """Equal for rows that are not independent: answers to one prompt, and to the turns of one question."""
+        one = self.conversation
+        return str(one.id) if one.turn is not None else json_text(one.asked)
 
     def journal_row(self, reward: float | None) -> Row:
         """The row in the journal's form; a reward of None means it failed."""
