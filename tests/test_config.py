@@ -272,7 +272,7 @@ def test_the_papers_decoding() -> None:
     assert config.DEFAULT_TEMPERATURE == 0.7
     assert (made.presence_penalty, made.frequency_penalty) == (0.1, 0.1)
     assert (made.seed, made.max_tokens) == (42, 2048)
-    assert ScoreConfig(**SCORE).reward_model == "weqweasdas/RM-Mistral-7B"
+    assert ScoreConfig(**SCORE).reward_models == ("weqweasdas/RM-Mistral-7B",)
 
 
 @pytest.mark.parametrize("kind", config.COMMANDS.values(), ids=config.COMMANDS.keys())

@@ -214,6 +214,19 @@ def require_loadable(path: Path) -> None:
         raise InputError(f"{path} contains no weights ({SINGLE_FILE} or {INDEX_FILE}): {there}")
 
 
+def require_generator(path: Path) -> None:
+    """Refuse a model folder that cannot generate: an unfinished output of expo, or a reward model.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    for architecture in read_config(path).get("architectures") or []:
+        if str(architecture).endswith("ForSequenceClassification"):
+            raise InputError(f"{path.name} is a {architecture}, a reward model, which cannot generate")
+    if (path / PARTIAL_FOLDER).exists():
+        raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -145,6 +145,28 @@ def _problem(difference: TokenDifference, sft: str, dpo: str, common: int) -> st
     return ""
 
 
+def require_same_ids(sft: Path, dpo: Path, rows: int) -> None:
+    """Refuse two models to which a token id means different tokens; warn about tokens that only one of them has.
+
+    Args:
+        sft: One model's folder.
+        dpo: The other's.
+        rows: How many tokens both have vectors for.
+
+    Raises:
+        InputError: There is such an id, or a tokenizer's file cannot be read; the message names the tokens.
+    """
+    difference = compare_tokens(sft, dpo)
+    if difference is None:
+        return
+    problem = _problem(difference, sft.name, dpo.name, rows)
+    if problem:
+        raise InputError(
+            f"{problem}, so their probabilities are not of the same tokens; use the SFT model that DPO was trained from"
+        )
+    _warn(difference, sft, dpo)
+
+
 def require_same_tokens(sft: Path, dpo: Path, common: int = 0, *, needed: bool = True) -> None:
     """Refuse a pair with different ids for a token; warn about tokens that only one side has.
 
@@ -173,6 +195,10 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0, *, needed: bool =
         )
     if problem:
         log.warning("%s; the embedding and the head are DPO's", problem)
+    _warn(difference, sft, dpo)
+
+
+def _warn(difference: TokenDifference, sft: Path, dpo: Path) -> None:
     if difference.unknown:
         log.warning("%s differs between %s and %s; their token ids were not compared", SENTENCEPIECE_FILE, sft, dpo)
     for folder, only in ((sft, difference.only_sft), (dpo, difference.only_dpo)):

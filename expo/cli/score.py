@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from expo.cli.command import Command, Shown
+from expo.cli.command import Command, Levels, Shown
 from expo.config import ScoreConfig
 from expo.engines import SCORERS
 
@@ -18,23 +18,51 @@ log = logging.getLogger(__name__)
 EXAMPLES = (
     "\b\nExamples:\n"
     "  expo score alpaca --name zephyr-7b-beta\n"
-    "  expo score prompts.jsonl --name my-model --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1 --json"
+    "  expo score prompts.jsonl --name my-model --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1 --json\n"
+    "  expo score alpaca --name my-model --reward-model my/rm --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
+    "  expo score alpaca --name my-model --implicit-reward --sft HuggingFaceH4/mistral-7b-sft-beta --dpo my-dpo"
 )
 
 
 def show(result: Scored) -> Shown:
-    """Where the rewards are; their mean is logged."""
-    if result.mean is not None:
-        error = "" if result.standard_error is None else f" ± {result.standard_error:.4f}"
-        log.info("%s: mean reward %.4f%s over %d rows", result.status, result.mean, error, result.n)
-    return Shown(dataclasses.asdict(result), result.rewards, result.failed, result.reason, result.can_retry)
+    """Where the rewards are, of one reward model a line; their means are logged."""
+    results = (result, *result.further)
+    for one in results:
+        if one.mean is not None:
+            error = "" if one.standard_error is None else f" ± {one.standard_error:.4f}"
+            of = "" if one is result else f"{one.rewards.stem}, "
+            log.info("%s%s: mean reward %.4f%s over %d rows", of, one.status, one.mean, error, one.n)
+    first_failed = next((one for one in results if one.failed), result)
+    return Shown(
+        data=as_json(result),
+        text="\n".join(str(one.rewards) for one in results),
+        failed=sum(one.failed for one in results),
+        reason=first_failed.reason,
+        can_retry=any(one.can_retry for one in results),
+    )
+
+
+def as_json(result: Scored) -> dict[str, Any]:
+    """The result as plain data; those of further reward models under `further`, where there are any."""
+    data = dataclasses.asdict(result)
+    further = [as_json(one) for one in result.further]
+    return {key: value for key, value in data.items() if key != "further"} | ({"further": further} if further else {})
+
+
+def not_meant(levels: Levels) -> frozenset[str]:
+    """The pair, where nobody asks for the implicit reward and `[common]` names it for other commands."""
+    flags, own, *_ = levels
+    asked = frozenset().union(*levels)
+    return frozenset() if "implicit_reward" in asked else frozenset({"sft", "dpo"}) - flags - own
 
 
 COMMAND = Command(
     config=ScoreConfig,
     verb="expo.score",
-    help="Score generated answers with a reward model: raw logits, one per row.",
+    help="Score generated answers with a reward model: raw logits, one per row. With several, the JSON object is the "
+    "first one's, and those of the others are in its list `further`.",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *SCORERS)},
+    leave_out=not_meant,
 )

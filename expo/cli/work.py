@@ -33,5 +33,5 @@ def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:
     }
     kind: Any = COMMANDS[job["verb"]]
     verb = import_module(f"expo.{job['verb']}")
-    result = verb.run(kind(**settings), keeper)
+    result = verb.run(kind(**settings), keeper, **job["options"])
     return PARTLY_FAILED if result.failed else 0

@@ -17,6 +17,8 @@ from expo.config.pair import (
     ThetaConfig as ThetaConfig,
 )
 from expo.config.rows import (
+    DEFAULT_BETA as DEFAULT_BETA,
+    DEFAULT_REWARD_MODEL as DEFAULT_REWARD_MODEL,
     DEFAULT_TEMPERATURE as DEFAULT_TEMPERATURE,
     GenerateConfig as GenerateConfig,
     RowsConfig as RowsConfig,

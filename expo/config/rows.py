@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Literal, TypeAlias
 
 from expo.config.pair import PAIR_SETTINGS, CommonConfig, Dtype, PairConfig, ThetaConfig
+from expo.files import repeated
 from expo.parts import MAX_PARTS, read_part
 from expo.settings import (
     Setting,
@@ -27,6 +28,10 @@ SeedMode: TypeAlias = Literal["row", "shared"]
 
 DEFAULT_TEMPERATURE = 0.7
 """The paper's, where neither the user nor the task says another."""
+DEFAULT_REWARD_MODEL = "weqweasdas/RM-Mistral-7B"
+"""The paper's, where no reward is named."""
+DEFAULT_BETA = 0.1
+"""The usual strength of the KL penalty in DPO training."""
 
 BatchTokens: TypeAlias = Annotated[
     int,
@@ -282,8 +287,30 @@ class ScoreConfig(RowsConfig):
         str | None, Setting("Read mtbench's questions from a local file or another hub dataset.", metavar="PATH|ID")
     ] = None
     reward_model: Annotated[
-        str, Setting("The reward model, which has one label: a directory, hub id, or id@revision.", metavar="RM")
-    ] = "weqweasdas/RM-Mistral-7B"
+        tuple[str, ...],
+        Setting(
+            "A reward model, which has one label: a directory, hub id, or id@revision; repeatable: each further one "
+            f"writes NAME@<its name>.jsonl. [default: {DEFAULT_REWARD_MODEL}]",
+            metavar="RM",
+        ),
+    ] = ()
+    implicit_reward: Annotated[
+        bool,
+        Setting(
+            "Score with the implicit reward β(log π_dpo − log π_sft) of --dpo over --sft; beside reward models it "
+            "writes NAME@implicit.jsonl."
+        ),
+    ] = False
+    sft: Annotated[str | None, Setting("Of the implicit reward: the SFT checkpoint π_sft.", metavar="SFT")] = None
+    dpo: Annotated[
+        str | None,
+        Setting(
+            "Of the implicit reward: the checkpoint π_dpo trained from it, whose tokenizer and chat template count.",
+            metavar="DPO",
+            flags=("--aligned",),
+        ),
+    ] = None
+    beta: Annotated[float, Setting("Of the implicit reward: β, which all rewards are multiplied by.")] = DEFAULT_BETA
     engine: Annotated[str, Setting("Engine that runs the reward model.")] = "auto"
     batch_tokens: BatchTokens = 16384
     max_length: Annotated[
@@ -308,3 +335,29 @@ class ScoreConfig(RowsConfig):
             f"--max-length must be positive, not {self.max_length}",
         )
         require_name(self.name)
+        if isinstance(self.reward_model, str):  # type: ignore[unreachable]  # as Python users may write one
+            object.__setattr__(self, "reward_model", (self.reward_model,))  # type: ignore[unreachable]
+        for model in self.reward_model:
+            require_text("--reward-model", model)
+            require(bool(model.strip()), f"--reward-model {model!r} names no model")
+        again = repeated(self.reward_model)
+        require(again is None, f"--reward-model {again} is given twice; each reward model scores once")
+        self._require_implicit()
+
+    def _require_implicit(self) -> None:
+        """Check what belongs to the implicit reward."""
+        sides = {"--sft": self.sft, "--dpo": self.dpo}
+        if not self.implicit_reward:
+            given = [name for name, value in sides.items() if value is not None]
+            given += ["--beta"] if self.beta != DEFAULT_BETA else []
+            verb = "is" if len(given) == 1 else "are"
+            require(not given, f"{' and '.join(given)} {verb} for --implicit-reward, which is not given")
+            return
+        lacking = [name for name, value in sides.items() if value is None]
+        require(not lacking, f"--implicit-reward compares --dpo with --sft: {' and '.join(lacking)} is missing")
+        require(math.isfinite(self.beta) and self.beta > 0, f"--beta must be a positive number, not {self.beta}")
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The reward models that score, in order; none where only the implicit reward is asked for."""
+        return self.reward_model or (() if self.implicit_reward else (DEFAULT_REWARD_MODEL,))

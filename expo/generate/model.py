@@ -14,13 +14,12 @@ from pathlib import Path
 
 from expo.checkpoint.folder import (
     CONFIG_FILE,
-    PARTIAL_FOLDER,
     Location,
     config_text,
     find_folder,
     is_adapter,
-    read_config,
     refuse_inside,
+    require_generator,
     require_loadable,
     source_fingerprint,
 )
@@ -260,16 +259,3 @@ def _linked(theta: ThetaPlan) -> Path:
         config.unlink()
         config.write_text(config_text(theta.pair.dpo.config), encoding="utf-8")
     return folder
-
-
-def require_generator(path: Path) -> None:
-    """Refuse a model folder that cannot generate: an unfinished output of expo, or a reward model.
-
-    Raises:
-        InputError: It is one of these.
-    """
-    for architecture in read_config(path).get("architectures") or []:
-        if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}, a reward model, which cannot generate")
-    if (path / PARTIAL_FOLDER).exists():
-        raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")

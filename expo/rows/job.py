@@ -142,6 +142,10 @@ class RowJob(ABC):
     def is_answered(self, row: Row) -> bool:
         """Whether a row of the journal is a result, not a failure."""
 
+    def is_interim(self, row: Row) -> bool:  # noqa: ARG002 - for jobs whose rows take several steps
+        """Whether a row of the journal is only a step towards one: kept for a rerun, and counted as no row."""
+        return False
+
     def is_current(self, row: Row) -> bool:  # noqa: ARG002 - for jobs whose rows can be outdated
         """Whether a row of the journal was made from the current input."""
         return True
@@ -155,6 +159,10 @@ class RowJob(ABC):
         """The rows that cannot be produced, marked as failed, once all others are done."""
 
     # --- producing them
+
+    def worker_options(self) -> dict[str, Any]:
+        """What the verb's `run` is given besides the settings, in a process that does this job or a part of it."""
+        return {}
 
     @abstractmethod
     def open_engine(self) -> Any:  # noqa: ANN401 - of the verb's kind
@@ -402,11 +410,12 @@ def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows
         with closing(rows_progress(job.verb, total, there)) as progress:
             for rows in job.execute(engine, done):
                 journal.append(rows)
-                new = [row for row in rows if job.is_answered(row)]
-                done |= job.by_key(rows)
-                new_tokens = sum(map(job.tokens, new))
-                count, tokens = count + len(rows), tokens + new_tokens
-                progress.update(len(rows), new_tokens)
+                whole = [row for row in rows if not job.is_interim(row)]
+                done |= job.by_key(whole)
+                new_tokens = sum(job.tokens(row) for row in whole if job.is_answered(row))
+                count, tokens = count + len(whole), tokens + new_tokens
+                if whole:
+                    progress.update(len(whole), new_tokens)
         return Figures(
             rows=count,
             tokens=tokens,

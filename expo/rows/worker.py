@@ -50,11 +50,11 @@ class LineCount:
 
 
 def job_line(job: RowJob) -> str:
-    """A job as sent to a process: the verb and every resolved setting."""
+    """A job as sent to a process: the verb, every resolved setting, and which of the verb's jobs it is."""
     part = None if job.part is None else str(job.part)
     config = dataclasses.replace(job.config, data_parallel=1, join=None, part=part)
     settings = {**dataclasses.asdict(config), "engine": job.engine}
-    return json.dumps({"verb": job.verb, "settings": settings}) + "\n"
+    return json.dumps({"verb": job.verb, "settings": settings, "options": job.worker_options()}) + "\n"
 
 
 class Worker:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from expo import __version__
 from expo.checkpoint.folder import Location
@@ -21,7 +23,7 @@ from expo.parts import Part
 from expo.rows.files import Columns, RowFiles, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.score.rows import ScoreRow
-from expo.stats.means import mean_and_standard_error
+from expo.stats.means import clustered_mean_and_standard_error, mean_and_standard_error
 from expo.tasks import find_task, read_conversations, read_rows
 
 ROW_COLUMNS: Columns = {
@@ -35,6 +37,9 @@ ROW_COLUMNS: Columns = {
 JOURNAL_COLUMNS: Columns = {"row": int, "token_ids_xxh3": str}
 """The additional columns in the journal: which row it is, and of which tokens."""
 
+PAIR = ("implicit_reward", "sft", "dpo", "beta")
+"""The settings of the implicit reward, which are not a reward model's."""
+
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +48,7 @@ class ScoreJob(RowJob):
     """Everything `expo score` will do."""
 
     verb: ClassVar[str] = "score"
+    public_columns: ClassVar[Columns] = ROW_COLUMNS
     columns: ClassVar[Columns] = {**ROW_COLUMNS, **JOURNAL_COLUMNS}
     seconds_key: ClassVar[str] = "score_seconds"
 
@@ -52,6 +58,20 @@ class ScoreJob(RowJob):
     outputs: Path
     rows: tuple[ScoreRow, ...]
     setup: ScorerSetup
+    number: int = 0
+    """Which of the run's reward models scores, in the order of their files."""
+    further: tuple[ScoreJob, ...] = ()
+    """Of the first: the jobs of the run's further reward models."""
+
+    @property
+    def scored_by(self) -> Row:
+        """What the meta file says of who scores."""
+        return {"reward_model": self.location.label, "revision": self.location.revision}
+
+    @property
+    def described_by(self) -> Row:
+        """What the plan says of who scores."""
+        return {"reward_model": str(self.location.path)}
 
     # --- its rows
 
@@ -104,6 +124,10 @@ class ScoreJob(RowJob):
 
     # --- producing them
 
+    def worker_options(self) -> dict[str, Any]:
+        """Which of the run's reward models."""
+        return {"only": self.number}
+
     def open_engine(self) -> Scorer:
         """Start the engine."""
         engine: Scorer = self.spec.load()(self.setup)
@@ -136,7 +160,7 @@ class ScoreJob(RowJob):
         """The rows of the finished output, from its rows file; none, to be scored again, where it is damaged."""
         file = rows_file(self.files) if self.part is None else self.files.final
         try:
-            rows = require_columns(read_rows(file), ROW_COLUMNS, file)
+            rows = require_columns(read_rows(file), self.public_columns, file)
         except InputError:
             log.warning("%s is missing or damaged: its rows are scored again", file)
             return []
@@ -150,18 +174,22 @@ class ScoreJob(RowJob):
             self.files.final: json_lines(row["reward"] for row in rows),
         }
 
+    def recorded_config(self) -> Row:
+        """The settings as recorded in the meta file; of the reward models this one, as in a run of its own."""
+        others = {"reward_model": self.config.reward_models[self.number]}
+        return {name: others.get(name, value) for name, value in super().recorded_config().items() if name not in PAIR}
+
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
         """The content of the meta file."""
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        mean, standard_error = mean_and_standard_error(rewards)
+        mean, standard_error = self._mean_and_standard_error(rows)
         return {
             "command": self.verb,
-            "name": self.name,
+            "name": self.config.name,
             "config": self.recorded_config(),
             "engine": self.engine,
             "versions": {"expo": __version__, **figures.versions},
-            "reward_model": self.location.label,
-            "revision": self.location.revision,
+            **self.scored_by,
             "rows": len(rows),
             "n": len(rewards),
             "mean": mean,
@@ -188,6 +216,16 @@ class ScoreJob(RowJob):
             "fingerprint": self.fingerprint,
         }
 
+    def _mean_and_standard_error(self, rows: Sequence[Row]) -> tuple[float | None, float | None]:
+        """Of the rewards; samples of a prompt, and turns of a question, are not independent, and count as a cluster."""
+        answered = [row for row in rows if self.is_answered(row)]
+        rewards = [float(row["reward"]) for row in answered]
+        of = [self.by_number[self.key_of(row)].cluster for row in answered]
+        numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(of))}
+        if len(numbers) == len(of):
+            return mean_and_standard_error(rewards)
+        return clustered_mean_and_standard_error(np.array(rewards), np.array([numbers[cluster] for cluster in of]))
+
     def _why_failed(self, row: Row) -> str:
         one = self.by_number[self.key_of(row)]
         if one.failed:
@@ -199,7 +237,7 @@ class ScoreJob(RowJob):
         """The plan as plain data."""
         scored = [row for row in self.rows if not row.failed]
         return {
-            "reward_model": str(self.location.path),
+            **self.described_by,
             "engine": self.engine,
             "outputs": str(self.outputs),
             **self.describe_parts(),
@@ -209,6 +247,7 @@ class ScoreJob(RowJob):
             "tokens": sum(len(row.token_ids) for row in scored),
             "truncated": sum(row.truncated for row in scored),
             "rewards": str(self.files.final),
+            **({"further": [job.describe() for job in self.further]} if self.further else {}),
         }
 
 

@@ -1,40 +1,54 @@
-"""The plan of `expo score`, made from the outputs and the reward model's small files, and its run."""
+"""The plan of `expo score`, made from the outputs and the models' small files, and its run.
+
+Each reward model of a run is a job of its own, and so is the implicit reward: with its own files, fingerprint, parts
+and engine, which is closed before the next one's is opened.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 from expo.checkpoint.folder import (
-    find_folder,
+    Location,
+    is_adapter,
     refuse_inside,
+    require_generator,
     require_loadable,
-    source_fingerprint,
 )
-from expo.checkpoint.hub import locate
+from expo.checkpoint.tokens import require_same_ids
 from expo.checkpoint.vocabulary import embedding_rows
 from expo.config import ScoreConfig
-from expo.engines import SCORERS, ScorerSetup, find_engine
-from expo.engines.chat import ChatTokenizer, context_length
-from expo.engines.coverage import require_reward_model
+from expo.engines import SCORERS, EngineSpec, ScorerSetup, find_engine
+from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
+from expo.engines.coverage import require_reward_model, require_whole
+from expo.engines.log_probs import LOG_PROBS, LogProbSetup
 from expo.errors import InputError
 from expo.parts import read_part
 from expo.rows import EngineKeeper, plan_to_run, run as run_job
-from expo.rows.dates import find_date
-from expo.rows.files import RowFiles, refuse_replacing
-from expo.score.job import ScoreJob, rows_file
-from expo.score.rows import score_rows
-from expo.settings import Fingerprint, absent_values, recorded
-from expo.tasks import find_task, read_conversations
+from expo.rows.dates import TemplateDate, find_date
+from expo.rows.files import RowFiles
+from expo.rows.job import Done
+from expo.score.implicit import AnswerRow, ImplicitJob, answer_span
+from expo.score.job import ScoreJob
+from expo.score.rows import ScoreRow, encode_answered, score_rows
+from expo.score.scorers import ScoredBy, files_of, find_scorers
+from expo.settings import Change, Fingerprint, absent_values, recorded
+from expo.tasks import Conversation, Task, find_task, read_conversations
+
+FEW_TOKENS = 8
+"""More than these, at the end of a prompt, are no generation prompt, nor letters that were joined with the answer's."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The result of a run."""
+    """The result of one reward model."""
 
     rewards: Path
     meta: Path
@@ -48,81 +62,273 @@ class Scored:
     """Why the first failed row failed."""
     can_retry: bool = False
     """Whether the same command tries failed rows again, which may help."""
+    further: tuple[Scored, ...] = ()
+    """Of the first: the results of the run's further reward models, in order."""
 
 
-def run(config: ScoreConfig, keeper: EngineKeeper | None = None) -> Scored:
-    """Score every row that has no score yet.
+def run(config: ScoreConfig, keeper: EngineKeeper | None = None, *, only: int | None = None) -> Scored:
+    """Score every row that has no score yet, with one reward model after the other.
 
     Args:
         config: The settings.
-        keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
+        keeper: Keeps the engine open after this run; without one, each engine is closed at the end of its rows.
+        only: The one of the reward models to score with, counted from 0; all if None.
 
     Raises:
-        InputError: The settings or inputs are at fault.
+        InputError: The settings or inputs are at fault; what was finished before stays.
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
-    done = run_job(plan_to_run(plan, config), keeper)
+    answers = _read_answers(config)
+    jobs = [plan_to_run(partial(_job, answers, scorer), config) for scorer in find_scorers(config, answers.task, only)]
+    _require_different(jobs)
+    first, *further = [_scored(run_job(job, keeper)) for job in jobs]
+    return replace(first, further=tuple(further))
+
+
+def _scored(done: Done) -> Scored:
     meta, files = done.meta, done.job.files
     n, mean, error = meta.get("n", meta["rows"] - meta["failed"]), meta.get("mean"), meta.get("standard_error")
     return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"], done.reason, done.can_retry)
 
 
 def plan(config: ScoreConfig) -> ScoreJob:
-    """Decide everything from the outputs and the reward model's small files; nothing is written.
+    """Decide everything from the outputs and the models' small files; nothing is written.
+
+    Returns:
+        The first reward model's job, which has those of the further ones.
 
     Raises:
-        InputError: The outputs, the reward model or a setting is at fault.
+        InputError: The outputs, a model or a setting is at fault.
         EnvironmentFailure: The hub cannot be reached.
     """
-    engine, spec = find_engine(SCORERS, config.engine)
+    answers = _read_answers(config)
+    jobs = [_job(answers, scorer, config) for scorer in find_scorers(config, answers.task)]
+    _require_different(jobs)
+    return replace(jobs[0], further=tuple(jobs[1:]))
+
+
+# --- what is scored ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The outputs, read once for all."""
+
+    file: Path
+    task: Task
+    conversations: Sequence[Conversation]
+
+
+def _read_answers(config: ScoreConfig) -> _Answers:
     task = find_task(config.task)
-    folder = Path(config.output_dir)
-    outputs = Path(config.outputs or folder / f"outputs_{task.name}" / f"{config.name}{task.suffix}")
-    if not outputs.is_file():
-        raise InputError(f"no outputs to score: {outputs} does not exist; run `expo generate` first, or pass --outputs")
+    file = Path(config.outputs or Path(config.output_dir) / f"outputs_{task.name}" / f"{config.name}{task.suffix}")
+    if not file.is_file():
+        raise InputError(f"no outputs to score: {file} does not exist; run `expo generate` first, or pass --outputs")
     if config.dataset is not None and not task.by_id:
         raise InputError(f"--dataset is for mtbench: the outputs of {task.name} contain their prompts")
-    conversations = read_conversations(outputs, task, dataset=config.dataset, limit=config.limit)
+    conversations = read_conversations(file, task, dataset=config.dataset, limit=config.limit)
     if not conversations:
-        raise InputError(f"{outputs} contains no rows")
-    location = find_folder(config.reward_model) or locate(config.reward_model)
+        raise InputError(f"{file} contains no rows")
+    return _Answers(file, task, conversations)
+
+
+def _require_different(jobs: Sequence[ScoreJob]) -> None:
+    """Refuse one reward model that is given twice: by two names, or as a copy."""
+    seen: dict[Path, str] = {}
+    for job in (job for job in jobs if not isinstance(job, ImplicitJob)):
+        given = job.config.reward_models[job.number]
+        for path in (job.location.path.resolve(), job.files.final):
+            if path in seen:
+                raise InputError(f"--reward-model {seen[path]} and {given} are the same model: give it once")
+            seen[path] = given
+
+
+# --- one job ------------------------------------------------------------------------------------------------------
+
+
+def _job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
+    """The job of one reward model, or of one part of it."""
+    whole = _reward_job(answers, scorer, config) if scorer.sft is None else _implicit_job(answers, scorer, config)
+    return whole if config.part is None else whole.share(read_part(config.part, {}))
+
+
+def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
+    engine, spec = find_engine(SCORERS, config.engine)
+    location = scorer.location
     require_loadable(location.path)
     require_reward_model(location.path, trust_remote_code=config.trust_remote_code)
-    refuse_inside(folder, location, flag="--output-dir")
-    tokenizer = ChatTokenizer(
+    refuse_inside(Path(config.output_dir), location, flag="--output-dir")
+    tokenizer = _tokenizer(location, config)
+    longest = _longest(config, location)
+    files = files_of(scorer, answers.file, answers.task, config)
+    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows", "batches")
+    rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file))
+    _say_cut_prompts(rows, tokenizer, longest)
+    return ScoreJob(
+        config=config,
+        engine=engine,
+        spec=spec,
+        name=files.name,
+        location=location,
+        outputs=answers.file,
+        rows=rows,
+        setup=ScorerSetup(config, location.path, tokenizer.pad_id),
+        files=files,
+        fingerprint=fingerprint,
+        date=date,
+        number=scorer.number,
+    )
+
+
+def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ImplicitJob:
+    dpo, sft = scorer.location, scorer.sft or scorer.location
+    engine, spec = _log_probs_engine(config)
+    for flag, location in (("--dpo", dpo), ("--sft", sft)):
+        _require_policy(flag, location, config)
+    refuse_inside(Path(config.output_dir), dpo, sft, flag="--output-dir")
+    _require_same_vocabulary(sft, dpo)
+    config = spec.call("settle", config, dpo.path)
+    tokenizer = _tokenizer(dpo, config)
+    longest = _longest(config, dpo, sft)
+    files = files_of(scorer, answers.file, answers.task, config)
+    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows")
+    return ImplicitJob(
+        config=config,
+        engine=engine,
+        spec=spec,
+        name=files.name,
+        location=dpo,
+        sft=sft,
+        outputs=answers.file,
+        rows=_answer_rows(answers, tokenizer, longest),
+        setup=LogProbSetup(config, dpo.path, sft.path),
+        files=files,
+        fingerprint=fingerprint,
+        date=date,
+        number=scorer.number,
+    )
+
+
+def _tokenizer(location: Location, config: ScoreConfig) -> ChatTokenizer:
+    return ChatTokenizer(
         location.path,
         template=config.chat_template,
         trust_remote_code=config.trust_remote_code,
         rows=embedding_rows(location.path),
     )
-    longest = context_length(location.path)
+
+
+def _longest(config: ScoreConfig, *models: Location) -> int:
+    """The longest conversation that is read, in tokens."""
+    shortest = min(models, key=lambda model: context_length(model.path))
+    longest = context_length(shortest.path)
     if config.max_length is not None and config.max_length > longest:
-        log.warning("--max-length %d: %s takes at most %d tokens", config.max_length, location.label, longest)
-    longest = min(config.max_length or longest, longest)
-    files = RowFiles(folder / f"rewards_{task.name}" / f"{config.name}.jsonl", config.name, "outputs_sha256")
-    refuse_replacing(outputs, (files.final, files.meta, rows_file(files)))
+        log.warning("--max-length %d: %s takes at most %d tokens", config.max_length, shortest.label, longest)
+    return min(config.max_length or longest, longest)
+
+
+def _made_from(
+    answers: _Answers,
+    scorer: ScoredBy,
+    config: ScoreConfig,
+    engine: str,
+    tokenizer: ChatTokenizer,
+    files: RowFiles,
+    *changes: Change,
+) -> tuple[ChatTokenizer, Fingerprint, TemplateDate | None]:
+    """The fingerprint, and the date of a chat template that writes one, at which the tokenizer's clock then stands."""
     made_from = {
-        "task": task.name,
-        "reward_model": source_fingerprint(location),
+        "task": answers.task.name,
+        **scorer.source,
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
-        **recorded(config, "rows", "batches"),
+        **recorded(config, *changes),
     }
-    fingerprint = Fingerprint(made_from, absent_values(config, "rows", "batches"))
+    fingerprint = Fingerprint(made_from, absent_values(config, *changes))
     date = find_date(files, fingerprint, overwrite=config.overwrite) if tokenizer.asks_for_time else None
-    if date is not None:
-        tokenizer, fingerprint = tokenizer.at(date.moment), fingerprint.with_entry(date.entry)
-    whole = ScoreJob(
-        config=config,
-        engine=engine,
-        spec=spec,
-        name=config.name,
-        location=location,
-        outputs=outputs,
-        rows=tuple(score_rows(conversations, tokenizer, longest, outputs)),
-        setup=ScorerSetup(config, location.path, tokenizer.pad_id),
-        files=files,
-        fingerprint=fingerprint,
-        date=date,
-    )
-    return whole if config.part is None else whole.share(read_part(config.part, {}))
+    if date is None:
+        return tokenizer, fingerprint, None
+    return tokenizer.at(date.moment), fingerprint.with_entry(date.entry), date
+
+
+def _say_cut_prompts(rows: Sequence[ScoreRow], tokenizer: ChatTokenizer, longest: int) -> None:
+    """Warn of rows that are cut before their answer begins."""
+    cut = [row.conversation.messages[:-1] for row in rows if row.truncated and not row.failed]
+    if not cut:
+        return
+    prompts = tokenizer.encode(cut, generation_prompt=True)
+    without = sum(len(prompt) >= longest for prompt in prompts)
+    if without:
+        log.warning(
+            "%d of %d rows have a prompt of %d tokens or more, the most that is read: their answers are not scored",
+            *(without, len(rows), longest),
+        )
+
+
+# --- the implicit reward ------------------------------------------------------------------------------------------
+
+
+def _log_probs_engine(config: ScoreConfig) -> tuple[str, EngineSpec]:
+    """The engine of the implicit reward; beside reward models, `--engine` is theirs where this has not that one."""
+    beside = bool(config.reward_models) and config.engine not in LOG_PROBS
+    if config.engine not in ("auto", *LOG_PROBS) and not beside:
+        raise InputError(f"--implicit-reward runs with {', '.join(LOG_PROBS)}, not with --engine {config.engine}")
+    return find_engine(LOG_PROBS, "auto" if beside else config.engine)
+
+
+def _require_policy(flag: str, location: Location, config: ScoreConfig) -> None:
+    """Refuse what is no whole model that generates.
+
+    Raises:
+        InputError: It is an adapter, a reward model, unfinished, or lacks weights.
+    """
+    if is_adapter(location.path):
+        raise InputError(
+            f"{flag} {location.label} is an adapter: merge it with `expo extrapolate --sft BASE --dpo {location.path} "
+            f"--alpha 0 --output MERGED`, and give {flag} MERGED"
+        )
+    require_generator(location.path)
+    require_loadable(location.path)
+    require_whole(location.path, location.label, None, trust_remote_code=config.trust_remote_code)
+
+
+def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
+    """Refuse models that are not about the same tokens."""
+    ours, theirs = embedding_rows(sft.path), embedding_rows(dpo.path)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise InputError(
+            f"{sft.label} has vectors for {ours} tokens and {dpo.label} for {theirs}: their probabilities are not of "
+            "the same tokens; use the SFT model that DPO was trained from"
+        )
+    require_same_ids(sft.path, dpo.path, theirs or UNLIMITED)
+
+
+def _answer_rows(answers: _Answers, tokenizer: ChatTokenizer, longest: int) -> tuple[AnswerRow, ...]:
+    """The rows, their token ids cut after the answer."""
+    whole = list(score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file))
+    asked, failed = [row.conversation.messages[:-1] for row in whole], [row.failed for row in whole]
+    prompts = encode_answered(asked, failed, tokenizer, generation_prompt=True)
+    ending = tokenizer.ending()
+    rows, rewritten = [], 0
+    for row, prompt in zip(whole, prompts, strict=True):
+        start, end = answer_span(prompt, row.token_ids, None if ending is None else ending.id)
+        rewritten += start + FEW_TOKENS < len(prompt)
+        rows.append(
+            AnswerRow(
+                number=row.number,
+                conversation=row.conversation,
+                id=row.id,
+                sample=row.sample,
+                token_ids=row.token_ids[: min(end, longest)],
+                truncated=end > longest,
+                failed=row.failed or (end > longest and start >= longest),
+                start=start,
+            )
+        )
+    if rewritten:
+        log.warning(
+            "in %d of %d rows the chat template writes a prompt otherwise once it is answered: the part that differs "
+            "counts as the answer's; see answer_tokens, or pass another --chat-template",
+            *(rewritten, len(rows)),
+        )
+    return tuple(rows)

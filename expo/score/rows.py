@@ -13,8 +13,8 @@ import xxhash
 from expo.checkpoint.folder import read_json
 from expo.engines.chat import ChatTokenizer
 from expo.errors import InputError
-from expo.files import Row
-from expo.tasks import Conversation
+from expo.files import Row, json_text
+from expo.tasks import Conversation, Message
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class ScoreRow:
     def token_ids_xxh3(self) -> str:
         """Identifies what was scored."""
         return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
+
+    @property
+    def cluster(self) -> str:
+        """Equal for rows that are not independent: answers to one prompt, and to the turns of one question."""
+        one = self.conversation
+        return str(one.id) if one.turn is not None else json_text(one.asked)
 
     def journal_row(self, reward: float | None) -> Row:
         """The row in the journal's form; a reward of None means it failed."""
@@ -65,10 +71,11 @@ def score_rows(
         InputError: The chat template leaves out a message, or the model has no vector for a token.
     """
     messages = [conversation.messages for conversation in conversations]
-    ids = tokenizer.encode(messages, generation_prompt=False)
+    lost, keys = _of_generate(outputs)
+    failed = [conversation.failed or number in lost for number, conversation in enumerate(conversations)]
+    ids = encode_answered(messages, failed, tokenizer, generation_prompt=False)
     tokenizer.require_all_said(messages, generation_prompt=False)
     tokenizer.require_readable(ids)
-    failed, keys = _of_generate(outputs)
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         yield ScoreRow(
@@ -78,8 +85,30 @@ def score_rows(
             sample=sample,
             token_ids=tuple(row_ids[:longest]),
             truncated=len(row_ids) > longest,
-            failed=conversation.failed or number in failed,
+            failed=failed[number],
         )
+
+
+def encode_answered(
+    conversations: Sequence[Sequence[Message]],
+    failed: Sequence[bool],
+    tokenizer: ChatTokenizer,
+    *,
+    generation_prompt: bool,
+) -> Sequence[Sequence[int]]:
+    """Token ids of the rows; none for rows without an answer where the chat template refuses them, as it did before.
+
+    Raises:
+        InputError: The template refuses a row that has an answer, or the tokenizer cannot encode it.
+    """
+    try:
+        return tokenizer.encode(conversations, generation_prompt=generation_prompt)
+    except InputError:
+        if not any(failed) or all(failed):
+            raise
+        answered = [messages for messages, lost in zip(conversations, failed, strict=True) if not lost]
+        ids = iter(tokenizer.encode(answered, generation_prompt=generation_prompt))
+        return [() if lost else next(ids) for lost in failed]
 
 
 def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
