@@ -1,4 +1,4 @@
-"""The main job from end to end: train a tiny trio, extrapolate, generate, score, and show reward against α.
+"""The main job from end to end: train a tiny trio, extrapolate, generate, score, show reward against α, and report.
 
 Everything after the training is what `expo` does for models of any size; the commands are printed as they run.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ALPHAS = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+NAME = "tiny-ExPO-a{alpha}"
+"""Of θ(α), as `expo extrapolate` would name it."""
 MAX_TOKENS = 64
 BAR_WIDTH = 30
 
@@ -42,6 +44,7 @@ def main() -> None:
     print_curve(points)
     draw(points, folder / "curve.png")
     check(points)
+    report(folder)
 
 
 def train(folder: Path) -> None:
@@ -55,14 +58,19 @@ def train(folder: Path) -> None:
 def curve(folder: Path, flags: tuple[str, ...]) -> list[Point]:
     """Extrapolate, generate and score for every α, with further flags."""
     alphas = [word for alpha in ALPHAS for word in ("--alpha", alpha)]
-    where = ("--output", folder / "alpha{alpha}", *flags)
+    where = ("--output", folder / NAME, *flags)
     expo("extrapolate", "--sft", folder / "sft", "--dpo", folder / "dpo", *alphas, *where)
     return [measure(folder, alpha, flags) for alpha in ALPHAS]
 
 
+def name_of(alpha: float) -> str:
+    """What θ(α) and its outputs are called."""
+    return NAME.format(alpha=repr(alpha))
+
+
 def measure(folder: Path, alpha: float, flags: tuple[str, ...]) -> Point:
     """Generate with θ(α) and score the answers."""
-    name, prompts = f"alpha{alpha!r}", folder / "prompts.jsonl"
+    name, prompts = name_of(alpha), folder / "prompts.jsonl"
     where = ("--output-dir", folder, *flags)
     expo("generate", prompts, "--model", folder / name, "--max-tokens", MAX_TOKENS, "--engine", "transformers", *where)
     expo("score", prompts, "--name", name, "--reward-model", folder / "rm", *where)
@@ -135,6 +143,14 @@ def check(points: list[Point]) -> None:
     if not (rises and falls):
         sys.exit("the curve does not rise beyond α = 0 and fall again")
     print(f"reward rises from {dpo.mean:.2f} (DPO) to {top.mean:.2f} (α = {top.alpha:g}) without training, then falls")
+
+
+def report(folder: Path) -> None:
+    """Write the page about all α, with DPO as the baseline."""
+    names = [name_of(alpha) for alpha in sorted(ALPHAS, key=lambda alpha: (alpha != 0, alpha))]
+    where = ("--task", "prompts", "--output-dir", folder, "--output", folder / "report.html")
+    expo("report", *names, *where)
+    print(f"\nevery answer, side by side, is on the page {folder / 'report.html'}: open it in a browser")
 
 
 def say(line: str) -> None:

@@ -3,9 +3,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
+
+# The report's tests drive a browser. It is installed while pip is at work; without one they skip.
+has_browser() { [ -n "${EXPO_TEST_CHROMIUM:-}" ] || command -v chromium chromium-browser google-chrome >/dev/null; }
+browser=
+if ! has_browser && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing chromium in the background"
+    (
+        export DEBIAN_FRONTEND=noninteractive
+        timeout 900 apt-get -qq update && timeout 900 apt-get -qq install -y --no-install-recommends chromium
+    ) >/dev/null 2>&1 &
+    browser=$!
+fi
 make_environment
 
-if ! python -c 'import pytest, xdist, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval' 2>/dev/null; then
+if ! python -c 'import pytest, xdist, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval, playwright' 2>/dev/null; then
     say "installing the tools that check the code"
     pip_install -e '.[test]'
 fi
@@ -23,5 +35,7 @@ ruff format --check .
 mypy
 lint-imports
 wait "$inputs"
+if [ -n "$browser" ]; then wait "$browser" || true; fi
+has_browser || say "no chromium here, and none could be installed: the tests of the report in a browser skip"
 say "tests"
 exec python -m pytest -n logical --maxprocesses 8 --dist loadgroup --durations 10 "$@"

@@ -125,10 +125,12 @@ FLAGS = {
     "score": f"{ROWS} --aligned --beta --data-parallel --dpo --implicit-reward --join --part --max-length --outputs"
     " --reward-model --sft --trust-remote-code",
     "compare": "--config --dataset --debug --dry-run --flips --intersect --json --markdown --output-dir --task",
+    "report": "--config --dataset --debug --dry-run --figures --intersect --json --output --output-dir --overwrite"
+    " --task",
     "inspect": f"{PAIR} --output --workers",
     "recipes": "--debug --json",
 }
-ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "compare": {"runs"}, "recipes": {"names"}}
+ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "compare": {"runs"}, "report": {"runs"}, "recipes": {"names"}}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,7 @@ import pytest
 
 from expo import config, config_files, recipes
 from expo.cli import program as cli
-from expo.config import CompareConfig, ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
+from expo.config import CompareConfig, ExtrapolateConfig, GenerateConfig, InspectConfig, ReportConfig, ScoreConfig
 from expo.errors import InputError
 
 RECIPE = """
@@ -197,6 +197,7 @@ VALID = {
     InspectConfig: INSPECT,
     ScoreConfig: SCORE,
     CompareConfig: COMPARE,
+    ReportConfig: COMPARE,
 }
 
 OUT_OF_RANGE = [
@@ -255,6 +256,8 @@ OUT_OF_RANGE = [
     (CompareConfig, {"runs": ("a",)}, "compare takes two or more runs, not 1: a baseline, and what to compare with it"),
     (CompareConfig, {"runs": ("a", "")}, "RUN is empty"),
     (CompareConfig, {"runs": ("a", "\udcff")}, "RUN '\\udcff' is not UTF-8"),
+    (ReportConfig, {**COMPARE, "output": "r.json"}, "--output is a page, which ends in .html, not 'r.json'"),
+    (ReportConfig, {**COMPARE, "figures": ""}, "--figures is empty"),
     (CompareConfig, {**COMPARE, "flips": -1}, "--flips must be 0 to 1000000, not -1"),
 ]
 

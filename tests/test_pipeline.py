@@ -85,3 +85,6 @@ def test_the_demo_shows_the_curve(tmp_path):
     assert rewards[0] < rewards[1] < max(rewards)
     assert rewards[-1] < rewards[1]
     assert (tmp_path / "demo" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    page = tmp_path / "demo" / "report.html"
+    assert str(page) in done.stdout.splitlines()[-1]
+    assert "Reward and length against α" in page.read_text()

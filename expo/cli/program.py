@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, g
 import typer
 
 from expo import __version__, config, config_files, recipes as known_recipes
-from expo.cli import compare, extrapolate, generate, inspect, recipes, score, work
+from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, work
 from expo.cli.command import Command, Levels, Shown
 from expo.errors import PARTLY_FAILED, ExpoError, Stopped
 from expo.files import shown
@@ -292,7 +292,14 @@ def _root(
     pass
 
 
-COMMANDS = {"extrapolate": extrapolate, "generate": generate, "score": score, "compare": compare, "inspect": inspect}
+COMMANDS = {
+    "extrapolate": extrapolate,
+    "generate": generate,
+    "score": score,
+    "compare": compare,
+    "report": report,
+    "inspect": inspect,
+}
 for name, module in COMMANDS.items():
     app.command(name, epilog=module.EXAMPLES)(options_of(module.COMMAND))
 

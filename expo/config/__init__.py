@@ -24,7 +24,7 @@ from expo.config.rows import (
     RowsConfig as RowsConfig,
     ScoreConfig as ScoreConfig,
 )
-from expo.config.runs import CompareConfig as CompareConfig, RunsConfig as RunsConfig
+from expo.config.runs import CompareConfig as CompareConfig, ReportConfig as ReportConfig, RunsConfig as RunsConfig
 
 COMMANDS: dict[str, type[CommandConfig]] = {
     "extrapolate": ExtrapolateConfig,
@@ -32,4 +32,5 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "inspect": InspectConfig,
     "score": ScoreConfig,
     "compare": CompareConfig,
+    "report": ReportConfig,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from expo.config.pair import CommandConfig
@@ -65,3 +66,24 @@ class CompareConfig(RunsConfig):
         require(0 <= self.flips <= MAX_FLIPS, f"--flips must be 0 to {MAX_FLIPS}, not {self.flips}")
         count = len(self.runs)
         require(count >= 2, f"compare takes two or more runs, not {count}: a baseline, and what to compare with it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(RunsConfig):
+    """`expo report`: one page about runs on the prompts they share."""
+
+    output: Annotated[str, Setting("The page.", metavar="FILE.html")] = "report.html"
+    figures: Annotated[
+        str | None, Setting("Write the page's figures to this folder too, as PNG and SVG.", metavar="DIR")
+    ] = None
+    overwrite: Annotated[bool, Setting("Replace files that expo report did not write.")] = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is out of its range; the message names the flag.
+        """
+        super().__post_init__()
+        is_page = Path(self.output).suffix.lower() in (".html", ".htm")
+        require(is_page, f"--output is a page, which ends in .html, not {self.output!r}")

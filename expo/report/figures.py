@@ -1,0 +1,153 @@
+"""Which charts a page has, and what they are drawn from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from expo.compare.figures import Comparison, Measured, Paired, Table
+from expo.output import charts
+from expo.output.charts import Change, Estimate, Series, colour_of
+from expo.report.aligned import Aligned, Numbers
+from expo.report.text import escaped, visible
+from expo.report.verdict import INTERVAL, length_unit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MIN_ALPHAS = 3
+"""Of which there is a curve."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page, which is a file too."""
+
+    name: str
+    """Of its files."""
+    title: str
+    says: str
+    """How to read it."""
+    figure: Figure
+
+    @property
+    def svg(self) -> str:
+        """For the page."""
+        return charts.for_page(self.figure, escaped(f"{self.title}. {self.says}"), self.name)
+
+
+def charts_of(aligned: Aligned, comparison: Comparison) -> list[Chart]:
+    """Draw every chart that the runs have the figures for, those that say most first."""
+    found: list[Chart | None] = []
+    with charts.style():
+        for place, table in enumerate(comparison.tables):
+            if table.key is None:
+                continue
+            ending = "" if place == 0 else f"-{place + 1}"
+            of = f" ({table.key})" if len(comparison.tables) > 1 else ""
+            found += [
+                _alpha_curves(table, ending, of),
+                _differences(table, ending, of),
+                _distributions(aligned, table.key, ending, of),
+                _by_length(aligned, table.key, ending, of),
+                _subsets(table, ending, of),
+            ]
+        found.append(_finish_reasons(aligned))
+    return [chart for chart in found if chart is not None]
+
+
+def _label(aligned: Aligned, run: int) -> str:
+    return visible(aligned.runs[run].name)
+
+
+def _estimate(figure: Paired | Measured | None) -> Estimate | None:
+    if figure is None or figure.difference is None:
+        return None
+    return Estimate(figure.difference, *(figure.interval or ()))
+
+
+def _differences(table: Table, ending: str, of: str) -> Chart | None:
+    changes = [
+        Change(visible(model.name), colour_of(place), whole, _estimate(model.at_equal_length))
+        for place, model in enumerate(table.models)
+        if place and (whole := _estimate(model.paired))
+    ]
+    if not changes:
+        return None
+    says = f"Lines are {INTERVAL} intervals; a line that does not cross 0 is a difference."
+    figure = charts.differences(changes, visible(table.baseline.name))
+    return Chart(f"differences{ending}", f"Difference in reward{of}", says, figure)
+
+
+def _alpha_curves(table: Table, ending: str, of: str) -> Chart | None:
+    known = [(model.alpha, model.mean, model) for model in table.models]
+    points = sorted(
+        ((alpha, mean, model) for alpha, mean, model in known if alpha is not None and mean is not None),
+        key=lambda point: point[0],
+    )
+    if len({alpha for alpha, _, _ in points}) < MIN_ALPHAS:
+        return None
+    alphas, values, models = (list(column) for column in zip(*points, strict=True))
+    unit = length_unit(*models) or "characters"
+    errors = [model.standard_error or 0.0 for model in models]
+    means = [Estimate(mean, mean - error, mean + error) for mean, error in zip(values, errors, strict=True)]
+    figure = charts.alpha_curves(alphas, means, [getattr(model, unit) for model in models], unit)
+    says = "Mean reward with one standard error either side, and mean length. The dotted line is the aligned model."
+    return Chart(f"alpha{ending}", f"Reward and length against α{of}", says, figure)
+
+
+def _distributions(aligned: Aligned, model: str, ending: str, of: str) -> Chart | None:
+    series = [
+        Series(_label(aligned, run), colour_of(run), known)
+        for run in range(len(aligned.runs))
+        if (known := [value for value in aligned.shared_rewards(model, run) if value is not None])
+    ]
+    if not series:
+        return None
+    says = "The grey outline in each is the first model's."
+    return Chart(f"rewards{ending}", f"Distribution of rewards{of}", says, charts.distributions(series))
+
+
+def _by_length(aligned: Aligned, model: str, ending: str, of: str) -> Chart | None:
+    series = []
+    for run in range(len(aligned.runs)):
+        pairs = _both(aligned.shared_rewards(model, run), aligned.lengths(run))
+        if pairs:
+            series.append(Series(_label(aligned, run), colour_of(run), *zip(*pairs, strict=True)))
+    if not series:
+        return None
+    says = "Each point is a tenth of a model's answers, from the shortest to the longest."
+    return Chart(f"length{ending}", f"Reward against length{of}", says, charts.reward_by_length(series, aligned.unit))
+
+
+def _both(first: Numbers, second: Numbers) -> list[tuple[float, float]]:
+    pairs = zip(first, second, strict=True)
+    return [(one, other) for one, other in pairs if one is not None and other is not None]
+
+
+def _finish_reasons(aligned: Aligned) -> Chart | None:
+    counts = {
+        _label(aligned, run): Counter(filter(None, aligned.finish_reasons(run))) for run in range(len(aligned.runs))
+    }
+    known = {name: found for name, found in counts.items() if found}
+    if not known:
+        return None
+    says = "stop: the answer ended by itself; length: it was cut at the limit of tokens."
+    return Chart("finish-reasons", "How answers ended", says, charts.finish_reasons(known))
+
+
+def _subsets(table: Table, ending: str, of: str) -> Chart | None:
+    names = dict.fromkeys(name for model in table.others for name in model.subsets)
+    found = {
+        visible(name): [
+            Change(visible(model.name), colour_of(place), whole)
+            for place, model in enumerate(table.models)
+            if place and (whole := _estimate(model.subsets.get(name)))
+        ]
+        for name in names
+    }
+    if len(found) < 2 or not all(found.values()):
+        return None
+    says = f"Difference from the baseline within each subset, with {INTERVAL} intervals."
+    return Chart(f"subsets{ending}", f"Subsets{of}", says, charts.subset_differences(found))
