@@ -98,6 +98,22 @@ def _plain(value: object) -> object:
 # --- fingerprints: what an output was made from, and whether that is still the same --------------------------------
 
 
+class _AnyValue:
+    """Equal to every value, so that an entry of a fingerprint which has it is left out and never differs."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ANY = _AnyValue()
+"""The `absent` value of an entry that older outputs have and that no longer changes what is made."""
+
+
 def normalised(fingerprint: Row, absent: Row) -> Row:
     """A fingerprint without the settings that have their `absent` value."""
     return {key: value for key, value in fingerprint.items() if key not in absent or value != absent[key]}

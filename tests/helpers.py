@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +175,13 @@ def dying(engine: type, method: str) -> Iterator[None]:
         patched.setattr(engine, method, failing)
         with pytest.raises(EnvironmentFailure, match="the engine died"):
             yield
+
+
+def rewards(scorer: Any, rows: Sequence[Sequence[int]]) -> list[float]:
+    """What a scorer gives for each row, in their order; it gives each once."""
+    found = [reward for batch in scorer.score(rows) for reward in batch]
+    assert sorted(place for place, _ in found) == list(range(len(rows)))
+    return [reward for _, reward in sorted(found)]
 
 
 class Killed(BaseException):

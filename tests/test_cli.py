@@ -123,7 +123,7 @@ FLAGS = {
     " --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
     "score": f"{ROWS} --aligned --beta --data-parallel --dpo --implicit-reward --join --part --max-length --outputs"
-    " --reward-model --sft --trust-remote-code",
+    " --reward-model --sft --trust-remote-code --engine-arg --tensor-parallel",
     "compare": "--config --dataset --debug --dry-run --flips --intersect --json --markdown --output-dir --task",
     "report": "--config --dataset --debug --dry-run --figures --intersect --json --output --output-dir --overwrite"
     " --task",

@@ -124,3 +124,17 @@ def test_rewards_are_the_cpus(trained, task):
         scored = score.run(ScoreConfig(**fixed, **settings))
         rewards.append([json.loads(line) for line in scored.rewards.read_text().splitlines()])
     torch.testing.assert_close(*map(torch.tensor, rewards), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.vllm
+def test_rewards_with_vllm_are_those_with_transformers(trained, task):
+    """In float32, each engine on the GPU; `auto` takes vLLM there."""
+    answer(task, "mine", model=str(trained / "tiny-dpo"), device="cuda")
+    fixed = {"task": str(task), "output_dir": str(task.parent), "reward_model": str(trained / "tiny-rm")}
+    outputs = str(task.parent / "outputs_held_out" / "mine.jsonl")
+    rewards = []
+    for engine in ("transformers", "auto"):
+        scored = score.run(ScoreConfig(**fixed, name=engine, outputs=outputs, engine=engine, dtype="float32"))
+        rewards.append([json.loads(line) for line in scored.rewards.read_text().splitlines()])
+    assert json.loads(scored.meta.read_text())["engine"] == "vllm"
+    torch.testing.assert_close(*map(torch.tensor, rewards), rtol=1e-4, atol=1e-3)

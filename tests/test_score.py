@@ -23,7 +23,9 @@ from expo import score as verb
 from expo.cli.score import show
 from expo.config import ScoreConfig
 from expo.engines import ScorerSetup, coverage, transformers_reward as backend
+from expo.engines.reward_classes import unread_id
 from expo.errors import EnvironmentFailure, InputError
+from expo.score.rows import cut
 
 ROWS = [(" ".join(f"w{(5 * row + word) % 50}" for word in range(2 + row % 4)), "w3 " * (row % 9)) for row in range(14)]
 
@@ -261,7 +263,9 @@ def test_why_a_row_has_no_reward(reward_model, outputs, tmp_path, monkeypatch, f
     scored = settings(reward_model, tmp_path, batch_tokens=1, **more)
     of_row = verb.plan(scored).rows[2].token_ids
     monkeypatch.setattr(
-        backend.TransformersScorer, "score", lambda _, batch: reward if tuple(batch[0]) == of_row else [1.0]
+        backend.TransformersScorer,
+        "_logits",
+        lambda _, batch: torch.tensor([reward if tuple(batch[0]) == of_row else [1.0]]),
     )
     for _ in range(2):
         result = verb.run(scored)
@@ -281,7 +285,7 @@ def test_an_output_that_is_or_lies_in_an_input_is_refused(reward_model, outputs,
 def test_interrupted_runs_end_as_uninterrupted_ones(reward_model, outputs, tmp_path, monkeypatch):
     whole = verb.run(settings(reward_model, tmp_path)).rewards.read_bytes()
     shutil.rmtree(tmp_path / "rewards_q")
-    original, calls = backend.TransformersScorer.score, []
+    original, calls = backend.TransformersScorer._logits, []
 
     def failing(self, rows):
         calls.append(len(rows))
@@ -289,7 +293,7 @@ def test_interrupted_runs_end_as_uninterrupted_ones(reward_model, outputs, tmp_p
             raise EnvironmentFailure("the engine died")
         return original(self, rows)
 
-    monkeypatch.setattr(backend.TransformersScorer, "score", failing)
+    monkeypatch.setattr(backend.TransformersScorer, "_logits", failing)
     final = tmp_path / "rewards_q" / "m.jsonl"
     for _ in range(12):
         try:
@@ -321,7 +325,7 @@ def test_a_smaller_limit_does_not_drop_what_an_interrupted_run_has(reward_model,
 
 def interrupt(config: ScoreConfig) -> None:
     """A run that ends after two batches."""
-    with helpers.dying(backend.TransformersScorer, "score"):
+    with helpers.dying(backend.TransformersScorer, "_logits"):
         verb.run(config)
 
 
@@ -430,12 +434,14 @@ def test_a_text_model_within_a_model_is_read_where_transformers_reads_it(llama_p
     parts = text if vision is None else {"text_config": text, "vision_config": vision, **others}
     model = make_classifier(kind, tmp_path / "rm", llama_pair[1], **parts)
     rows = [[1, 5, 6, 2], [1, 7, 8, 9, 10, 11, 2], [3], [0, 4, 0, 0], [7, 9, 2, 7], [7, 7], [2, 2, 2], [12, 13, 0]]
-    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, pad_id))
+    unread = unread_id(model, trust_remote_code=False)
+    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, 7))
     alone = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = [alone(torch.tensor([row])).logits.item() for row in rows]
-    assert scorer.score(rows) == pytest.approx(expected, abs=1e-4)
-    assert [scorer.score([row])[0] for row in rows] == pytest.approx(expected, abs=1e-4)
+    seen = [cut(row, unread) for row in rows]
+    assert helpers.rewards(scorer, seen) == pytest.approx(expected, abs=1e-4)
+    assert [helpers.rewards(scorer, [row])[0] for row in seen] == pytest.approx(expected, abs=1e-4)
     assert len({round(value, 4) for value in expected}) == len(rows)
 
 
@@ -449,11 +455,11 @@ def test_an_encoder_with_a_decoder_scores_rows_with_any_number_of_eos(llama_pair
         "Bart", tmp_path / "rm", llama_pair[1], max_position_embeddings=64, **sizes, **heads, **tokens
     )
     rows = [[1, 5, 2, 6, 2], [7, 2], [8, 9, 2, 2, 2]]
-    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, 0))
+    scorer = backend.TransformersScorer(ScorerSetup(settings(model, tmp_path), model, 5))
     alone = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = [alone(torch.tensor([row])).logits.item() for row in rows]
-    assert scorer.score(rows) == pytest.approx(expected, abs=1e-5)
+    assert helpers.rewards(scorer, rows) == pytest.approx(expected, abs=1e-5)
     assert len({round(value, 4) for value in expected}) == 3
 
 

@@ -85,17 +85,17 @@ def test_what_is_missing_or_of_other_outputs_is_refused(reward_model, outputs, t
 
 def test_a_stopped_part_and_a_begun_whole_are_taken_up(reward_model, outputs, whole, tmp_path, monkeypatch):  # noqa: F811
     """No row is scored twice, whichever way a run goes on."""
-    original, scored = backend.TransformersScorer.score, []
+    original, scored = backend.TransformersScorer._logits, []
 
     def counting(self, rows):
         scored.append(len(rows))
         return original(self, rows)
 
-    with helpers.dying(backend.TransformersScorer, "score"):
+    with helpers.dying(backend.TransformersScorer, "_logits"):
         verb.run(settings(reward_model, tmp_path))
     done = len((tmp_path / "rewards_q" / ".m.journal.jsonl").read_text().splitlines()) - 1
     assert 0 < done < len(ROWS)
-    monkeypatch.setattr(backend.TransformersScorer, "score", counting)
+    monkeypatch.setattr(backend.TransformersScorer, "_logits", counting)
     for index in range(2):
         part = verb.plan(settings(reward_model, tmp_path, part=f"{index}/2"))
         verb.run(part.config)

@@ -14,7 +14,7 @@ import pytest
 
 from expo import generate as verb
 from expo.config import GenerateConfig
-from expo.engines import vllm as backend
+from expo.engines import vllm as backend, vllm_tools as tools
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
 
 ROWS = 8
@@ -73,7 +73,7 @@ def fake(monkeypatch):
         inputs.TokensPrompt = dict  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "vllm", module)
         monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
-        monkeypatch.setattr(backend, "find_spec", lambda _name: object())
+        monkeypatch.setattr(tools, "find_spec", lambda _name: object())
         return engine
 
     return install
@@ -200,14 +200,14 @@ def test_a_prompt_that_is_too_long_for_the_engine_is_a_marked_row(fake, config):
     [("max_num_seqs=2", True), ("max_model_len=20", True), ("enable_chunked_prefill=true", False)],
 )
 def test_rows_are_repeatable_with_the_arguments_it_was_shown_with(fake, config, monkeypatch, argument, repeatable):
-    monkeypatch.setattr(backend, "_has_gpu", lambda: False)
+    monkeypatch.setattr(backend, "has_gpu", lambda: False)
     fake()
     result = verb.run(replace(config, engine_arg=(argument,)))
     assert json.loads(result.meta.read_text())["repeatable"] is repeatable
 
 
 def test_a_missing_vllm_names_the_command_that_installs_it(config, monkeypatch):
-    monkeypatch.setattr(backend, "find_spec", lambda _name: None)
+    monkeypatch.setattr(tools, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtra, match=re.escape("pip install 'llm-expo[vllm]', or use --engine transformers")):
         verb.run(config)
     assert not (Path(config.output_dir) / "outputs_q").exists()

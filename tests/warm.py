@@ -19,9 +19,9 @@ from crashes import ended
 
 
 def main() -> None:
-    from expo.engines.vllm import _prepare_environment
+    from expo.engines.vllm_tools import prepare_environment
 
-    _prepare_environment()
+    prepare_environment()
     from vllm import LLM  # noqa: F401 - what takes the time
     from vllm.v1.worker import cpu_worker  # noqa: F401
 

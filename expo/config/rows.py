@@ -70,6 +70,18 @@ class RowsConfig(CommonConfig):
         Setting("Jinja file to use instead of the model's own chat template.", metavar="FILE", needs="local"),
     ] = None
     trust_remote_code: Annotated[bool, Setting("Run Python code that comes with the model.", needs="local")] = False
+    engine_arg: Annotated[
+        tuple[str, ...],
+        changes_rows(
+            "Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.",
+            metavar="KEY=VALUE",
+            absent=(),
+            needs="engine_arg",
+        ),
+    ] = ()
+    tensor_parallel: Annotated[
+        int | None, Setting("Number of GPUs per engine (vllm). [default: all]", metavar="N", needs="tensor_parallel")
+    ] = None
     data_parallel: Annotated[
         int, Setting("Number of processes that share the rows, each with an engine and GPUs of its own.", metavar="N")
     ] = 1
@@ -93,6 +105,13 @@ class RowsConfig(CommonConfig):
         require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
         require_choice("--dtype", self.dtype, Dtype)
         require_device(self.device)
+        tensor_parallel = self.tensor_parallel
+        require(
+            tensor_parallel is None or tensor_parallel > 0,
+            f"--tensor-parallel must be positive, not {tensor_parallel}",
+        )
+        bad = [pair for pair in self.engine_arg if not re.match(r"[A-Za-z_]\w*=", pair)]
+        require(not bad, f"--engine-arg takes KEY=VALUE, not {bad[:1]}")
         self._require_one_way()
         if self.part is not None:
             object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
@@ -162,15 +181,6 @@ class GenerateConfig(PairConfig, RowsConfig):
     concurrency: Annotated[
         int, Setting("Maximum number of concurrent requests (openai).", metavar="N", needs="server")
     ] = 32
-    engine_arg: Annotated[
-        tuple[str, ...],
-        changes_rows(
-            "Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.",
-            metavar="KEY=VALUE",
-            absent=(),
-            needs="engine_arg",
-        ),
-    ] = ()
     dataset: Annotated[
         str | None, Setting("Read the task's prompts from a local file or another hub dataset.", metavar="PATH|ID")
     ] = None
@@ -178,9 +188,6 @@ class GenerateConfig(PairConfig, RowsConfig):
         str | None, changes_rows("System message put before every prompt.", metavar="TEXT", absent=None)
     ] = None
     n: Annotated[int, changes_rows("Number of samples per prompt.", metavar="N", absent=1)] = 1
-    tensor_parallel: Annotated[
-        int | None, Setting("Number of GPUs per engine (vllm). [default: all]", metavar="N", needs="tensor_parallel")
-    ] = None
     batch_tokens: BatchTokens = 16384
     temperature: Annotated[
         float | None,
@@ -240,13 +247,6 @@ class GenerateConfig(PairConfig, RowsConfig):
         require(min(self.stop_token_id, default=0) >= 0, f"--stop-token-id must be 0 or more, not {self.stop_token_id}")
         require(self.n > 0, f"--n must be positive, not {self.n}")
         require(self.batch_tokens > 0, f"--batch-tokens must be positive, not {self.batch_tokens}")
-        tensor_parallel = self.tensor_parallel
-        require(
-            tensor_parallel is None or tensor_parallel > 0,
-            f"--tensor-parallel must be positive, not {tensor_parallel}",
-        )
-        bad = [pair for pair in self.engine_arg if not re.match(r"[A-Za-z_]\w*=", pair)]
-        require(not bad, f"--engine-arg takes KEY=VALUE, not {bad[:1]}")
         require_name(self.name)
 
     def _require_source(self) -> None:
@@ -311,7 +311,13 @@ class ScoreConfig(RowsConfig):
         ),
     ] = None
     beta: Annotated[float, Setting("Of the implicit reward: β, which all rewards are multiplied by.")] = DEFAULT_BETA
-    engine: Annotated[str, Setting("Engine that runs the reward model.")] = "auto"
+    engine: Annotated[
+        str,
+        Setting(
+            "Engine that runs the reward model; auto is vLLM on a GPU where it is installed and expo has tested the "
+            "architecture, else transformers, and goes on with the engine of the output that is there."
+        ),
+    ] = "auto"
     batch_tokens: BatchTokens = 16384
     max_length: Annotated[
         int | None,

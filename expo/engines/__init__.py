@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from expo.errors import InputError
+from expo.settings import flag, settings_of
 from expo.tasks import Message
 
 if TYPE_CHECKING:
-    from expo.config import GenerateConfig, ScoreConfig
+    from expo.config import GenerateConfig, RowsConfig, ScoreConfig
     from expo.theta.pair import ThetaPlan
 
 
@@ -170,25 +171,30 @@ class ScorerSetup:
     config: ScoreConfig
     model: Path
     """The reward model's folder."""
-    pad_id: int | None
-    """The tokenizer's padding token."""
+    context_length: int
+    """The longest row of this run, in tokens."""
 
     def takes_over(self, started: ScorerSetup) -> bool:
         """Whether an engine that was started with another setup can go on with this one."""
-        settings = ("device", "dtype", "trust_remote_code")
-        return (self.model, self.pad_id) == (started.model, started.pad_id) and all(
-            getattr(self.config, name) == getattr(started.config, name) for name in settings
+        settings = ("device", "dtype", "engine_arg", "tensor_parallel", "trust_remote_code")
+        return (
+            self.model == started.model
+            and self.context_length <= started.context_length
+            and all(getattr(self.config, name) == getattr(started.config, name) for name in settings)
         )
 
 
 class Scorer(Engine, Protocol):
     """Scores token sequences with a reward model. Made from a `ScorerSetup`; making it loads the model."""
 
-    def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """The raw logit of each row.
+    def score(self, rows: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, float]]]:
+        """Yield the raw logit of each row as it is known, with the row's place in what is given.
+
+        A reward does not depend on the other rows, nor on their order. A causal model is read at a row's last id.
+        Closing the iterator gives up the rest.
 
         Args:
-            rows: One batch of token ids, of any lengths.
+            rows: Token ids of all rows that are to be scored, at least one each, of any lengths.
         """
 
 
@@ -207,6 +213,10 @@ class EngineSpec:
     """Setting → the value that its outputs without it were made with, where that is not `Setting.absent`."""
     why_not: str | None = None
     """Says why it cannot run here, None where it can; without one it always can."""
+    refuses: str | None = None
+    """Says why it does not run a model, whatever is asked for: (config, model folder) → text or None."""
+    rather_not: str | None = None
+    """Says why auto does not take it although it could: config → text or None."""
     settle: str | None = None
     """Resolves settings whose default hangs on this machine: (config, model folder) → config."""
     context_limit: str | None = None
@@ -227,8 +237,8 @@ GENERATORS = {
     "vllm": EngineSpec(
         "expo.engines.vllm:VllmGenerator",
         can=frozenset({"local", "engine_arg", "tensor_parallel"}),
-        why_not="expo.engines.vllm:why_not",
-        context_limit="expo.engines.vllm:context_limit",
+        why_not="expo.engines.vllm_tools:why_not",
+        context_limit="expo.engines.vllm_tools:context_limit",
     ),
     "transformers": EngineSpec(
         "expo.engines.transformers:TransformersGenerator",
@@ -241,7 +251,23 @@ GENERATORS = {
 }
 """Engine → what is known of it; auto takes the first that can run here."""
 
-SCORERS = {"transformers": EngineSpec("expo.engines.transformers_reward:TransformersScorer", can=frozenset({"local"}))}
+SCORERS = {
+    "vllm": EngineSpec(
+        "expo.engines.vllm_reward:VllmScorer",
+        can=frozenset({"local", "engine_arg", "tensor_parallel"}),
+        why_not="expo.engines.vllm_tools:why_not",
+        refuses="expo.engines.vllm_reward:refuses",
+        rather_not="expo.engines.vllm_reward:rather_not",
+        settle="expo.engines.torch_tools:with_reward_dtype",
+        context_limit="expo.engines.vllm_tools:context_limit",
+    ),
+    "transformers": EngineSpec(
+        "expo.engines.transformers_reward:TransformersScorer",
+        can=frozenset({"local"}),
+        settle="expo.engines.torch_tools:with_reward_dtype",
+    ),
+}
+"""As `GENERATORS`, for reward models."""
 
 
 def request_seed(config: GenerateConfig, key: Key) -> int:
@@ -257,25 +283,55 @@ def request_seed(config: GenerateConfig, key: Key) -> int:
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
-def find_engine(engines: Mapping[str, EngineSpec], name: str) -> tuple[str, EngineSpec]:
+def find_engine(
+    engines: Mapping[str, EngineSpec], name: str, config: RowsConfig | None = None, model: Path | None = None
+) -> tuple[str, EngineSpec]:
     """The engine that `--engine` names; auto is the first that can run, and it says which and why.
 
+    Args:
+        engines: The table.
+        name: As `--engine` has it.
+        config: The settings, where an engine may not be one for every model.
+        model: The model's folder, in the same case.
+
     Raises:
-        InputError: There is none of that name.
+        InputError: There is none of that name, or it does not run the model.
     """
     if name in engines:
+        if (why := _why_not_for(engines[name], config, model)) is not None:
+            raise InputError(f"--engine {name}: {why}")
         return name, engines[name]
     if name != "auto":
         raise InputError(f"--engine must be one of auto, {', '.join(engines)}, not {name!r}")
     reasons: list[str] = []
     for candidate, spec in engines.items():
-        reason = spec.call("why_not")
+        reason = spec.call("why_not") or _why_not_for(spec, config, model) or spec.call("rather_not", config)
         if reason is None:
             if len(engines) > 1:
                 log.info("engine: %s (%s)", candidate, reasons[-1] if reasons else "it is installed and can run")
             return candidate, spec
         reasons.append(reason)
     raise InputError(f"no engine can run here: {'; '.join(reasons)}")
+
+
+def _why_not_for(spec: EngineSpec, config: RowsConfig | None, model: Path | None) -> str | None:
+    why: str | None = None if model is None else spec.call("refuses", config, model)
+    return why
+
+
+def require_fitting(engines: Mapping[str, EngineSpec], config: RowsConfig, engine: str) -> None:
+    """Refuse settings that the engine does not support.
+
+    Raises:
+        InputError: There is one.
+    """
+    can = engines[engine].can
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, setting in settings_of(type(config)).items():
+        if setting.needs not in (None, *can) and getattr(config, name) != defaults[name]:
+            able = [other for other, its in engines.items() if setting.needs in its.can]
+            plural = "s" if len(able) > 1 else ""
+            raise InputError(f"{flag(name)} is for the {' and '.join(able)} engine{plural}, and this run uses {engine}")
 
 
 def _load(place: str) -> Any:  # noqa: ANN401 - a class or function, whose type the callers know
@@ -303,4 +359,32 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
             batches[-1].append(number)
         else:
             batches.append([number])
+    return batches
+
+
+MOST_PADDED = 1.06
+"""Padded over real tokens of a batch of `tight_batches`, at most."""
+
+
+def tight_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group rows into padded batches as `token_batches` does, but end one before it is much more padding than tokens.
+
+    Args:
+        lengths: Tokens of each row.
+        budget: The maximum number of tokens in a batch, including padding; a longer row is a batch of its own.
+
+    Returns:
+        Row numbers, batch by batch, longest rows first; each batch is at most `MOST_PADDED` × its tokens.
+    """
+    batches: list[list[int]] = []
+    width = tokens = 0
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        length = lengths[number]
+        padded = width * (len(batches[-1]) + 1) if batches else 0
+        if batches and padded <= min(budget, MOST_PADDED * (tokens + length)):
+            batches[-1].append(number)
+            tokens += length
+        else:
+            batches.append([number])
+            width = tokens = length
     return batches

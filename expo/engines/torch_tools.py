@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from expo.config import Dtype, GenerateConfig, RowsConfig
+from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
+from expo.checkpoint.folder import read_config
+from expo.checkpoint.header import read_shard
+from expo.config import Dtype, RowsConfig, ScoreConfig
 from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
 
@@ -124,13 +127,36 @@ def run_dtype(dtype: Dtype, device: str, weights_bytes: int) -> Dtype:
     return "float32" if fits and not is_fast else "auto"
 
 
-def with_run_dtype(config: GenerateConfig, model: Path) -> GenerateConfig:
+Config = TypeVar("Config", bound=RowsConfig)
+
+
+def with_run_dtype(config: Config, model: Path) -> Config:
     """The settings with the data type the transformers engine runs in, so that it is recorded and compared."""
     weights_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     dtype = run_dtype(config.dtype, config.device, weights_bytes)
     if dtype != config.dtype:
         log.info("dtype: %s (this CPU has no bfloat16 arithmetic; --dtype bfloat16 takes half the memory)", dtype)
     return replace(config, dtype=dtype)
+
+
+def with_reward_dtype(config: ScoreConfig, model: Path) -> ScoreConfig:
+    """As `with_run_dtype`, for a reward model with any engine; one that is float32 anyway stays with `auto`."""
+    return config if own_dtype(model) == "float32" else with_run_dtype(config, model)
+
+
+def own_dtype(model: Path) -> str:
+    """The data type that `--dtype auto` loads a model in: its config's, else that of its first weights."""
+    config = read_config(model)
+    text = config.get("text_config")
+    for table in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(said := table.get(key), str):
+                return said.removeprefix("torch.")
+    for file in sorted(model.glob("*.safetensors"))[:1]:
+        for tensor in read_shard(file).tensors:
+            if tensor.dtype in FLOAT_DTYPES:
+                return str(DTYPES[tensor.dtype].torch)
+    return "float32"
 
 
 def worker_environments(

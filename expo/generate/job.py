@@ -20,11 +20,12 @@ from expo.engines import (
     Outcome,
     Request,
     find_engine,
+    require_fitting,
 )
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, texts_sha256
-from expo.generate.model import Model, find_model, require_fitting
+from expo.generate.model import Model, find_model, require_server
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
 from expo.redact import without_secrets
@@ -314,7 +315,8 @@ def plan(config: GenerateConfig) -> GenerateJob:
         EnvironmentFailure: The hub cannot be reached.
     """
     engine, spec = find_engine(GENERATORS, config.engine)
-    require_fitting(config, engine, spec)
+    require_fitting(GENERATORS, config, engine)
+    require_server(config, engine, spec)
     task = find_task(config.task)
     if config.n > 1 and not task.samples:
         raise InputError(f"--n above 1 is not supported for {task.name}: its format holds one answer per prompt")

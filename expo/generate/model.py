@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import tempfile
@@ -26,12 +25,12 @@ from expo.checkpoint.folder import (
 from expo.checkpoint.hub import locate
 from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ThetaConfig
-from expo.engines import GENERATORS, EngineSpec
+from expo.engines import EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
 from expo.engines.coverage import Shapes, require_whole
 from expo.errors import InputError
 from expo.files import Row
-from expo.settings import flag, recorded, settings_of
+from expo.settings import recorded
 from expo.tasks import Message
 from expo.theta.pair import ThetaPlan, plan_theta
 
@@ -149,18 +148,12 @@ def _served(config: GenerateConfig) -> Model:
     return Model(path=Path(model), name=name, record=record, fingerprint={"model": model})
 
 
-def require_fitting(config: GenerateConfig, engine: str, spec: EngineSpec) -> None:
-    """Refuse settings that the engine does not support.
+def require_server(config: GenerateConfig, engine: str, spec: EngineSpec) -> None:
+    """Refuse an engine that uses a server and has no URL.
 
     Raises:
-        InputError: There is one, or an engine that uses a server has no URL.
+        InputError: It has none.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, setting in settings_of(GenerateConfig).items():
-        if setting.needs not in (None, *spec.can) and getattr(config, name) != defaults[name]:
-            able = [other for other, its in GENERATORS.items() if setting.needs in its.can]
-            plural = "s" if len(able) > 1 else ""
-            raise InputError(f"{flag(name)} is for the {' and '.join(able)} engine{plural}, and this run uses {engine}")
     if "server" in spec.can and config.base_url is None:
         raise InputError(f"--engine {engine} needs the server's --base-url, such as http://localhost:8000/v1")
 

@@ -1,8 +1,8 @@
 """`expo score`: score the answers of `expo generate` with a reward model.
 
-`plan.py` decides everything from the outputs and the reward model's small files, `rows.py` turns answers into the token
-ids that are scored, and `job.py` scores them in batches by length, longest first, each durable before the next, and
-writes the final files in output order. The loop that runs the job is in `rows/`.
+`plan.py` decides everything from the outputs and the reward model's small files, `engine.py` which engine scores,
+`rows.py` turns answers into the token ids that are scored, and `job.py` has the engine score what is missing, each row
+durable as it comes, and writes the final files in output order. The loop that runs the job is in `rows/`.
 """
 
 from expo.score.job import ScoreJob

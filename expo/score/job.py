@@ -15,7 +15,7 @@ import numpy as np
 from expo import __version__
 from expo.checkpoint.folder import Location
 from expo.config import ScoreConfig
-from expo.engines import EngineSpec, Scorer, ScorerSetup, token_batches
+from expo.engines import EngineSpec, Scorer, ScorerSetup
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
@@ -112,7 +112,7 @@ class ScoreJob(RowJob):
     def is_current(self, row: Row) -> bool:
         """Whether it is the reward of the current answer: the outputs may have been regenerated since."""
         one = self.by_number.get(self.key_of(row))
-        return one is not None and row["token_ids_xxh3"] == one.token_ids_xxh3
+        return one is not None and one.is_of(row)
 
     def pending(self, done: Mapping[Key, Row]) -> bool:
         """Whether any answer has no reward."""
@@ -134,17 +134,10 @@ class ScoreJob(RowJob):
         return engine
 
     def execute(self, engine: Scorer, done: Rows) -> Iterator[list[Row]]:
-        """Score the remaining rows, in batches that are a pure function of all rows."""
-        rows = [row for row in self.rows if not row.failed]
-        for numbers in token_batches([len(row.token_ids) for row in rows], self.config.batch_tokens):
-            batch = [rows[number] for number in numbers]
-            if all((row.number,) in done for row in batch):
-                continue
-            rewards = engine.score([row.token_ids for row in batch])
-            yield [
-                row.journal_row(reward if math.isfinite(reward) else None)
-                for row, reward in zip(batch, rewards, strict=True)
-            ]
+        """Score the remaining rows, each by itself: how they are batched is the engine's, and changes no reward."""
+        rows = [row for key, row in self.by_number.items() if key not in done and not row.failed]
+        for rewards in engine.score([row.token_ids for row in rows]):
+            yield [rows[place].journal_row(reward if math.isfinite(reward) else None) for place, reward in rewards]
 
     def tokens(self, row: Row) -> int:
         """The tokens of the conversation."""
@@ -168,7 +161,9 @@ class ScoreJob(RowJob):
 
     def render(self, rows: Sequence[Row]) -> dict[Path, str]:
         """The rewards, one number per line, and the file with the details of each row."""
-        public = [{key: value for key, value in row.items() if key not in JOURNAL_COLUMNS} for row in rows]
+        public = [
+            {key: value for key, value in self._as_read(row).items() if key not in JOURNAL_COLUMNS} for row in rows
+        ]
         return {
             rows_file(self.files): json_lines(public),
             self.files.final: json_lines(row["reward"] for row in rows),
@@ -178,6 +173,10 @@ class ScoreJob(RowJob):
         """The settings as recorded in the meta file; of the reward models this one, as in a run of its own."""
         others = {"reward_model": self.config.reward_models[self.number]}
         return {name: others.get(name, value) for name, value in super().recorded_config().items() if name not in PAIR}
+
+    def _as_read(self, row: Row) -> Row:
+        """The row with the number of tokens that were read, which older journals do not have."""
+        return {**row, "tokens": len(self.by_number[self.key_of(row)].token_ids)}
 
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
         """The content of the meta file."""

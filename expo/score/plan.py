@@ -23,21 +23,23 @@ from expo.checkpoint.folder import (
 from expo.checkpoint.tokens import require_same_ids
 from expo.checkpoint.vocabulary import embedding_rows
 from expo.config import ScoreConfig
-from expo.engines import SCORERS, EngineSpec, ScorerSetup, find_engine
+from expo.engines import EngineSpec, ScorerSetup, find_engine, require_fitting
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
 from expo.engines.coverage import require_reward_model, require_whole
 from expo.engines.log_probs import LOG_PROBS, LogProbSetup
+from expo.engines.reward_classes import unread_id
 from expo.errors import InputError
 from expo.parts import read_part
 from expo.rows import EngineKeeper, plan_to_run, run as run_job
 from expo.rows.dates import TemplateDate, find_date
 from expo.rows.files import RowFiles
 from expo.rows.job import Done
+from expo.score.engine import choose_engine, reward_fingerprint
 from expo.score.implicit import AnswerRow, ImplicitJob, answer_span
 from expo.score.job import ScoreJob
 from expo.score.rows import ScoreRow, encode_answered, score_rows
 from expo.score.scorers import ScoredBy, files_of, find_scorers
-from expo.settings import Change, Fingerprint, absent_values, recorded
+from expo.settings import Fingerprint, absent_values, recorded
 from expo.tasks import Conversation, Task, find_task, read_conversations
 
 FEW_TOKENS = 8
@@ -153,16 +155,18 @@ def _job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
 
 
 def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
-    engine, spec = find_engine(SCORERS, config.engine)
     location = scorer.location
     require_loadable(location.path)
     require_reward_model(location.path, trust_remote_code=config.trust_remote_code)
     refuse_inside(Path(config.output_dir), location, flag="--output-dir")
+    files = files_of(scorer, answers.file, answers.task, config)
+    engine, spec, config = choose_engine(config, location.path, files)
     tokenizer = _tokenizer(location, config)
     longest = _longest(config, location)
-    files = files_of(scorer, answers.file, answers.task, config)
-    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows", "batches")
-    rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file))
+    longest = min(longest, spec.call("context_limit", config) or longest)
+    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files)
+    unread = unread_id(location.path, trust_remote_code=config.trust_remote_code)
+    rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file, unread))
     _say_cut_prompts(rows, tokenizer, longest)
     return ScoreJob(
         config=config,
@@ -172,7 +176,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
         location=location,
         outputs=answers.file,
         rows=rows,
-        setup=ScorerSetup(config, location.path, tokenizer.pad_id),
+        setup=ScorerSetup(config, location.path, max(len(row.token_ids) for row in rows)),
         files=files,
         fingerprint=fingerprint,
         date=date,
@@ -187,11 +191,11 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
         _require_policy(flag, location, config)
     refuse_inside(Path(config.output_dir), dpo, sft, flag="--output-dir")
     _require_same_vocabulary(sft, dpo)
-    config = spec.call("settle", config, dpo.path)
+    config = spec.call("settle", replace(config, engine_arg=(), tensor_parallel=None), dpo.path)
     tokenizer = _tokenizer(dpo, config)
     longest = _longest(config, dpo, sft)
     files = files_of(scorer, answers.file, answers.task, config)
-    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows")
+    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files)
     return ImplicitJob(
         config=config,
         engine=engine,
@@ -228,13 +232,7 @@ def _longest(config: ScoreConfig, *models: Location) -> int:
 
 
 def _made_from(
-    answers: _Answers,
-    scorer: ScoredBy,
-    config: ScoreConfig,
-    engine: str,
-    tokenizer: ChatTokenizer,
-    files: RowFiles,
-    *changes: Change,
+    answers: _Answers, scorer: ScoredBy, config: ScoreConfig, engine: str, tokenizer: ChatTokenizer, files: RowFiles
 ) -> tuple[ChatTokenizer, Fingerprint, TemplateDate | None]:
     """The fingerprint, and the date of a chat template that writes one, at which the tokenizer's clock then stands."""
     made_from = {
@@ -242,9 +240,11 @@ def _made_from(
         **scorer.source,
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
-        **recorded(config, *changes),
     }
-    fingerprint = Fingerprint(made_from, absent_values(config, *changes))
+    if scorer.sft is None:
+        fingerprint = reward_fingerprint(made_from, config, scorer.location.path)
+    else:
+        fingerprint = Fingerprint({**made_from, **recorded(config, "rows")}, absent_values(config, "rows"))
     date = find_date(files, fingerprint, overwrite=config.overwrite) if tokenizer.asks_for_time else None
     if date is None:
         return tokenizer, fingerprint, None
@@ -273,7 +273,10 @@ def _log_probs_engine(config: ScoreConfig) -> tuple[str, EngineSpec]:
     beside = bool(config.reward_models) and config.engine not in LOG_PROBS
     if config.engine not in ("auto", *LOG_PROBS) and not beside:
         raise InputError(f"--implicit-reward runs with {', '.join(LOG_PROBS)}, not with --engine {config.engine}")
-    return find_engine(LOG_PROBS, "auto" if beside else config.engine)
+    engine, spec = find_engine(LOG_PROBS, "auto" if beside else config.engine)
+    if not config.reward_models:  # else it may be theirs
+        require_fitting(LOG_PROBS, config, engine)
+    return engine, spec
 
 
 def _require_policy(flag: str, location: Location, config: ScoreConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -26,14 +26,24 @@ class ScoreRow:
     id: str
     sample: int
     token_ids: tuple[int, ...]
+    """What the engine sees."""
     truncated: bool
     failed: bool
     """Whether there is no answer to score."""
+    unread_ids: tuple[int, ...] = field(default=(), kw_only=True)
+    """What follows that no reward model reads."""
 
     @cached_property
     def token_ids_xxh3(self) -> str:
         """Identifies what was scored."""
-        return xxhash.xxh3_64_hexdigest(array("q", self.token_ids).tobytes())
+        return _xxh3(self.token_ids)
+
+    def is_of(self, row: Row) -> bool:
+        """Whether a row of the journal is about these tokens; it was with the unread ones, before they were cut off."""
+        seen: str = row["token_ids_xxh3"]
+        return seen == self.token_ids_xxh3 or (
+            bool(self.unread_ids) and seen == _xxh3(self.token_ids + self.unread_ids)
+        )
 
     @property
     def cluster(self) -> str:
@@ -57,7 +67,11 @@ class ScoreRow:
 
 
 def score_rows(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, longest: int, outputs: Path
+    conversations: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
+    longest: int,
+    outputs: Path,
+    unread: int | None = None,
 ) -> Iterator[ScoreRow]:
     """The rows of an output file, as token ids.
 
@@ -66,9 +80,10 @@ def score_rows(
         tokenizer: The reward model's.
         longest: The maximum number of tokens; longer rows lose their end.
         outputs: The file, beside which generate's meta file may be.
+        unread: The id that the reward model skips at the end of a row, if it does.
 
     Raises:
-        InputError: The chat template leaves out a message, or the model has no vector for a token.
+        InputError: The chat template leaves out a message or renders nothing, or the model has no vector for a token.
     """
     messages = [conversation.messages for conversation in conversations]
     lost, keys = _of_generate(outputs)
@@ -77,15 +92,18 @@ def score_rows(
     tokenizer.require_all_said(messages, generation_prompt=False)
     tokenizer.require_readable(ids)
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
+        if not row_ids and not failed[number]:
+            raise InputError(f"row {number} of {outputs} has no tokens: the chat template renders nothing of it")
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         yield ScoreRow(
             number=number,
             conversation=conversation,
             id=name,
             sample=sample,
-            token_ids=tuple(row_ids[:longest]),
+            token_ids=(seen := cut(row_ids[:longest], unread)),
             truncated=len(row_ids) > longest,
             failed=failed[number],
+            unread_ids=tuple(row_ids[len(seen) : longest]),
         )
 
 
@@ -109,6 +127,18 @@ def encode_answered(
         answered = [messages for messages, lost in zip(conversations, failed, strict=True) if not lost]
         ids = iter(tokenizer.encode(answered, generation_prompt=generation_prompt))
         return [() if lost else next(ids) for lost in failed]
+
+
+def _xxh3(ids: Sequence[int]) -> str:
+    return xxhash.xxh3_64_hexdigest(array("q", ids).tobytes())
+
+
+def cut(ids: Sequence[int], unread: int | None) -> tuple[int, ...]:
+    """A row up to the last id that is read; one that has no other id keeps its first, as transformers reads it."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == unread:
+        end -= 1
+    return tuple(ids[:end])
 
 
 def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:

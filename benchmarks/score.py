@@ -1,0 +1,150 @@
+"""How fast `expo score` is beside the paper's way, and whether all ways give the same rewards.
+
+Runs whole processes on AlpacaEval output files with a reward model, each way once a round, in an order drawn at random:
+
+- `paper`: a plain script: padded batches of 8 in input order, with the attention mask, float32,
+- `transformers`, `vllm`: `expo score --engine …`, float32,
+- `alone` (once, with `--check`): a plain float32 loop, one row at a time, to compare with.
+
+Prints Markdown: medians of the scoring phase (from the loaded model to the last row) and of the whole process, their
+ratios to the paper's way, what its padding alone is worth (padded tokens of batches of 8 in input order over real
+tokens), the padding that expo computes, and the largest difference of any row's reward between two ways.
+
+    python benchmarks/score.py --reward-model MODEL --rounds 5 OUTPUTS.json …
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from expo.cli.program import PROCESS_ENVIRONMENT
+from expo.config import ScoreConfig
+from expo.engines import tight_batches
+from expo.engines.transformers_reward import CPU_BATCH_TOKENS
+from expo.score import plan
+
+ENVIRONMENT = {**PROCESS_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
+
+PLAIN = """
+import json, sys, time
+
+def main():
+    model_name, outputs, limit, batch, longest, result = sys.argv[1:]
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rows = json.load(open(outputs))[: int(limit) or None]
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = AutoModelForSequenceClassification.from_pretrained(model_name, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    pad = model.config.pad_token_id or 0
+    roles = ("user", "instruction"), ("assistant", "output")
+    chats = [[{"role": role, "content": row[column]} for role, column in roles] for row in rows]
+    ids = [one[: int(longest)] for one in tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False)]
+    rewards, started = [], time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, len(ids), int(batch)):
+            some = ids[first : first + int(batch)]
+            width = max(map(len, some))
+            padded = torch.tensor([one + [pad] * (width - len(one)) for one in some], device=device)
+            mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in some], device=device)
+            rewards += model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist()
+    json.dump({"seconds": time.perf_counter() - started, "rewards": rewards}, open(result, "w"))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run(way: str, outputs: Path, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One process: seconds of the scoring phase, of the whole, and the rewards."""
+    model, limit = asked.reward_model, asked.limit or 0
+    result = folder / "result.json"
+    if way in ("paper", "alone"):
+        script = folder / "plain.py"
+        script.write_text(PLAIN)
+        words = [script, model, outputs, limit, 8 if way == "paper" else 1, asked.longest, result]
+    else:
+        words = ["-m", "expo", "score", "alpaca", "--name", "x", "--outputs", outputs, "--reward-model", model]
+        words += ["--engine", way, "--dtype", "float32", "--output-dir", folder / "out", "--overwrite"]
+        words += ["--limit", limit] if limit else []
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    whole = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(f"{way} failed: {done.stderr}")
+    if way in ("paper", "alone"):
+        found = json.loads(result.read_text())
+        return {"whole": whole, "scoring": found["seconds"], "rewards": found["rewards"]}
+    written = folder / "out" / "rewards_alpaca"
+    meta = json.loads((written / "x.meta.json").read_text())
+    rewards = [json.loads(line) for line in (written / "x.jsonl").read_text().splitlines()]
+    return {"whole": whole, "scoring": meta["score_seconds"], "rewards": rewards}
+
+
+def padding(outputs: Path, asked: argparse.Namespace) -> tuple[int, float, float]:
+    """Real tokens; padded over real tokens of batches of 8 in input order, and of expo's."""
+    config = ScoreConfig(
+        task="alpaca", name="x", outputs=str(outputs), reward_model=asked.reward_model, limit=asked.limit
+    )
+    job = plan(config)
+    lengths = [len(row.token_ids) for row in job.rows]
+    eights = [range(first, min(first + 8, len(lengths))) for first in range(0, len(lengths), 8)]
+    own = tight_batches(lengths, CPU_BATCH_TOKENS)
+    padded = [sum(max(lengths[n] for n in batch) * len(batch) for batch in way) for way in (eights, own)]
+    return sum(lengths), padded[0] / sum(lengths), padded[1] / sum(lengths)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("outputs", nargs="+", type=Path)
+    parser.add_argument("--reward-model", required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--longest", type=int, default=2048)
+    parser.add_argument("--ways", nargs="+", default=["paper", "transformers", "vllm"])
+    parser.add_argument("--check", action="store_true", help="also compare with a loop over single rows")
+    asked = parser.parse_args()
+    for outputs in asked.outputs:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(outputs, asked, Path(folder))
+
+
+def measure(outputs: Path, asked: argparse.Namespace, folder: Path) -> None:
+    """The table of one file."""
+    tokens, worth, own = padding(outputs, asked)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in asked.ways}
+    for _ in range(asked.rounds):
+        for way in random.sample(asked.ways, len(asked.ways)):
+            runs[way].append(run(way, outputs, asked, folder))
+    if asked.check:
+        runs["alone"] = [run("alone", outputs, asked, folder)]
+    print(f"\n{outputs.stem}: {tokens:,} tokens; the padding of batches of 8 is worth {worth:.2f}, expo's {own:.3f}\n")
+    print("| way | scoring, s | whole process, s | scoring: paper / way |\n| --- | --- | --- | --- |")
+    medians = {way: [statistics.median(one[key] for one in runs[way]) for key in ("scoring", "whole")] for way in runs}
+    for way, (scoring, whole) in medians.items():
+        ratio = f"{medians['paper'][0] / scoring:.2f}" if "paper" in medians else ""
+        print(f"| {way} | {scoring:.1f} | {whole:.1f} | {ratio} |")
+    print()
+    for one, other in itertools.combinations(runs, 2):
+        pairs = zip(runs[one][0]["rewards"], runs[other][0]["rewards"], strict=True)
+        print(f"largest difference of a row, {one} and {other}: {max(abs(a - b) for a, b in pairs):.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
