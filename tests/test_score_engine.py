@@ -247,7 +247,7 @@ def test_vllm_is_asked_for_raw_logits_of_rows_no_longer_than_these(fake, config)
 
 def test_an_engine_that_dies_keeps_its_rows_and_the_rerun_asks_for_the_others(fake, config):
     fake(step=(3, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")))
-    with pytest.raises(EnvironmentFailure, match="the vLLM engine died: .*smaller --max-length.*rerun the same"):
+    with pytest.raises(EnvironmentFailure, match=r"the vLLM engine died: .*smaller --max-length.*rerun the same"):
         verb.run(config)
     journal = Path(config.output_dir) / "rewards_q" / ".m.journal.jsonl"
     assert len(journal.read_text().splitlines()) == 1 + 6
