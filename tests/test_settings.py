@@ -31,7 +31,9 @@ ABSENT = {
     ExtrapolateConfig(sft="s", dpo="d", alpha=(1,)): {**RULES, "dtype": "auto", "max_shard_size": "keep"},
     ThetaConfig(sft="s", dpo="d", alpha=1): RULES,
     InspectConfig(sft="s", dpo="d"): {},
-    ScoreConfig(task="alpaca", name="m"): {"dtype": "auto", "batch_tokens": 16384, "max_length": None},
+    ScoreConfig(task="alpaca", name="m"): {
+        "dtype": "auto", "batch_tokens": 16384, "max_length": None, "bos": "template",
+    },
     GenerateConfig(task="alpaca", model="m"): {
         **RULES, "dtype": "auto", "engine_arg": [], "system": None, "n": 1, "temperature": None, "top_k": 50,
         "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 42, "seed_mode": "shared",

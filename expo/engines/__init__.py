@@ -172,13 +172,17 @@ class ScorerSetup:
     """The reward model's folder."""
     pad_id: int | None
     """The tokenizer's padding token."""
+    base: Path | None = None
+    """Of an adapter: the folder of the model it was trained on."""
+    separator: int | None = None
+    """Of text pairs with token types: the id after whose first place they are 1."""
 
     def takes_over(self, started: ScorerSetup) -> bool:
         """Whether an engine that was started with another setup can go on with this one."""
         settings = ("device", "dtype", "trust_remote_code")
-        return (self.model, self.pad_id) == (started.model, started.pad_id) and all(
-            getattr(self.config, name) == getattr(started.config, name) for name in settings
-        )
+        return (self.model, self.pad_id, self.base, self.separator) == (
+            *(started.model, started.pad_id, started.base, started.separator),
+        ) and all(getattr(self.config, name) == getattr(started.config, name) for name in settings)
 
 
 class Scorer(Engine, Protocol):

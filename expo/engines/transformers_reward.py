@@ -7,12 +7,12 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from expo.engines import ScorerSetup
-from expo.engines.coverage import is_token, require_trained, reward_config
-from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
+from expo.engines.coverage import is_token
+from expo.engines.reward_loading import load_reward_model
+from expo.engines.torch_tools import find_device, out_of_memory_hint
 from expo.errors import InputError
 
 
@@ -29,22 +29,12 @@ class TransformersScorer:
 
     def __init__(self, setup: ScorerSetup) -> None:
         self._device = find_device(setup.config.device, prefer_gpu=True)
-        with loading(setup.model.name):
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                setup.model,
-                config=reward_config(setup.model, trust_remote_code=setup.config.trust_remote_code),
-                dtype=setup.config.dtype,
-                trust_remote_code=setup.config.trust_remote_code,
-                device_map=str(self._device),
-                output_loading_info=True,
-            )
-        require_trained(setup.model.name, model, info, "score")
+        self._model, _, self._alone = load_reward_model(setup, self._device)
         self._name = setup.model.name
-        self._model: Any = model.eval()
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """The raw logit of each row; padding does not affect it."""
-        if self._model.config.is_encoder_decoder and len(rows) > 1:  # its batches must have EOS equally often
+        if self._alone and len(rows) > 1:
             return [self.score([row])[0] for row in rows]
         width = max(map(len, rows))
         with (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from expo.checkpoint.folder import (
     Location,
@@ -25,8 +26,10 @@ from expo.checkpoint.vocabulary import embedding_rows
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, ScorerSetup, find_engine
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
-from expo.engines.coverage import require_reward_model, require_whole
+from expo.engines.coverage import require_whole
 from expo.engines.log_probs import LOG_PROBS, LogProbSetup
+from expo.engines.reward_models import recognise
+from expo.engines.reward_tokens import RewardTokenizer, reward_tokenizer
 from expo.errors import InputError
 from expo.parts import read_part
 from expo.rows import EngineKeeper, plan_to_run, run as run_job
@@ -35,6 +38,7 @@ from expo.rows.files import RowFiles
 from expo.rows.job import Done
 from expo.score.implicit import AnswerRow, ImplicitJob, answer_span
 from expo.score.job import ScoreJob
+from expo.score.known import with_recipe
 from expo.score.rows import ScoreRow, encode_answered, score_rows
 from expo.score.scorers import ScoredBy, files_of, find_scorers
 from expo.settings import Change, Fingerprint, absent_values, recorded
@@ -42,6 +46,8 @@ from expo.tasks import Conversation, Task, find_task, read_conversations
 
 FEW_TOKENS = 8
 """More than these, at the end of a prompt, are no generation prompt, nor letters that were joined with the answer's."""
+
+AnyTokenizer = TypeVar("AnyTokenizer", bound=ChatTokenizer)
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +161,13 @@ def _job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
 def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
     engine, spec = find_engine(SCORERS, config.engine)
     location = scorer.location
-    require_loadable(location.path)
-    require_reward_model(location.path, trust_remote_code=config.trust_remote_code)
-    refuse_inside(Path(config.output_dir), location, flag="--output-dir")
-    tokenizer = _tokenizer(location, config)
-    longest = _longest(config, location)
+    config = with_recipe(config, location)
+    found = recognise(location, config.chat_template)
+    found.require_trained(trust_remote_code=config.trust_remote_code)
+    found.require_engine(engine)
+    refuse_inside(Path(config.output_dir), location, *([] if found.base is None else [found.base]), flag="--output-dir")
+    tokenizer = reward_tokenizer(found, bos=config.bos, trust_remote_code=config.trust_remote_code)
+    longest = _longest(config, location if found.base is None else found.base)
     files = files_of(scorer, answers.file, answers.task, config)
     tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files, "rows", "batches")
     rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file))
@@ -172,7 +180,14 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
         location=location,
         outputs=answers.file,
         rows=rows,
-        setup=ScorerSetup(config, location.path, tokenizer.pad_id),
+        setup=ScorerSetup(
+            config,
+            location.path,
+            tokenizer.pad_id,
+            base=None if found.base is None else found.base.path,
+            separator=tokenizer.separator,
+        ),
+        normalization=found.normalization,
         files=files,
         fingerprint=fingerprint,
         date=date,
@@ -182,6 +197,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
 
 def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ImplicitJob:
     dpo, sft = scorer.location, scorer.sft or scorer.location
+    config = replace(config, bos="template")  # it is for reward models
     engine, spec = _log_probs_engine(config)
     for flag, location in (("--dpo", dpo), ("--sft", sft)):
         _require_policy(flag, location, config)
@@ -209,8 +225,8 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
     )
 
 
-def _tokenizer(location: Location, config: ScoreConfig) -> ChatTokenizer:
-    return ChatTokenizer(
+def _tokenizer(location: Location, config: ScoreConfig) -> RewardTokenizer:
+    return RewardTokenizer(
         location.path,
         template=config.chat_template,
         trust_remote_code=config.trust_remote_code,
@@ -232,10 +248,10 @@ def _made_from(
     scorer: ScoredBy,
     config: ScoreConfig,
     engine: str,
-    tokenizer: ChatTokenizer,
+    tokenizer: AnyTokenizer,
     files: RowFiles,
     *changes: Change,
-) -> tuple[ChatTokenizer, Fingerprint, TemplateDate | None]:
+) -> tuple[AnyTokenizer, Fingerprint, TemplateDate | None]:
     """The fingerprint, and the date of a chat template that writes one, at which the tokenizer's clock then stands."""
     made_from = {
         "task": answers.task.name,
@@ -303,7 +319,7 @@ def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
     require_same_ids(sft.path, dpo.path, theirs or UNLIMITED)
 
 
-def _answer_rows(answers: _Answers, tokenizer: ChatTokenizer, longest: int) -> tuple[AnswerRow, ...]:
+def _answer_rows(answers: _Answers, tokenizer: RewardTokenizer, longest: int) -> tuple[AnswerRow, ...]:
     """The rows, their token ids cut after the answer."""
     whole = list(score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file))
     asked, failed = [row.conversation.messages[:-1] for row in whole], [row.failed for row in whole]

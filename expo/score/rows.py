@@ -12,6 +12,7 @@ import xxhash
 
 from expo.checkpoint.folder import read_json
 from expo.engines.chat import ChatTokenizer
+from expo.engines.reward_tokens import PairTokenizer, RewardTokenizer
 from expo.errors import InputError
 from expo.files import Row, json_text
 from expo.tasks import Conversation, Message
@@ -57,7 +58,7 @@ class ScoreRow:
 
 
 def score_rows(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, longest: int, outputs: Path
+    conversations: Sequence[Conversation], tokenizer: RewardTokenizer | PairTokenizer, longest: int, outputs: Path
 ) -> Iterator[ScoreRow]:
     """The rows of an output file, as token ids.
 
@@ -83,7 +84,7 @@ def score_rows(
             conversation=conversation,
             id=name,
             sample=sample,
-            token_ids=tuple(row_ids[:longest]),
+            token_ids=tuple(tokenizer.cut(row_ids, longest)),
             truncated=len(row_ids) > longest,
             failed=failed[number],
         )
