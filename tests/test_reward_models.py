@@ -941,6 +941,22 @@ def test_a_model_that_one_gpu_does_not_hold_is_spread(
     assert loading.placement(setup, torch.device(device.replace("auto", "cuda"))) == place
 
 
+@pytest.mark.gpu
+def test_a_model_that_one_gpu_does_not_hold_scores_as_one_that_it_holds(llama_pair, outputs, tmp_path):
+    """0.8 GB in float32, on a GPU that is filled but for 0.7 GB."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 16}
+    config = transformers.LlamaConfig(**{**sizes, "vocab_size": 64, "num_labels": 1, "pad_token_id": 2})
+    torch.manual_seed(0)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(llama_pair[1]).save_pretrained(tmp_path / "rm")
+    expected = score(tmp_path / "rm", tmp_path, device="cuda")
+    torch.cuda.empty_cache()
+    filler = torch.empty(loading.free_memory() - 700_000_000, dtype=torch.uint8, device="cuda")
+    spread_out = score(tmp_path / "rm", tmp_path, device="auto", overwrite=True)
+    assert filler.numel()
+    same(spread_out, expected)  # type: ignore[arg-type]
+
+
 def test_on_a_cpu_nothing_is_spread(reward_model, outputs, tmp_path):
     setup = verb.plan(settings(reward_model, tmp_path)).setup
     assert loading.placement(setup, torch.device("cpu")) == "cpu"

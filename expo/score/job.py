@@ -137,7 +137,8 @@ class ScoreJob(RowJob):
         if len(rewards) < MIN_DIFFERENT or len(set(rewards.values())) > 1:
             return
         narrow = "" if self.config.dtype == "float32" else "--dtype float32 (a narrow type can saturate), "
-        kept = "their parts" if self.config.join else self.files.journal.name
+        in_parts = self.config.join or self.config.data_parallel > 1
+        kept = "their parts" if in_parts else self.files.journal.name
         reward, count = next(iter(rewards.values())), len(rewards)
         raise InputError(
             f"{self.location.label} gives the reward {reward!r} to all of {count} different "
