@@ -82,7 +82,9 @@ def added(monkeypatch) -> None:
 @pytest.fixture
 def task(tmp_path) -> Path:
     file = tmp_path / "q.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"w{number} w9"}) + "\n" for number in range(14)))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"w{number} w9" + " w8" * (number % 2)}) + "\n" for number in range(14))
+    )
     return file
 
 

@@ -122,8 +122,8 @@ FLAGS = {
     " --join --max-tokens --model --n --part --presence-penalty --seed --seed-mode --stop-token-id --system"
     " --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
-    "score": f"{ROWS} --aligned --beta --data-parallel --dpo --implicit-reward --join --part --max-length --outputs"
-    " --reward-model --sft --trust-remote-code --engine-arg --tensor-parallel",
+    "score": f"{ROWS} --aligned --beta --bos --data-parallel --dpo --implicit-reward --join --part --max-length"
+    " --outputs --reward-model --sft --trust-remote-code --engine-arg --tensor-parallel",
     "compare": "--config --dataset --debug --dry-run --flips --intersect --json --markdown --output-dir --task",
     "report": "--config --dataset --debug --dry-run --figures --intersect --json --output --output-dir --overwrite"
     " --task",

@@ -395,6 +395,15 @@ def test_a_head_that_does_not_fit_is_named(rm, tmp_path, case):
         reward(model)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt"])
+def test_a_bias_that_a_class_has_no_place_for_is_refused(tmp_path, kind):
+    """vLLM would add it, and transformers drop it; encoders' heads have places for theirs, as above."""
+    model = save(transformers.AutoModelForSequenceClassification, kind, tmp_path / "rm", num_labels=1)
+    biased = changed(model, tmp_path / "m", lambda tensors: {**tensors, "score.bias": torch.ones(1)})
+    with pytest.raises(InputError, match=r"m has score.bias, which \w+ForSequenceClassification has no place for"):
+        reward(biased)
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_head_of_several_layers_is_judged_whole(tmp_path, kind):
     auto = transformers.AutoModelForSequenceClassification

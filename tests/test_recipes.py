@@ -11,8 +11,11 @@ import helpers
 import pytest
 
 from expo import recipes
+from expo.checkpoint.folder import Location
+from expo.config import ScoreConfig
 from expo.config_files import values_for
 from expo.errors import InputError
+from expo.score.known import with_recipe
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -74,10 +77,61 @@ def test_names_are_found_in_any_case_and_unknown_ones_refused():
 def test_the_list_is_printed_as_a_table_and_as_json(run_expo):
     table = run_expo("recipes")
     assert table.code == 0
-    assert len(table.stdout.splitlines()) == 1 + len(recipes.names())
+    pairs, reward_models = table.stdout.rstrip().split("\n\n")
+    assert len(pairs.splitlines()) == 1 + len(recipes.names())
+    assert len(reward_models.splitlines()) == 1 + len(recipes.reward_model_names())
     assert "; the SFT checkpoint was published as .bin: --allow-pickle reads it\n" in table.stdout
     one = json.loads(run_expo("recipes", "zephyr_0.1", "--json").stdout)["recipes"]
     assert [(row["name"], row["alpha"]) for row in one] == [("zephyr_0.1", 8.0)]
+    both = json.loads(run_expo("recipes", "zephyr_0.1", "fsfairx-llama3-rm-v0.1", "--json").stdout)
+    assert len(both["recipes"]) == 1
+    assert [(row["reward_model"], row["settings"]) for row in both["reward_models"]] == [
+        ("sfairXC/FsfairX-LLaMA3-RM-v0.1", {"bos": "none"})
+    ]
+
+
+REWARD_MODELS = {
+    "weqweasdas/RM-Mistral-7B": {},
+    "sfairXC/FsfairX-LLaMA3-RM-v0.1": {"bos": "none"},
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": {"max_length": 16384},
+    "Skywork/Skywork-Reward-V2-Llama-3.1-8B": {"max_length": 16384},
+}
+
+
+def test_known_reward_models_have_what_is_special_about_them():
+    found = {one.reward_model: one for one in map(recipes.load, recipes.reward_model_names())}
+    assert {hub_id: one.settings for hub_id, one in found.items()} == REWARD_MODELS
+    for hub_id, one in found.items():
+        assert one.name == hub_id.split("/")[1]
+        assert one.source
+        assert recipes.of_reward_model(hub_id.upper()) == one
+        assert values_for("score", one.tables)["reward_model"] in (hub_id, [hub_id])
+    assert recipes.of_reward_model("another/RM-Mistral-7B") is None
+    assert recipes.of_reward_model("weqweasdas/another") is None
+    assert not set(recipes.names()) & set(recipes.reward_model_names())
+
+
+def known(location: Location, **given: object) -> tuple[object, object]:
+    config = with_recipe(ScoreConfig(task="alpaca", name="m", reward_model="me/rm", **given), location)
+    return config.bos, config.max_length
+
+
+def test_a_known_reward_models_settings_are_taken_where_none_are_given(caplog):
+    folder = Path("/nowhere")
+    fsfair, skywork = (
+        Location(folder, hub_id.split("/")[1], hub_id)
+        for hub_id in ("sfairXC/FsfairX-LLaMA3-RM-v0.1", "Skywork/Skywork-Reward-V2-Qwen3-0.6B")
+    )
+    with caplog.at_level("INFO", logger="expo"):
+        assert known(fsfair) == ("none", None)
+    assert "recipe FsfairX-LLaMA3-RM-v0.1: --bos none (the paper's second; trained without BOS" in caplog.text
+    assert known(fsfair, bos="template") == ("template", None)
+    assert known(skywork) == ("template", 16384)
+    assert known(skywork, max_length=100) == ("template", 100)
+    assert known(Location(folder, "FsfairX-LLaMA3-RM-v0.1")) == ("template", None), (
+        "a folder of that name may be anything"
+    )
+    assert known(Location(folder, "rm", "me/rm")) == ("template", None)
 
 
 @pytest.mark.parametrize(("dpo", "sft", "alpha"), rows(PAPER))

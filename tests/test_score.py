@@ -503,21 +503,6 @@ def test_positions_that_begin_after_the_padding_id_are_not_run_out_of(llama_pair
     assert numbers(result.rewards) == pytest.approx(rewards_alone(model, ROWS, longest), abs=1e-5)
 
 
-@pytest.mark.parametrize("with_config", [False, True])
-def test_an_adapter_says_what_it_is_and_what_to_do(reward_model, outputs, tmp_path, with_config):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
-
-    model = get_peft_model(
-        AutoModelForSequenceClassification.from_pretrained(reward_model), LoraConfig(task_type="SEQ_CLS", r=2)
-    )
-    model.save_pretrained(tmp_path / "lora")
-    if with_config:
-        shutil.copy(reward_model / "config.json", tmp_path / "lora")
-    with pytest.raises(InputError, match=r"lora is an adapter \(SEQ_CLS\) of .*/rm, .* merge it with peft's merge_and"):
-        verb.run(settings(tmp_path / "lora", tmp_path))
-
-
 @pytest.mark.parametrize(("rows", "words"), [(1, r"reward -?[0-9.]+ over 1 rows"), (2, r"± [0-9.]+ over 2 rows")])
 def test_one_row_has_no_standard_error(reward_model, tmp_path, rows, words, caplog):
     write_outputs(tmp_path, ROWS[:rows])

@@ -32,7 +32,7 @@ ABSENT = {
     ThetaConfig(sft="s", dpo="d", alpha=1): RULES,
     InspectConfig(sft="s", dpo="d"): {},
     ScoreConfig(task="alpaca", name="m"): {
-        "dtype": "auto", "engine_arg": [], "batch_tokens": 16384, "max_length": None,
+        "dtype": "auto", "engine_arg": [], "batch_tokens": 16384, "max_length": None, "bos": "template",
     },
     GenerateConfig(task="alpaca", model="m"): {
         **RULES, "dtype": "auto", "engine_arg": [], "system": None, "n": 1, "temperature": None, "top_k": 50,

@@ -20,6 +20,7 @@ from expo.config.rows import (
     DEFAULT_BETA as DEFAULT_BETA,
     DEFAULT_REWARD_MODEL as DEFAULT_REWARD_MODEL,
     DEFAULT_TEMPERATURE as DEFAULT_TEMPERATURE,
+    Bos as Bos,
     GenerateConfig as GenerateConfig,
     RowsConfig as RowsConfig,
     ScoreConfig as ScoreConfig,

@@ -25,6 +25,7 @@ from expo.settings import (
 )
 
 SeedMode: TypeAlias = Literal["row", "shared"]
+Bos: TypeAlias = Literal["auto", "template", "none"]
 
 DEFAULT_TEMPERATURE = 0.7
 """The paper's, where neither the user nor the task says another."""
@@ -322,11 +323,19 @@ class ScoreConfig(RowsConfig):
     max_length: Annotated[
         int | None,
         changes_rows(
-            "Maximum conversation length in tokens; longer ones lose their end. [default: the model's own]",
+            "Maximum conversation length in tokens; longer ones lose their end. [default: its recipe's, else its own]",
             metavar="N",
             absent=None,
         ),
     ] = None
+    bos: Annotated[
+        Bos,
+        changes_rows(
+            "template: rows begin as the chat template gives them; none: without its BOS token, for reward models that "
+            "were trained so; auto: as the model's recipe says, else template.",
+            absent="template",
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -335,6 +344,7 @@ class ScoreConfig(RowsConfig):
             InputError: A value is out of its range; the message names the flag.
         """
         super().__post_init__()
+        require_choice("--bos", self.bos, Bos)
         require(self.batch_tokens > 0, f"--batch-tokens must be positive, not {self.batch_tokens}")
         require(
             self.max_length is None or self.max_length > 0,

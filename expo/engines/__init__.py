@@ -173,12 +173,16 @@ class ScorerSetup:
     """The reward model's folder."""
     context_length: int
     """The longest row of this run, in tokens."""
+    base: Path | None = None
+    """Of an adapter: the folder of the model it was trained on."""
+    separator: int | None = None
+    """Of text pairs with token types: the id after whose first place they are 1."""
 
     def takes_over(self, started: ScorerSetup) -> bool:
         """Whether an engine that was started with another setup can go on with this one."""
-        settings = ("device", "dtype", "engine_arg", "tensor_parallel", "trust_remote_code")
+        settings = ("device", "dtype", "engine_arg", "tensor_parallel", "trust_remote_code", "chat_template")
         return (
-            self.model == started.model
+            (self.model, self.base, self.separator) == (started.model, started.base, started.separator)
             and self.context_length <= started.context_length
             and all(getattr(self.config, name) == getattr(started.config, name) for name in settings)
         )
@@ -284,7 +288,11 @@ def request_seed(config: GenerateConfig, key: Key) -> int:
 
 
 def find_engine(
-    engines: Mapping[str, EngineSpec], name: str, config: RowsConfig | None = None, model: Path | None = None
+    engines: Mapping[str, EngineSpec],
+    name: str,
+    config: RowsConfig | None = None,
+    model: Path | None = None,
+    why_not: Callable[[str], str | None] = lambda _: None,
 ) -> tuple[str, EngineSpec]:
     """The engine that `--engine` names; auto is the first that can run, and it says which and why.
 
@@ -293,19 +301,21 @@ def find_engine(
         name: As `--engine` has it.
         config: The settings, where an engine may not be one for every model.
         model: The model's folder, in the same case.
+        why_not: Says why the engine of a name does not run this kind of model; None where nothing stands against it.
 
     Raises:
         InputError: There is none of that name, or it does not run the model.
     """
     if name in engines:
-        if (why := _why_not_for(engines[name], config, model)) is not None:
+        if (why := why_not(name) or _why_not_for(engines[name], config, model)) is not None:
             raise InputError(f"--engine {name}: {why}")
         return name, engines[name]
     if name != "auto":
         raise InputError(f"--engine must be one of auto, {', '.join(engines)}, not {name!r}")
     reasons: list[str] = []
     for candidate, spec in engines.items():
-        reason = spec.call("why_not") or _why_not_for(spec, config, model) or spec.call("rather_not", config)
+        unfit = why_not(candidate) or spec.call("why_not") or _why_not_for(spec, config, model)
+        reason = unfit or spec.call("rather_not", config)
         if reason is None:
             if len(engines) > 1:
                 log.info("engine: %s (%s)", candidate, reasons[-1] if reasons else "it is installed and can run")

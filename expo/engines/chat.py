@@ -52,14 +52,17 @@ class ChatTokenizer:
     """
 
     def __init__(self, model: Path, *, template: str | None, trust_remote_code: bool, rows: int | None = None) -> None:
-        self._model = model
-        self._end = UNLIMITED if rows is None else rows
-        self._tokenizer: Any = _load(model, trust_remote_code)
-        self._given: dict[str, Any] = {}
+        self._take(model, load_tokenizer(model, trust_remote_code), rows)
         if template is not None:
             self._tokenizer.chat_template = read_template(Path(template))
         if not self._tokenizer.chat_template:
             raise InputError(f"{model} has no chat template; pass one with --chat-template FILE")
+
+    def _take(self, model: Path, tokenizer: Any, rows: int | None) -> None:  # noqa: ANN401 - a tokenizer of any class
+        self._model = model
+        self._end = UNLIMITED if rows is None else rows
+        self._tokenizer: Any = tokenizer
+        self._given: dict[str, Any] = {}
 
     @property
     def template(self) -> str:
@@ -221,7 +224,12 @@ class ChatTokenizer:
                 raise InputError(f"with the tokenizer in {self._model}, row {number} {why}")
 
 
-def _load(model: Path, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a tokenizer of any class
+def load_tokenizer(model: Path, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a tokenizer of any class
+    """The tokenizer in a folder.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:

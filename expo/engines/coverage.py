@@ -7,31 +7,19 @@ that transformers does not know, or that is quantized, is not judged: its engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from expo.checkpoint.folder import (
-    ADAPTER_CONFIG,
-    BIN_FILE,
-    BIN_INDEX_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    is_adapter,
-    read_config,
-)
-from expo.checkpoint.header import read_shard
+from expo.checkpoint.folder import read_config
 from expo.checkpoint.names import PEFT_PREFIX, WRAPPERS
+from expo.engines.shapes import Shapes, weight_shapes
 from expo.errors import InputError
-from expo.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-"""Tensor → its shape."""
 
 HEADS = frozenset(
     {
@@ -49,6 +37,9 @@ HEADS = frozenset(
     }
 )
 """First parts of the names of heads that give a reward."""
+
+SCORE = "score"
+"""The head of transformers' sequence classifiers that are causal models."""
 
 PARTS = frozenset({*WRAPPERS, "module", "base_layer", "original_module"})
 """Parts of names that training wrappers and PEFT add."""
@@ -116,16 +107,9 @@ def require_reward_model(model: Path, *, trust_remote_code: bool) -> None:
     Raises:
         InputError: The model is not a reward model.
     """
-    if is_adapter(model) and weight_shapes(model) is None:
-        adapter = read_json(model / ADAPTER_CONFIG)
-        kind, base = adapter.get("task_type") or "no task type", adapter.get("base_model_name_or_path") or "its base"
-        raise InputError(
-            f"{model.name} is an adapter ({kind}) of {base}, not a whole reward model: merge it with peft's "
-            "merge_and_unload, save the result with `save_pretrained` and its tokenizer, and give that"
-        )
     try:
         judged = require_reward_weights(model, trust_remote_code=trust_remote_code)
-    except _NoHead as error:
+    except NoHead as error:
         raise _causal(model) or error from None
     found = None if judged else _causal(model)
     if found is not None:
@@ -143,47 +127,78 @@ def _causal(model: Path) -> InputError | None:
     )
 
 
-class _NoHead(InputError):
+class NoHead(InputError):
     """A checkpoint without the head of a reward model."""
 
 
-def require_reward_weights(model: Path, *, trust_remote_code: bool) -> bool:
+def require_reward_weights(
+    model: Path,
+    *,
+    trust_remote_code: bool,
+    auto: str = "AutoModelForSequenceClassification",
+    shapes: Shapes | None = None,
+    elsewhere: Collection[str] = (),
+) -> bool:
     """Refuse a model whose own tensors are not those of a reward model with one output.
 
     Args:
         model: The model's folder.
         trust_remote_code: Whether to run Python code in it.
+        auto: The class of transformers' that finds the model's.
+        shapes: The weights, by the names that this class has for them; None takes those in the folder.
+        elsewhere: Names of tensors that are not in the folder, and come from an adapter.
 
     Returns:
         Whether that could be judged.
 
     Raises:
-        InputError: A tensor is missing (`_NoHead` if it is the head's), misnamed or of another shape, or the head has
+        InputError: A tensor is missing (`NoHead` if it is the head's), misnamed or of another shape, or the head has
             more outputs.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
-    shapes = weight_shapes(model)
+    shapes = weight_shapes(model) if shapes is None else shapes
     if shapes is None:
         return False
-    found = _look(AutoModelForSequenceClassification, reward_config, model, shapes, trust_remote_code)
+    found = _look(getattr(transformers, auto), reward_config, model, shapes, trust_remote_code)
+    if found is not None and elsewhere:
+        found = replace(
+            found,
+            missing=tuple(name for name in found.missing if name not in elsewhere),
+            unlike=tuple(one for one in found.unlike if one[0] not in elsewhere),
+        )
     _require_unwrapped(model.name, shapes, found.missing if found else None)
     if found is None:
         return False
-    heads = [name for name in found.unread if _is_head(name)]
-    for name, theirs, ours in sorted(found.unlike, key=lambda one: -len(one[1])):  # a weight before its bias
-        if _is_head(name) and ours[0] == 1 and theirs[1:] == ours[1:]:
-            raise InputError(f"{model.name} has {theirs[0]} labels; a reward model has one ({name} is {list(theirs)})")
-    for name in found.missing:
-        if _is_head(name):
-            other = f"; {heads[0]} is no head that {found.architecture} reads" if heads else ""
-            raise _NoHead(f"{model.name} has no trained score head ({name} is not in its weights{other})")
+    _require_head(model.name, found)
     _require_tensors(model.name, found, "score")
+    heads = [name for name in found.unread if is_head(name)]
     if heads:
         raise InputError(
             f"{model.name} has {heads[0]}, which {found.architecture} has no place for: rewards would be without it"
         )
     return True
+
+
+def _require_head(label: str, found: Coverage) -> None:
+    for name, theirs, ours in sorted(found.unlike, key=lambda one: -len(one[1])):  # a weight before its bias
+        if is_head(name) and ours[0] == 1 and theirs[1:] == ours[1:]:
+            require_one_row(label, name, theirs)
+    missing = next(filter(is_head, found.missing), None)
+    if missing is not None:
+        other = next(filter(is_head, found.unread), None)
+        unread = f"; {other} is no head that {found.architecture} reads" if other else ""
+        raise NoHead(f"{label} has no trained score head ({missing} is not in its weights{unread})")
+
+
+def require_one_row(label: str, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a head with several outputs.
+
+    Raises:
+        InputError: Its weight has not one row.
+    """
+    if shape[0] != 1:
+        raise InputError(f"{label} has {shape[0]} labels; a reward model has one ({name} is {list(shape)})")
 
 
 def missing_parameters(model: Any, info: Mapping[str, Any]) -> list[str]:  # noqa: ANN401 - a transformers model
@@ -236,46 +251,6 @@ def reward_config(model: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN4
     return config
 
 
-# --- what is there ------------------------------------------------------------------------------------------------
-
-
-def weight_shapes(model: Path) -> Shapes | None:
-    """The tensors that a loader finds in a folder; None where there are none under the usual names.
-
-    Raises:
-        InputError: A safetensors file or an index is missing or damaged.
-    """
-    for single, index in ((SINGLE_FILE, INDEX_FILE), (BIN_FILE, BIN_INDEX_FILE)):
-        if (model / single).is_file():
-            names: list[Any] = [single]
-        elif (model / index).is_file():
-            weight_map = read_json(model / index).get("weight_map")
-            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        else:
-            continue
-        if not names or not all(isinstance(name, str) for name in names):
-            return None
-        if single == BIN_FILE:
-            return _pickled_shapes([model / name for name in names])
-        shards = [read_shard(model / name) for name in names]
-        return {tensor.name: tensor.shape for shard in shards for tensor in shard.tensors}
-    return None
-
-
-def _pickled_shapes(files: Iterable[Path]) -> Shapes | None:
-    """Shapes in .bin files, read as transformers reads them; None where it would refuse them, with its own reason."""
-    import torch
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for file in files:
-            state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-            shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
-    except Exception:  # a file made by others can raise anything
-        return None
-    return shapes
-
-
 # --- what the loader says -----------------------------------------------------------------------------------------
 
 
@@ -296,7 +271,7 @@ class _Shape:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' reports about what is missing, and its progress bar."""
     from transformers.utils import logging
 
@@ -319,7 +294,7 @@ def _look(
     trust_remote_code: bool,
 ) -> Coverage | None:
     """What transformers' loader says; None where it cannot judge."""
-    with _quiet():
+    with quiet():
         try:
             config = read_config(model, trust_remote_code=trust_remote_code)
             tables = (config, getattr(config, "text_config", None))
@@ -387,7 +362,8 @@ def _lacking(model: Any, shapes: Shapes) -> list[str]:  # noqa: ANN401 - a trans
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a tensor's name is that of a head that gives a reward."""
     return name.split(".")[0] in HEADS
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from expo.engines import ScorerSetup, tight_batches
-from expo.engines.coverage import is_token, require_trained, reward_config
+from expo.engines.coverage import is_token
 from expo.engines.reward_classes import READ_PADDING, attends_forwards, class_of_last, moves_positions, padding_table
-from expo.engines.torch_tools import find_device, is_out_of_memory, loading, out_of_memory_hint
+from expo.engines.reward_loading import load_reward_model
+from expo.engines.torch_tools import find_device, is_out_of_memory, out_of_memory_hint
 from expo.errors import InputError
 
 CPU_BATCH_TOKENS = 4096
@@ -41,24 +41,15 @@ class TransformersScorer:
 
     def __init__(self, setup: ScorerSetup) -> None:
         self._device = find_device(setup.config.device, prefer_gpu=True)
-        with loading(setup.model.name):
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                setup.model,
-                config=reward_config(setup.model, trust_remote_code=setup.config.trust_remote_code),
-                dtype=setup.config.dtype,
-                trust_remote_code=setup.config.trust_remote_code,
-                device_map=str(self._device),
-                output_loading_info=True,
-            )
-        require_trained(setup.model.name, model, info, "score")
         self._name = setup.model.name
-        self._model: Any = model.eval()
-        reads_last = class_of_last(type(model).__name__)
-        self._head = _Float32Head(self._model, reads_last=reads_last)
+        loaded = load_reward_model(setup, self._device)
+        self._model: Any = loaded.model
+        reads_last = not loaded.own_code and class_of_last(type(self._model).__name__)
+        self._head = _Float32Head(self._model, reads_last=reads_last, is_known=not loaded.own_code)
         self._pad_id = _padding_id(self._model, reads_last=reads_last)
         # What lies to the right of a row is not seen by one that attends backwards: it needs no mask.
-        self._masks = not reads_last or attends_forwards(model.config)
-        self._alone = _must_be_alone(model.config)
+        self._masks = not reads_last or attends_forwards(self._model.config)
+        self._alone = loaded.own_code or _must_be_alone(self._model.config)
         self._budget = setup.config.batch_tokens
         self._ahead = 0
         if self._device.type == "cpu":
@@ -165,11 +156,14 @@ class _Float32Head:
     Args:
         model: A transformers classifier.
         reads_last: Whether its head is applied to all positions, of which one per row is taken.
+        is_known: Whether its code is transformers' own; what others wrote is left as it is.
     """
 
-    def __init__(self, model: Any, *, reads_last: bool) -> None:  # noqa: ANN401 - as above
+    def __init__(self, model: Any, *, reads_last: bool, is_known: bool) -> None:  # noqa: ANN401 - as above
         self._last = torch.empty(0)
         self._width = 0
+        if not is_known:
+            return
         body = getattr(model, "base_model", model)
         parts = [part for part in model.children() if not any(one is body for one in part.modules())]
         if parts and reads_last:

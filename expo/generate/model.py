@@ -27,7 +27,8 @@ from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ThetaConfig
 from expo.engines import EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
-from expo.engines.coverage import Shapes, require_whole
+from expo.engines.coverage import require_whole
+from expo.engines.shapes import Shapes
 from expo.errors import InputError
 from expo.files import Row
 from expo.settings import recorded

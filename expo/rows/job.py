@@ -154,6 +154,16 @@ class RowJob(ABC):
     def pending(self, done: Mapping[Key, Row]) -> bool:
         """Whether any row that can be produced is not done."""
 
+    def require_sound(self, done: Rows) -> None:  # noqa: B027 - for jobs whose rows can show it
+        """Refuse rows that show, together, that the engine did not work; they stay in the journal.
+
+        Args:
+            done: All rows, from this run and before.
+
+        Raises:
+            InputError: They do.
+        """
+
     @abstractmethod
     def impossible(self, done: Mapping[Key, Row]) -> Rows:
         """The rows that cannot be produced, marked as failed, once all others are done."""
@@ -329,6 +339,7 @@ def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Don
         extends = bool(kept) or (bool(done) and job.files.final.exists())
         done |= kept
         figures = _make(job, keeper, journal, done)
+        job.require_sound(done)
         done |= job.impossible(done)
         rows = [done[key] for key in job.keys]
         meta = job.meta_of(rows, figures, extends=extends)

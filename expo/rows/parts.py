@@ -167,6 +167,7 @@ def join_parts(whole: RowJob, count: int) -> Done:
         journal = whole.files.open_journal(whole.fingerprint)
         with whole.files.holding(journal):
             rows: Rows = {key: row for part in parts for key, row in part.rows.items()} | kept
+            whole.require_sound(rows)
             rows |= whole.impossible(whole.answered(rows.values()))
             ordered = [rows[key] for key in whole.keys]
             figures = _figures(whole, [part.meta for part in parts])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 from expo.config import ScoreConfig
 from expo.engines import SCORERS, EngineSpec, find_engine, require_fitting
+from expo.engines.reward_models import RewardModel
 from expo.engines.torch_tools import own_dtype
 from expo.files import Row
 from expo.parts import FILE_NAME
@@ -20,14 +20,14 @@ HEAD_DTYPE = "float32"
 log = logging.getLogger(__name__)
 
 
-def choose_engine(config: ScoreConfig, model: Path, files: RowFiles) -> tuple[str, EngineSpec, ScoreConfig]:
+def choose_engine(config: ScoreConfig, found: RewardModel, files: RowFiles) -> tuple[str, EngineSpec, ScoreConfig]:
     """The engine, what is known of it, and the settings with those resolved that hang on the machine.
 
     Rewards of two engines differ in their last bits, so `auto` goes on with the engine of the output that is there.
 
     Args:
         config: The settings.
-        model: The reward model's folder.
+        found: The reward model.
         files: The output's files.
 
     Raises:
@@ -39,9 +39,9 @@ def choose_engine(config: ScoreConfig, model: Path, files: RowFiles) -> tuple[st
         if made_with is not None:
             log.info("engine: %s (%s was made with it)", made_with, files.final)
             name = made_with
-    engine, spec = find_engine(SCORERS, name, config, model)
+    engine, spec = find_engine(SCORERS, name, config, found.body, found.why_not)
     require_fitting(SCORERS, config, engine)
-    return engine, spec, spec.call("settle", config, model) or config
+    return engine, spec, spec.call("settle", config, found.body) or config
 
 
 def _recorded(files: RowFiles) -> Iterator[Row]:
@@ -54,21 +54,23 @@ def _recorded(files: RowFiles) -> Iterator[Row]:
             yield part
 
 
-def reward_fingerprint(made_from: Row, config: ScoreConfig, model: Path) -> Fingerprint:
+def reward_fingerprint(made_from: Row, config: ScoreConfig, found: RewardModel) -> Fingerprint:
     """Everything that changes a reward.
 
     Args:
         made_from: What is scored with which model and engine.
         config: The settings, resolved.
-        model: The reward model's folder.
+        found: The reward model.
 
     Returns:
-        What `made_from` has, the settings, and the head's data type, which was the model's own before it was recorded.
+        What `made_from` has, the settings, and the head's data type, which was the model's own before it was recorded,
+        and is where the model runs code that it brings along.
         How rows are batched, which changes no reward any more, equals whatever an older output has.
     """
-    run_dtype = own_dtype(model) if config.dtype == "auto" else config.dtype
+    run_dtype = own_dtype(found.body) if config.dtype == "auto" else config.dtype
+    head_dtype = run_dtype if found.runs_own_code(trust_remote_code=config.trust_remote_code) else HEAD_DTYPE
     return Fingerprint(
-        {**made_from, **recorded(config, "rows"), "head_dtype": HEAD_DTYPE},
+        {**made_from, **recorded(config, "rows"), "head_dtype": head_dtype},
         {
             **absent_values(config, "rows"),
             **dict.fromkeys(absent_values(config, "batches"), ANY),

@@ -135,6 +135,9 @@ class ImplicitJob(ScoreJob):
         """What the plan says of who scores."""
         return {"implicit_reward": str(self.location.path), "over": str(self.sft.path), "beta": self.config.beta}
 
+    def require_sound(self, done: Rows) -> None:
+        """One reward for all is what two equal models give, and no fault."""
+
     def is_interim(self, row: Row) -> bool:
         """Whether only the first model has scored it."""
         return bool(row.get(INTERIM))

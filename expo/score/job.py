@@ -34,6 +34,8 @@ ROW_COLUMNS: Columns = {
     "truncated": bool,
 }
 """The columns of every row."""
+MIN_DIFFERENT = 8
+"""From this many different token sequences on, one reward for all means that the model does not read them."""
 JOURNAL_COLUMNS: Columns = {"row": int, "token_ids_xxh3": str}
 """The additional columns in the journal: which row it is, and of which tokens."""
 
@@ -62,11 +64,14 @@ class ScoreJob(RowJob):
     """Which of the run's reward models scores, in the order of their files."""
     further: tuple[ScoreJob, ...] = ()
     """Of the first: the jobs of the run's further reward models."""
+    normalization: dict[str, float] | None = None
+    """The `mean` and `std` in the reward model's config: recorded, not applied."""
 
     @property
     def scored_by(self) -> Row:
         """What the meta file says of who scores."""
-        return {"reward_model": self.location.label, "revision": self.location.revision}
+        normalization = {} if self.normalization is None else {"normalization": self.normalization}
+        return {"reward_model": self.location.label, "revision": self.location.revision, **normalization}
 
     @property
     def described_by(self) -> Row:
@@ -121,6 +126,26 @@ class ScoreJob(RowJob):
     def impossible(self, done: Mapping[Key, Row]) -> Rows:
         """The rows without an answer."""
         return {key: row.journal_row(None) for key, row in self.by_number.items() if row.failed and key not in done}
+
+    def require_sound(self, done: Rows) -> None:
+        """Refuse rewards that are one and the same number for all of at least 8 different token sequences.
+
+        Raises:
+            InputError: They are.
+        """
+        rewards = {row["token_ids_xxh3"]: row["reward"] for row in done.values() if row["reward"] is not None}
+        if len(rewards) < MIN_DIFFERENT or len(set(rewards.values())) > 1:
+            return
+        narrow = "" if self.config.dtype == "float32" else "--dtype float32 (a narrow type can saturate), "
+        in_parts = self.config.join or self.config.data_parallel > 1
+        kept = "their parts" if in_parts else self.files.journal.name
+        reward, count = next(iter(rewards.values())), len(rewards)
+        raise InputError(
+            f"{self.location.label} gives the reward {reward!r} to all of {count} different "
+            "token sequences: a head or a buffer (of rotary positions, say) was lost or zeroed while it loaded; these "
+            f"rows are kept in {kept} and no final file is written; try {narrow}another version of transformers, or "
+            "another --engine, with --overwrite"
+        )
 
     # --- producing them
 

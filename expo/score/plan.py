@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from expo.checkpoint.folder import (
     Location,
@@ -25,10 +26,12 @@ from expo.checkpoint.vocabulary import embedding_rows
 from expo.config import ScoreConfig
 from expo.engines import EngineSpec, ScorerSetup, find_engine, require_fitting
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
-from expo.engines.coverage import require_reward_model, require_whole
+from expo.engines.coverage import require_whole
 from expo.engines.log_probs import LOG_PROBS, LogProbSetup
-from expo.engines.reward_classes import unread_id
+from expo.engines.reward_models import recognise
+from expo.engines.reward_tokens import RewardTokenizer, reward_tokenizer
 from expo.errors import InputError
+from expo.files import Row
 from expo.parts import read_part
 from expo.rows import EngineKeeper, plan_to_run, run as run_job
 from expo.rows.dates import TemplateDate, find_date
@@ -37,6 +40,7 @@ from expo.rows.job import Done
 from expo.score.engine import choose_engine, reward_fingerprint
 from expo.score.implicit import AnswerRow, ImplicitJob, answer_span
 from expo.score.job import ScoreJob
+from expo.score.known import with_recipe
 from expo.score.rows import ScoreRow, encode_answered, score_rows
 from expo.score.scorers import ScoredBy, files_of, find_scorers
 from expo.settings import Fingerprint, absent_values, recorded
@@ -44,6 +48,8 @@ from expo.tasks import Conversation, Task, find_task, read_conversations
 
 FEW_TOKENS = 8
 """More than these, at the end of a prompt, are no generation prompt, nor letters that were joined with the answer's."""
+
+AnyTokenizer = TypeVar("AnyTokenizer", bound=ChatTokenizer)
 
 log = logging.getLogger(__name__)
 
@@ -156,16 +162,18 @@ def _job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
 
 def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
     location = scorer.location
-    require_loadable(location.path)
-    require_reward_model(location.path, trust_remote_code=config.trust_remote_code)
-    refuse_inside(Path(config.output_dir), location, flag="--output-dir")
+    config = with_recipe(config, location)
+    found = recognise(location, config.chat_template)
+    found.require_trained(trust_remote_code=config.trust_remote_code)
+    refuse_inside(Path(config.output_dir), location, *([] if found.base is None else [found.base]), flag="--output-dir")
     files = files_of(scorer, answers.file, answers.task, config)
-    engine, spec, config = choose_engine(config, location.path, files)
-    tokenizer = _tokenizer(location, config)
-    longest = _longest(config, location)
+    engine, spec, config = choose_engine(config, found, files)
+    tokenizer = reward_tokenizer(found, bos=config.bos, trust_remote_code=config.trust_remote_code)
+    longest = _longest(config, location if found.base is None else found.base)
     longest = min(longest, spec.call("context_limit", config) or longest)
-    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files)
-    unread = unread_id(location.path, trust_remote_code=config.trust_remote_code)
+    fingerprint = reward_fingerprint(_made_from(answers, scorer, engine, tokenizer), config, found)
+    tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config)
+    unread = found.unread_id(trust_remote_code=config.trust_remote_code)
     rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file, unread))
     _say_cut_prompts(rows, tokenizer, longest)
     return ScoreJob(
@@ -176,7 +184,14 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
         location=location,
         outputs=answers.file,
         rows=rows,
-        setup=ScorerSetup(config, location.path, max(len(row.token_ids) for row in rows)),
+        setup=ScorerSetup(
+            config,
+            location.path,
+            max(len(row.token_ids) for row in rows),
+            base=None if found.base is None else found.base.path,
+            separator=tokenizer.separator,
+        ),
+        normalization=found.normalization,
         files=files,
         fingerprint=fingerprint,
         date=date,
@@ -186,6 +201,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
 
 def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ImplicitJob:
     dpo, sft = scorer.location, scorer.sft or scorer.location
+    config = replace(config, bos="template")  # it is for reward models
     engine, spec = _log_probs_engine(config)
     for flag, location in (("--dpo", dpo), ("--sft", sft)):
         _require_policy(flag, location, config)
@@ -195,7 +211,9 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
     tokenizer = _tokenizer(dpo, config)
     longest = _longest(config, dpo, sft)
     files = files_of(scorer, answers.file, answers.task, config)
-    tokenizer, fingerprint, date = _made_from(answers, scorer, config, engine, tokenizer, files)
+    made_from = {**_made_from(answers, scorer, engine, tokenizer), **recorded(config, "rows")}
+    fingerprint = Fingerprint(made_from, absent_values(config, "rows"))
+    tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config)
     return ImplicitJob(
         config=config,
         engine=engine,
@@ -213,8 +231,8 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
     )
 
 
-def _tokenizer(location: Location, config: ScoreConfig) -> ChatTokenizer:
-    return ChatTokenizer(
+def _tokenizer(location: Location, config: ScoreConfig) -> RewardTokenizer:
+    return RewardTokenizer(
         location.path,
         template=config.chat_template,
         trust_remote_code=config.trust_remote_code,
@@ -231,20 +249,20 @@ def _longest(config: ScoreConfig, *models: Location) -> int:
     return min(config.max_length or longest, longest)
 
 
-def _made_from(
-    answers: _Answers, scorer: ScoredBy, config: ScoreConfig, engine: str, tokenizer: ChatTokenizer, files: RowFiles
-) -> tuple[ChatTokenizer, Fingerprint, TemplateDate | None]:
-    """The fingerprint, and the date of a chat template that writes one, at which the tokenizer's clock then stands."""
-    made_from = {
+def _made_from(answers: _Answers, scorer: ScoredBy, engine: str, tokenizer: ChatTokenizer) -> Row:
+    """What is scored, and by whom; the settings come to it."""
+    return {
         "task": answers.task.name,
         **scorer.source,
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
     }
-    if scorer.sft is None:
-        fingerprint = reward_fingerprint(made_from, config, scorer.location.path)
-    else:
-        fingerprint = Fingerprint({**made_from, **recorded(config, "rows")}, absent_values(config, "rows"))
+
+
+def _dated(
+    tokenizer: AnyTokenizer, fingerprint: Fingerprint, files: RowFiles, config: ScoreConfig
+) -> tuple[AnyTokenizer, Fingerprint, TemplateDate | None]:
+    """With the date of a chat template that writes one, at which the tokenizer's clock then stands."""
     date = find_date(files, fingerprint, overwrite=config.overwrite) if tokenizer.asks_for_time else None
     if date is None:
         return tokenizer, fingerprint, None
@@ -306,7 +324,7 @@ def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
     require_same_ids(sft.path, dpo.path, theirs or UNLIMITED)
 
 
-def _answer_rows(answers: _Answers, tokenizer: ChatTokenizer, longest: int) -> tuple[AnswerRow, ...]:
+def _answer_rows(answers: _Answers, tokenizer: RewardTokenizer, longest: int) -> tuple[AnswerRow, ...]:
     """The rows, their token ids cut after the answer."""
     whole = list(score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file))
     asked, failed = [row.conversation.messages[:-1] for row in whole], [row.failed for row in whole]

@@ -12,6 +12,7 @@ import xxhash
 
 from expo.checkpoint.folder import read_json
 from expo.engines.chat import ChatTokenizer
+from expo.engines.reward_tokens import PairTokenizer, RewardTokenizer
 from expo.errors import InputError
 from expo.files import Row, json_text
 from expo.tasks import Conversation, Message
@@ -68,7 +69,7 @@ class ScoreRow:
 
 def score_rows(
     conversations: Sequence[Conversation],
-    tokenizer: ChatTokenizer,
+    tokenizer: RewardTokenizer | PairTokenizer,
     longest: int,
     outputs: Path,
     unread: int | None = None,
@@ -94,16 +95,17 @@ def score_rows(
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
         if not row_ids and not failed[number]:
             raise InputError(f"row {number} of {outputs} has no tokens: the chat template renders nothing of it")
+        kept = tokenizer.cut(row_ids, longest)
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         yield ScoreRow(
             number=number,
             conversation=conversation,
             id=name,
             sample=sample,
-            token_ids=(seen := cut(row_ids[:longest], unread)),
+            token_ids=(seen := cut(kept, unread)),
             truncated=len(row_ids) > longest,
             failed=failed[number],
-            unread_ids=tuple(row_ids[len(seen) : longest]),
+            unread_ids=tuple(kept[len(seen) :]),
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from expo.checkpoint.folder import Location, find_folder, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig
+from expo.engines.reward_models import recognise
 from expo.errors import InputError
 from expo.files import Row
 from expo.rows.files import RowFiles, refuse_replacing
@@ -63,7 +64,7 @@ def find_scorers(config: ScoreConfig, task: Task, only: int | None = None) -> li
 
 def _find_reward_model(model: str) -> tuple[Location, None, Row]:
     location = find_folder(model) or locate(model)
-    return location, None, {"reward_model": source_fingerprint(location)}
+    return location, None, {"reward_model": recognise(location).fingerprint}
 
 
 def _find_pair(config: ScoreConfig) -> tuple[Location, Location, Row]:

@@ -45,10 +45,16 @@ def require_base(sft: Location, dpo: Location) -> None:
         log.warning("%s was trained on %s, and --sft is %s: are they the same?", dpo.label, trained_on, given)
 
 
+def hub_id_in_cache(path: str) -> str | None:
+    """The hub id of a model whose path in the hub's cache was recorded, maybe on another machine; None for others."""
+    cached = _CACHED.search(path)
+    return "/".join(cached.groups()) if cached else None
+
+
 def _is_another(trained_on: str, sft: Location) -> bool:
     """Whether an adapter's recorded base is another model than SFT, as far as their names say."""
-    cached = _CACHED.search(trained_on)
-    name = "/".join(cached.groups()) if cached else trained_on
+    cached = hub_id_in_cache(trained_on)
+    name = cached or trained_on
     folder = expand_user(trained_on)
     if not trained_on.strip() or (not cached and folder.is_dir() and folder.resolve() == sft.path.resolve()):
         return False
