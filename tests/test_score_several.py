@@ -206,13 +206,13 @@ def test_json_is_the_firsts_object_with_the_others_under_further(first, second, 
 
 @pytest.mark.parametrize("of", ["rm", "other"])
 def test_a_row_that_one_of_them_cannot_score_is_exit_code_3(first, second, outputs, tmp_path, monkeypatch, of):
-    original = backend.TransformersScorer.score
+    original = backend.TransformersScorer._logits
 
     def nan(self, rows):
-        rewards = zip(rows, original(self, rows), strict=True)
-        return [float("nan") if self._name == of and len(row) == 7 else reward for row, reward in rewards]
+        lost = torch.tensor([[self._name == of and len(row) == 6] for row in rows])
+        return original(self, rows).masked_fill(lost, float("nan"))
 
-    monkeypatch.setattr(backend.TransformersScorer, "score", nan)
+    monkeypatch.setattr(backend.TransformersScorer, "_logits", nan)
     assert cli.run(command(tmp_path, "--reward-model", first, "--reward-model", second)) == 3
     nulls = [(tmp_path / "rewards_q" / name).read_text().count("null") for name in ("m.jsonl", "m@other.jsonl")]
     assert [count > 0 for count in nulls] == [of == "rm", of == "other"]
