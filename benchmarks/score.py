@@ -11,6 +11,9 @@ ratios to the paper's way, what its padding alone is worth (padded tokens of bat
 tokens), the padding that expo computes, and the largest difference of any row's reward between two ways.
 
     python benchmarks/score.py --reward-model MODEL --rounds 5 OUTPUTS.json …
+    python benchmarks/score.py --reward-model MODEL --large --dtype bfloat16 --ways paper transformers OUTPUTS.json …
+
+With `--large` a random Llama of 1.1 billion parameters scores, with the tokenizer of MODEL: for a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import ScoreConfig
 from expo.engines import tight_batches
@@ -40,13 +46,13 @@ PLAIN = """
 import json, sys, time
 
 def main():
-    model_name, outputs, limit, batch, longest, result = sys.argv[1:]
+    model_name, outputs, limit, batch, longest, dtype, result = sys.argv[1:]
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     rows = json.load(open(outputs))[: int(limit) or None]
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForSequenceClassification.from_pretrained(model_name, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(model_name, dtype=dtype).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     pad = model.config.pad_token_id or 0
@@ -75,10 +81,10 @@ def run(way: str, outputs: Path, asked: argparse.Namespace, folder: Path) -> dic
     if way in ("paper", "alone"):
         script = folder / "plain.py"
         script.write_text(PLAIN)
-        words = [script, model, outputs, limit, 8 if way == "paper" else 1, asked.longest, result]
+        words = [script, model, outputs, limit, 8 if way == "paper" else 1, asked.longest, asked.dtype, result]
     else:
         words = ["-m", "expo", "score", "alpaca", "--name", "x", "--outputs", outputs, "--reward-model", model]
-        words += ["--engine", way, "--dtype", "float32", "--output-dir", folder / "out", "--overwrite"]
+        words += ["--engine", way, "--dtype", asked.dtype, "--output-dir", folder / "out", "--overwrite"]
         words += ["--limit", limit] if limit else []
     started = time.perf_counter()
     done = subprocess.run(
@@ -104,9 +110,20 @@ def padding(outputs: Path, asked: argparse.Namespace) -> tuple[int, float, float
     job = plan(config)
     lengths = [len(row.token_ids) for row in job.rows]
     eights = [range(first, min(first + 8, len(lengths))) for first in range(0, len(lengths), 8)]
-    own = tight_batches(lengths, CPU_BATCH_TOKENS)
+    own = tight_batches(lengths, config.batch_tokens if torch.cuda.is_available() else CPU_BATCH_TOKENS)
     padded = [sum(max(lengths[n] for n in batch) * len(batch) for batch in way) for way in (eights, own)]
     return sum(lengths), padded[0] / sum(lengths), padded[1] / sum(lengths)
+
+
+def make_large(like: Path, folder: Path) -> Path:
+    """A random reward model of 1.1 billion parameters in bfloat16, 2.2 GB, with the tokenizer of another."""
+    shape = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4}
+    config = LlamaConfig.from_pretrained(like, **shape, intermediate_size=5632, head_dim=64, num_labels=1)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForSequenceClassification(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return folder
 
 
 def main() -> None:
@@ -118,11 +135,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--longest", type=int, default=2048)
     parser.add_argument("--ways", nargs="+", default=["paper", "transformers", "vllm"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--large", action="store_true", help="a random model of 1.1 billion parameters")
     parser.add_argument("--check", action="store_true", help="also compare with a loop over single rows")
     asked = parser.parse_args()
-    for outputs in asked.outputs:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(outputs, asked, Path(folder))
+    with tempfile.TemporaryDirectory() as large:
+        if asked.large:
+            asked.reward_model = str(make_large(Path(asked.reward_model), Path(large)))
+        for outputs in asked.outputs:
+            with tempfile.TemporaryDirectory() as folder:
+                measure(outputs, asked, Path(folder))
 
 
 def measure(outputs: Path, asked: argparse.Namespace, folder: Path) -> None:
@@ -135,11 +157,11 @@ def measure(outputs: Path, asked: argparse.Namespace, folder: Path) -> None:
     if asked.check:
         runs["alone"] = [run("alone", outputs, asked, folder)]
     print(f"\n{outputs.stem}: {tokens:,} tokens; the padding of batches of 8 is worth {worth:.2f}, expo's {own:.3f}\n")
-    print("| way | scoring, s | whole process, s | scoring: paper / way |\n| --- | --- | --- | --- |")
+    print("| way | scoring, s | tokens/s | whole process, s | scoring: paper / way |\n| --- | --- | --- | --- | --- |")
     medians = {way: [statistics.median(one[key] for one in runs[way]) for key in ("scoring", "whole")] for way in runs}
     for way, (scoring, whole) in medians.items():
         ratio = f"{medians['paper'][0] / scoring:.2f}" if "paper" in medians else ""
-        print(f"| {way} | {scoring:.1f} | {whole:.1f} | {ratio} |")
+        print(f"| {way} | {scoring:.2f} | {tokens / scoring:,.0f} | {whole:.1f} | {ratio} |")
     print()
     for one, other in itertools.combinations(runs, 2):
         pairs = zip(runs[one][0]["rewards"], runs[other][0]["rewards"], strict=True)
