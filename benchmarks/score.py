@@ -10,8 +10,8 @@ Prints Markdown: medians of the scoring phase (from the loaded model to the last
 ratios to the paper's way, what its padding alone is worth (padded tokens of batches of 8 in input order over real
 tokens), the padding that expo computes, and the largest difference of any row's reward between two ways.
 
-    python benchmarks/score.py --reward-model MODEL --rounds 5 OUTPUTS.json …
-    python benchmarks/score.py --reward-model MODEL --large --dtype bfloat16 --ways paper transformers OUTPUTS.json …
+    python benchmarks/score.py OUTPUTS.json … --reward-model MODEL --rounds 5
+    python benchmarks/score.py OUTPUTS.json … --reward-model MODEL --large --dtype bfloat16 --ways paper transformers
 
 With `--large` a random Llama of 1.1 billion parameters scores, with the tokenizer of MODEL: for a GPU.
 """
