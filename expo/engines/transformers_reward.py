@@ -22,7 +22,7 @@ from expo.engines.reward_loading import load_reward_model
 from expo.engines.torch_tools import find_device, is_out_of_memory, out_of_memory_hint
 from expo.errors import InputError
 
-CPU_BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 2048
 """On a CPU larger batches are slower: what a layer makes of them no longer stays in the caches."""
 
 log = logging.getLogger(__name__)
