@@ -13,7 +13,8 @@ tokens), the padding that expo computes, and the largest difference of any row's
     python benchmarks/score.py OUTPUTS.json … --reward-model MODEL --rounds 5
     python benchmarks/score.py OUTPUTS.json … --reward-model MODEL --large --dtype bfloat16 --ways paper transformers
 
-With `--large` a random Llama of 1.1 billion parameters scores, with the tokenizer of MODEL: for a GPU.
+With `--in-process` one process loads the model once and runs the paper's loop and expo's transformers engine in turn:
+the scoring phases alone. With `--large` a random Llama of 1.1 billion parameters scores, with the tokenizer of MODEL.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import ScoreConfig
 from expo.engines import tight_batches
-from expo.engines.transformers_reward import CPU_BATCH_TOKENS
+from expo.engines.transformers_reward import CPU_BATCH_TOKENS, TransformersScorer
 from expo.score import plan
 
 ENVIRONMENT = {**PROCESS_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
@@ -126,6 +128,51 @@ def make_large(like: Path, folder: Path) -> Path:
     return folder
 
 
+def in_process(outputs: Path, asked: argparse.Namespace) -> None:
+    """The scoring phases of the paper's loop and of the engine, in turn, with one model each in this process."""
+    config = ScoreConfig(task="alpaca", name="x", outputs=str(outputs), reward_model=asked.reward_model)
+    job = plan(replace(config, dtype=asked.dtype, limit=asked.limit))
+    rows = [row.token_ids for row in job.rows]
+    scorer = TransformersScorer(job.setup)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForSequenceClassification.from_pretrained(asked.reward_model, dtype=asked.dtype).to(device).eval()
+
+    def paper() -> list[float]:
+        pad, rewards = model.config.pad_token_id or 0, []
+        with torch.inference_mode():
+            for first in range(0, len(rows), 8):
+                some = rows[first : first + 8]
+                width = max(map(len, some))
+                padded = torch.tensor([[*one, *[pad] * (width - len(one))] for one in some], device=device)
+                mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in some], device=device)
+                rewards += model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist()
+        return rewards
+
+    def expo() -> list[float]:
+        found = dict(pair for batch in scorer.score(rows) for pair in batch)
+        return [found[number] for number in range(len(rows))]
+
+    tokens, worth, own = padding(outputs, asked)
+    seconds: dict[str, list[float]] = {"paper": [], "expo": []}
+    for way in (paper, expo):  # once for the caches, not timed, on a part
+        rows, whole = rows[:64], rows
+        way()
+        rows = whole
+    for _ in range(asked.rounds):
+        rewards = {}
+        for way in (paper, expo):
+            started = time.perf_counter()
+            rewards[way.__name__] = way()
+            seconds[way.__name__].append(time.perf_counter() - started)
+    print(f"\n{outputs.stem}, {asked.dtype}: {tokens:,} tokens; padding is worth {worth:.2f}, expo's {own:.3f}\n")
+    for way, times in seconds.items():
+        median = statistics.median(times)
+        print(f"{way}: {median:.2f} s ({min(times):.2f}–{max(times):.2f}), {tokens / median:,.0f} tokens/s")
+    ratios = [one / other for one, other in zip(seconds["paper"], seconds["expo"], strict=True)]
+    apart = max(abs(one - other) for one, other in zip(rewards["paper"], rewards["expo"], strict=True))
+    print(f"paper / expo: {statistics.median(ratios):.2f}; largest difference of a row: {apart:.1e}", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -137,12 +184,16 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["paper", "transformers", "vllm"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--large", action="store_true", help="a random model of 1.1 billion parameters")
+    parser.add_argument("--in-process", action="store_true", help="the scoring phases alone")
     parser.add_argument("--check", action="store_true", help="also compare with a loop over single rows")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as large:
         if asked.large:
             asked.reward_model = str(make_large(Path(asked.reward_model), Path(large)))
         for outputs in asked.outputs:
+            if asked.in_process:
+                in_process(outputs, asked)
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 measure(outputs, asked, Path(folder))
 
