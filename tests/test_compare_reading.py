@@ -49,6 +49,15 @@ def test_a_file_in_the_folder_itself(two: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_runs(["A.jsonl"])[0].rewards == {RM: (1.0, 2.0, 3.0)}
 
 
+def test_a_name_whose_checkpoint_lies_here_is_the_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(two)
+    (two / "A").mkdir()
+    assert [run.name for run in read_runs(["A", "B"])] == ["A", "B"]
+    (two / "C").mkdir()
+    with pytest.raises(InputError, match="C is a folder"):
+        read_runs(["C", "B"])
+
+
 def test_every_reward_model_is_read_the_plain_name_first(two: Path) -> None:
     write_rewards(two / "outputs_prompts" / "A.jsonl", [7.0, 8.0, 9.0], rm="a/other", revision="c0ffee", further=True)
     (run,) = read_runs(["A"], output_dir=str(two))

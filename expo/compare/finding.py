@@ -72,7 +72,7 @@ def find_sources(words: Sequence[str], *, task: str | None = None, output_dir: s
         InputError: A file or name is missing, a run is there twice, or the runs belong to different tasks.
     """
     base = Path(output_dir)
-    parsed = [_parse(word) for word in words]
+    parsed = [_parse(word, base) for word in words]
     name = _one_task(parsed, _task_name(task, base), base)
     sources = [_source(word, name, base) for word in parsed]
     seen: dict[Path, Source] = {}
@@ -99,13 +99,17 @@ def _task_name(task: str | None, base: Path) -> str | None:
 # --- words ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(text: str) -> _Word:
+def _parse(text: str, base: Path) -> _Word:
     path = expand_user(text)
+    is_file = "/" in text or path.suffix.lower() in SUFFIXES
+    if not is_file and _tasks_with(text, base):  # also where its checkpoint lies here, under the same name
+        return _Word(text)
+    return _parse_file(text, path) if is_file or path.exists() else _Word(text)
+
+
+def _parse_file(text: str, path: Path) -> _Word:
     if path.is_dir():
         raise InputError(f"{text} is a folder: give a file in it, or names with --output-dir {text}")
-    is_file = path.exists() or "/" in text or path.suffix.lower() in SUFFIXES
-    if not is_file:
-        return _Word(text)
     path = Path(*path.absolute().parts)
     for ending in OWN_ENDINGS:  # a file beside the run's own one
         if path.stem.endswith(ending):
