@@ -37,7 +37,7 @@ DEFAULT_BETA = 0.1
 BatchTokens: TypeAlias = Annotated[
     int,
     Setting(
-        "Token budget of one batch of the transformers engine, padding included.",
+        "Token budget of one batch of the transformers engine, padding included (score on a CPU: at most 2,048).",
         metavar="N",
         changes="batches",
         absent=16384,
@@ -64,7 +64,12 @@ class RowsConfig(CommonConfig):
     ] = "auto"
     dtype: Annotated[
         Dtype,
-        changes_rows("Data type the model runs in; auto keeps the checkpoint's own.", absent="auto", needs="local"),
+        changes_rows(
+            "Data type the model runs in; auto keeps the checkpoint's own, or is float32 for transformers on a CPU "
+            "without bfloat16 arithmetic.",
+            absent="auto",
+            needs="local",
+        ),
     ] = "auto"
     chat_template: Annotated[
         str | None,
