@@ -83,13 +83,13 @@ def write_rewards(
     scored = conversations[: len(rewards)]
     meta = {
         "command": "score",
-        "name": name,
+        "name": stem,
         "reward_model": rm,
         "revision": revision,
         "errors": [{"row": n, "reason": "no finite number"} for n, reward in enumerate(rewards) if reward is None],
         "prompts_sha256": texts_sha256(one.asked for one in scored),
         "outputs_sha256": texts_sha256(list(one.messages) for one in scored),
-        "fingerprint": {"dtype": "float32"},
+        "fingerprint": {"dtype": "float32", **({"output": name} if further else {})},
     }
     (place / f"{stem}.meta.json").write_text(json.dumps(meta))
     return place / f"{stem}.jsonl"

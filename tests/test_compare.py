@@ -302,6 +302,9 @@ def test_other_settings_of_scoring_are_said() -> None:
     kinds = [{RM: Scoring(RM, None, settings={"dtype": one, "task": one})} for one in ("float32", "bfloat16")]
     found = compare([replace(run, scorings=kind) for run, kind in zip(runs, kinds, strict=True)])
     assert f"A and B were scored by {RM} with a different dtype" in found.notes
+    names = [{RM: Scoring(RM, None, settings={"dtype": "float32", "output": one})} for one in ("A", "B")]
+    found = compare([replace(run, scorings=name) for run, name in zip(runs, names, strict=True)])
+    assert found.notes == (), "whose rewards a further reward model's file has is no setting"
 
 
 def test_cut_conversations_are_counted() -> None:

@@ -173,7 +173,7 @@ def _different_settings(model: str, runs: Sequence[Run]) -> list[str]:
     notes = []
     for run in known[1:]:
         first, second = _settings(model, known[0]), _settings(model, run)
-        names = sorted(key for key in {*first, *second} - {"task"} if first.get(key) != second.get(key))
+        names = sorted(key for key in {*first, *second} - {"task", "output"} if first.get(key) != second.get(key))
         if names:
             what = ", ".join(name.replace("_", "-") for name in names)
             notes.append(f"{known[0].name} and {run.name} were scored by {model} with a different {what}")
