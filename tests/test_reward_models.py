@@ -361,7 +361,7 @@ def test_the_base_is_found_where_the_adapter_says(llama_pair, outputs, tmp_path,
     base = causal("llama", tmp_path / "base", llama_pair[1])
     model = adapter(base, tmp_path / "rm")
     recorded = {"beside": "base", "inside": "within", "from the working folder": "cwd/base"}.get(
-        place, "/root/.cache/huggingface/hub/models--me--base/snapshots/0123/"
+        place, "/home/me/.cache/huggingface/hub/models--me--base/snapshots/0123/"
     )
     if place == "inside":
         base.rename(model / "within")
