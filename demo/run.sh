@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes an environment, trains a tiny SFT/DPO/reward trio, and shows its reward against α.
+# Makes an environment, trains a tiny SFT/DPO/reward trio, and sweeps α.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh

@@ -5,9 +5,11 @@ closed by a full stop: polite words, rude words, fillers, and facts ("the teapot
 are the words, the prompts, the writers of noisy answers, the hidden `quality` that readers judge
 by, and the pairs they judged.
 
-Quality gives a reason to speak (facts about the thing that was asked, different polite words) and
-a reason to stop (repeats, length, a missing full stop), so a policy that is pushed too far in the
-preferred direction gets worse again.
+Quality is about how it is said as much as about how much: rude words and fillers, of which ordinary
+answers are full, cost about what polite words bring, so that an answer gets better without getting
+longer. It gives a reason to speak (two facts about the thing that was asked, different
+polite words) and a reason to stop (repeats, length, a missing full stop), so a policy that is pushed
+too far in the preferred direction gets worse again.
 
 Nothing here knows about models or tokens: an answer is words joined by spaces. To add a kind of
 bit, add its words, a weight in `Writer` and a term in `quality`.
@@ -88,7 +90,7 @@ class Writer:
 
 
 ORDINARY = Writer(
-    fewest_bits=1, most_bits=9, polite=5, rude=2, filler=2, fact=2.5, attention=0.85,
+    fewest_bits=1, most_bits=9, polite=4, rude=2.5, filler=2.5, fact=2.5, attention=0.85,
 )  # fmt: skip
 """Writes the reference answers and both sides of the preference pairs."""
 CAREFUL = Writer(
@@ -173,17 +175,17 @@ def pairs(n: int, seed: int, writers: Sequence[Writer] = (ORDINARY,)) -> list[Pa
 def quality(prompt: str, answer: str) -> float:
     """Returns the hidden worth of `answer` in log-odds of being chosen; higher is better.
 
-    Different polite words and up to three facts about the asked thing count for it. Facts about
-    other things, rude words, fillers, repeats, stray words, words beyond the thirtieth and a
+    Up to two facts about the asked thing and different polite words count for it. Rude words,
+    fillers, facts about other things, repeats, stray words, words beyond the thirtieth and a
     missing full stop count against it.
     """
     words = answer.split()
     facts = _facts(words)
     on_topic = facts.count(asked_thing(prompt))
-    gains = 1.5 * min(on_topic, 3) + 1.0 * len(set(words) & set(POLITE))
+    gains = 2.0 * min(on_topic, 2) + 1.0 * len(set(words) & set(POLITE))
     off_topic = 0.5 * (len(facts) - on_topic)
-    manners = sum(1.0 * (word in RUDE) + 0.3 * (word in FILLERS) for word in words)
-    return gains - off_topic - manners - 0.6 * _repeats(words) - _breakage(words, len(facts))
+    manners = sum(1.5 * (word in RUDE) + 0.8 * (word in FILLERS) for word in words)
+    return gains - off_topic - manners - 0.8 * _repeats(words) - _breakage(words, len(facts))
 
 
 def _judged(prompt: str, rng: random.Random, writers: Sequence[Writer]) -> Pair:
@@ -214,4 +216,4 @@ def _breakage(words: Sequence[str], facts: int) -> float:
     """Returns the penalty for stray words, for going on too long and for not ending."""
     ended = words[-1:] == [STOP]
     stray = len(words) - ended - 4 * facts - sum(word in MANNERS for word in words)
-    return 0.3 * stray + 0.1 * max(0, len(words) - 30) + 1.5 * (not ended)
+    return 0.5 * stray + 0.1 * max(0, len(words) - 30) + 1.5 * (not ended)

@@ -59,7 +59,7 @@ LLAMA: dict[str, Any] = {
     "initializer_range": 0.08,
 }
 DPO_BETA = 0.1
-HELD_OUT_PROMPTS = 200
+HELD_OUT_PROMPTS = 128
 
 Say = Callable[[str], None]
 """Takes one line of progress."""
@@ -89,9 +89,9 @@ class Schedule:
         return min((step + 1) / warm_up, 1 - 0.9 * fallen)
 
 
-SFT = Schedule("sft", steps=220, batch_size=40, learning_rate=4e-3)
-REWARD = Schedule("rm", steps=220, batch_size=24, learning_rate=1e-3)
-DPO = Schedule("dpo", steps=50, batch_size=48, learning_rate=6e-5)
+SFT = Schedule("sft", steps=160, batch_size=40, learning_rate=4e-3)
+REWARD = Schedule("rm", steps=150, batch_size=20, learning_rate=3e-3)
+DPO = Schedule("dpo", steps=40, batch_size=48, learning_rate=8e-5)
 
 
 class Example(NamedTuple):

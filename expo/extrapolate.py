@@ -46,6 +46,7 @@ from expo.output.writer import (
 from expo.progress import Progress, bytes_bar
 from expo.settings import Fingerprint, absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
+from expo.theta.names import theta_name
 from expo.theta.pair import find_pair, pair_settings, plan_located
 from expo.theta.pair_checks import check_change
 from expo.theta.plan import PairPlan, ShardPlan, index_json
@@ -201,7 +202,7 @@ def _verified(config: ExtrapolateConfig, output: Output, weights: Checksums | No
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
     if config.output is None:
-        return [Path("checkpoints") / f"{dpo.name}-ExPO-a{alpha!r}" for alpha in config.alpha]
+        return [Path("checkpoints") / theta_name(dpo.name, alpha) for alpha in config.alpha]
     if "{alpha}" in config.output:
         return [Path(config.output.replace("{alpha}", repr(alpha))) for alpha in config.alpha]
     if len(config.alpha) == 1:

@@ -67,12 +67,15 @@ class RowsProgress:
         self._started = clock()
         self._logged_s = 0.0
 
-    def update(self, rows: int, tokens: int) -> None:
-        """More rows are done, with so many tokens."""
+    def update(self, rows: int, tokens: int | None = None) -> None:
+        """More rows are done, with so many tokens, where that is known."""
         elapsed_s = self._clock() - self._started
-        self._first_row_s = elapsed_s if self._first_row_s is None else self._first_row_s
-        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-        speed = f"{self._tokens / max(elapsed_s, 1e-9):.0f} tokens/s, first row after {self._first_row_s:.1f} s"
+        if rows and self._first_row_s is None:
+            self._first_row_s = elapsed_s
+        self._rows, self._tokens = self._rows + rows, self._tokens + (tokens or 0)
+        speed = f"{self._tokens / max(elapsed_s, 1e-9):.0f} tokens/s, first row after {self._first_row_s or 0.0:.1f} s"
+        if tokens is None:
+            speed = f"{(self._rows - self._initial) / max(elapsed_s, 1e-9):.1f} rows/s"
         self._bar.set_postfix_str(speed, refresh=False)
         self._bar.update(rows)
         if self._bar.disable and elapsed_s - self._logged_s >= LOG_EVERY_S:

@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 from urllib.parse import urlsplit
 
@@ -53,11 +54,16 @@ changes_rows = partial(Setting, changes="rows")
 changes_weights = partial(Setting, changes="weights")
 
 
-def settings_of(kind: type) -> dict[str, Setting]:
+def settings_of(kind: type) -> Mapping[str, Setting]:
     """A config class's settings: its own first, in definition order, then inherited ones."""
+    return _settings_of(kind)
+
+
+@cache  # to read the hints takes milliseconds, and each check of a value names its setting
+def _settings_of(kind: type) -> Mapping[str, Setting]:
     hints = get_type_hints(kind, include_extras=True)
     written = (name for base in kind.__mro__ for name in inspect.get_annotations(base))
-    return {name: hints[name].__metadata__[0] for name in dict.fromkeys(written)}
+    return MappingProxyType({name: hints[name].__metadata__[0] for name in dict.fromkeys(written)})
 
 
 def flag(name: str) -> str:

@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import made_inputs
 import pytest
+import warm
+from forks import Fork
 from hub_server import WRITER, FakeHub
 from made_inputs import Inputs
 
 from expo.cli import program as cli
+from expo.rows import worker
 
 
 def pytest_configure() -> None:
@@ -108,19 +112,41 @@ def run_warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[helpers.Run]:
         command, env=helpers.environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True
     )
 
-    def run(*words: object, env: dict[str, str] | None = None) -> helpers.Result:
-        folder = tmp_path_factory.mktemp("warm")
-        files = {name: str(folder / name) for name in ("stdout", "stderr")}
-        asked = {"words": list(map(str, words)), "env": helpers.environment(**(env or {})), **files}
+    def ask(**asked: object) -> int:
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
-        code = int(process.stdout.readline())
-        return helpers.Result(code, *(Path(file).read_text() for file in files.values()))
+        return int(process.stdout.readline())
 
-    yield run
+    yield _runs_by(ask, tmp_path_factory)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+@pytest.fixture(scope="session")
+def run_forked(tmp_path_factory: pytest.TempPathFactory) -> helpers.Run:
+    """`python WORDS` in a fork of this process, which has imported transformers → code, stdout, stderr."""
+    import transformers  # noqa: F401
+
+    return _runs_by(warm.in_a_fork, tmp_path_factory)
+
+
+def _runs_by(ask: Callable[..., int], folders: pytest.TempPathFactory) -> helpers.Run:
+    def run(*words: object, env: dict[str, str] | None = None) -> helpers.Result:
+        folder = folders.mktemp("warm")
+        files = {name: str(folder / name) for name in ("stdout", "stderr")}
+        code = ask(words=list(map(str, words)), env=helpers.environment(**(env or {})), **files)
+        return helpers.Result(code, *(Path(file).read_text() for file in files.values()))
+
+    return run
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> type[Fork]:
+    """The workers of `--data-parallel` are forks of this process, which start in no time."""
+    kind = type("Fork", (Fork,), {})
+    monkeypatch.setattr(worker, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": kind}))
+    return kind
 
 
 @pytest.fixture

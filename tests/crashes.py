@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,19 +33,38 @@ WRITES = ("pwrite", "pwritev", "write", "ftruncate", "copy_file_range", "sendfil
 
 
 def forked(action: Callable[[], int | None]) -> int:
-    """Run something in a child process, silently; returns the child's number."""
+    """Run something in a child process, silently but for what it raises; returns the child's number."""
     child = os.fork()
     if not child:
+        loud = os.fdopen(os.dup(2), "w")
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         tqdm.set_lock(threading.RLock())  # its own is shared by all children, and stays taken where one was killed
-        os._exit(action() or 0)
+        code = 1
+        try:
+            code = action() or 0
+        except BaseException:
+            traceback.print_exc(file=loud)
+            loud.flush()
+        finally:  # whatever happens, it must not go on as its parent
+            os._exit(code)
     return child
 
 
 def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_when(ready: Callable[[], bool], action: Callable[[], int | None]) -> int:
+    """Run something in a child process and send it SIGKILL as soon as `ready`; its exit code."""
+    child = forked(action)
+    deadline = time.monotonic() + 120
+    while not ready() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
 
 
 def run(sft: Path, dpo: Path, output: Path, *args: str) -> int:

@@ -93,11 +93,6 @@ def run_python(script: str, *args: object, env: dict[str, str] | None = None, ti
     return _run([sys.executable, "-c", script, *map(str, args)], env, None, timeout)
 
 
-def run_script(*words: object, timeout: float = 300) -> Result:
-    """Run a script and wait for it."""
-    return _run([sys.executable, *map(str, words)], None, None, timeout)
-
-
 def _run(command: list[str], env: dict[str, str] | None, cwd: Path | None, timeout: float) -> Result:
     done = subprocess.run(
         command, env=environment(**(env or {})), cwd=cwd, timeout=timeout, capture_output=True, text=True
@@ -395,12 +390,3 @@ def raw_safetensors(file: Path, header: object, data: bytes = b"", *, length: in
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
     """One tensor's entry of a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def wait_for_rows(journal: Path, rows: int, process: subprocess.Popen[Any]) -> None:
-    """Wait until a journal has more than that many lines."""
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") <= rows:
-        assert process.poll() is None, "it ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -29,7 +29,7 @@ SHARED = ROOT.parent / "shared"
 PLACE = "EXPO_TEST_INPUTS"
 """Names another folder than `build/` for what is made."""
 
-STEPS = {"SFT": 120, "REWARD": 100, "DPO": 40}
+STEPS = {"SFT": 120, "REWARD": 100}
 """Of the demo's schedules; fewer than there, and enough for θ(α) to gain."""
 MODELS = {"sft": "tiny-sft", "dpo": "tiny-dpo", "rm": "tiny-rm"}
 ALPACA = ("zephyr-7b-dpo-full", "Starling-LM-7B-beta")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,26 +173,24 @@ def test_transformers_answers_as_on_the_written_checkpoint(llama_pair: Pair, tmp
 
 
 VLLM = f"""
-import gc, json, sys
+import json, sys
+from contextlib import closing
 from expo.config import GenerateConfig
 from expo.generate import plan
+from expo.rows import EngineKeeper
 from expo.theta.rules import RULES
 
 RULES |= {ADDED}
 
-def ask(**source):
+def ask(keeper, **source):
     decoding = {{"dtype": "float32", "temperature": 0.0, "max_tokens": 8}}
     work = plan(GenerateConfig(task=sys.argv[1], engine="vllm", **decoding, **source))
-    engine = work.open_engine()
-    rows = [one for rows in engine.generate(work.requests, set()) for one in rows]
-    return {{one.request.id: list(one.token_ids) for one in rows}}
+    answers = keeper.engine_for(work).generate(work.requests, set())
+    return {{one.request.id: list(one.token_ids) for rows in answers for one in rows}}
 
 def main():
-    found = []
-    for source in map(json.loads, sys.argv[2:]):
-        found.append(ask(**source))
-        gc.collect()  # one engine at a time
-    print(json.dumps(found))
+    with closing(EngineKeeper()) as keeper:
+        print(json.dumps([ask(keeper, **source) for source in map(json.loads, sys.argv[2:])]))
 
 if __name__ == "__main__":
     main()
@@ -204,7 +199,7 @@ if __name__ == "__main__":
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_vllm_answers_as_on_the_written_checkpoint(trained: Path, tmp_path: Path) -> None:
+def test_vllm_answers_as_on_the_written_checkpoint(trained: Path, tmp_path: Path, run_warm: helpers.Run) -> None:
     sft, dpo = trained / "tiny-sft", trained / "tiny-dpo"
     write((sft, dpo), tmp_path / "written", 8.0, rule="clipped")
     prompts = json.loads((trained / "held_out_prompts.json").read_text())
@@ -215,11 +210,8 @@ def test_vllm_answers_as_on_the_written_checkpoint(trained: Path, tmp_path: Path
         {"sft": str(sft), "dpo": str(dpo), "alpha": 8.0, "rule": "clipped"},
         {"sft": str(sft), "dpo": str(dpo), "alpha": 8.0},
     ]
-    command = [sys.executable, tmp_path / "script.py", tmp_path / "long.json", *map(json.dumps, sources)]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = helpers.environment(PYTHONPATH=path)
-    done = subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
+    done = run_warm(tmp_path / "script.py", tmp_path / "long.json", *map(json.dumps, sources))
+    assert done.code == 0, done.stderr[-5000:]
     written, clipped, linear = json.loads(done.stdout.splitlines()[-1])
     assert clipped == written
     assert linear != written, "the rule matters to these answers"

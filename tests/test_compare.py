@@ -147,6 +147,35 @@ def test_samples_that_repeat_one_another_are_no_evidence() -> None:
         assert many[key] == pytest.approx(one[key])
 
 
+def test_models_apart_are_compared_alone() -> None:
+    """They neither widen the others' intervals nor are widened by them, in subsets too."""
+    runs = random_runs(count=4)
+    found, rest = compare(runs, apart=["C"]), compare([run for run in runs if run.name != "C"])
+    _, first, apart, last = found.describe()["models"]
+    assert [first, last] == rest.describe()["models"][1:]
+    assert apart == figures(compare([runs[0], runs[2]]))
+    assert (found.apart, found.together, found.simultaneous) == (("C",), 2, True)
+    assert compare(runs[:3], apart=["B"]).simultaneous is False
+
+
+def test_endings_are_paired_where_both_are_known() -> None:
+    """stop and length count; an error, or a reason that is not known, is neither."""
+    ends = [["stop", "stop", "stop", "stop", "length", "stop"], ["length", "length", None, "stop", "stop", "error"]]
+    runs = []
+    for name, reasons in zip("AB", ends, strict=True):
+        run = made(name, [1.0] * 6)
+        rows = [replace(row, finish_reason=reason) for row, reason in zip(run.rows, reasons, strict=True)]
+        runs.append(replace(run, rows=tuple(rows)))
+    base, other = compare(runs).describe()["models"]
+    assert (base["ended"], other["ended"]) == (5 / 6, 2 / 4)
+    assert other["finish_reasons"] == {"error": 1, "length": 2, "stop": 2}
+    differences = [-1.0, -1.0, 0.0, 1.0]
+    assert other["ended_difference"]["difference"] == np.mean(differences)
+    assert other["ended_difference"]["interval"] == pytest.approx(
+        stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    )
+
+
 def test_one_more_model_changes_no_difference_and_makes_no_p_smaller() -> None:
     runs = random_runs(count=4)
     pair, all_ = compare(runs[:2]), compare(runs)

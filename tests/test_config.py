@@ -11,7 +11,15 @@ import pytest
 
 from expo import config, config_files, recipes
 from expo.cli import program as cli
-from expo.config import CompareConfig, ExtrapolateConfig, GenerateConfig, InspectConfig, ReportConfig, ScoreConfig
+from expo.config import (
+    CompareConfig,
+    ExtrapolateConfig,
+    GenerateConfig,
+    InspectConfig,
+    ReportConfig,
+    ScoreConfig,
+    SweepConfig,
+)
 from expo.errors import InputError
 
 RECIPE = """
@@ -198,6 +206,7 @@ VALID = {
     ScoreConfig: SCORE,
     CompareConfig: COMPARE,
     ReportConfig: COMPARE,
+    SweepConfig: INSPECT,
 }
 
 OUT_OF_RANGE = [

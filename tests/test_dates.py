@@ -247,7 +247,8 @@ def test_a_dry_run_agrees_on_nothing(model, clock):
     assert not (model.parent / "outputs_q").exists()
 
 
-def test_workers_have_the_date_of_their_parent(model, clock):
+def test_workers_have_the_date_of_their_parent(model, clock, forked_workers):
+    forked_workers.before = lambda _: setattr(clock, "moment", SECOND)
     generate.run(settings(model, data_parallel=2))
     assert meta_of(model)["fingerprint"]["template_date"] == FIRST
     assert sorted(path.name for path in (model.parent / "outputs_q").iterdir()) == ["n.jsonl", "n.meta.json"]

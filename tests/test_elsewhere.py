@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Result, write_checkpoint
+from helpers import write_checkpoint
 
 from expo.checkpoint.folder import read_checkpoint, require_loadable
+from expo.cli import program as cli
 from expo.errors import InputError
 
 MERGE = "`accelerate merge-weights {at}/pytorch_model_fsdp_0 {at}` puts them together"
@@ -179,13 +179,12 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_every_command_says_it(command: tuple[object, ...], tmp_path: Path, run_expo: Callable[..., Result]) -> None:
+def test_every_command_says_it(command: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = write_checkpoint(tmp_path / "good", {"a": torch.ones(2)})
     bad = make(tmp_path / "bad", ["checkpoint-9/model.safetensors", "checkpoint-10/model.safetensors", "config.json"])
     (bad / "config.json").write_text("{}")
     (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "o.jsonl").write_text('{"prompt": "a", "output": "b", "length": 1, "finish_reason": "stop"}\n')
     words = {"good": good, "bad": bad, "root": tmp_path}
-    done = run_expo(*(str(word).format(**words) for word in command))
-    assert done.code == 2
-    assert f"give {bad}/checkpoint-10 (the last of 2 such folders)" in done.stderr
+    assert cli.run([str(word).format(**words) for word in command]) == 2
+    assert f"give {bad}/checkpoint-10 (the last of 2 such folders)" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_greedy_rows_are_the_same_on_all_engines(observed, way):
     assert engines["openai"] == engines["vllm"]
     assert engines["transformers"] == engines["vllm"]
     if way == "greedy":
-        assert sum(row["length"] for row in engines["vllm"].values()) > 500
+        assert sum(row["length"] for row in engines["vllm"].values()) > 400
 
 
 def test_sampled_rows_of_the_server_are_vllms(observed):

@@ -90,7 +90,7 @@ def test_the_plan_names_the_pair_and_writes_nothing(llama_pair, task):
 
 def loaded(task: Path, **given: Any) -> dict[str, torch.Tensor]:
     work = verb.plan(settings(task, **given))
-    return _load(work.setup, "cpu").state_dict()
+    return _load(work.setup, "cpu")[0].state_dict()
 
 
 def test_fused_experts_are_those_of_the_written_checkpoint(llama_pair, task, tmp_path):

@@ -81,6 +81,7 @@ def test_inputs_written_since_are_others(folder, capsys):
     assert "another sft" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize(("name", "case"), UNFINISHED.items(), ids=UNFINISHED)
 def test_what_was_begun_ends_as_it_would_have(name: str, case: Unfinished, folder):
     left = shutil.copytree(GOLDEN / "unfinished" / name, folder / "unfinished" / name)

@@ -10,8 +10,8 @@ import helpers
 import pytest
 import torch
 
-from expo import extrapolate as verb, generate, inspection, score
-from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig
+from expo import extrapolate as verb, generate, inspection, score, sweep
+from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig, SweepConfig
 
 DEVICES = ("cpu", "cuda")
 
@@ -124,6 +124,24 @@ def test_rewards_are_the_cpus(trained, task):
         scored = score.run(ScoreConfig(**fixed, **settings))
         rewards.append([json.loads(line) for line in scored.rewards.read_text().splitlines()])
     torch.testing.assert_close(*map(torch.tensor, rewards), rtol=1e-4, atol=1e-3)
+
+
+def test_a_sweep_has_both_engines_on_the_gpu(trained, task, tmp_path):
+    sides = {side: str(trained / f"tiny-{side}") for side in ("sft", "dpo")}
+    settings = {
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_tokens": 24,
+        "alpha": (0.5, 2.0),
+        "output": str(tmp_path),
+    }
+    swept = sweep.run(SweepConfig(**sides, task=str(task), reward_model=(str(trained / "tiny-rm"),), **settings))
+    assert swept.failed == 0
+    assert [one["on"].startswith("GPU") for one in swept.record["engines"]] == [True, True]
+    assert swept.record["switch"]["proved"], swept.record["switch"]
+    alone, _ = answer(task, "alone", sft=sides["sft"], dpo=sides["dpo"], alpha=2.0, device="cuda", batch_tokens=16384)
+    rows = (tmp_path / "outputs_held_out" / "tiny-dpo-ExPO-a2.0.jsonl").read_text().splitlines()
+    assert [json.loads(row)["output"] for row in rows] == alone
 
 
 @pytest.mark.vllm

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import Run, run_python, run_script
+from helpers import Run, run_python
 
 KILLS = Path(__file__).with_name("kills.py")
 ENGINES = {
@@ -49,7 +49,7 @@ def test_ten_kills_at_random_moments_lose_no_row(trained, alpaca_data, tmp_path,
     task = tmp_path / "q.jsonl"
     task.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in instructions))
     settings = {"task": str(task), "model": str(trained / "tiny-dpo"), "engine": engine, "max_tokens": 12}
-    run = request.getfixturevalue("run_warm") if engine == "vllm" else run_script
+    run = request.getfixturevalue("run_warm" if engine == "vllm" else "run_forked")
     results = stops(run, {**settings, **ENGINES[engine]}, tmp_path, seed=1, count=10)
     counts = Counter(result["signal"] for result in results)
     assert {name: count for name, count in counts.items() if name != "none"} == {

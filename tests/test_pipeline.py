@@ -12,6 +12,7 @@ import pytest
 import torch
 from made_inputs import on_real_inputs_too
 
+from demo.run import check
 from expo import score
 from expo.config import ScoreConfig
 
@@ -73,18 +74,48 @@ def test_extrapolate_generate_score(trained, tmp_path, run_expo, run_warm):
     assert high.mean - low.mean > 3 * (low.standard_error**2 + high.standard_error**2) ** 0.5
 
 
+DEMO = """
+import shutil, sys
+from pathlib import Path
+from demo import run
+
+def train(folder):
+    for name in ("sft", "dpo", "rm"):
+        shutil.copytree(Path(trained) / f"tiny-{name}", folder / name)
+    shutil.copy(Path(trained) / "prompts.jsonl", folder)
+
+trained = sys.argv.pop()
+run.train = train
+run.main()
+"""
+"""The demo on a trio that its trainer made before, from fewer steps."""
+
+
 @pytest.mark.slow
-def test_the_demo_shows_the_curve(tmp_path):
+def test_the_demo_shows_the_curve(trained, tmp_path):
     """It ends with an error of its own unless reward rises beyond α = 0 and falls again."""
-    command = [sys.executable, "-m", "demo.run", tmp_path / "demo"]
+    folder = tmp_path / "demo"
+    command = [sys.executable, "-c", DEMO, folder, trained]
     done = subprocess.run(command, cwd=ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    curve = [line.split() for line in done.stdout.splitlines() if "±" in line]
-    assert [float(line[0]) for line in curve] == [-1, 0, 0.5, 1, 2, 4, 8]
-    rewards = [float(line[1]) for line in curve]
-    assert rewards[0] < rewards[1] < max(rewards)
-    assert rewards[-1] < rewards[1]
-    assert (tmp_path / "demo" / "curve.png").read_bytes().startswith(b"\x89PNG")
-    page = tmp_path / "demo" / "report.html"
-    assert str(page) in done.stdout.splitlines()[-1]
+    curve = {float(line.split()[0]): float(line.split()[1]) for line in done.stdout.splitlines() if "±" in line}
+    record = json.loads((folder / "sweep" / "sweep.json").read_text())
+    assert [*curve] == [one["alpha"] for one in record["alphas"]] == [-1, 0, 1, 2, 4, 8]
+    assert curve[-1] < curve[0] < curve[record["best_alpha"]] > curve[8]
+    assert record["verdict"] in " ".join(done.stdout.split())
+    assert (folder / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    page = folder / "report.html"
+    assert str(page) in done.stdout
     assert "Reward and length against α" in page.read_text()
+
+
+@pytest.mark.parametrize(("chosen", "low", "last"), [(0.0, None, 0.5), (2.0, -0.1, 0.5), (2.0, 0.1, 1.9)])
+def test_the_demo_fails_on_another_curve(chosen, low, last):
+    """One where no α is chosen, none is surely better, or none is too large."""
+    means = {0.0: (1.0, None), 2.0: (2.0, low), 8.0: (last, -1.0)}
+    alphas = [
+        {"alpha": alpha, "mean": mean, "standard_error": 0.1, "interval": None if end is None else [end, end + 1]}
+        for alpha, (mean, end) in means.items()
+    ]
+    with pytest.raises(SystemExit, match="does not rise beyond α = 0 and fall again"):
+        check({"best_alpha": chosen, "alphas": alphas})

@@ -24,6 +24,7 @@ from expo.report.figures import charts_of
 from expo.report.page import build
 from expo.report.payload import columns, packed
 from expo.report.text import visible
+from expo.report.verdict import verdict
 
 pytestmark = pytest.mark.xdist_group("browser")  # they share one
 
@@ -109,7 +110,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Show]:
 
 def document(runs: list[Run], notes: tuple[str, ...] = (), *, figures: bool = True) -> str:
     found, aligned = compare(runs), aligned_by(runs)
-    return build(aligned, found, charts_of(aligned, found) if figures else [], notes)
+    return build(aligned, found, verdict(aligned, found), charts_of(aligned, found) if figures else [], notes)
 
 
 def aligned_by(runs: list[Run], *reward_models: str) -> Aligned:

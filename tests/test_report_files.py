@@ -18,12 +18,15 @@ from PIL import Image
 from expo.cli import program as cli
 from expo.compare.comparison import compare
 from expo.compare.run import RowKey, Run, RunRow
+from expo.config import ReportConfig
 from expo.output import charts
 from expo.report.aligned import align
 from expo.report.figures import charts_of
+from expo.report.job import plan
 from expo.report.notes import notes
+from expo.report.page import build
 from expo.report.text import digits_for, number, percent, probability, signed, visible
-from expo.report.verdict import verdict
+from expo.report.verdict import decimals, shown_interval, verdict
 
 NAMES = ("dpo", "dpo-ExPO-a0.3", "dpo-ExPO-a0.5")
 
@@ -133,17 +136,66 @@ def test_bad_input_is_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_sweeps_folder_stands_for_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweeps_folder_stands_for_its_runs(tmp_path: Path) -> None:
     """α = 0 first, then in the order of α; outputs of an α that sweep.json does not list are left alone."""
     alphas = (0.5, -1.0, 0.0, 0.1, 0.9)
     runs = made_runs(20, [f"zephyr-ExPO-a{alpha}" for alpha in alphas], characters=120)
     write_files(tmp_path, runs)
     listed = [{"alpha": alpha, "mean": 0.1} for alpha in alphas[:4]]
     (tmp_path / "sweep.json").write_text(json.dumps({"best_alpha": 0.5, "verdict": "…", "alphas": listed}))
+    found = plan(ReportConfig(runs=(str(tmp_path),))).describe()["runs"]
+    assert [(one["name"], one["alpha"]) for one in found] == [
+        (f"zephyr-ExPO-a{alpha}", alpha) for alpha in (0.0, -1.0, 0.1, 0.5)
+    ]
+
+
+def swept(folder: Path, chosen: float, rejected: str | None) -> list[Run]:
+    """The folder of a sweep over 0.1 and 0.5, with SFT."""
+    alphas = (0.0, -1.0, 0.1, 0.5)
+    runs = made_runs(20, [f"zephyr-ExPO-a{alpha}" for alpha in alphas], characters=120, alphas=alphas)
+    write_files(folder, runs)
+    listed = [{"alpha": alpha, "rejected": rejected if alpha == 0.1 else None} for alpha in sorted(alphas)]
+    record = {"best_alpha": chosen, "verdict": "What the sweep says.", "alphas": listed, "notes": ["A note of it."]}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    return runs
+
+
+def test_the_page_of_a_sweep_says_what_the_sweep_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = swept(tmp_path, 0.5, "length alone may explain it")
     done = report(capsys, tmp_path, "--output", tmp_path / "r.html", "--json")
     assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["runs"] == [f"zephyr-ExPO-a{alpha}" for alpha in (0.0, -1.0, 0.1, 0.5)]
-    assert "Reward and length against α" in (tmp_path / "r.html").read_text()
+    said = json.loads(done.stdout)
+    assert said["verdict"] == "What the sweep says."
+    assert said["notes"][:2] == ["α = 0.1 is not chosen: length alone may explain it", "A note of it."]
+    page = (tmp_path / "r.html").read_text()
+    assert "<h1>α = 0.5 is chosen</h1>" in page
+    assert "What the sweep says." in page
+    assert "<dt>Difference in reward" in page
+    assert "Reward and length against α" in page
+    picture = page[page.index("<svg") : page.index("</svg>")]
+    assert {"SFT", "DPO", "α = 0.5 is chosen", "higher, but rejected"} <= set(re.findall(r">([^<]+)<", picture))
+    table = compare(runs, apart=["zephyr-ExPO-a-1.0"]).tables[0]
+    assert shown_interval(table.models[3].paired.interval, decimals(table)) in page  # SFT widens nothing
+    assert "hold for all models but zephyr-ExPO-a-1.0 at once" in page
+
+
+def test_the_page_of_a_sweep_that_chose_none_has_no_figures_of_one(tmp_path: Path) -> None:
+    swept(tmp_path, 0.0, None)
+    job = plan(ReportConfig(runs=(str(tmp_path),)))
+    comparison = compare(job.runs)
+    aligned = align(job.runs, [table.key or "" for table in comparison.tables])
+    found = verdict(aligned, comparison, job.sweep)
+    assert (found.headline, found.sentences) == ("No α is chosen", ("What the sweep says.",))
+    assert "<dt>Difference in reward" not in build(aligned, comparison, found, [], [])
+
+
+def test_what_a_sweep_chose_has_to_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swept(tmp_path, 0.5, None)
+    (tmp_path / "outputs_made" / "zephyr-ExPO-a0.5.jsonl").unlink()
+    assert "no outputs of α = 0.5, which its sweep.json chose" in report(capsys, tmp_path).stderr
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps(record | {"best_alpha": 0.7}))
+    assert "chose an α that it does not list: 0.7" in report(capsys, tmp_path).stderr
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

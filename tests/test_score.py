@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import statistics
-import subprocess
-import time
 from pathlib import Path
 
 import helpers
 import pytest
 import torch
+from crashes import killed_when
 from helpers import VISION
 from made_inputs import on_real_inputs_too
 
@@ -552,25 +550,17 @@ def test_published_outputs_with_a_trained_reward_model(trained, alpaca_data, tmp
     assert numbers(result.rewards) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_continued(trained, alpaca_data, tmp_path):
-    arguments = ["score", "alpaca", "--name", "m", "--batch-tokens", 120, "--dtype", "float32", "--limit", 600]
-    arguments += ["--outputs", alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"]
-    arguments += ["--reward-model", trained / "tiny-rm"]
-    shared = {"task": "alpaca", "batch_tokens": 120, "limit": 600}
+    shared = {"task": "alpaca", "batch_tokens": 120, "limit": 300}
     shared["outputs"] = str(alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json")
     verb.run(settings(trained / "tiny-rm", tmp_path / "whole", **shared))
     folder = tmp_path / "killed" / "rewards_alpaca"
-    command = helpers.expo_command(*arguments, "--output-dir", folder.parent)
-    with subprocess.Popen(
-        command, env=helpers.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as p:
-        deadline = time.monotonic() + 120
-        while not (folder / ".m.journal.jsonl").exists() or (folder / ".m.journal.jsonl").stat().st_size < 1000:
-            assert p.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(p.pid, signal.SIGKILL)
+    journal = folder / ".m.journal.jsonl"
+
+    def killed() -> None:
+        verb.run(settings(trained / "tiny-rm", folder.parent, **shared))
+
+    assert killed_when(lambda: journal.exists() and journal.stat().st_size > 1000, killed) == -signal.SIGKILL
     assert {path.name for path in folder.iterdir()} == {".m.journal.jsonl", ".m.journal.jsonl.lock"}
     verb.run(settings(trained / "tiny-rm", folder.parent, **shared))
     for name in ("m.jsonl", "m.rows.jsonl"):

@@ -103,7 +103,7 @@ def test_a_stopped_part_and_a_begun_whole_are_taken_up(reward_model, outputs, wh
     same_files(verb.run(settings(reward_model, tmp_path, join=2)).rewards.parent, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_two_processes_score_what_one_does(reward_model, outputs, whole, tmp_path):  # noqa: F811
     done = verb.run(settings(reward_model, tmp_path, data_parallel=2))
     assert (done.status, done.n) == ("written", 14)
@@ -111,7 +111,7 @@ def test_two_processes_score_what_one_does(reward_model, outputs, whole, tmp_pat
     assert verb.run(settings(reward_model, tmp_path, data_parallel=2)).status == "already complete"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_worker_that_stays_does_one_job_after_another_in_one_process(reward_model, outputs, whole, tmp_path, stays):  # noqa: F811
     """One that does not is started again for each; both by the same protocol."""

@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
+from crashes import killed_when
 from helpers import tree
 from safetensors.torch import load_file, save_file
 from test_score import ROWS, edited, make_reward_model, numbers, rewards_alone, settings, write_outputs
@@ -168,7 +166,7 @@ def test_parts_of_several_are_joined_for_each(first, second, outputs, tmp_path, 
     assert tree(whole / "rewards_q").keys() == tree(tmp_path / "rewards_q").keys()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_processes_are_told_which_one_they_score_with(first, llama_pair, outputs, tmp_path):
     """A reward model, and the implicit reward after it; of which two processes each make half the rows."""
     pair = {"implicit_reward": True, "sft": str(llama_pair[0]), "dpo": str(llama_pair[1]), "batch_tokens": 1}
@@ -320,7 +318,6 @@ def test_a_name_that_is_too_long_with_the_reward_models_is_refused(first, second
         verb.run(both(first, second, tmp_path, name="m" * 199))
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_the_second_goes_on_there(trained, alpaca_data, tmp_path):
     """By SIGKILL, while the second one's journal grows."""
     other = edited(trained / "tiny-rm", tmp_path / "tiny-other", initializer_range=0.5)
@@ -344,18 +341,12 @@ def test_a_run_killed_in_the_second_goes_on_there(trained, alpaca_data, tmp_path
     folder = tmp_path / "killed" / "rewards_alpaca"
     words += ["--output-dir", folder.parent]
     journal = folder / ".m@tiny-other.journal.jsonl"
-    with subprocess.Popen(
-        helpers.expo_command(*words), env=helpers.environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not journal.exists() or journal.stat().st_size < 1000:
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+    command = list(map(str, words))
+    code = killed_when(lambda: journal.exists() and journal.stat().st_size > 1000, lambda: cli.run(command))
+    assert code == -signal.SIGKILL, "it ended before it could be killed"
     done = len(journal.read_text().splitlines()) - 1
     assert 0 < done < 200
-    assert cli.run([*map(str, words)]) == 0
+    assert cli.run(command) == 0
     for name, content in tree(tmp_path / "whole").items():
         if not name.endswith(".meta.json"):
             assert (tmp_path / "killed" / name).read_bytes() == content

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 from itertools import product
 from pathlib import Path
 
-import helpers
 import pytest
 import torch
 from chat_server import ChatServer
@@ -23,6 +20,7 @@ from expo.engines.transformers import sampling_noise
 from expo.rows import EngineKeeper
 
 ROWS = 120
+MANY = 2000
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
@@ -66,20 +64,84 @@ def test_shared_noise_is_the_same_for_all_rows_of_a_sample():
 # --- engines -------------------------------------------------------------------------------------------------------
 
 
-def task_of(folder: Path, rows: int = ROWS, prompt: str = "w1 w2") -> Path:
+def task_of(folder: Path, rows: int, prompt: str = "w1 w2") -> Path:
     """Prompts that are all alike."""
     file = folder / "q.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt, "id": f"r{row}"}) + "\n" for row in range(rows)))
     return file
 
 
-def run(engine: str, model: Path, task: Path, name: str, keeper: EngineKeeper | None = None, **others) -> list[str]:
-    """The answers of a run."""
-    fixed = {"device": "cpu", "dtype": "float32", "max_tokens": 8, "output_dir": str(task.parent), **SAMPLING}
-    made = generate.run(
-        GenerateConfig(task=str(task), model=str(model), engine=engine, name=name, **{**fixed, **others}), keeper
-    )
-    return [json.loads(line)["output"] for line in made.output.read_text().splitlines()]
+def all_modes(engine: str, model: Path, task: Path) -> dict[str, list[str]]:
+    """The answers of every mode; of all but one from one engine, which is kept."""
+    few = {"engine_arg": ("max_num_seqs=3",)} if engine == "vllm" else {"batch_tokens": 64}
+    modes = {
+        "shared": {"seed_mode": "shared"},
+        "row": {},
+        "limited": {"limit": 7},
+        "seed": {"seed": 43},
+        "many": {"limit": MANY, "max_tokens": 1},
+        "batches": few,
+    }
+    fixed = {"limit": ROWS, "max_tokens": 8, "device": "cpu", "dtype": "float32", **SAMPLING}
+    answers = {}
+    with closing(EngineKeeper()) as keeper:
+        for name, others in modes.items():
+            source = {"task": str(task), "model": str(model), "output_dir": str(task.parent)}
+            made = generate.run(GenerateConfig(engine=engine, name=name, **source, **{**fixed, **others}), keeper)
+            answers[name] = [json.loads(line)["output"] for line in made.output.read_text().splitlines()]
+    return answers
+
+
+VLLM = """
+import json, sys
+from pathlib import Path
+from test_seed_mode import all_modes
+
+if __name__ == "__main__":
+    print(json.dumps(all_modes("vllm", Path(sys.argv[1]), Path(sys.argv[2]))))
+"""
+ENGINES = [
+    pytest.param("transformers", marks=pytest.mark.xdist_group("seed modes")),  # asked once
+    pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow]),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def asked(request, tmp_path_factory) -> tuple[dict[str, list[str]], Path, str]:
+    """Of an engine: its answers, the model and the one prompt."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "transformers":
+        model, prompt = request.getfixturevalue("llama_pair")[1], "w1 w2"
+        return all_modes("transformers", model, task_of(folder, MANY, prompt)), model, prompt
+    trained: Path = request.getfixturevalue("trained")
+    model, prompt = trained / "tiny-sft", json.loads((trained / "held_out_prompts.json").read_text())[0]
+    (folder / "script.py").write_text(VLLM)
+    done = request.getfixturevalue("run_warm")(folder / "script.py", model, task_of(folder, MANY, prompt))
+    assert done.code == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), model, prompt
+
+
+def test_rows_of_one_opening_do_not_go_on_alike(asked):
+    """They are alike where they share their seed, and each for itself where they do not."""
+    answers, _, _ = asked
+    assert len(set(answers["shared"])) == 1
+    assert len(set(answers["row"])) > ROWS // 2
+    assert answers["row"][:7] == answers["limited"]
+    assert answers["row"] == answers["batches"]
+    assert answers["row"] != answers["seed"]
+
+
+def test_first_tokens_have_the_models_distribution(asked):
+    from transformers import AutoTokenizer
+
+    answers, model, prompt = asked
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    expected: Counter[str] = Counter()
+    for token, probability in enumerate(first_words(model, prompt)):
+        expected[tokenizer.decode([token], skip_special_tokens=True)] += probability
+    assert len(answers["many"]) == MANY
+    statistic, freedom = chi_square(Counter(answers["many"]), expected, MANY)
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def first_words(model: Path, prompt: str) -> list[float]:
@@ -95,83 +157,12 @@ def first_words(model: Path, prompt: str) -> list[float]:
     return logits.double().softmax(-1).tolist()
 
 
-def check_modes(answers: dict[str, list[str]]) -> None:
-    """Rows with one opening: alike where they share their seed, and each for itself where they do not."""
-    assert len(set(answers["shared"])) == 1
-    assert len(set(answers["row"])) > ROWS // 2
-    assert answers["row"][:7] == answers["limited"]
-    assert answers["row"] == answers["other batches"]
-    assert answers["row"] != answers["other seed"]
-
-
-def all_modes(engine: str, model: Path, task: Path) -> dict[str, list[str]]:
-    """All but one with one engine, which is kept."""
-    few = {"engine_arg": ("max_num_seqs=3",)} if engine == "vllm" else {"batch_tokens": 64}
-    with closing(EngineKeeper()) as keeper:
-        return {
-            "shared": run(engine, model, task, "shared", keeper, seed_mode="shared"),
-            "row": run(engine, model, task, "row", keeper),
-            "limited": run(engine, model, task, "limited", keeper, limit=7),
-            "other seed": run(engine, model, task, "seed", keeper, seed=43),
-            "other batches": run(engine, model, task, "batches", keeper, **few),
-        }
-
-
-def test_rows_of_one_opening_do_not_go_on_alike_with_transformers(llama_pair, tmp_path):
-    check_modes(all_modes("transformers", llama_pair[1], task_of(tmp_path)))
-
-
 def chi_square(counts: Counter, expected: dict[object, float], total: int) -> tuple[float, int]:
     """χ² over the cells of at least five expected, the others as one."""
     cells = [(counts[key], total * p) for key, p in expected.items() if total * p >= 5]
     rest = (total - sum(seen for seen, _ in cells), total - sum(wanted for _, wanted in cells))
     cells += [rest] if rest[1] >= 5 else []
     return sum((seen - wanted) ** 2 / wanted for seen, wanted in cells), len(cells) - 1
-
-
-VLLM = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_seed_mode import all_modes, run, task_of
-
-if __name__ == "__main__":
-    model, folder, prompt = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4]
-    answers = all_modes("vllm", model, task_of(folder, prompt=prompt))
-    many = task_of(folder, 2000, prompt)
-    answers["one token"] = run("vllm", model, many, "many", max_tokens=1)
-    print(json.dumps(answers))
-"""
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_rows_of_one_opening_do_not_go_on_alike_with_vllm(trained, tmp_path):
-    """And their first tokens have the model's own distribution."""
-    model, prompt = trained / "tiny-sft", json.loads((trained / "held_out_prompts.json").read_text())[0]
-    (tmp_path / "script.py").write_text(VLLM)
-    command = [sys.executable, tmp_path / "script.py", model, tmp_path, Path(__file__).parent, prompt]
-    done = subprocess.run(list(map(str, command)), env=helpers.environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
-    check_modes(answers)
-    check_distribution(answers["one token"], model, prompt)
-
-
-def test_first_tokens_have_the_models_distribution_with_transformers(llama_pair, tmp_path):
-    answers = run("transformers", llama_pair[1], task_of(tmp_path, 2000), "many", max_tokens=1)
-    check_distribution(answers, llama_pair[1], "w1 w2")
-
-
-def check_distribution(answers: list[str], model: Path, prompt: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    expected: Counter[str] = Counter()
-    for token, probability in enumerate(first_words(model, prompt)):
-        expected[tokenizer.decode([token], skip_special_tokens=True)] += probability
-    statistic, freedom = chi_square(Counter(answers), expected, len(answers))
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def test_a_server_is_sent_the_rows_seed(tmp_path, monkeypatch):

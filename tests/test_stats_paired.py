@@ -66,15 +66,44 @@ def test_too_little_for_a_line(y, x, expected):
     assert (line.interval is None) is (interval is None)
 
 
-@pytest.mark.parametrize("samples", [1, 4])
-def test_intervals_at_equal_length_cover(samples: int) -> None:
+def test_a_parabola_at_equal_length_is_that_of_statsmodels() -> None:
+    import statsmodels.api as sm
+
+    rng, clusters = np.random.default_rng(3), np.arange(60) // 3
+    x = rng.integers(-50, 900, size=60).astype(float)
+    y = 0.5 + 0.004 * x - 6e-6 * x**2 + rng.normal(size=60)
+    powers = np.stack([np.ones(60), x, x**2], axis=1)
+    fitted = sm.OLS(y, powers).fit(cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True)
+    line = at_zero(y, x, clusters, curved=True)
+    assert (line.intercept, line.slope) == pytest.approx(tuple(fitted.params[:2]), rel=1e-6)
+    assert line.standard_error == pytest.approx(fitted.bse[0], rel=1e-5)
+    assert line.interval == pytest.approx(tuple(fitted.conf_int()[0]), rel=1e-5)
+
+
+def test_a_parabola_follows_a_bend_that_misleads_a_line() -> None:
+    """Nothing is there at equal length; rewards rise with length and fall again."""
+    rng, longer = np.random.default_rng(0), np.linspace(20, 200, 300)
+    y = 1 - ((longer - 80) / 80) ** 2 + rng.normal(0, 0.1, size=300)
+    line, bend = (at_zero(y, longer, np.arange(300), curved=curved) for curved in (False, True))
+    assert line.interval[0] > 1
+    assert bend.interval[0] < 0 < bend.interval[1]
+
+
+@pytest.mark.parametrize("x", [[0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 2.0, 0.0]])
+def test_a_parabola_needs_three_points(x: list[float]) -> None:
+    y = np.array([1.0, 2.0, 4.0, 0.0])
+    assert at_zero(y, np.array(x), np.arange(4), curved=True) == at_zero(y, np.array(x), np.arange(4))
+
+
+@pytest.mark.parametrize(("samples", "curved"), [(1, False), (4, False), (1, True)])
+def test_intervals_at_equal_length_cover(samples: int, curved: bool) -> None:
     rng = np.random.default_rng(12)
     clusters = np.repeat(np.arange(40), samples)
     covered = 0
     for _ in range(800):
         x = rng.gamma(2, 50, size=40)[clusters] - 80 + rng.normal(0, 20, size=len(clusters))
         y = 0.3 + 0.01 * x + rng.standard_t(4, size=40)[clusters] + rng.normal(size=len(clusters))
-        low, high = at_zero(y, x, clusters).interval
+        low, high = at_zero(y, x, clusters, curved=curved).interval
         covered += low <= 0.3 <= high
     assert 0.93 <= covered / 800 <= 0.97
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+import signal
 
 import helpers
-import psutil
 import pytest
 from safetensors.torch import save_file
 from test_orphans import wait_until_gone
 
 SCRIPT = """
-import json, sys, time
+import json, os, signal, sys
+import psutil
 from expo.cli import program as cli
 from expo.engines import vllm as backend
 
@@ -48,17 +47,29 @@ def main():
     texts = started[0]._llm.get_tokenizer().batch_decode(
         [answer.outputs[0].token_ids for answer in bare], skip_special_tokens=True
     )
-    print(json.dumps({"code": code, "size": size, "texts": texts, "lengths": lengths}), flush=True)
-    time.sleep(120)
+    workers = [child.pid for child in psutil.Process().children(recursive=True)]
+    told = {"code": code, "size": size, "texts": texts, "lengths": lengths, "workers": workers}
+    print(json.dumps(told), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
     main()
 """
 
+FORKED = """
+import multiprocessing
+from vllm.v1.executor import multiproc_executor
+from expo.cli.program import main
+
+multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+main()
+"""
+"""The program, with workers that are forked; those of the other test are started as vLLM starts them, and import it."""
+
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpaca_data, plugin, tmp_path):
+def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpaca_data, run_warm, plugin, tmp_path):
     pair = trained / "tiny-sft", trained / "tiny-dpo"
     helpers.write(pair, tmp_path / "written", 1.5)
     script = tmp_path / "run.py"
@@ -67,19 +78,17 @@ def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpa
     arguments = ["generate", "alpaca", "--dataset", dataset, "--engine", "vllm"]
     arguments += ["--sft", pair[0], "--dpo", pair[1], "--alpha", 1.5, "--name", "theta"]
     arguments += ["--tensor-parallel", 2, "--limit", 12, "--max-tokens", 24, "--output-dir", tmp_path]
-    command = [sys.executable, script, tmp_path / "written", *map(str, arguments)]
-    with subprocess.Popen(command, env=helpers.environment(**plugin), stdout=subprocess.PIPE, text=True) as process:
-        told = json.loads(last_line(process))
-        workers = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+    done = run_warm(script, tmp_path / "written", *arguments, env=plugin)
+    assert done.code == -signal.SIGKILL, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
     assert (told["code"], told["size"]) == (0, 2)
     rows = json.loads((tmp_path / "outputs_alpaca" / "theta.json").read_text())
     meta = json.loads((tmp_path / "outputs_alpaca" / "theta.meta.json").read_text())
     assert [row["output"] for row in rows] == told["texts"]
     assert meta["per_row"]["length"] == told["lengths"]
-    assert len(workers) >= 2
-    for worker in workers:
-        wait_until_gone(worker.pid)
+    assert len(told["workers"]) >= 2
+    for worker in told["workers"]:
+        wait_until_gone(worker)
 
 
 @pytest.mark.vllm
@@ -93,16 +102,8 @@ def test_a_pair_that_the_workers_refuse_is_one_line_and_exit_code_2(trained, run
     (tmp_path / "q.jsonl").write_text('{"prompt": "hello"}')
     arguments = ["--sft", sft, "--dpo", trained / "tiny-dpo", "--alpha", 1, "--tensor-parallel", 2]
     arguments += ["--engine", "vllm", "--output-dir", tmp_path]
-    result = run_warm("-m", "expo", "generate", tmp_path / "q.jsonl", *arguments, env=plugin)
+    (tmp_path / "run.py").write_text(FORKED)
+    result = run_warm(tmp_path / "run.py", "generate", tmp_path / "q.jsonl", *arguments, env=plugin)
     assert (result.code, result.stdout) == (2, "")
     assert "expo: error: the result for tensor model.norm.weight contains NaN" in result.stderr
     assert not (tmp_path / "outputs_q" / "tiny-dpo-ExPO-a1.0.jsonl").exists()
-
-
-def last_line(process: subprocess.Popen[str]) -> str:
-    """The program's own line; what came before it is the path that expo prints."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            return line
-    raise AssertionError("it ended without a word")

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import helpers
 import pytest
-from helpers import wait_for_rows
 from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
 from expo import generate as verb
+from expo.cli import program as cli
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.torch_tools import worker_environments
 from expo.errors import EnvironmentFailure, InputError
 from expo.rows import workers
-from expo.rows.worker import LineCount, Worker
-from expo.rows.workers import MAX_STARTS, Crew
+from expo.rows.worker import MAX_STARTS, LineCount, Worker
+from expo.rows.workers import Crew
 
 
 def config(**values) -> GenerateConfig:
@@ -201,7 +201,7 @@ def test_a_worker_ends_when_the_other_end_of_its_pipe_is_gone(llama_pair, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, run_expo):
+def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, capsys, caplog):
     dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
     others = {"dataset": str(dataset), "limit": 120, "max_tokens": 32, "batch_tokens": 400, "temperature": 0.7}
     whole = verb.run(settings(trained / "tiny-dpo", "alpaca", tmp_path / "whole", **others)).output.read_bytes()
@@ -211,13 +211,12 @@ def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, run_exp
     folder = tmp_path / "out" / "outputs_alpaca"
     journal = folder / "tiny-dpo.parts" / ".1-of-2.journal.jsonl"
 
-    with started(arguments) as process:
-        wait_for_rows(journal, 8, process)
-        os.kill(holder(journal), signal.SIGKILL)
-        stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "part 1/2: killed by SIGKILL; restarting" in stderr
-    assert stdout == f"{folder / 'tiny-dpo.json'}\n"
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill_holder, journal)
+        assert cli.run(list(map(str, arguments))) == 0
+        killed.result()
+    assert "part 1/2: killed by SIGKILL; restarting" in caplog.text
+    assert capsys.readouterr().out == f"{folder / 'tiny-dpo.json'}\n"
     assert (folder / "tiny-dpo.json").read_bytes() == whole
     assert sorted(path.name for path in folder.iterdir()) == ["tiny-dpo.json", "tiny-dpo.meta.json"]
     meta = json.loads((folder / "tiny-dpo.meta.json").read_text())
@@ -225,11 +224,13 @@ def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, run_exp
     assert meta["repeatable"] is True
 
 
-def started(arguments: list[object]) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        helpers.expo_command(*arguments), env=helpers.environment(), stdout=pipe, stderr=pipe, text=True
-    )
+def kill_holder(journal: Path) -> None:
+    """Kill the process that is making a part, when it has made some rows."""
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") <= 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(holder(journal), signal.SIGKILL)
 
 
 def holder(journal: Path) -> int:

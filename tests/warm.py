@@ -27,16 +27,22 @@ def main() -> None:
 
     gc.freeze()
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            os._exit(run(**json.loads(line)))
-        print(ended(child), flush=True)
+        print(in_a_fork(**json.loads(line)), flush=True)
+
+
+def in_a_fork(**asked: Any) -> int:
+    """`run`, in a fork of this process."""
+    child = os.fork()
+    if not child:
+        os._exit(run(**asked))
+    return ended(child)
 
 
 def run(words: list[str], env: dict[str, str], stdout: str, stderr: str) -> int:
     """What `python WORDS` does, in this process; returns its exit code."""
     for number, file in enumerate((os.devnull, stdout, stderr)):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - for as long as the process lives
     os.environ.clear()
     os.environ.update(env)
     try:

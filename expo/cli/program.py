@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, g
 import typer
 
 from expo import __version__, config, config_files, recipes as known_recipes
-from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, work
+from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, sweep, work
 from expo.cli.command import Command, Levels, Shown
 from expo.errors import PARTLY_FAILED, ExpoError, Stopped
 from expo.files import shown
@@ -298,6 +298,7 @@ COMMANDS = {
     "score": score,
     "compare": compare,
     "report": report,
+    "sweep": sweep,
     "inspect": inspect,
 }
 for name, module in COMMANDS.items():
@@ -405,4 +406,5 @@ def main() -> None:
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         _say("stopped; rerun the same command to continue")
+    gc.freeze()  # else all that torch and transformers made is looked through once more, for a second or two
     sys.exit(code)

@@ -6,7 +6,8 @@ rows are paired, `figures.py` what a comparison consists of, `expo/stats/` how f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -18,30 +19,35 @@ from expo.compare.figures import Agreed, Comparison, Flip, Measured, ModelFigure
 from expo.compare.pairing import LeftOut, Pairing, common_reward_models, counted, pair
 from expo.compare.run import Run, RunRow
 from expo.stats.agreement import agreement
-from expo.stats.means import Floats, Whole, cluster_sums, clustered_mean_and_standard_error
+from expo.stats.means import Floats, Interval, Whole, cluster_sums, clustered_mean_and_standard_error
 from expo.stats.paired import at_zero, standardized_difference, win_rate
 from expo.stats.resampling import bootstrap_intervals, sign_flip_p, student_intervals
 
 FLIPS = 10
 """How many rows that a model wins by the most are named, and as many that it loses."""
+ENDED = {"stop": 1.0, "length": 0.0}
+"""Finish reason → whether the answer came to its end; another, or none, does not say."""
 
 Mask = NDArray[np.bool_]
 
 
-def compare(runs: Sequence[Run], *, intersect: bool = False, flips: int = FLIPS) -> Comparison:
+def compare(
+    runs: Sequence[Run], *, intersect: bool = False, flips: int = FLIPS, apart: Collection[str] = ()
+) -> Comparison:
     """Compare runs with the first of them.
 
     Args:
         runs: Two or more runs of one task, the baseline first.
         intersect: Use only the rows that all runs have, where their prompts differ.
         flips: How many of the rows that a model wins, and loses, by the most to name.
+        apart: Names of runs that are each compared alone: intervals and p of the others do not allow for them.
 
     Raises:
         InputError: The runs have different rows, or rewards of different reward models.
     """
     pairing = pair(runs, intersect=intersect)
     reward_models, notes = common_reward_models(runs)
-    tables = [_table(_Scores(pairing, model), flips) for model in (reward_models or (None,))]
+    tables = [_table(_Scores(pairing, model, frozenset(apart)), flips) for model in (reward_models or (None,))]
     two = combinations(reward_models, 2)
     agreed = [_agreed(pairing, number, models) for models in two for number in range(1, len(runs))]
     return Comparison(
@@ -52,6 +58,7 @@ def compare(runs: Sequence[Run], *, intersect: bool = False, flips: int = FLIPS)
         tables=tuple(tables),
         agreement=tuple(agreed),
         notes=(*notes, *(note for table in tables for note in _notes(table))),
+        apart=tuple(run.name for run in runs[1:] if run.name in apart),
     )
 
 
@@ -61,11 +68,19 @@ class _Scores:
 
     pairing: Pairing
     model: str | None
+    apart: frozenset[str] = frozenset()
 
     @property
     def others(self) -> range:
         """The numbers of the runs that are compared with the first."""
         return range(1, len(self.pairing.runs))
+
+    @property
+    def families(self) -> list[list[int]]:
+        """The runs that are compared with the first: those whose figures are simultaneous, and each one apart."""
+        names = [run.name for run in self.pairing.runs]
+        together = [run for run in self.others if names[run] not in self.apart]
+        return [*([together] if together else []), *([run] for run in self.others if run not in together)]
 
     @property
     def clusters(self) -> Whole:
@@ -94,6 +109,11 @@ class _Scores:
         """For each run: (n,), its generated tokens; NaN where they are not known."""
         return [_lengths([row.tokens for row in rows]) for rows in self.rows]
 
+    @cached_property
+    def ended(self) -> list[Floats]:
+        """For each run: (n,), 1 for an answer that ended and 0 for one that was cut; NaN where it is not known."""
+        return [np.array([ENDED.get(row.finish_reason or "", np.nan) for row in rows]) for rows in self.rows]
+
     def known(self, run: int) -> Mask:
         """(n,): the rows of a run that can be in figures."""
         return np.isfinite(self.rewards[run])
@@ -114,7 +134,7 @@ def _table(scores: _Scores, flips: int) -> Table:
     runs = scores.pairing.runs
     scoring = runs[0].scorings.get(scores.model) if scores.model is not None else None
     models = [_own(scores, 0, scores.known(0)), *(_own(scores, run, scores.both(run)) for run in scores.others)]
-    models[1:] = [_with_lengths(scores, run, models[run]) for run in scores.others]
+    models[1:] = [_with_endings(scores, run, _with_lengths(scores, run, models[run])) for run in scores.others]
     if scores.model is not None:
         whole = _paired(scores, np.ones(len(scores.clusters), dtype=bool))
         subsets = {name: _paired(scores, rows) for name, rows in _subsets(scores).items()}
@@ -136,6 +156,7 @@ def _own(scores: _Scores, run: int, rows: Mask) -> ModelFigures:
     scoring = of.scorings.get(scores.model) if scores.model is not None else None
     cut = np.isin(scores.pairing.numbers[run][rows], sorted(scoring.truncated)) if scoring else rows[:0]
     mean, error = clustered_mean_and_standard_error(scores.rewards[run][rows], scores.clusters[rows])
+    ended = scores.ended[run][rows]
     return ModelFigures(
         name=of.name,
         n=int(rows.sum()),
@@ -145,6 +166,8 @@ def _own(scores: _Scores, run: int, rows: Mask) -> ModelFigures:
         characters=_average(scores.characters[run][rows]),
         truncated=int(cut.sum()),
         alpha=of.alpha,
+        finish_reasons=Counter(sorted(row.finish_reason for row in scores.rows[run] if row.finish_reason)),
+        ended=_average(ended[np.isfinite(ended)]),
     )
 
 
@@ -156,11 +179,24 @@ def _with_lengths(scores: _Scores, run: int, figures: ModelFigures) -> ModelFigu
     """With how much longer its answers are."""
     rows = scores.both(run)
     longer = (scores.characters[run] - scores.characters[0])[rows]
-    if not len(longer) or not np.isfinite(longer).all():
+    if not np.isfinite(longer).all():
         return figures
-    clusters = scores.clusters[rows]
-    sums = cluster_sums([(longer, clusters)], int(clusters.max()) + 1)
-    return replace(figures, longer=Measured(float(longer.mean()), student_intervals(sums)[0]))
+    return replace(figures, longer=_measured(longer, scores.clusters[rows]))
+
+
+def _with_endings(scores: _Scores, run: int, figures: ModelFigures) -> ModelFigures:
+    """With how much larger its share of answers is that end, over the rows of which that is known on both sides."""
+    difference = scores.ended[run] - scores.ended[0]
+    rows = scores.both(run) & np.isfinite(difference)
+    return replace(figures, ends_more=_measured(difference[rows], scores.clusters[rows]))
+
+
+def _measured(differences: Floats, clusters: Whole) -> Measured | None:
+    """The mean of paired differences, with Student's interval for this model alone; None where there are none."""
+    if not len(differences):
+        return None
+    sums = cluster_sums([(differences, clusters)], int(clusters.max()) + 1)
+    return Measured(float(differences.mean()), student_intervals(sums)[0])
 
 
 def _with_rewards(scores: _Scores, run: int, figures: ModelFigures, paired: Paired, flips: int) -> ModelFigures:
@@ -168,7 +204,8 @@ def _with_rewards(scores: _Scores, run: int, figures: ModelFigures, paired: Pair
     rows = scores.both(run)
     differences, clusters = (scores.rewards[run] - scores.rewards[0])[rows], scores.clusters[rows]
     longer = (scores.characters[run] - scores.characters[0])[rows]
-    line = at_zero(differences, longer, clusters) if np.isfinite(longer).all() else None
+    known = bool(np.isfinite(longer).all())
+    line, bend = (at_zero(differences, longer, clusters, curved=one) if known else None for one in (False, True))
     standardized = None
     if paired.difference is not None:
         standardized = standardized_difference(paired.difference, scores.rewards[0][rows])
@@ -177,6 +214,7 @@ def _with_rewards(scores: _Scores, run: int, figures: ModelFigures, paired: Pair
         paired=paired,
         standardized_difference=standardized,
         at_equal_length=None if line is None else Measured(line.intercept, line.interval),
+        at_equal_length_curved=None if bend is None else Measured(bend.intercept, bend.interval),
         flips=_flips(differences, [row for row, used in zip(scores.rows[0], rows, strict=True) if used], flips),
     )
 
@@ -187,10 +225,13 @@ def _paired(scores: _Scores, among: Mask) -> list[Paired]:
     masks = [scores.both(run)[among] for run in scores.others]
     pairs = [(scores.rewards[run][among][mask], scores.rewards[0][among][mask]) for run, mask in _each(scores, masks)]
     columns = [(own - base, clusters[mask]) for (own, base), mask in zip(pairs, masks, strict=True)]
-    sums = cluster_sums(columns, int(clusters.max()) + 1)
+    found: dict[int, tuple[Interval | None, float | None]] = {}
+    for family in scores.families:
+        sums = cluster_sums([columns[run - 1] for run in family], int(clusters.max()) + 1)
+        found |= dict(zip(family, zip(bootstrap_intervals(sums), sign_flip_p(sums), strict=True), strict=True))
     figures = []
-    intervals, ps = bootstrap_intervals(sums), sign_flip_p(sums)
-    for (own, base), (differences, of), interval, p in zip(pairs, columns, intervals, ps, strict=True):
+    for run, (own, base), (differences, of) in zip(scores.others, pairs, columns, strict=True):
+        interval, p = found[run]
         rate, rate_interval = win_rate(differences, of)
         some = len(own) > 0
         figures.append(

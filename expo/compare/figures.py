@@ -38,9 +38,9 @@ class Paired:
     """The baseline's mean over the same rows."""
     difference: float | None
     interval: Interval | None
-    """Simultaneous over the models."""
+    """Simultaneous over the models that are not apart."""
     p: float | None
-    """Simultaneous over the models."""
+    """As the interval."""
     win_rate: float | None
     win_rate_interval: Interval | None
     """Of this model alone."""
@@ -90,6 +90,10 @@ class ModelFigures:
     truncated: int
     """Rows of which the reward model saw only the beginning."""
     alpha: float | None = None
+    finish_reasons: Mapping[str, int] = field(default_factory=dict)
+    """Finish reason → answers, also those without a reward; empty where none is known."""
+    ended: float | None = None
+    """The share of answers that came to their end (stop), of those that did or were cut (length)."""
     paired: Paired | None = None
     """None for the baseline, and where there are no rewards."""
     standardized_difference: float | None = None
@@ -97,6 +101,10 @@ class ModelFigures:
     longer: Measured | None = None
     """The paired difference of lengths, in characters."""
     at_equal_length: Measured | None = None
+    at_equal_length_curved: Measured | None = None
+    """The same where the reward may bend with the length (`at_zero`), to be asked before a gain is believed."""
+    ends_more: Measured | None = None
+    """The paired difference of the share of answers that end, from −1 to 1."""
     subsets: Mapping[str, Paired] = field(default_factory=dict)
     flips: tuple[Flip, ...] = ()
     """The rows it wins and loses by the most, the largest difference first."""
@@ -112,6 +120,8 @@ class ModelFigures:
             "tokens": self.tokens,
             "characters": self.characters,
             "truncated": self.truncated,
+            "finish_reasons": dict(self.finish_reasons),
+            "ended": self.ended,
         }
         if is_baseline:
             return own
@@ -122,6 +132,10 @@ class ModelFigures:
             "standardized_difference": self.standardized_difference,
             "characters_difference": self.longer.describe() if self.longer else None,
             "difference_at_equal_length": self.at_equal_length.describe() if self.at_equal_length else None,
+            "difference_at_equal_length_curved": (
+                self.at_equal_length_curved.describe() if self.at_equal_length_curved else None
+            ),
+            "ended_difference": self.ends_more.describe() if self.ends_more else None,
             "subsets": {
                 name: {"n": one.n, "mean": one.mean, "baseline_mean": one.baseline_mean, **one.describe()}
                 for name, one in self.subsets.items()
@@ -191,11 +205,18 @@ class Comparison:
     """One per reward model that scored all runs; one without rewards where there is none."""
     agreement: tuple[Agreed, ...]
     notes: tuple[str, ...]
+    apart: tuple[str, ...] = ()
+    """Models that are compared each alone."""
+
+    @property
+    def together(self) -> int:
+        """How many models intervals and p hold for at once."""
+        return len(self.tables[0].others) - len(self.apart)
 
     @property
     def simultaneous(self) -> bool:
         """Whether intervals and p hold for several models at once."""
-        return len(self.tables[0].models) > 2
+        return self.together > 1
 
     def describe(self) -> Row:
         """As plain data, with the contract's names: the first reward model's table, and what is beside it."""

@@ -24,19 +24,21 @@ class Grid:
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    ends_in_words: bool = False
+    """Whether the last column is words, too."""
 
 
 def as_text(comparison: Comparison) -> str:
     """For a terminal."""
-    grids = ["\n".join(_aligned(grid)) for grid in _grids(comparison)]
-    lines = [[textwrap.fill(_printable(line), WIDTH) for line in lines] for lines in _below(comparison)]
+    grids = ["\n".join(aligned(grid)) for grid in _grids(comparison)]
+    lines = [[textwrap.fill(printable(line), WIDTH) for line in lines] for lines in _below(comparison)]
     return "\n\n".join([*grids, *map("\n".join, lines)])
 
 
 def as_markdown(comparison: Comparison) -> str:
     """For GitHub."""
     grids = ["\n".join(_piped(grid)) for grid in _grids(comparison)]
-    return "\n\n".join([*grids, *(_escaped(_printable(line)) for lines in _below(comparison) for line in lines)])
+    return "\n\n".join([*grids, *(_escaped(printable(line)) for lines in _below(comparison) for line in lines)])
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -63,11 +65,11 @@ def _own_row(model: ModelFigures) -> tuple[str, ...]:
     return (
         model.name,
         str(model.n),
-        _number(model.mean),
-        _number(model.standard_error),
+        number(model.mean),
+        number(model.standard_error),
         _length(model.tokens),
         _length(model.characters),
-        _signed(model.longer.difference, 0) if model.longer else "",
+        signed(model.longer.difference, 0) if model.longer else "",
     )
 
 
@@ -80,10 +82,10 @@ def _paired_row(model: ModelFigures) -> tuple[str, ...]:
     equal = model.at_equal_length
     return (
         model.name,
-        _difference(model.paired),
-        _signed(model.standardized_difference, 2),
-        _p(model.paired),
-        _percent(model.paired),
+        difference(model.paired),
+        signed(model.standardized_difference, 2),
+        probability(model.paired),
+        win_rate(model.paired),
         _measured(equal.difference, equal.interval) if equal else NOTHING,
     )
 
@@ -91,7 +93,10 @@ def _paired_row(model: ModelFigures) -> tuple[str, ...]:
 def _subsets(table: Table) -> Iterator[Grid]:
     for model in table.others:
         if model.subsets:
-            rows = [(name, str(one.n), _difference(one), _p(one), _percent(one)) for name, one in model.subsets.items()]
+            rows = [
+                (name, str(one.n), difference(one), probability(one), win_rate(one))
+                for name, one in model.subsets.items()
+            ]
             yield Grid(f"{model.name}, by subset", ("subset", "n", "difference", "p", "win rate"), tuple(rows))
 
 
@@ -102,7 +107,7 @@ def _flips(table: Table) -> Iterator[Grid]:
             flips = [f"{flip.label} ({flip.difference:+.2f})" for flip in model.flips if flip.difference * sign > 0]
             rows += [(winner if number == 0 else "", chunk) for number, chunk in enumerate(_chunks(flips))]
     if rows:
-        yield Grid("", ("wins by the most", "rows (difference)"), tuple(rows))
+        yield Grid("", ("wins by the most", "rows (difference)"), tuple(rows), ends_in_words=True)
 
 
 def _chunks(words: Sequence[str], width: int = 64) -> Iterator[str]:
@@ -123,11 +128,11 @@ def _agreement(agreed: Sequence[Agreed]) -> Grid:
     for one in agreed:
         figures = one.figures
         same = NOTHING if figures.same_sign is None else f"{figures.same_sign:.1%}"
-        rows.append((one.name, str(figures.n), _number(figures.correlation, 2), same, "", ""))
+        rows.append((one.name, str(figures.n), number(figures.correlation, 2), same, "", ""))
         for model, gain in zip(one.reward_models, figures.gains or (), strict=False):
             share = "" if gain.share_only_here is None else f" ({gain.share_only_here:.0%})"
-            alone = f"{_signed(gain.only_here)}{share}"
-            rows.append((f"  {model}", "", "", "", _signed(gain.difference), alone))
+            alone = f"{signed(gain.only_here)}{share}"
+            rows.append((f"  {model}", "", "", "", signed(gain.difference), alone))
     return Grid("", head, tuple(rows))
 
 
@@ -136,8 +141,8 @@ def _below(comparison: Comparison) -> list[list[str]]:
     if not any(table.key for table in comparison.tables):
         return [verdicts(comparison)]
     level = f"{LEVEL:.0%}".replace("%", " %")
-    first, models = comparison.baseline, len(comparison.tables[0].others)
-    over = f", both simultaneous over the {models} models (max-T)" if comparison.simultaneous else ""
+    first = comparison.baseline
+    over = f", both simultaneous over the {comparison.together} models (max-T)" if comparison.simultaneous else ""
     how = f"Differences are paired, to {first}: {level} bootstrap intervals and sign-flip p by prompt{over}."
     units = f"SD: in standard deviations of {first}'s rewards. Win rate: ties count half. Lengths: characters."
     return [verdicts(comparison), [how, units]]
@@ -146,11 +151,13 @@ def _below(comparison: Comparison) -> list[list[str]]:
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash where there is none."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
-def _signed(value: float | None, digits: int = 3) -> str:
+def signed(value: float | None, digits: int = 3) -> str:
+    """A figure with its sign."""
     return NOTHING if value is None else f"{value:+.{digits}f}"
 
 
@@ -159,45 +166,48 @@ def _length(value: float | None) -> str:
 
 
 def _measured(value: float, interval: Interval | None) -> str:
-    return _signed(value) + ("" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]")
+    return signed(value) + ("" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]")
 
 
-def _difference(paired: Paired | None) -> str:
+def difference(paired: Paired | None) -> str:
+    """A difference with its interval."""
     if paired is None or paired.difference is None:
         return NOTHING
     return _measured(paired.difference, paired.interval)
 
 
-def _p(paired: Paired | None) -> str:
+def probability(paired: Paired | None) -> str:
+    """A p."""
     return NOTHING if paired is None or paired.p is None else f"{paired.p:.4f}"
 
 
-def _percent(paired: Paired | None) -> str:
+def win_rate(paired: Paired | None) -> str:
+    """A win rate."""
     return NOTHING if paired is None or paired.win_rate is None else f"{paired.win_rate:.1%}"
 
 
 # --- how it is laid out ---------------------------------------------------------------------------------------------
 
 
-def _aligned(grid: Grid) -> Iterator[str]:
-    rows = [tuple(map(_printable, row)) for row in (grid.head, *grid.rows)]
+def aligned(grid: Grid) -> Iterator[str]:
+    """A table as lines for a terminal."""
+    rows = [tuple(map(printable, row)) for row in (grid.head, *grid.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
     widths[0] = min(widths[0], max(room, MIN_NAME))
     if grid.title:
-        yield _shortened(_printable(grid.title), WIDTH)
+        yield _shortened(printable(grid.title), WIDTH)
     for number, row in enumerate(rows):
         cells = [_shortened(row[0], widths[0]).ljust(widths[0])]
-        cells += [
-            cell.ljust(width) if len(row) == 2 else cell.rjust(width)
-            for cell, width in zip(row[1:], widths[1:], strict=True)
-        ]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        if grid.ends_in_words:
+            cells[-1] = row[-1]
         yield "  ".join(cells).rstrip()
         if number == 0:
             yield "─" * min(sum(widths) + 2 * (len(widths) - 1), WIDTH)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A name or an id, which files of others may have, without what moves a terminal's cursor."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
@@ -212,11 +222,11 @@ def _shortened(name: str, width: int) -> str:
 
 def _piped(grid: Grid) -> Iterator[str]:
     if grid.title:
-        yield f"**{_escaped(_printable(grid.title))}**\n"
+        yield f"**{_escaped(printable(grid.title))}**\n"
     yield "| " + " | ".join(map(_escaped, grid.head)) + " |"
     yield "| " + " | ".join([":--", *["--:"] * (len(grid.head) - 1)]) + " |"
     for row in grid.rows:
-        yield "| " + " | ".join(_escaped(_printable(cell)) for cell in row) + " |"
+        yield "| " + " | ".join(_escaped(printable(cell)) for cell in row) + " |"
 
 
 def _escaped(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expo.compare.figures import Agreed, Comparison, ModelFigures, Table
+from expo.compare.figures import Agreed, Comparison, Measured, ModelFigures, Table
 from expo.stats.means import Interval
 from expo.stats.resampling import LEVEL, RESAMPLES
 
@@ -43,7 +43,7 @@ def verdict(table: Table, model: ModelFigures) -> str:
     if paired is None or paired.difference is None:
         nothing = f"No rewards compare {model.name} with {baseline}."
         return " ".join(filter(None, [nothing, _length(model)]))
-    seen = f"{paired.difference:+.3g}{_within(paired.interval)}, {_p(paired.p)}"
+    seen = f"{paired.difference:+.3g}{within(paired.interval)}, {shown_p(paired.p)}"
     if model.standardized_difference is not None:
         seen = f"{seen}; {model.standardized_difference:+.2f} standard deviations of {baseline}'s rewards"
     verb = "is not distinguishable from"
@@ -74,7 +74,7 @@ def _at_equal_length(model: ModelFigures) -> str:
     paired, equal, longer = model.paired, model.at_equal_length, model.longer
     if equal is None or paired is None or paired.difference is None or longer is None:
         return ""
-    figure = f"at equal length the difference is {equal.difference:+.3g}{_within(equal.interval)}"
+    figure = _figure_at_equal_length(equal)
     together = excludes_zero(longer.interval) and (longer.difference > 0) is (paired.difference > 0)
     if not is_significant(model) or not together:
         return f"A{figure[1:]}."
@@ -85,16 +85,48 @@ def _at_equal_length(model: ModelFigures) -> str:
     return f"It is {'not only' if same else 'only'} {word}: {figure}."
 
 
+def only_longer(model: ModelFigures) -> tuple[str, str] | None:
+    """Whether a gain may be one of length alone, each judged by this model's own intervals.
+
+    A line through the differences of reward and length can be misled where rewards bend, as where they rise with length
+    and fall again: a gain at equal length has to be there by a parabola, too.
+
+    Returns:
+        In words, and the figure behind them; None where answers are not longer, or it is a gain at equal length too.
+    """
+    line, bend, longer = model.at_equal_length, model.at_equal_length_curved, model.longer
+    if longer is None or longer.difference <= 0 or not excludes_zero(longer.interval):
+        return None
+    if line is None or bend is None:
+        return "length alone may explain it", "no rows say what the difference is at equal length"
+    if not is_above_zero(line.interval):
+        says = "only length explains it" if excludes_zero(line.interval) else "length alone may explain it"
+        return says, _figure_at_equal_length(line)
+    if not is_above_zero(bend.interval):
+        return "length alone may explain it", f"{_figure_at_equal_length(bend)} where reward may bend with length"
+    return None
+
+
+def _figure_at_equal_length(equal: Measured) -> str:
+    return f"at equal length the difference is {equal.difference:+.3g}{within(equal.interval)}"
+
+
+def is_above_zero(interval: Interval | None) -> bool:
+    """Whether an interval shows a gain."""
+    return interval is not None and interval[0] > 0
+
+
 def excludes_zero(interval: Interval | None) -> bool:
     """Whether an interval lies on one side of 0."""
     return interval is not None and (interval[0] > 0 or interval[1] < 0)
 
 
-def _within(interval: Interval | None) -> str:
+def within(interval: Interval | None) -> str:
+    """An interval behind its figure."""
     return "" if interval is None else f" [{interval[0]:+.3g}, {interval[1]:+.3g}]"
 
 
-def _p(p: float | None) -> str:
+def shown_p(p: float | None) -> str:
     """A p as a reader wants it."""
     if p is None:
         return "no p"

@@ -6,6 +6,7 @@ engines have it (`settings.py`). Options, config files and fingerprints follow f
 To add a setting, add a field, and its check where not every value will do.
 """
 
+from expo.config.engines import EngineConfig as EngineConfig
 from expo.config.pair import (
     PAIR_SETTINGS as PAIR_SETTINGS,
     CommandConfig as CommandConfig,
@@ -19,13 +20,14 @@ from expo.config.pair import (
 from expo.config.rows import (
     DEFAULT_BETA as DEFAULT_BETA,
     DEFAULT_REWARD_MODEL as DEFAULT_REWARD_MODEL,
-    DEFAULT_TEMPERATURE as DEFAULT_TEMPERATURE,
     Bos as Bos,
     GenerateConfig as GenerateConfig,
     RowsConfig as RowsConfig,
     ScoreConfig as ScoreConfig,
 )
 from expo.config.runs import CompareConfig as CompareConfig, ReportConfig as ReportConfig, RunsConfig as RunsConfig
+from expo.config.sampling import DEFAULT_TEMPERATURE as DEFAULT_TEMPERATURE, SamplingConfig as SamplingConfig
+from expo.config.sweep import GRID as GRID, SweepConfig as SweepConfig
 
 COMMANDS: dict[str, type[CommandConfig]] = {
     "extrapolate": ExtrapolateConfig,
@@ -34,4 +36,5 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "score": ScoreConfig,
     "compare": CompareConfig,
     "report": ReportConfig,
+    "sweep": SweepConfig,
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from expo.config.pair import PAIR_SETTINGS, CommonConfig, Dtype, PairConfig, ThetaConfig
+from expo.config.engines import BatchTokens, EngineConfig
+from expo.config.pair import PAIR_SETTINGS, PairConfig, ThetaConfig
+from expo.config.sampling import SamplingConfig
 from expo.files import repeated
 from expo.parts import MAX_PARTS, read_part
 from expo.settings import (
@@ -18,35 +19,20 @@ from expo.settings import (
     require,
     require_base_url,
     require_choice,
-    require_device,
     require_name,
     require_text,
-    spelling,
 )
 
-SeedMode: TypeAlias = Literal["row", "shared"]
 Bos: TypeAlias = Literal["auto", "template", "none"]
 
-DEFAULT_TEMPERATURE = 0.7
-"""The paper's, where neither the user nor the task says another."""
 DEFAULT_REWARD_MODEL = "weqweasdas/RM-Mistral-7B"
 """The paper's, where no reward is named."""
 DEFAULT_BETA = 0.1
 """The usual strength of the KL penalty in DPO training."""
 
-BatchTokens: TypeAlias = Annotated[
-    int,
-    Setting(
-        "Token budget of one batch of the transformers engine, padding included (score on a CPU: at most 2,048).",
-        metavar="N",
-        changes="batches",
-        absent=16384,
-    ),
-]
-
 
 @dataclass(frozen=True, kw_only=True)
-class RowsConfig(CommonConfig):
+class RowsConfig(EngineConfig):
     """What the commands that work row by row share."""
 
     task: Annotated[
@@ -56,38 +42,6 @@ class RowsConfig(CommonConfig):
         ),
     ]
     output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
-    limit: Annotated[
-        int | None, Setting("Use only the first N prompts; a larger limit later extends the run.", metavar="N")
-    ] = None
-    device: Annotated[
-        str, Setting("Device of the transformers engine.", metavar="auto|cpu|cuda[:i]", needs="local")
-    ] = "auto"
-    dtype: Annotated[
-        Dtype,
-        changes_rows(
-            "Data type the model runs in; auto keeps the checkpoint's own, or is float32 for transformers on a CPU "
-            "without bfloat16 arithmetic.",
-            absent="auto",
-            needs="local",
-        ),
-    ] = "auto"
-    chat_template: Annotated[
-        str | None,
-        Setting("Jinja file to use instead of the model's own chat template.", metavar="FILE", needs="local"),
-    ] = None
-    trust_remote_code: Annotated[bool, Setting("Run Python code that comes with the model.", needs="local")] = False
-    engine_arg: Annotated[
-        tuple[str, ...],
-        changes_rows(
-            "Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.",
-            metavar="KEY=VALUE",
-            absent=(),
-            needs="engine_arg",
-        ),
-    ] = ()
-    tensor_parallel: Annotated[
-        int | None, Setting("Number of GPUs per engine (vllm). [default: all]", metavar="N", needs="tensor_parallel")
-    ] = None
     data_parallel: Annotated[
         int, Setting("Number of processes that share the rows, each with an engine and GPUs of its own.", metavar="N")
     ] = 1
@@ -105,19 +59,7 @@ class RowsConfig(CommonConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), str):
-                require_text(spelling(type(self), field.name), value)
-        require(self.limit is None or self.limit > 0, f"--limit must be positive, not {self.limit}")
-        require_choice("--dtype", self.dtype, Dtype)
-        require_device(self.device)
-        tensor_parallel = self.tensor_parallel
-        require(
-            tensor_parallel is None or tensor_parallel > 0,
-            f"--tensor-parallel must be positive, not {tensor_parallel}",
-        )
-        bad = [pair for pair in self.engine_arg if not re.match(r"[A-Za-z_]\w*=", pair)]
-        require(not bad, f"--engine-arg takes KEY=VALUE, not {bad[:1]}")
+        super().__post_init__()
         self._require_one_way()
         if self.part is not None:
             object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
@@ -139,7 +81,7 @@ class RowsConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(PairConfig, RowsConfig):
+class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
     """`expo generate`: answer a task's prompts. The decoding defaults are the paper's.
 
     The model is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads.
@@ -173,9 +115,6 @@ class GenerateConfig(PairConfig, RowsConfig):
             "Name of the output and its generator. [default: the model's, or <DPO name>-ExPO-a<A>]", metavar="NAME"
         ),
     ] = None
-    engine: Annotated[
-        str, Setting("Inference engine; auto is vLLM where it is installed and can run, else transformers.")
-    ] = "auto"
     base_url: Annotated[
         str | None,
         Setting(
@@ -187,46 +126,6 @@ class GenerateConfig(PairConfig, RowsConfig):
     concurrency: Annotated[
         int, Setting("Maximum number of concurrent requests (openai).", metavar="N", needs="server")
     ] = 32
-    dataset: Annotated[
-        str | None, Setting("Read the task's prompts from a local file or another hub dataset.", metavar="PATH|ID")
-    ] = None
-    system: Annotated[
-        str | None, changes_rows("System message put before every prompt.", metavar="TEXT", absent=None)
-    ] = None
-    n: Annotated[int, changes_rows("Number of samples per prompt.", metavar="N", absent=1)] = 1
-    batch_tokens: BatchTokens = 16384
-    temperature: Annotated[
-        float | None,
-        changes_rows(
-            f"Sampling temperature; 0 is greedy decoding. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]",
-            absent=None,
-        ),
-    ] = None
-    top_k: Annotated[
-        int,
-        changes_rows(
-            "Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).", absent=50
-        ),
-    ] = 50
-    top_p: Annotated[
-        float, changes_rows("Sample from the most likely tokens of this total probability.", absent=0.9)
-    ] = 0.9
-    presence_penalty: Annotated[float, changes_rows("Presence penalty on generated tokens.", absent=0.1)] = 0.1
-    frequency_penalty: Annotated[float, changes_rows("Frequency penalty on generated tokens.", absent=0.1)] = 0.1
-    seed: Annotated[int, changes_rows("Seed of all random numbers.", absent=42)] = 42
-    seed_mode: Annotated[
-        SeedMode,
-        changes_rows(
-            "row: each row has a seed of its own, the same for every model and α; shared: every request has --seed.",
-            absent="shared",
-        ),
-    ] = "row"
-    max_tokens: Annotated[int, changes_rows("Maximum number of new tokens per answer.", metavar="N", absent=2048)] = (
-        2048
-    )
-    stop_token_id: Annotated[
-        tuple[int, ...], changes_rows("Additional token id that ends an answer; repeatable.", metavar="ID", absent=())
-    ] = ()
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -238,21 +137,6 @@ class GenerateConfig(PairConfig, RowsConfig):
         self._require_source()
         require_base_url(self.base_url)
         require(self.concurrency > 0, f"--concurrency must be positive, not {self.concurrency}")
-        require(
-            self.temperature is None or (math.isfinite(self.temperature) and self.temperature >= 0),
-            f"--temperature must be 0 or more, not {self.temperature}",
-        )
-        require(self.top_k >= -1, f"--top-k must be -1 or more, not {self.top_k}")
-        require(0 < self.top_p <= 1, f"--top-p must lie in (0, 1], not {self.top_p}")
-        for name in ("presence_penalty", "frequency_penalty"):
-            penalty = getattr(self, name)
-            require(-2 <= penalty <= 2, f"{flag(name)} must lie in [-2, 2], not {penalty}")
-        require_choice("--seed-mode", self.seed_mode, SeedMode)
-        require(self.seed >= 0, f"--seed must be 0 or more, not {self.seed}")
-        require(self.max_tokens > 0, f"--max-tokens must be positive, not {self.max_tokens}")
-        require(min(self.stop_token_id, default=0) >= 0, f"--stop-token-id must be 0 or more, not {self.stop_token_id}")
-        require(self.n > 0, f"--n must be positive, not {self.n}")
-        require(self.batch_tokens > 0, f"--batch-tokens must be positive, not {self.batch_tokens}")
         require_name(self.name)
 
     def _require_source(self) -> None:
@@ -277,6 +161,21 @@ class GenerateConfig(PairConfig, RowsConfig):
             return None
         rules = {name: getattr(self, name) for name in PAIR_SETTINGS}
         return ThetaConfig(sft=self.sft, dpo=self.dpo, alpha=self.alpha, **rules)
+
+
+def checked_reward_models(models: tuple[str, ...]) -> tuple[str, ...]:
+    """The reward models of `--reward-model`, which Python users may give as one text.
+
+    Raises:
+        InputError: One is empty, not UTF-8, or given twice.
+    """
+    each = (models,) if isinstance(models, str) else models  # type: ignore[unreachable]
+    for model in each:
+        require_text("--reward-model", model)
+        require(bool(model.strip()), f"--reward-model {model!r} names no model")
+    again = repeated(each)
+    require(again is None, f"--reward-model {again} is given twice; each reward model scores once")
+    return each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,13 +255,7 @@ class ScoreConfig(RowsConfig):
             f"--max-length must be positive, not {self.max_length}",
         )
         require_name(self.name)
-        if isinstance(self.reward_model, str):  # type: ignore[unreachable]  # as Python users may write one
-            object.__setattr__(self, "reward_model", (self.reward_model,))  # type: ignore[unreachable]
-        for model in self.reward_model:
-            require_text("--reward-model", model)
-            require(bool(model.strip()), f"--reward-model {model!r} names no model")
-        again = repeated(self.reward_model)
-        require(again is None, f"--reward-model {again} is given twice; each reward model scores once")
+        object.__setattr__(self, "reward_model", checked_reward_models(self.reward_model))
         self._require_implicit()
 
     def _require_implicit(self) -> None:

@@ -108,6 +108,8 @@ class GeneratorSetup:
     """Longest prompt + answer of this run, in tokens; at most the model's own."""
     theta: ThetaPlan | None = None
     """The θ(α) to load; None to load the weights in the model's folder."""
+    gpu_share: float | None = None
+    """The share of each GPU's memory for an engine that reserves it; None for the engine's own default."""
 
     @property
     def name(self) -> str:
@@ -165,6 +167,28 @@ class Generator(Engine, Protocol):
 
 
 @dataclass(frozen=True)
+class Probed:
+    """What an engine goes on with after one prompt: its own state, as far as it can be seen from outside."""
+
+    token_ids: tuple[int, ...]
+    """The most likely tokens, one after the other."""
+    log_probs: tuple[float, ...]
+    """The natural logarithm of each one's probability, of float32."""
+
+
+class Prober(Generator, Protocol):
+    """A generator that runs here (`local`), and so can be given other weights while it lives."""
+
+    def probe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Probed]:
+        """Decode greedily what follows each prompt, without penalties and whatever ends an answer, as rows are made.
+
+        Args:
+            prompts: Token ids.
+            new_tokens: The number of tokens for each.
+        """
+
+
+@dataclass(frozen=True)
 class ScorerSetup:
     """What a scorer is started with."""
 
@@ -172,11 +196,13 @@ class ScorerSetup:
     model: Path
     """The reward model's folder."""
     context_length: int
-    """The longest row of this run, in tokens."""
+    """The longest row of this run, in tokens, or of the runs that the engine stays for."""
     base: Path | None = None
     """Of an adapter: the folder of the model it was trained on."""
     separator: int | None = None
     """Of text pairs with token types: the id after whose first place they are 1."""
+    gpu_share: float | None = None
+    """As of `GeneratorSetup`."""
 
     def takes_over(self, started: ScorerSetup) -> bool:
         """Whether an engine that was started with another setup can go on with this one."""
@@ -225,6 +251,8 @@ class EngineSpec:
     """Resolves settings whose default hangs on this machine: (config, model folder) → config."""
     context_limit: str | None = None
     """The longest sequence that its arguments leave: config → tokens, or None."""
+    preload: str | None = None
+    """Imports what the engine needs beyond its module: () → None."""
 
     def call(self, function: str, *arguments: object) -> Any:  # noqa: ANN401 - as the function says
         """Call one of the functions that are named here; None where there is none."""
@@ -243,6 +271,7 @@ GENERATORS = {
         can=frozenset({"local", "engine_arg", "tensor_parallel"}),
         why_not="expo.engines.vllm_tools:why_not",
         context_limit="expo.engines.vllm_tools:context_limit",
+        preload="expo.engines.vllm_tools:import_vllm",
     ),
     "transformers": EngineSpec(
         "expo.engines.transformers:TransformersGenerator",
@@ -264,6 +293,7 @@ SCORERS = {
         rather_not="expo.engines.vllm_reward:rather_not",
         settle="expo.engines.torch_tools:with_reward_dtype",
         context_limit="expo.engines.vllm_tools:context_limit",
+        preload="expo.engines.vllm_tools:import_vllm",
     ),
     "transformers": EngineSpec(
         "expo.engines.transformers_reward:TransformersScorer",

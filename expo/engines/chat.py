@@ -86,6 +86,17 @@ class ChatTokenizer:
         pad_id: int | None = self._tokenizer.pad_token_id
         return pad_id if pad_id is not None and pad_id < self._end else None
 
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of special and added tokens; some stand for what is no text, such as an image."""
+        return {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Ids that the model has vectors for, without special and added tokens; with them where there are no others."""
+        ids, special = range(min(self._end, len(self._tokenizer))), self.special_ids
+        return [number for number in ids if number not in special] or list(ids)
+
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer: the tokenizer's EOS and those of generation_config.json, else config.json.
 
@@ -98,9 +109,7 @@ class ChatTokenizer:
     def ending(self) -> Ending | None:
         """The first special token that the chat template writes after an answer; None where it writes none."""
         text = after_answer(lambda messages: self._render(messages, False))
-        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder} - {
-            self._tokenizer.unk_token_id
-        }
+        special = self.special_ids - {self._tokenizer.unk_token_id}
         for number in self._tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else ():
             token = str(self._tokenizer.convert_ids_to_tokens(number))
             if number in special and number < self._end and token.strip():

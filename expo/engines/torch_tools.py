@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,21 @@ def visible_gpus() -> list[str]:
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     count = torch.cuda.device_count()
     return named[:count] if named else [str(number) for number in range(count)]
+
+
+def gpu_bytes() -> int:
+    """The memory of a GPU that this process may use, asked in another process: CUDA here would take some of it.
+
+    Raises:
+        EnvironmentFailure: No GPU answers.
+    """
+    each = "torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())"
+    ask = f"import torch; print(min({each}))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EnvironmentFailure(f"torch cannot ask the GPU for its memory: {said}")
+    return int(done.stdout)
 
 
 @contextmanager

@@ -28,10 +28,10 @@ from transformers import (
 
 from expo.checkpoint.folder import is_adapter
 from expo.config import GenerateConfig
-from expo.engines import Completion, GeneratorSetup, Key, Request, token_batches
+from expo.engines import Completion, GeneratorSetup, Key, Probed, Request, token_batches
 from expo.engines.coverage import is_token, require_trained
 from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
-from expo.engines.transformers_theta import load_theta
+from expo.engines.transformers_theta import Places, load_theta, replace_theta
 
 LOWEST_TEMPERATURE = 0.01
 """The lowest sampling temperature; vLLM raises lower ones to it."""
@@ -168,12 +168,13 @@ class TransformersGenerator:
         self.step_seconds = 0.0
         self._setup = setup
         self._model: Any = None
+        self._places: Places | None = None
         self._load_model()
 
     def _load_model(self) -> None:
         setup = self._setup
         with loading(setup.name):
-            model = _load(setup, self._device)
+            model, self._places = _load(setup, self._device)
         self._model = model.eval()
         self._pad_id = setup.pad_id if is_token(setup.pad_id, model.config.get_text_config()) else 0
         # The model's own sampling defaults must not interfere: the processors below do everything.
@@ -182,15 +183,25 @@ class TransformersGenerator:
         )
 
     def load(self, setup: GeneratorSetup) -> None:
-        """Go on with other settings, and with the weights of another θ(α)."""
-        other_weights, self._setup = setup.theta is not self._setup.theta, setup
-        if other_weights:
+        """Go on with other settings, and with the weights of another θ(α), copied to their places or loaded anew.
+
+        An engine whose weights could not be replaced is closed: some tensors may be the new ones.
+        """
+        theta, before, self._setup = setup.theta, self._setup.theta, setup
+        if theta is before:
+            return
+        try:
+            replaced = theta is not None and self._places is not None and replace_theta(theta, self._places)
+        except BaseException:
+            self.close()
+            raise
+        if not replaced:
             self.close()
             self._load_model()
 
     def close(self) -> None:
         """Let go of the model."""
-        self._model = None
+        self._model = self._places = None
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows batch by batch."""
@@ -205,21 +216,43 @@ class TransformersGenerator:
             yield [completion for completion in completions if completion.request.key not in done]
 
     def _generate_batch(self, batch: list[Request]) -> list[Completion]:
-        width = max(len(request.prompt_ids) for request in batch)
-        padding = [width - len(request.prompt_ids) for request in batch]
-        ids = [[self._pad_id] * gap + list(row.prompt_ids) for gap, row in zip(padding, batch, strict=True)]
-        mask = [[0] * gap + [1] * (width - gap) for gap in padding]
+        ids, mask = self._padded([request.prompt_ids for request in batch])
+        width = ids.shape[1]
         limits = [request.max_tokens for request in batch]
         with torch.inference_mode(), out_of_memory_hint("a smaller --batch-tokens"):
             output = self._model.generate(
-                input_ids=torch.tensor(ids, device=self._device),  # (batch, width)
-                attention_mask=torch.tensor(mask, device=self._device),
+                input_ids=ids,
+                attention_mask=mask,
                 max_new_tokens=max(limits),
                 logits_processor=_processors(self._setup.config, batch, width),
                 stopping_criteria=StoppingCriteriaList([RowLimits(width, limits)]),
             )
         rows = output[:, width:].tolist()
         return [self._completion(request, row) for request, row in zip(batch, rows, strict=True)]
+
+    def probe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Probed]:
+        """What follows each prompt, made in one padded batch as rows are."""
+        ids, mask = self._padded(prompts)
+        own = self._model.generation_config
+        self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False, pad_token_id=self._pad_id, return_dict_in_generate=True, output_logits=True
+        )
+        try:
+            with torch.inference_mode(), out_of_memory_hint("--dtype bfloat16"):
+                made = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+        finally:
+            self._model.generation_config = own
+        tokens = made.sequences[:, ids.shape[1] :]  # (prompts, new_tokens)
+        log_probs = torch.stack(made.logits, 1).float().log_softmax(-1)  # (prompts, new_tokens, vocabulary)
+        chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return [Probed(tuple(row), tuple(seen)) for row, seen in zip(tokens.tolist(), chosen.tolist(), strict=True)]
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids with padding at the left and the attention mask, (rows, width) each."""
+        width = max(map(len, rows))
+        ids = [[self._pad_id] * (width - len(row)) + list(row) for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device)
 
     def _completion(self, request: Request, row: list[int]) -> Completion:
         row = row[: request.max_tokens]
@@ -233,7 +266,8 @@ class TransformersGenerator:
         return {name: version(name) for name in ("transformers", "torch")}
 
 
-def _load(setup: GeneratorSetup, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
+def _load(setup: GeneratorSetup, device: torch.device) -> tuple[Any, Places | None]:
+    """The model, and where the tensors of a θ(α) lie in it."""
     if setup.theta is not None:
         return load_theta(setup, setup.theta, device)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -246,7 +280,7 @@ def _load(setup: GeneratorSetup, device: torch.device) -> Any:  # noqa: ANN401 -
     model, info = loaded
     if not is_adapter(setup.model):  # of which transformers reports the adapter's tensors
         require_trained(setup.name, model, info)
-    return model
+    return model, None
 
 
 def _processors(config: GenerateConfig, batch: list[Request], width: int) -> LogitsProcessorList:

@@ -1,11 +1,13 @@
-"""A transformers model whose weights are θ(α), made tensor by tensor while it loads.
+"""A transformers model whose weights are θ(α), made tensor by tensor while it loads, and those of another α later.
 
 transformers reads a tensor's values when it is about to use them, and casts and fuses them like those of a file; there
-is never a second model in memory.
+is never a second model in memory. Where it took every tensor as it is, another α's tensors are copied to their places;
+where it fused or permuted some, as it stacks experts, only loading anew knows what becomes of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +19,12 @@ from expo.engines.coverage import require_trained
 from expo.errors import ExpoError
 from expo.theta.pair import ThetaPlan
 from expo.theta.tensors import Theta
+
+Places = dict[str, Tensor]
+"""Tensor name → where its values lie in a model; those that are tied lie in one place."""
+
+SAMPLES = 256
+"""About how many values of a tensor are compared with what became of it; all of a smaller one."""
 
 
 class _Slice:
@@ -33,6 +41,8 @@ class _Slice:
         self._name = name
         self._failed = failed
         self.dtype = theta.dtype(name)
+        self.taken: tuple[torch.Size, Tensor] | None = None
+        """Shape and some values of what was asked for; None where nothing was."""
 
     def is_floating_point(self) -> bool:
         """Whether it is cast to the model's dtype."""
@@ -40,19 +50,30 @@ class _Slice:
 
     def __getitem__(self, index: object) -> Tensor:
         try:
-            return self._theta.tensor(self._name)[index]  # type: ignore[index]
+            values = self._theta.tensor(self._name)
+            self.taken = values.shape, _sample(values).clone()
+            return values[index]  # type: ignore[index]
         except ExpoError as error:
             self._failed.append(error)
             raise
 
 
-def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> Any:  # noqa: ANN401 - a transformers model
+def _sample(values: Tensor) -> Tensor:
+    """Some values from all over a tensor, (at most 2 · SAMPLES,)."""
+    flat = values.reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLES)]
+
+
+def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> tuple[Any, Places | None]:
     """The model whose weights are θ(α), as `from_pretrained` loads a checkpoint of it.
 
     Args:
         setup: What to start; the model's folder has the config and the code.
         plan: The θ(α).
         device: Where the model goes.
+
+    Returns:
+        The model, and where `replace_theta` puts another θ(α) of the pair; None where the model must be loaded anew.
 
     Raises:
         InputError: A value is not finite, or sides that must be equal are not.
@@ -82,4 +103,41 @@ def load_theta(setup: GeneratorSetup, plan: ThetaPlan, device: torch.device) -> 
             raise failed[0]
         theta.check_change()
     require_trained(setup.name, model, info)
-    return model
+    return model, _places(model, slices)
+
+
+def _places(model: Any, slices: Mapping[str, _Slice]) -> Places | None:  # noqa: ANN401 - a transformers model
+    """Where each tensor lies that the model took; None if one is not there as it was given, or a parameter has none."""
+    state, found = model.state_dict(), {}
+    for name, one in slices.items():
+        if one.taken is None:  # the model has no use for it
+            continue
+        place, (shape, sample) = state.get(name), one.taken
+        if place is None or place.shape != shape or not torch.equal(_sample(place).cpu(), sample.to(place.dtype)):
+            return None
+        found[name] = place
+    written = {place.data_ptr() for place in found.values()}
+    return found if all(parameter.data_ptr() in written for parameter in model.parameters()) else None
+
+
+def replace_theta(plan: ThetaPlan, places: Places) -> bool:
+    """Put another θ(α) of the pair in the place of the one that was loaded: bit for bit what loading it anew gives.
+
+    Returns:
+        Whether it is there. If not, the model is no longer of use: tensors that it ties differ at this α.
+
+    Raises:
+        InputError: A value is not finite, or sides that must be equal are not; the model is no longer of use.
+        EnvironmentFailure: Reading failed; the model is no longer of use.
+    """
+    written: set[int] = set()
+    with Theta(plan.pair) as theta, torch.no_grad():
+        for name, place in places.items():
+            values = theta.tensor(name)
+            if place.data_ptr() not in written:
+                place.copy_(values)
+                written.add(place.data_ptr())
+            elif not torch.equal(place.cpu(), values.to(place.dtype)):
+                return False
+        theta.check_change()
+    return True

@@ -10,15 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expo.config import GenerateConfig
-from expo.engines import Completion, GeneratorSetup, Key, Request
+from expo.engines import Completion, GeneratorSetup, Key, Probed, Request
 from expo.engines.refusals import LOAD_FORMAT, reraise_refusals
 from expo.engines.vllm_tools import VllmEngine, common_arguments, given_arguments, has_gpu, refusing
 from expo.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    from expo.theta.pair import ThetaPlan
 
 SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization"})
 """Arguments that change how many rows run at once, but no row."""
@@ -67,24 +71,40 @@ class VllmGenerator(VllmEngine):
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
-        from vllm.inputs import TokensPrompt
-
         todo = [request for request in requests if request.key not in done]
-        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in todo]
         params_of = functools.cache(self._params)  # rows of one seed share them: vLLM copies them for each request
         with refusing("the sampling settings"):
             params = [params_of(request.temperature, request.seed, request.max_tokens) for request in todo]
+        with closing(self._answers([request.prompt_ids for request in todo], params)) as answers:
+            for finished in answers:
+                yield [_completion(todo[number], output) for number, output in finished]
+
+    def probe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Probed]:
+        """What follows each prompt, made as rows are; their beginnings are looked up in the prefix cache, too."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False)
+        found = dict(pair for finished in self._answers(prompts, [params] * len(prompts)) for pair in finished)
+        return [_probed(found[number]) for number in range(len(prompts))]
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[object]
+    ) -> Generator[list[tuple[int, Any]], None, None]:
+        """The prompts' numbers and vLLM's outputs, as the engine finishes them; closing it gives up the rest."""
+        from vllm.inputs import TokensPrompt
+
+        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         with self.running(), refusing(f"the prompts of {self._setup.name}"):
-            engine_ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-        by_id = {str(name).split("-")[0]: request for name, request in zip(engine_ids, todo, strict=True)}
+            engine_ids = self._llm.enqueue(asked, params, use_tqdm=False)
+        numbers = {str(name).split("-")[0]: number for number, name in enumerate(engine_ids)}
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
-            finished = [_completion(by_id[one.request_id.split("-")[0]], one) for one in self.finished()]
+            finished = [(numbers[output.request_id.split("-")[0]], output) for output in self.finished()]
             if finished:
                 try:
                     yield finished
                 except GeneratorExit:
-                    engine.abort_request(list(by_id))
+                    engine.abort_request(list(numbers))
                     raise
 
     def _params(self, temperature: float, seed: int, max_tokens: int) -> object:
@@ -104,20 +124,39 @@ class VllmGenerator(VllmEngine):
         )
 
     def load(self, setup: GeneratorSetup) -> None:
-        """Go on with other settings, and with the weights of another θ(α) in the live engine."""
+        """Go on with other settings, and with the weights of another θ(α) in the live engine.
+
+        An engine whose weights could not be replaced is closed: some layers may have the new ones.
+        """
         if setup.theta is not None and setup.theta is not self._setup.theta:
-            keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(setup.theta.config)}
-            with self.running(), reraise_refusals():
-                self._llm.collective_rpc("update_config", args=({"load_config": keys},))
-                self._llm.collective_rpc("reload_weights")
-            self._llm.reset_prefix_cache()  # it holds what the old weights made of prompts
+            try:
+                self._reload(setup.theta)
+            except BaseException:
+                self.close()
+                raise
         self._setup = setup
         self.repeatable = is_repeatable(setup.config)
+
+    def _reload(self, theta: ThetaPlan) -> None:
+        keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(theta.config)}
+        with self.running(), reraise_refusals():
+            self._llm.collective_rpc("update_config", args=({"load_config": keys},))
+            self._llm.collective_rpc("reload_weights")
+        if not self._llm.reset_prefix_cache():  # it holds what the old weights made of prompts
+            raise EnvironmentFailure(
+                "vLLM kept its cache of prompts, which is that of other weights; rerun to continue"
+            )
 
 
 def _completion(request: Request, output: Any) -> Completion:  # noqa: ANN401 - vLLM's RequestOutput
     best = output.outputs[0]
     return Completion(request, tuple(best.token_ids), "length" if best.finish_reason == "length" else "stop")
+
+
+def _probed(output: Any) -> Probed:  # noqa: ANN401 - vLLM's RequestOutput
+    best = output.outputs[0]
+    ids = tuple(best.token_ids)
+    return Probed(ids, tuple(known[token].logprob for token, known in zip(ids, best.logprobs, strict=True)))
 
 
 def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
@@ -127,7 +166,7 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
         InputError: `--engine-arg` would change which model answers.
     """
     config = setup.config
-    arguments = common_arguments(config, setup.model, setup.context_length)
+    arguments = common_arguments(config, setup.model, setup.context_length, setup.gpu_share)
     arguments |= {"dtype": config.dtype, "seed": config.seed}
     if setup.theta is not None:
         arguments["load_format"] = LOAD_FORMAT

@@ -50,18 +50,23 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
         """Every tensor of θ(α), then the model's secondary weights; the first rank shows a progress bar.
 
+        vLLM's reload keeps what it is given until a layer is whole: so each tensor has memory of its own, and those of
+        a layer come one after the other, whatever the files' order.
+
         Raises:
             InputError: The keys or the pair are at fault.
             EnvironmentFailure: Reading failed.
         """
+        from expo.files import natural
         from expo.progress import bytes_bar
         from expo.theta.tensors import Theta
 
         self.counter_before_loading_weights = time.perf_counter()
+        _unpack_experts(model)
         with report_refusals():
             plan = self._plan(model_config).pair
             with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
-                for name, tensor in theta:
+                for name, tensor in theta.sorted_by(natural):
                     bar.update(tensor.nbytes)
                     yield name, tensor
         for source in getattr(model, "secondary_weights", ()):
@@ -84,11 +89,28 @@ def _is_first_rank() -> bool:
     return bool(get_world_group().rank == 0)
 
 
+def _unpack_experts(model: Any) -> None:  # noqa: ANN401 - a torch module of vLLM's
+    """Have experts padded and packed for a CPU again; vLLM's reload takes what it is given for packed.
+
+    Their kernel is made anew, which takes the weights at the end of a load. On a GPU it stays: graphs hold on to it.
+    """
+    from vllm.platforms import current_platform
+
+    for layer in model.modules() if current_platform.is_cpu() else ():
+        method: Any = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 def _packed_heads(model: Any) -> list[Any]:  # noqa: ANN401 - a torch module of vLLM's
-    """The heads of which vLLM keeps a packed copy of the weights for a CPU; none at the first load."""
+    """The heads that were given no weights and have a packed copy of old ones, as vLLM makes for a CPU.
+
+    None at the first load. In a reload, weights that did not come are on torch's meta device until it ends.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    return [layer for layer in model.modules() if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear")]
+    heads = [layer for layer in model.modules() if isinstance(layer, ParallelLMHead)]
+    return [head for head in heads if hasattr(head, "cpu_linear") and head.weight.is_meta]
 
 
 def _pack_again(head: Any) -> None:  # noqa: ANN401 - vLLM's ParallelLMHead

@@ -119,7 +119,7 @@ def engine_arguments(setup: ScorerSetup) -> dict[str, Any]:
             raise InputError(f"--engine-arg {key} is expo's to set: it would change what a reward is")
     # vLLM would run a float32 checkpoint in half precision, and read the labels from a config that may not say them
     return {
-        **common_arguments(config, setup.model, setup.context_length),
+        **common_arguments(config, setup.model, setup.context_length, setup.gpu_share),
         "dtype": own_dtype(setup.model) if config.dtype == "auto" else config.dtype,
         "runner": "pooling",
         "convert": "classify",

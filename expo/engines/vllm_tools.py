@@ -82,6 +82,15 @@ def prepare_environment() -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
+def import_vllm() -> None:
+    """Import what takes the time of a start on a CPU, before it is known what is started."""
+    prepare_environment()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm import LLM  # noqa: F401
+        from vllm.v1.worker import cpu_worker  # noqa: F401
+
+
 def has_gpu() -> bool:
     """Whether torch sees a GPU."""
     import torch
@@ -160,10 +169,13 @@ class VllmEngine:
             raise EnvironmentFailure(f"the vLLM engine died: {reason}; {advice}") from error
 
     def close(self) -> None:
-        """End the engine and its processes."""
+        """End the engine and its processes; one that is closed stays so."""
+        if self._llm is None:
+            return
         with suppress(Exception):  # one that has died cannot be asked to
             self._llm.llm_engine.engine_core.shutdown()
-        del self._llm, self._step
+        self._llm = None
+        del self._step
         gc.collect()
 
     def versions(self) -> dict[str, str]:
@@ -175,13 +187,14 @@ class VllmEngine:
 # --- its arguments ------------------------------------------------------------------------------------------------
 
 
-def common_arguments(config: RowsConfig, model: Path, context_length: int) -> dict[str, Any]:
+def common_arguments(config: RowsConfig, model: Path, context_length: int, gpu_share: float | None) -> dict[str, Any]:
     """The arguments of `vllm.LLM` that do not hang on what the model is for.
 
     Args:
         config: The settings.
         model: The model's folder.
         context_length: The longest sequence of this run, in tokens.
+        gpu_share: The share of each GPU's memory; None for vLLM's default, which leaves no room for a second engine.
     """
     arguments: dict[str, Any] = {
         "model": str(model),
@@ -192,7 +205,8 @@ def common_arguments(config: RowsConfig, model: Path, context_length: int) -> di
     if has_gpu():
         import torch
 
-        return arguments | {"tensor_parallel_size": config.tensor_parallel or torch.accelerator.device_count()}
+        share = {} if gpu_share is None else {"gpu_memory_utilization": gpu_share}
+        return arguments | {"tensor_parallel_size": config.tensor_parallel or torch.accelerator.device_count(), **share}
     return arguments | {
         "tensor_parallel_size": config.tensor_parallel or 1,
         **CPU_SETTINGS,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from expo import __version__
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
@@ -18,10 +19,12 @@ from expo.engines import (
     Generator,
     GeneratorSetup,
     Outcome,
+    Prober,
     Request,
     find_engine,
     require_fitting,
 )
+from expo.engines.switching import probe_prompts, write_answers
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, texts_sha256
@@ -29,7 +32,7 @@ from expo.generate.model import Model, find_model, require_server
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
 from expo.redact import without_secrets
-from expo.rows import EngineKeeper, plan_to_run, run as run_job
+from expo.rows import EngineKeeper, kept_or_own, plan_to_run, run as run_job
 from expo.rows.dates import find_date
 from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
@@ -53,20 +56,44 @@ class Generated:
     """Whether the same command tries failed rows again, which may help."""
 
 
-def run(config: GenerateConfig, keeper: EngineKeeper | None = None) -> Generated:
+def run(
+    config: GenerateConfig,
+    keeper: EngineKeeper | None = None,
+    *,
+    gpu_share: float | None = None,
+    probe: str | None = None,
+) -> Generated:
     """Generate every missing row.
 
     Args:
         config: The settings.
         keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
+        gpu_share: The engine's share of each GPU's memory, where it is not alone there.
+        probe: A file for what the engine answers to a probe; then no rows are made.
 
     Raises:
         InputError: The settings or inputs are at fault.
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
-    done = run_job(plan_to_run(plan, config), keeper)
+    if probe is not None:
+        with kept_or_own(keeper) as engines:
+            return _probe(plan(config).with_gpu_share(gpu_share), engines, Path(probe))
+    done = run_job(plan_to_run(plan, config).with_gpu_share(gpu_share), keeper)
     files, meta = done.job.files, done.meta
     return Generated(files.final, files.meta, done.status, meta["rows"], meta["failed"], done.reason, done.can_retry)
+
+
+def _probe(job: GenerateJob, keeper: EngineKeeper, file: Path) -> Generated:
+    """Open the engine, or switch it, as for the job's rows, and write what it answers to a probe."""
+    if "local" not in job.spec.can or job.model.tokenizer is None:
+        raise InputError(f"the {job.engine} engine does not run here: what it was given cannot be probed")
+    clock = time.perf_counter()
+    engine: Prober = keeper.engine_for(job)
+    ready = time.perf_counter()
+    prompts, new_tokens = probe_prompts(job.model.tokenizer.text_ids, job.setup.context_length)
+    answers = engine.probe(prompts, new_tokens)
+    write_answers(file, answers, ready=ready - clock, probe=time.perf_counter() - ready)
+    return Generated(job.files.final, job.files.meta, "probed", rows=0, failed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +120,8 @@ class GenerateJob(RowJob):
     first: Turn
     """The first turn; later turns are built from its answers."""
     setup: GeneratorSetup
+    probe: Path | None = None
+    """In a process that is given this job: the file for what the engine answers to a probe, made instead of rows."""
 
     # --- its rows
 
@@ -154,6 +183,18 @@ class GenerateJob(RowJob):
             yield self.builder.turn(self.prompts, number, done)
 
     # --- producing them
+
+    def with_gpu_share(self, share: float | None) -> Self:
+        """The same job with an engine that has this share of each GPU's memory."""
+        return replace(self, setup=replace(self.setup, gpu_share=share))
+
+    def worker_options(self) -> dict[str, Any]:
+        """The engine's share of a GPU, and the file of a probe."""
+        share, probe = self.setup.gpu_share, self.probe
+        return {
+            **({} if share is None else {"gpu_share": share}),
+            **({} if probe is None else {"probe": str(probe)}),
+        }
 
     def open_engine(self) -> Generator:
         """Start the engine."""

@@ -108,7 +108,7 @@ def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(axes)
 
 
-def _short(name: str, limit: int = MAX_LABEL) -> str:
+def short(name: str, limit: int = MAX_LABEL) -> str:
     """A name that fits: its middle is left out, since α stands at the end."""
     return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit // 2) :]}"
 
@@ -138,13 +138,13 @@ def differences(changes: Sequence[Change], baseline: str) -> Figure:
                 markerfacecolor=face,
                 zorder=3,
             )
-        axes.text(0, place - 0.22, _short(change.name), transform=axes.get_yaxis_transform(), fontsize=9, **LABEL)
+        axes.text(0, place - 0.22, short(change.name), transform=axes.get_yaxis_transform(), fontsize=9, **LABEL)
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_ylim(len(changes) - 0.55, -0.6)
     axes.set_yticks([])
     axes.margins(x=0.08)
     _no_lines_across(axes)
-    axes.set_xlabel(f"reward minus that of {_short(baseline, 32)}", parse_math=False)
+    axes.set_xlabel(f"reward minus that of {short(baseline, 32)}", parse_math=False)
     _mark_legend(axes, hollow=any(change.at_equal_length for change in changes))
     return figure
 
@@ -158,34 +158,6 @@ def _mark_legend(axes: Axes, *, hollow: bool) -> None:
     handles = [Line2D([], [], **shape, label="all rows")]
     handles.append(Line2D([], [], **shape, markerfacecolor=PAPER, label="at equal length"))
     axes.figure.legend(handles=handles, loc="outside upper right", ncols=2)
-
-
-def alpha_curves(
-    alphas: Sequence[float], means: Sequence[Estimate], lengths: Sequence[float | None], unit: str
-) -> Figure:
-    """Draw the mean reward against α, and the mean length below it; α = 0, the aligned model itself, is marked."""
-    figure, (above, below) = _figure(3.9, 2)
-    values = [mean.value for mean in means]
-    bars = [
-        [mean.value - (mean.low if mean.low is not None else mean.value) for mean in means],
-        [(mean.high if mean.high is not None else mean.value) - mean.value for mean in means],
-    ]
-    above.errorbar(alphas, values, yerr=bars, color=COLOURS[1], marker="o", markersize=4, capsize=2, linewidth=1.5)
-    best = max(range(len(values)), key=values.__getitem__)
-    above.annotate(
-        f"α = {alphas[best]:g}", (alphas[best], values[best]), (0, 8), textcoords="offset points", ha="center"
-    )
-    above.margins(y=0.2)
-    above.set_ylabel("mean reward")
-    known = [(alpha, length) for alpha, length in zip(alphas, lengths, strict=True) if length is not None]
-    below.plot(*zip(*known, strict=True) if known else ([], []), color=COLOURS[2], marker="o", markersize=4)
-    below.set_ylim(bottom=0)
-    below.set_ylabel(f"mean {unit}")
-    below.set_xlabel("α")
-    if 0 in alphas:
-        for axes in (above, below):
-            axes.axvline(0, color=MUTED, linewidth=1, linestyle=":")
-    return figure
 
 
 def distributions(series: Sequence[Series]) -> Figure:
@@ -203,7 +175,7 @@ def distributions(series: Sequence[Series]) -> Figure:
         mean = float(np.mean(one.values))
         axes.plot([mean, mean], [foot, foot + 0.85], color=one.colour, linewidth=1.6)
         text = axes.text(
-            0, foot + 0.62, _short(one.name, 26), transform=axes.get_yaxis_transform(), fontsize=8.5, **LABEL
+            0, foot + 0.62, short(one.name, 26), transform=axes.get_yaxis_transform(), fontsize=8.5, **LABEL
         )
         text.set_zorder(5)
     axes.set_yticks([])
@@ -233,7 +205,7 @@ def reward_by_length(series: Sequence[Series], unit: str) -> Figure:
             marker="o",
             markersize=3,
             linewidth=1.3,
-            label=_short(one.name, 36),
+            label=short(one.name, 36),
         )
     axes.set_xlabel(f"{unit} in the answer")
     axes.set_ylabel("mean reward")
@@ -265,7 +237,7 @@ def finish_reasons(counts: Mapping[str, Mapping[str, int]]) -> Figure:
             label = reason if place == 0 else None
             axes.barh(place, share, 0.36, left=left, color=colours[reason], label=label)
             left += share
-        axes.text(0, place - 0.26, _short(name), fontsize=9, parse_math=False)
+        axes.text(0, place - 0.26, short(name), fontsize=9, parse_math=False)
     axes.set_yticks([])
     axes.set_ylim(len(counts) - 0.65, -0.65)
     axes.set_xlim(0, 1)
@@ -287,11 +259,11 @@ def subset_differences(subsets: Mapping[str, Sequence[Change]]) -> Figure:
     for place, (subset, changes) in enumerate(subsets.items()):
         for number, change in enumerate(changes):
             height = place + step * number
-            estimate, label = change.all, _short(change.name, 36) if place == 0 else None
+            estimate, label = change.all, short(change.name, 36) if place == 0 else None
             if estimate.low is not None and estimate.high is not None:
                 axes.plot([estimate.low, estimate.high], [height] * 2, color=change.colour, linewidth=1.6)
             axes.plot([estimate.value], [height], "o", markersize=4.5, color=change.colour, label=label)
-        axes.text(0, place - 0.2, _short(subset), transform=axes.get_yaxis_transform(), fontsize=8.5, parse_math=False)
+        axes.text(0, place - 0.2, short(subset), transform=axes.get_yaxis_transform(), fontsize=8.5, parse_math=False)
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_yticks([])
     axes.set_ylim(len(subsets) - 0.4, -0.6)

@@ -17,6 +17,7 @@ from expo.files import Row
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
 from expo.settings import changing, recorded
+from expo.theta.names import theta_name
 from expo.theta.plan import PairPlan
 from expo.theta.rules import find_rule
 
@@ -99,7 +100,7 @@ def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> st
     """The text of the model card."""
     counts, relative = origin.pair.tensor_counts(), delta_figures(records)["relative"]
     return model_card(
-        title=f"{origin.dpo.name}-ExPO-a{alpha!r}",
+        title=theta_name(origin.dpo.name, alpha),
         alpha=alpha,
         formula=find_rule(origin.config.rule).formula,
         sft=origin.sft,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from expo.config_files import Tables, load_tables
+from expo.config_files import Tables, field_names, load_tables
 from expo.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -127,6 +127,8 @@ def _pair(name: str, tables: Tables, about: dict[str, Any]) -> Recipe:
     tables.setdefault("inspect", {"sft": pair["sft"], "dpo": pair["dpo"]})
     both = {"sft": pair["sft"], "dpo": pair["dpo"], "alpha": float(pair["alpha"][0])}
     tables["generate"] = both | tables.get("generate", {})
+    sampling = {key: value for key, value in tables["generate"].items() if key in field_names("sweep")}
+    tables.setdefault("sweep", {**sampling, "sft": pair["sft"], "dpo": pair["dpo"]}).pop("alpha", None)
     return Recipe(
         name=name,
         sft=pair["sft"],

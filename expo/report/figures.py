@@ -6,12 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from expo.compare.curve import curve_points, length_unit
 from expo.compare.figures import Comparison, Measured, Paired, Table
 from expo.output import charts
 from expo.output.charts import Change, Estimate, Series, colour_of
+from expo.output.curves import alpha_curve
+from expo.output.sweeps import SweepRecord
 from expo.report.aligned import Aligned, Numbers
 from expo.report.text import escaped, visible
-from expo.report.verdict import INTERVAL, length_unit
+from expo.report.verdict import INTERVAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +40,14 @@ class Chart:
         return charts.for_page(self.figure, escaped(f"{self.title}. {self.says}"), self.name)
 
 
-def charts_of(aligned: Aligned, comparison: Comparison) -> list[Chart]:
-    """Draw every chart that the runs have the figures for, those that say most first."""
+def charts_of(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | None = None) -> list[Chart]:
+    """Draw every chart that the runs have the figures for, those that say most first.
+
+    Args:
+        aligned: The runs.
+        comparison: What compare found.
+        sweep: What the sweep says whose runs these are.
+    """
     found: list[Chart | None] = []
     with charts.style():
         for place, table in enumerate(comparison.tables):
@@ -47,7 +56,7 @@ def charts_of(aligned: Aligned, comparison: Comparison) -> list[Chart]:
             ending = "" if place == 0 else f"-{place + 1}"
             of = f" ({table.key})" if len(comparison.tables) > 1 else ""
             found += [
-                _alpha_curves(table, ending, of),
+                _alpha_curve(table, ending, of, sweep),
                 _differences(table, ending, of),
                 _distributions(aligned, table.key, ending, of),
                 _by_length(aligned, table.key, ending, of),
@@ -80,20 +89,20 @@ def _differences(table: Table, ending: str, of: str) -> Chart | None:
     return Chart(f"differences{ending}", f"Difference in reward{of}", says, figure)
 
 
-def _alpha_curves(table: Table, ending: str, of: str) -> Chart | None:
-    known = [(model.alpha, model.mean, model) for model in table.models]
-    points = sorted(
-        ((alpha, mean, model) for alpha, mean, model in known if alpha is not None and mean is not None),
-        key=lambda point: point[0],
-    )
-    if len({alpha for alpha, _, _ in points}) < MIN_ALPHAS:
+def _alpha_curve(table: Table, ending: str, of: str, sweep: SweepRecord | None) -> Chart | None:
+    points = curve_points(table)
+    if len({point.alpha for point in points}) < (MIN_ALPHAS if sweep is None else 2):
         return None
-    alphas, values, models = (list(column) for column in zip(*points, strict=True))
-    unit = length_unit(*models) or "characters"
-    errors = [model.standard_error or 0.0 for model in models]
-    means = [Estimate(mean, mean - error, mean + error) for mean, error in zip(values, errors, strict=True)]
-    figure = charts.alpha_curves(alphas, means, [getattr(model, unit) for model in models], unit)
-    says = "Mean reward with one standard error either side, and mean length. The dotted line is the aligned model."
+    figure = alpha_curve(
+        points,
+        unit=length_unit(*(model for model in table.models if model.alpha is not None)) or "characters",
+        chosen=None if sweep is None or ending else sweep.best_alpha,
+        rejected=() if sweep is None or ending else sweep.rejected,
+    )
+    says = (
+        f"The band is the {INTERVAL} interval of the difference from the baseline, around the baseline's mean; below "
+        "are mean length and the share of answers that end by themselves."
+    )
     return Chart(f"alpha{ending}", f"Reward and length against α{of}", says, figure)
 
 

@@ -14,11 +14,12 @@ from expo.config import ReportConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, kind_of, open_file, write_atomic
 from expo.output import charts
+from expo.output.sweeps import SweepRecord, is_sweep, read_sweep
 from expo.report.aligned import align
 from expo.report.figures import Chart, charts_of
-from expo.report.notes import notes
+from expo.report.notes import notes, sweep_notes
 from expo.report.page import MARK, build
-from expo.report.sweep import is_sweep, sweep_files, with_alphas
+from expo.report.sweep import sweep_files, with_alphas
 from expo.report.verdict import verdict
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class ReportPlan:
     page: Path
     figures: Path | None
     """The folder for pictures."""
+    sweep: SweepRecord | None = None
+    """What the sweep says whose runs these are."""
 
     def describe(self) -> Row:
         """The plan as plain data."""
@@ -82,13 +85,14 @@ def plan(config: ReportConfig) -> ReportPlan:
     Raises:
         InputError: A run is missing or damaged, there are fewer than two, or the page would replace something else.
     """
-    words = _words(config)
+    sweep = read_sweep(Path(config.runs[0])) if len(config.runs) == 1 and is_sweep(Path(config.runs[0])) else None
+    words = sweep_files(Path(config.runs[0]), sweep) if sweep else _words(config)
     page, figures = Path(config.output), None if config.figures is None else Path(config.figures)
     if page.is_dir():
         raise InputError(f"--output {page} is a folder; name a file in it, such as {page / 'report.html'}")
     _require_own(page, config.overwrite)
     runs = read_runs(words, task=config.task, output_dir=config.output_dir, dataset=config.dataset)
-    return ReportPlan(config, tuple(with_alphas(runs)), page, figures)
+    return ReportPlan(config, tuple(with_alphas(runs)), page, figures, sweep)
 
 
 def run(config: ReportConfig) -> Report:
@@ -99,23 +103,23 @@ def run(config: ReportConfig) -> Report:
         EnvironmentFailure: Writing failed.
     """
     job = plan(config)
-    comparison = compare(job.runs, intersect=config.intersect)
+    references = [one.name for one in job.runs if (one.alpha or 0.0) < 0] if job.sweep else []
+    comparison = compare(job.runs, intersect=config.intersect, apart=references)  # as the sweep compared them
     aligned = align(job.runs, [table.key for table in comparison.tables if table.key is not None])
-    drawn, missing = charts_of(aligned, comparison), (*comparison.notes, *notes(aligned))
-    content = build(aligned, comparison, drawn, missing).encode()
+    drawn, found = charts_of(aligned, comparison, job.sweep), verdict(aligned, comparison, job.sweep)
+    missing = tuple(dict.fromkeys([*sweep_notes(job.sweep), *comparison.notes, *notes(aligned)]))
+    content = build(aligned, comparison, found, drawn, missing).encode()
     pictures = _pictures(job, drawn)
     for file, picture in {**pictures, job.page: content}.items():
         _make_folder(file.parent)
         write_atomic(file, picture)
     names = tuple(one.name for one in job.runs)
-    headline = verdict(aligned, comparison).headline
-    return Report(job.page, len(content), job.runs[0].task, names, len(aligned), headline, missing, tuple(pictures))
+    says = (job.sweep.verdict if job.sweep else None) or found.headline
+    return Report(job.page, len(content), job.runs[0].task, names, len(aligned), says, missing, tuple(pictures))
 
 
 def _words(config: ReportConfig) -> Sequence[str]:
-    """The runs by their files; the folder of a sweep stands for all of its runs."""
-    if len(config.runs) == 1 and is_sweep(Path(config.runs[0])):
-        return sweep_files(Path(config.runs[0]))
+    """The runs by their files."""
     if len(config.runs) < 2:
         given = f"{config.runs[0]} alone" if config.runs else "none"
         raise InputError(f"report takes two or more runs, or the folder of a sweep with its sweep.json, not {given}")

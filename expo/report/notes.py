@@ -1,15 +1,24 @@
-"""What a page's reader has to know beside what the comparison says: lengths and texts that are missing, answers cut."""
+"""What a page's reader has to know beside the comparison: what is missing, answers cut, α that were rejected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from expo.output.sweeps import SweepRecord
 from expo.report.aligned import Aligned
 
 
 def notes(aligned: Aligned) -> list[str]:
     """A sentence for each thing that is missing, or that makes answers less than they seem."""
     return [*_lengths(aligned), *_endings(aligned)]
+
+
+def sweep_notes(sweep: SweepRecord | None) -> list[str]:
+    """Why a sweep did not choose α that gain, and what else it says."""
+    if sweep is None:
+        return []
+    rejected = [f"α = {alpha:g} is not chosen: {why}" for alpha, why in sorted(sweep.rejected.items())]
+    return [*rejected, *sweep.notes]
 
 
 def _lengths(aligned: Aligned) -> Iterable[str]:

@@ -13,13 +13,14 @@ from importlib.resources import files
 from string import Template
 
 from expo import __version__
+from expo.compare.curve import length_unit
 from expo.compare.figures import Comparison, Measured, ModelFigures, Paired, Table
 from expo.output.charts import COLOURS
 from expo.report.aligned import Aligned
 from expo.report.figures import Chart
 from expo.report.payload import columns, packed
 from expo.report.text import cut, digits_for, escaped, number, percent, probability, signed
-from expo.report.verdict import INTERVAL, Tally, decimals, direction, length_unit, shown_interval, sign, tally, verdict
+from expo.report.verdict import INTERVAL, Tally, Verdict, decimals, direction, shown_interval, sign, tally
 
 MARK = "made by expo report"
 """In the head of the page and in figures: whatever bears it may be replaced."""
@@ -28,12 +29,15 @@ FLIPS = 4
 FLIP_CHARACTERS = 1500
 
 
-def build(aligned: Aligned, comparison: Comparison, charts: Sequence[Chart], notes: Sequence[str]) -> str:
+def build(
+    aligned: Aligned, comparison: Comparison, found: Verdict, charts: Sequence[Chart], notes: Sequence[str]
+) -> str:
     """Write the whole document.
 
     Args:
         aligned: The runs, the baseline first.
         comparison: What compare found.
+        found: The same in words.
         charts: The figures.
         notes: What is missing or was left out, a sentence each.
 
@@ -42,9 +46,9 @@ def build(aligned: Aligned, comparison: Comparison, charts: Sequence[Chart], not
     """
     script = _own("page.js")
     sections = {
-        "verdict": ("Verdict", _verdict(aligned, comparison, charts[:1], notes)),
+        "verdict": ("Verdict", _verdict(aligned, comparison, found, charts[:1], notes)),
         "table": ("Table", _tables(aligned, comparison)),
-        "flips": ("Rows that flip", _flips(aligned, verdict(aligned, comparison).best)),
+        "flips": ("Rows that flip", _flips(aligned, found.best)),
         "figures": ("Figures", _figures(charts[1:])),
     }
     there = {name: section for name, section in sections.items() if section[1]}
@@ -59,7 +63,7 @@ def build(aligned: Aligned, comparison: Comparison, charts: Sequence[Chart], not
         links=f'{links}<a href="#outputs">All outputs</a>',
         sections="\n".join(body for _, body in there.values()),
         rows=f"{len(aligned):,}",
-        controls=_controls(aligned, verdict(aligned, comparison).best),
+        controls=_controls(aligned, found.best),
         footer=_footer(aligned),
         data=packed(columns(aligned)),
         script=script,
@@ -82,21 +86,23 @@ def _spot(run: int) -> str:
 # --- the verdict ---------------------------------------------------------------------------------------------------
 
 
-def _verdict(aligned: Aligned, comparison: Comparison, charts: Sequence[Chart], notes: Sequence[str]) -> str:
-    found = verdict(aligned, comparison)
+def _verdict(
+    aligned: Aligned, comparison: Comparison, found: Verdict, charts: Sequence[Chart], notes: Sequence[str]
+) -> str:
     says = "".join(f"<p>{escaped(sentence)}</p>" for sentence in found.sentences)
     items = "".join(f"<li>{escaped(note)}</li>" for note in notes)
     missing = f'<div class="note" role="note"><ul>{items}</ul></div>' if notes else ""
     drawn = "".join(map(_drawn, charts))
+    tiles = _tiles(aligned, comparison, found.best) if found.about_best else ""
     return (
-        f'<section class="verdict" id="verdict"><h1>{escaped(found.headline)}</h1>{_tiles(aligned, comparison)}'
+        f'<section class="verdict" id="verdict"><h1>{escaped(found.headline)}</h1>{tiles}'
         f'<div class="first"><div><div class="says">{says}</div>{missing}</div>{drawn}</div></section>'
     )
 
 
-def _tiles(aligned: Aligned, comparison: Comparison) -> str:
+def _tiles(aligned: Aligned, comparison: Comparison, best: int) -> str:
     """The figures that people ask for first, of the best model."""
-    first, best = comparison.tables[0], verdict(aligned, comparison).best
+    first = comparison.tables[0]
     model, digits = first.models[best], decimals(first)
     if first.key is None or model.paired is None:
         return ""
@@ -128,7 +134,8 @@ def _length_tile(model: ModelFigures, baseline: ModelFigures) -> list[tuple[str,
 
 
 def _tables(aligned: Aligned, comparison: Comparison) -> str:
-    at_once = " and hold for all models at once" if comparison.simultaneous else ""
+    but = f" but {escaped(', '.join(comparison.apart))}" if comparison.apart else ""
+    at_once = f" and hold for all models{but} at once" if comparison.simultaneous else ""
     lead = (
         f"{comparison.n:,} rows of {comparison.prompts:,} prompts, paired. Intervals are {INTERVAL}{at_once}. "
         f"The baseline is {escaped(aligned.runs[0].name)}."

@@ -1,49 +1,32 @@
-"""The runs in the folder of a sweep: one output file per α, beside sweep.json; and which α a run is of."""
+"""The runs in the folder of a sweep, one output file per α beside sweep.json, and which α a run is of."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from expo.compare.run import Run
 from expo.errors import InputError
-from expo.files import SUFFIXES, read_json, shown
+from expo.files import SUFFIXES
+from expo.output.sweeps import RECORD, SweepRecord
 from expo.settings import OWN_ENDINGS
-
-SWEEP = "sweep.json"
-NAMED = re.compile(r"(?P<dpo>.+)-ExPO-a(?P<alpha>-?[\d.]+(?:e[+-]?\d+)?)", re.DOTALL)
-"""How expo calls θ(α) made from a DPO model."""
+from expo.theta.names import named_alpha
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether a sweep wrote to this folder."""
-    return (folder / SWEEP).is_file()
-
-
-def sweep_files(folder: Path) -> list[str]:
+def sweep_files(folder: Path, record: SweepRecord) -> list[str]:
     """The output files of a sweep, that of α = 0 first, then in the order of α.
 
     Raises:
-        InputError: sweep.json is damaged, or the files are not beside it.
+        InputError: They are not beside sweep.json.
     """
-    record = read_json(folder / SWEEP)
-    listed = record.get("alphas")
-    alphas = {float(one["alpha"]) for one in listed if _has_alpha(one)} if isinstance(listed, list) else set()
-    if not alphas:
-        raise InputError(f"{folder / SWEEP} lists no alphas: {shown(listed)}")
-    found = {alpha: file for file in _outputs(folder) if (alpha := _alpha(file.stem)) in alphas}
+    found = {alpha: file for file in _outputs(folder) if (alpha := _alpha(file.stem)) in record.alphas}
     if 0.0 not in found or len(found) < 2:
-        there = ", ".join(map(repr, sorted(found))) or "none"
-        raise InputError(f"{folder} has outputs of too few α of its {SWEEP} (α = 0 and another are needed): {there}")
+        there = ", ".join(map(repr, sorted(alpha for alpha in found if alpha is not None))) or "none"
+        raise InputError(f"{folder} has outputs of too few α of its {RECORD} (α = 0 and another are needed): {there}")
+    if record.best_alpha is not None and record.best_alpha not in found:
+        raise InputError(f"{folder} has no outputs of α = {record.best_alpha!r}, which its {RECORD} chose")
     return [str(found[alpha]) for alpha in sorted(found, key=lambda alpha: (alpha != 0, alpha))]
-
-
-def _has_alpha(one: object) -> bool:
-    alpha = one.get("alpha") if isinstance(one, dict) else None
-    return isinstance(alpha, int | float) and math.isfinite(alpha)
 
 
 def _outputs(folder: Path) -> list[Path]:
@@ -52,16 +35,13 @@ def _outputs(folder: Path) -> list[Path]:
 
 
 def _alpha(name: str) -> float | None:
-    found = NAMED.fullmatch(name)
-    try:
-        return float(found["alpha"]) if found else None
-    except ValueError:
-        return None
+    found = named_alpha(name)
+    return None if found is None else found[1]
 
 
 def with_alphas(runs: Sequence[Run]) -> list[Run]:
     """The runs with the α of their names where their files say none: 0.3 of DPO-ExPO-a0.3, 0 of DPO beside it."""
-    beside = {found["dpo"] for run in runs if (found := NAMED.fullmatch(run.name))}
+    beside = {found[0] for run in runs if (found := named_alpha(run.name))}
     known = [run.alpha if run.alpha is not None else _alpha(run.name) for run in runs]
     named = [0.0 if alpha is None and run.name in beside else alpha for run, alpha in zip(runs, known, strict=True)]
     return [replace(run, alpha=alpha) for run, alpha in zip(runs, named, strict=True)]

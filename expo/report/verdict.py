@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from expo.compare.curve import length_unit
 from expo.compare.figures import Agreed, Comparison, ModelFigures, Table
 from expo.compare.verdict import is_significant
+from expo.output.sweeps import SweepRecord
 from expo.report.aligned import Aligned
 from expo.report.text import digits_for, number, percent, probability, signed
 from expo.stats.means import Interval
@@ -22,7 +24,9 @@ class Verdict:
     headline: str
     sentences: tuple[str, ...]
     best: int
-    """Which run the headline is about; the first after the baseline where it is about none."""
+    """Which run the headline is about; where it is about none, the one whose rows are shown first."""
+    about_best: bool = True
+    """Whether it is about that run."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,24 @@ def sign(interval: Interval | None) -> int:
     return 0 if interval is None else int(interval[0] > 0) - int(interval[1] < 0)
 
 
-def length_unit(*models: ModelFigures) -> str | None:
-    """What the mean lengths of these models are known in."""
-    return next((unit for unit in ("tokens", "characters") if all(getattr(model, unit) for model in models)), None)
+def verdict(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | None = None) -> Verdict:
+    """Put a comparison into words; its first table leads, and a sweep's choice where there is one."""
+    found = _of_models(aligned, comparison)
+    if sweep is None or sweep.verdict is None or sweep.best_alpha is None:
+        return found
+    first, *further = comparison.tables
+    if not sweep.best_alpha:
+        return Verdict("No α is chosen", (sweep.verdict,), found.best, about_best=False)
+    best = next((place for place, one in enumerate(first.models) if one.alpha == sweep.best_alpha), found.best)
+    sentences = (
+        sweep.verdict,
+        _only_longer(first.models[best], first.baseline, decimals(first)),
+        *(_second_opinion(table, best, first, comparison.agreement) for table in further),
+    )
+    return Verdict(f"α = {sweep.best_alpha:g} is chosen", tuple(filter(None, sentences)), best)
 
 
-def verdict(aligned: Aligned, comparison: Comparison) -> Verdict:
-    """Put a comparison into words; its first table leads."""
+def _of_models(aligned: Aligned, comparison: Comparison) -> Verdict:
     first, *further = comparison.tables
     if first.key is None:
         return _lengths_only(first)

@@ -302,7 +302,8 @@ class EngineKeeper:
 
 
 @contextmanager
-def _kept(keeper: EngineKeeper | None) -> Iterator[EngineKeeper]:
+def kept_or_own(keeper: EngineKeeper | None) -> Iterator[EngineKeeper]:
+    """The keeper; where there is none, one that is closed at the end."""
     if keeper is not None:
         yield keeper
         return
@@ -350,6 +351,15 @@ def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Don
             meta |= {"part": str(job.part), "rows_sha256": checksum(text.encode())}
             job.files.finish(journal, {job.files.final: text}, meta)
     return Done(job, meta, "written")
+
+
+def is_complete(job: RowJob) -> bool:
+    """Whether nothing is left to do; no weights are read.
+
+    Raises:
+        InputError: The output is damaged, or was made with other settings, and `--overwrite` is not given.
+    """
+    return rows_to_extend(job, job.files.require_own()) is None
 
 
 def rows_to_extend(job: RowJob, found: Found) -> list[Row] | None:
@@ -415,7 +425,7 @@ def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows
     total, there = len(job.keys), sum(key in done for key in job.keys)
     log.info("%s: %d of %d rows to %s with %s", job.name, total - there, total, job.verb, job.engine)
     clock = time.perf_counter()
-    with _kept(keeper) as kept_engine:
+    with kept_or_own(keeper) as kept_engine:
         engine = kept_engine.engine_for(job)
         started, before, count, tokens = time.perf_counter(), getattr(engine, "step_seconds", 0.0), 0, 0
         with closing(rows_progress(job.verb, total, there)) as progress:

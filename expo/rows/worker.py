@@ -21,10 +21,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
+from expo.errors import EnvironmentFailure
 from expo.orphans import environment_for_child
 from expo.rows.job import RowJob
 
 TAIL_BYTES = 1 << 16
+MAX_STARTS = 4
+"""How many times the process of one job is started in one run."""
 
 
 class LineCount:
@@ -61,20 +66,25 @@ class Worker:
     """A process, which can be restarted, and the job it runs.
 
     Args:
-        job: Its first job, a part of the run.
+        job: Its first job, a part of the run; None if that is not known yet.
         environment: Added to this process's environment: its GPUs, its threads.
         kept: How many of the job's rows the whole output already has.
         stays: Whether it waits for another job after finishing one.
     """
 
-    def __init__(self, job: RowJob, environment: Mapping[str, str], kept: int = 0, *, stays: bool = False) -> None:
+    job: RowJob
+
+    def __init__(
+        self, job: RowJob | None, environment: Mapping[str, str], kept: int = 0, *, stays: bool = False
+    ) -> None:
         self.stays = stays
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._jobs: IO[bytes] | None = None
         self._replies: IO[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-        self.take(job, kept)
+        if job is not None:
+            self.take(job, kept)
 
     def take(self, job: RowJob, kept: int = 0) -> None:
         """Accept a job; `start` begins it."""
@@ -84,6 +94,10 @@ class Worker:
         self._lines = LineCount(job.files.journal)
         self._rows_at_start = 0
         self._reply: int | None = None
+
+    def preload(self, verb: str, engine: str) -> None:
+        """Start the process, which imports what jobs of this verb with this engine need, before there is a job."""
+        self._spawn(f"--preload={verb}:{engine}")
 
     def start(self) -> None:
         """Send the job to the process, starting it if it is not running."""
@@ -97,9 +111,9 @@ class Worker:
                 self._jobs.write(job_line(self.job).encode())
                 self._jobs.flush()
         if not self.stays:
-            self._dismiss()
+            self.dismiss()
 
-    def _spawn(self) -> None:
+    def _spawn(self, *words: str) -> None:
         """Start the process in its own session: a Ctrl-C reaches it only through its parent."""
         self._close_pipes()
         self._log.seek(0)
@@ -107,7 +121,7 @@ class Worker:
         jobs, to_jobs = os.pipe()
         replies, to_replies = os.pipe()
         self._process = subprocess.Popen(
-            self.command(jobs, to_replies),
+            [*self.command(jobs, to_replies), *words],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
@@ -132,6 +146,10 @@ class Worker:
         """Whether a row has been finished since the last start."""
         return self.rows() > self._rows_at_start
 
+    def may_restart(self, code: int) -> bool:
+        """Whether to start a job again that ended so: not one that failed before its first row, as it would again."""
+        return self.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or self.has_come_further())
+
     def outcome(self) -> int | None:
         """The exit code of the job, or of the process if it died without a reply; None while the job runs."""
         exit_code = self.exit_code()
@@ -142,6 +160,15 @@ class Worker:
     def exit_code(self) -> int | None:
         """The exit code of the process; None while it runs."""
         return self._process.poll() if self._process else None
+
+    def memory_bytes(self) -> int:
+        """What the process, and those it started, have in memory; 0 where there is none."""
+        if self._process is None:
+            return 0
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process(self._process.pid)
+            return sum(one.memory_info().rss for one in (own, *own.children(recursive=True)))
+        return 0
 
     def last_error_line(self) -> str:
         """The last output of an exited process: its error line, if there is one."""
@@ -165,6 +192,17 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
 
+    def dismiss(self) -> None:
+        """Let the process exit after its current job."""
+        _close(self._jobs)
+
+    def end(self, seconds: float) -> None:
+        """Let the process give back what its engine holds and exit, kill it if that takes longer, and close the log."""
+        self.dismiss()
+        self.wait(seconds)
+        self.kill()
+        self.close()
+
     def kill(self) -> None:
         """Kill the process and any it started: an engine's subprocesses may hold GPU memory."""
         if self._process:
@@ -172,10 +210,6 @@ class Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._close_pipes()
-
-    def _dismiss(self) -> None:
-        """Let the process exit after its current job."""
-        _close(self._jobs)
 
     def _close_pipes(self) -> None:
         for pipe in (self._jobs, self._replies, self._process.stdin if self._process else None):

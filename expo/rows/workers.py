@@ -15,8 +15,6 @@ from expo.rows.job import Done, RowJob
 from expo.rows.parts import is_finished, join_parts, require_same_cut, whole_rows
 from expo.rows.worker import Worker
 
-MAX_STARTS = 4
-"""How many times the process of one part is started in one run."""
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
 """How long workers may take to stop cleanly."""
@@ -51,6 +49,17 @@ def run_in_processes(whole: RowJob) -> Done:
     return join_parts(whole, count)
 
 
+def stop_all(workers: Sequence[Worker]) -> None:
+    """Ask workers to stop, and kill those that take too long."""
+    for worker in workers:
+        worker.ask_to_stop()
+    deadline = time.monotonic() + STOP_SECONDS
+    for worker in workers:
+        worker.wait(max(0.0, deadline - time.monotonic()))
+        worker.kill()
+        worker.close()
+
+
 class Crew:
     """The workers of a run, started together; none is left running after the `with` block.
 
@@ -72,14 +81,7 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._running:
-            worker.ask_to_stop()
-        deadline = time.monotonic() + STOP_SECONDS
-        for worker in self._running:
-            worker.wait(max(0.0, deadline - time.monotonic()))
-        for worker in self._workers:
-            worker.kill()
-            worker.close()
+        stop_all(self._workers)
 
     def watch(self, label: str, total: int, elsewhere: int) -> None:
         """Start the workers and wait until all jobs are done, with one progress bar for all rows.
@@ -136,7 +138,7 @@ class Crew:
     def _restart(self, worker: Worker, code: int) -> None:
         """Restart a part whose process died, unless it failed before its first row, as it would fail again."""
         part, reason = worker.job.part, worker.last_error_line()
-        if worker.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or worker.has_come_further()):
+        if worker.may_restart(code):
             log.warning("part %s: %s; restarting", part, reason)
             self._start(worker)
         else:

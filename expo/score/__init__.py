@@ -6,6 +6,6 @@ durable as it comes, and writes the final files in output order. The loop that r
 """
 
 from expo.score.job import ScoreJob
-from expo.score.plan import Scored, plan, run
+from expo.score.plan import ReadyModel, Scored, find_reward_models, plan, run
 
-__all__ = ["ScoreJob", "Scored", "plan", "run"]
+__all__ = ["ReadyModel", "ScoreJob", "Scored", "find_reward_models", "plan", "run"]

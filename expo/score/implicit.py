@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import xxhash
 
@@ -143,6 +143,14 @@ class ImplicitJob(ScoreJob):
         return bool(row.get(INTERIM))
 
     # --- producing them
+
+    def with_room(self, context_length: int, gpu_share: float | None) -> Self:  # noqa: ARG002 - its engine takes any row
+        """The same job: its engine takes rows of any length."""
+        return self
+
+    def worker_options(self) -> dict[str, Any]:
+        """Which of the run's rewards."""
+        return {"only": self.number}
 
     def open_engine(self) -> LogProbs:  # type: ignore[override]  # not a reward model's
         """Start the engine."""

@@ -60,6 +60,8 @@ class ScoreJob(RowJob):
     outputs: Path
     rows: tuple[ScoreRow, ...]
     setup: ScorerSetup
+    longest: int
+    """The longest conversation that is read, in tokens."""
     number: int = 0
     """Which of the run's reward models scores, in the order of their files."""
     further: tuple[ScoreJob, ...] = ()
@@ -149,9 +151,14 @@ class ScoreJob(RowJob):
 
     # --- producing them
 
+    def with_room(self, context_length: int, gpu_share: float | None) -> Self:
+        """The same job with an engine that stays for others: for rows of this many tokens, as far as any are read."""
+        longest = max(self.setup.context_length, min(context_length, self.longest))
+        return replace(self, setup=replace(self.setup, context_length=longest, gpu_share=gpu_share))
+
     def worker_options(self) -> dict[str, Any]:
-        """Which of the run's reward models."""
-        return {"only": self.number}
+        """Which of the run's reward models, and the room of its engine."""
+        return {"only": self.number, "room": self.setup.context_length, "gpu_share": self.setup.gpu_share}
 
     def open_engine(self) -> Scorer:
         """Start the engine."""

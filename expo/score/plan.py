@@ -28,7 +28,7 @@ from expo.engines import EngineSpec, ScorerSetup, find_engine, require_fitting
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
 from expo.engines.coverage import require_whole
 from expo.engines.log_probs import LOG_PROBS, LogProbSetup
-from expo.engines.reward_models import recognise
+from expo.engines.reward_models import RewardModel, recognise
 from expo.engines.reward_tokens import RewardTokenizer, reward_tokenizer
 from expo.errors import InputError
 from expo.files import Row
@@ -74,13 +74,22 @@ class Scored:
     """Of the first: the results of the run's further reward models, in order."""
 
 
-def run(config: ScoreConfig, keeper: EngineKeeper | None = None, *, only: int | None = None) -> Scored:
+def run(
+    config: ScoreConfig,
+    keeper: EngineKeeper | None = None,
+    *,
+    only: int | None = None,
+    room: int = 0,
+    gpu_share: float | None = None,
+) -> Scored:
     """Score every row that has no score yet, with one reward model after the other.
 
     Args:
         config: The settings.
         keeper: Keeps the engine open after this run; without one, each engine is closed at the end of its rows.
         only: The one of the reward models to score with, counted from 0; all if None.
+        room: The longest rows that the engine is to take, in tokens, where it stays for longer ones than this run's.
+        gpu_share: The engine's share of each GPU's memory, where it is not alone there.
 
     Raises:
         InputError: The settings or inputs are at fault; what was finished before stays.
@@ -89,7 +98,7 @@ def run(config: ScoreConfig, keeper: EngineKeeper | None = None, *, only: int | 
     answers = _read_answers(config)
     jobs = [plan_to_run(partial(_job, answers, scorer), config) for scorer in find_scorers(config, answers.task, only)]
     _require_different(jobs)
-    first, *further = [_scored(run_job(job, keeper)) for job in jobs]
+    first, *further = [_scored(run_job(job.with_room(room, gpu_share), keeper)) for job in jobs]
     return replace(first, further=tuple(further))
 
 
@@ -113,6 +122,46 @@ def plan(config: ScoreConfig) -> ScoreJob:
     jobs = [_job(answers, scorer, config) for scorer in find_scorers(config, answers.task)]
     _require_different(jobs)
     return replace(jobs[0], further=tuple(jobs[1:]))
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """A reward model that was found and judged before there is anything to score."""
+
+    location: Location
+    body: Path
+    """The folder with its weights, or of an adapter those of its base."""
+    engine: str
+    spec: EngineSpec
+    config: ScoreConfig
+    """The settings, resolved."""
+
+
+def find_reward_models(config: ScoreConfig) -> list[ReadyModel]:
+    """The reward models of a run whose outputs may not be there yet, with the engine of each.
+
+    Raises:
+        InputError: A model is missing, is no reward model, or does not go with a setting.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    task = find_task(config.task)
+    return [_ready(scorer, task, config) for scorer in find_scorers(config, task) if scorer.sft is None]
+
+
+def _ready(scorer: ScoredBy, task: Task, config: ScoreConfig) -> ReadyModel:
+    config = with_recipe(config, scorer.location)
+    found = _judged(scorer.location, config)
+    outputs = Path(config.output_dir) / f"outputs_{task.name}" / f"{config.name}{task.suffix}"
+    engine, spec, config = choose_engine(config, found, files_of(scorer, outputs, task, config))
+    return ReadyModel(scorer.location, found.body, engine, spec, config)
+
+
+def _judged(location: Location, config: ScoreConfig) -> RewardModel:
+    """The reward model of a folder, if its checkpoint has a trained head."""
+    found = recognise(location, config.chat_template)
+    found.require_trained(trust_remote_code=config.trust_remote_code)
+    refuse_inside(Path(config.output_dir), location, *([] if found.base is None else [found.base]), flag="--output-dir")
+    return found
 
 
 # --- what is scored ----------------------------------------------------------------------------------
@@ -163,9 +212,7 @@ def _job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
 def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
     location = scorer.location
     config = with_recipe(config, location)
-    found = recognise(location, config.chat_template)
-    found.require_trained(trust_remote_code=config.trust_remote_code)
-    refuse_inside(Path(config.output_dir), location, *([] if found.base is None else [found.base]), flag="--output-dir")
+    found = _judged(location, config)
     files = files_of(scorer, answers.file, answers.task, config)
     engine, spec, config = choose_engine(config, found, files)
     tokenizer = reward_tokenizer(found, bos=config.bos, trust_remote_code=config.trust_remote_code)
@@ -184,6 +231,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
         location=location,
         outputs=answers.file,
         rows=rows,
+        longest=longest,
         setup=ScorerSetup(
             config,
             location.path,
@@ -223,6 +271,7 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
         sft=sft,
         outputs=answers.file,
         rows=_answer_rows(answers, tokenizer, longest),
+        longest=longest,
         setup=LogProbSetup(config, dpo.path, sft.path),
         files=files,
         fingerprint=fingerprint,

@@ -19,6 +19,7 @@ from expo.errors import InputError
 from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.decide import plan_pair
 from expo.theta.decide_adapter import plan_adapter
+from expo.theta.names import theta_name
 from expo.theta.pair_checks import check_pair
 from expo.theta.plan import PairPlan, PairSettings
 from expo.theta.rules import require_rule
@@ -116,7 +117,7 @@ class ThetaPlan:
     @property
     def name(self) -> str:
         """The name of θ(α), as its folder would be named."""
-        return f"{self.dpo.name}-ExPO-a{self.config.alpha!r}"
+        return theta_name(self.dpo.name, self.config.alpha)
 
     @property
     def side_files(self) -> dict[str, Path]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,14 @@ class Theta:
             InputError: A value is not finite, sides that must be equal are not, or nothing differs at all.
             EnvironmentFailure: Reading failed.
         """
-        for name in self._tensors:
+        return self._each(self._tensors)
+
+    def sorted_by(self, key: Callable[[str], Any]) -> Iterator[tuple[str, Tensor]]:
+        """As iterating over it, in the order of a key of the names."""
+        return self._each(sorted(self._tensors, key=key))
+
+    def _each(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
             yield name, self.tensor(name)
         self.check_change()
 

@@ -1,0 +1,51 @@
+"""`expo sweep` on the command line."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from expo.cli.command import Command, Shown
+from expo.config import SweepConfig
+from expo.engines import GENERATORS
+from expo.theta.rules import RULES
+
+if TYPE_CHECKING:
+    from expo.sweep import Swept
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "\b\nExamples:\n"
+    "  expo sweep --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --limit 200\n"
+    "  expo sweep --recipe zephyr-7b-beta --reward-model weqweasdas/RM-Mistral-7B "
+    "--reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
+    "  expo sweep --sft my-sft --dpo my-dpo --alpha 0.5 --alpha 1 --alpha 2 --with-sft --task prompts.jsonl --n 4 "
+    "--reward-model my-rm --output my-sweep --write\n"
+    "\n\b\nWhat it would cost, measured with a few rows:\n"
+    "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --dry-run"
+)
+
+
+def show(result: Swept) -> Shown:
+    """The table, the verdict, and what to do with it."""
+    for note in result.record["notes"]:
+        log.warning("%s", note)
+    log.info("%s: %s", result.status, result.file)
+    if result.checkpoint is not None:
+        log.info("θ(%r): %s", result.record["best_alpha"], result.checkpoint)
+    data = {**result.record, "status": result.status, "file": result.file, "checkpoint": result.checkpoint}
+    return Shown(data, result.text, result.failed, result.reason, result.can_retry)
+
+
+COMMAND = Command(
+    config=SweepConfig,
+    verb="expo.sweep",
+    help="Find the best α: answers of every θ(α) from one live engine, scored by a reward model, compared by prompt.",
+    examples=EXAMPLES,
+    show=show,
+    choices={
+        "engine": ("auto", *(name for name, spec in GENERATORS.items() if "local" in spec.can)),
+        "rule": RULES,
+    },
+)

@@ -1,0 +1,159 @@
+"""The settings of `expo sweep`: the pair, its candidates for α, how its answers are sampled, and who scores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeAlias
+
+from expo.config.engines import require_engine_args, require_tensor_parallel
+from expo.config.pair import PAIR_SETTINGS, Dpo, Dtype, PairConfig, Sft
+from expo.config.rows import DEFAULT_REWARD_MODEL, Bos, GenerateConfig, ScoreConfig, checked_reward_models
+from expo.config.sampling import SamplingConfig
+from expo.files import is_utf8, shown
+from expo.settings import Setting, require, require_alpha, require_choice, require_device, require_text
+
+Search: TypeAlias = Literal["grid"]
+
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""The paper's candidates for fully trained models."""
+SFT_ALPHA = -1.0
+"""The α of θ_sft itself."""
+
+REWARD = "reward_"
+"""Prefix of the reward model's settings, which `expo score` has without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(PairConfig, SamplingConfig):
+    """`expo sweep`: find the α whose answers a reward model prefers, with one engine for all of them."""
+
+    sft: Sft
+    dpo: Dpo
+    alpha: Annotated[
+        tuple[float, ...],
+        Setting(
+            "A candidate for α; repeatable. α = 0 is always part of it. [default: 0.1 0.2 0.3 0.4 0.5]", metavar="A"
+        ),
+    ] = ()
+    with_sft: Annotated[bool, Setting("Measure θ_sft, which is α = −1, as a reference.")] = False
+    search: Annotated[Search, Setting("grid: every α answers every prompt.")] = "grid"
+    task: Annotated[
+        str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
+    ] = "ultrafeedback"
+    output: Annotated[
+        str | None,
+        Setting("Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default: sweeps/<DPO name>]",
+                metavar="DIR"),
+    ] = None  # fmt: skip
+    reward_model: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A reward model: a directory, hub id, or id@revision; repeatable: the first decides, and each further one "
+            f"must see the gain, too. [default: {DEFAULT_REWARD_MODEL}]",
+            metavar="RM",
+        ),
+    ] = ()
+    reward_engine: Annotated[
+        str, Setting("Engine that runs the reward model; auto as in `expo score`.", metavar="auto|vllm|transformers")
+    ] = "auto"
+    reward_device: Annotated[
+        str, Setting("Device of the reward model with transformers.", metavar="auto|cpu|cuda[:i]")
+    ] = "auto"
+    reward_dtype: Annotated[Dtype, Setting("Data type that the reward model runs in.")] = "auto"
+    reward_engine_arg: Annotated[
+        tuple[str, ...],
+        Setting("Argument passed to the reward model's engine; repeatable.", metavar="KEY=VALUE"),
+    ] = ()
+    reward_tensor_parallel: Annotated[
+        int | None, Setting("Number of GPUs of the reward model (vllm). [default: as the plan says]", metavar="N")
+    ] = None
+    reward_batch_tokens: Annotated[int, Setting("Token budget of a batch of rewards.", metavar="N")] = 16384
+    reward_max_length: Annotated[
+        int | None, Setting("Maximum conversation length of the reward model, in tokens.", metavar="N")
+    ] = None
+    reward_chat_template: Annotated[
+        str | None, Setting("Jinja file to use instead of the reward model's own chat template.", metavar="FILE")
+    ] = None
+    reward_bos: Annotated[Bos, Setting("As --bos of `expo score`.")] = "auto"
+    any_pair: Annotated[bool, Setting("Sweep a pair that `expo inspect` finds unsuited, too.")] = False
+    write: Annotated[bool, Setting("Write the checkpoint of the chosen α at the end.")] = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: A value is out of its range; the message names the flag.
+        """
+        super().__post_init__()
+        for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
+            require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
+        for alpha in self.alpha:
+            require_alpha(alpha)
+        object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
+        twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
+        require(twice is None, f"--alpha {twice} is given more than once")
+        require(len(self.alphas) > 1, "--alpha 0 is DPO itself, which is always measured: give another α to compare")
+        require_choice("--search", self.search, Search)
+        object.__setattr__(self, "reward_model", checked_reward_models(self.reward_model))
+        require_choice("--reward-dtype", self.reward_dtype, Dtype)
+        require_choice("--reward-bos", self.reward_bos, Bos)
+        require_device(self.reward_device)
+        require_engine_args("--reward-engine-arg", self.reward_engine_arg)
+        require_tensor_parallel("--reward-tensor-parallel", self.reward_tensor_parallel)
+        for flag, size in (
+            ("--reward-batch-tokens", self.reward_batch_tokens),
+            ("--reward-max-length", self.reward_max_length),
+        ):
+            require(size is None or size > 0, f"{flag} must be positive, not {size}")
+        require_text("--task", self.task)
+        self._require_pair_settings()
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Every α that is measured, in order: 0, the candidates, and −1 with `with_sft`."""
+        candidates = self.alpha or GRID
+        return tuple(sorted({0.0, *candidates, *([SFT_ALPHA] if self.with_sft else [])}))
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The reward models, the one that decides first."""
+        return self.reward_model or (DEFAULT_REWARD_MODEL,)
+
+    def generating(self, alpha: float, output_dir: str, **changes: object) -> GenerateConfig:
+        """The settings of `expo generate` for one α.
+
+        Args:
+            alpha: The α.
+            output_dir: The sweep's folder.
+            changes: Settings that differ from the sweep's.
+        """
+        names = (*PAIR_SETTINGS, *(field.name for field in fields(SamplingConfig)))
+        own = {name: getattr(self, name) for name in names}
+        settings: dict[str, Any] = {**own, "dry_run": False, **changes}
+        return GenerateConfig(
+            task=self.task, sft=self.sft, dpo=self.dpo, alpha=alpha, output_dir=output_dir, **settings
+        )
+
+    def scoring(self, name: str, output_dir: str, **changes: object) -> ScoreConfig:
+        """The settings of `expo score` for the output of this name.
+
+        Args:
+            name: The output's name.
+            output_dir: The sweep's folder.
+            changes: Settings that differ from the sweep's.
+        """
+        own = {
+            field.name.removeprefix(REWARD): getattr(self, field.name)
+            for field in fields(self)
+            if field.name.startswith(REWARD) and field.name != "reward_model"
+        }
+        settings: dict[str, Any] = {**own, **changes}
+        return ScoreConfig(
+            task=self.task,
+            name=name,
+            output_dir=output_dir,
+            reward_model=self.reward_models,
+            trust_remote_code=self.trust_remote_code,
+            overwrite=self.overwrite,
+            **settings,
+        )

@@ -1,0 +1,65 @@
+"""What a sweep leaves in its folder beside the rows: the names of the files, and what its record says.
+
+`expo sweep` writes them, and `expo report` reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from expo.errors import InputError
+from expo.files import read_json, shown
+
+RECORD = "sweep.json"
+PICTURE = "sweep.png"
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """What sweep.json says that its rows do not."""
+
+    alphas: tuple[float, ...]
+    """In its order."""
+    best_alpha: float | None
+    """The one that was chosen, 0 where none was; None where there is no choice yet."""
+    verdict: str | None
+    notes: tuple[str, ...]
+    rejected: Mapping[float, str]
+    """α → why it was not chosen, of those that gain and do not pass."""
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a sweep wrote to this folder."""
+    return (folder / RECORD).is_file()
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Read the record of a sweep.
+
+    Raises:
+        InputError: It is damaged, or lists no α, or chose one that it does not list.
+    """
+    record = read_json(folder / RECORD)
+    listed = record.get("alphas")
+    entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    alphas = {alpha: one for one in entries if (alpha := _number(one.get("alpha"))) is not None}
+    if not alphas:
+        raise InputError(f"{folder / RECORD} lists no alphas: {shown(listed)}")
+    best, verdict, notes = record.get("best_alpha"), record.get("verdict"), record.get("notes")
+    if best is not None and _number(best) not in alphas:
+        raise InputError(f"{folder / RECORD} chose an α that it does not list: {shown(best)}")
+    return SweepRecord(
+        alphas=tuple(alphas),
+        best_alpha=_number(best),
+        verdict=verdict if isinstance(verdict, str) and verdict else None,
+        notes=tuple(filter(lambda note: isinstance(note, str), notes)) if isinstance(notes, list) else (),
+        rejected={alpha: why for alpha, one in alphas.items() if isinstance(why := one.get("rejected"), str)},
+    )
+
+
+def _number(value: object) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known and isinstance(value, int | float) else None

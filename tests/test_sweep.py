@@ -1,0 +1,402 @@
+"""expo sweep: the rows are those of extrapolate, generate and score; nothing is made twice, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from adapters import save_adapter
+from forks import Fork
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from test_score import make_reward_model
+
+from expo import extrapolate, generate, score, sweep as verb
+from expo.cli import program as cli
+from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig, SweepConfig
+from expo.engines.transformers import TransformersGenerator
+from expo.engines.transformers_reward import TransformersScorer
+from expo.errors import InputError
+
+PROMPTS = [f"w{number} w{number * 7 % 50} w{number * 3 % 50}" for number in range(12)]
+ALPHAS = (0.5, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def processes(forked_workers, monkeypatch: pytest.MonkeyPatch) -> list[Fork]:
+    """The processes that were started, which are forks of this one."""
+    made: list[Fork] = []
+    begin = forked_workers.__init__
+
+    def noted(fork: Fork, *args: Any, **others: Any) -> None:
+        begin(fork, *args, **others)
+        made.append(fork)
+
+    monkeypatch.setattr(forked_workers, "__init__", noted)
+    return made
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file with a line for each engine that is opened or given other weights, in whatever process."""
+    file = tmp_path / "engines"
+    file.touch()
+    for kind, names in ((TransformersGenerator, ("__init__", "load")), (TransformersScorer, ("__init__",))):
+        for name in names:
+            monkeypatch.setattr(kind, name, noting(file, name, getattr(kind, name)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("verdicts")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, verdicts: Path) -> None:
+    """Verdicts about switches are kept by the tests: one proof is enough for most."""
+    monkeypatch.setenv("EXPO_CACHE", str(verdicts))
+
+
+def noting(file: Path, name: str, own: Callable[..., None]) -> Callable[..., None]:
+    def noted(engine: Any, setup: Any) -> None:
+        with file.open("a") as stream:
+            stream.write(f"{type(engine).__name__} {name}\n")
+        own(engine, setup)
+
+    return noted
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return file
+
+
+@pytest.fixture(scope="session")
+def reward_model(llama_pair, tmp_path_factory) -> Path:
+    return make_reward_model(tmp_path_factory.mktemp("sweep-rm") / "rm", llama_pair[1], labels=1, pad_id=2)
+
+
+@pytest.fixture
+def swept(llama_pair, reward_model, task):
+    """A function that gives the settings of a small sweep."""
+
+    def settings(**others: Any) -> SweepConfig:
+        defaults: dict[str, Any] = {
+            "sft": str(llama_pair[0]),
+            "dpo": str(llama_pair[1]),
+            "reward_model": (str(reward_model),),
+            "task": str(task),
+            "output": str(task.parent / "sweep"),
+            "alpha": ALPHAS,
+            "engine": "transformers",
+            "device": "cpu",
+            "dtype": "float32",
+            "max_tokens": 9,
+            "batch_tokens": 60,
+            "reward_device": "cpu",
+            "reward_dtype": "float32",
+            "reward_batch_tokens": 60,
+            "any_pair": True,
+        }
+        return SweepConfig(**{**defaults, **others})
+
+    return settings
+
+
+def rows_of(folder: Path) -> dict[str, bytes]:
+    """The files of rows of a sweep: answers and rewards, without what tells times."""
+    return {name: content for name, content in helpers.tree(folder).items() if name.endswith("rows.jsonl") or (
+        name.endswith(".jsonl") and "/." not in name)}  # fmt: skip
+
+
+def assert_same_rows(ours: Path, theirs: Path) -> None:
+    """Equal answers, and rewards that differ in their last bits at most, as batches differ."""
+    one, other = rows_of(ours), rows_of(theirs)
+    assert one.keys() == other.keys()
+    for name, content in one.items():
+        if name.startswith("outputs"):
+            assert content == other[name], name
+        elif not name.endswith(".rows.jsonl"):
+            rewards = [list(map(float, file.splitlines())) for file in (content, other[name])]
+            assert rewards[0] == pytest.approx(rewards[1], abs=1e-5), name
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
+    return content
+
+
+def test_rows_are_those_of_extrapolate_generate_and_score(swept, llama_pair, reward_model, task, tmp_path):
+    config = swept(with_sft=True, n=2)
+    verb.run(config)
+    folder, plain = Path(config.output), tmp_path / "plain"
+    for alpha in (-1.0, 0.0, *ALPHAS):
+        [written] = extrapolate.run(
+            ExtrapolateConfig(
+                sft=str(llama_pair[0]), dpo=str(llama_pair[1]), alpha=(alpha,), output=str(plain / f"model{alpha}")
+            )
+        )
+        name = f"{llama_pair[1].name}-ExPO-a{alpha!r}"
+        common = {"task": str(task), "name": name, "output_dir": str(plain), "device": "cpu", "dtype": "float32"}
+        sampling = {"max_tokens": 9, "batch_tokens": 60, "n": 2, "engine": "transformers"}
+        generate.run(GenerateConfig(model=str(written.path), **common, **sampling))
+        score.run(ScoreConfig(reward_model=(str(reward_model),), batch_tokens=60, **common))
+        for kind in ("outputs_questions", "rewards_questions"):
+            ours, theirs = (base / kind / f"{name}.jsonl" for base in (folder, plain))
+            assert ours.read_bytes() == theirs.read_bytes(), (alpha, kind)
+    assert len({file.read_bytes() for file in folder.glob("outputs_questions/*.jsonl")}) == 4
+
+
+def test_one_engine_of_each_kind_makes_all(swept, processes, engines, tmp_path):
+    verb.run(swept(limit=2))  # the proof of the switch is made here, if it was not before
+    processes.clear()
+    engines.write_text("")
+    verb.run(swept(output=str(tmp_path / "another")))
+    assert len(processes) == 2
+    policy = ["TransformersGenerator __init__", *["TransformersGenerator load"] * 2]
+    assert sorted(engines.read_text().splitlines()) == [*policy, "TransformersScorer __init__"]
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_where_a_switch_is_not_proved_an_engine_is_started_for_each_alpha(swept, monkeypatch, engines, caplog):
+    """An engine that forgets to take other weights says so itself, by its answers."""
+    monkeypatch.setenv("EXPO_CACHE", str(engines.with_name("no verdicts")))
+    config = swept()
+    verb.run(config)
+    right = rows_of(Path(config.output))
+    monkeypatch.setenv("EXPO_CACHE", str(engines.with_name("none either")))
+    monkeypatch.setattr(TransformersGenerator, "load", lambda engine, setup: None)
+    engines.write_text("")
+    other = swept(output=config.output + "-other")
+    verb.run(other)
+    assert rows_of(Path(other.output)) == right
+    assert "does not answer as one started there" in caplog.text
+    assert "the engine is started for each α" in caplog.text
+    assert engines.read_text().count("TransformersGenerator __init__") == 2 + 3
+    assert record_of(Path(other.output))["switch"]["proved"] is False
+
+
+def test_a_rerun_is_complete_and_starts_nothing(swept, processes):
+    config = swept()
+    first = verb.run(config)
+    before, times = helpers.tree(Path(config.output)), {f: f.stat().st_mtime_ns for f in Path(config.output).rglob("*")}
+    processes.clear()
+    again = verb.run(config)
+    assert (first.status, again.status) == ("written", "already complete")
+    assert processes == []
+    assert helpers.tree(Path(config.output)) == before
+    assert {f: f.stat().st_mtime_ns for f in Path(config.output).rglob("*")} == times
+    assert again.record == record_of(Path(config.output))
+
+
+def test_more_alphas_extend_it(swept, processes):
+    config = swept()
+    verb.run(config)
+    before = rows_of(Path(config.output))
+    processes.clear()
+    verb.run(swept(alpha=(1.0,)))
+    after = rows_of(Path(config.output))
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {
+        f"{folder}_questions/dpo-ExPO-a1.0{suffix}.jsonl"
+        for folder, suffix in (("outputs", ""), ("rewards", ""), ("rewards", ".rows"))
+    }
+    assert len(processes) == 2
+    assert [one["alpha"] for one in record_of(Path(config.output))["alphas"]] == [0.0, 0.5, 1.0, 2.0]
+
+
+def test_a_larger_limit_extends_every_alpha(swept, tmp_path):
+    verb.run(swept(limit=5))
+    config = swept(limit=None)
+    verb.run(config)
+    whole = swept(output=str(tmp_path / "whole"))
+    verb.run(whole)
+    assert_same_rows(Path(config.output), Path(whole.output))
+    assert record_of(Path(config.output))["n"] == len(PROMPTS)
+
+
+def test_other_settings_are_refused_by_name_unless_overwritten(swept):
+    config = swept()
+    verb.run(config)
+    before = helpers.tree(Path(config.output))
+    with pytest.raises(InputError, match="temperature"):
+        verb.run(swept(temperature=0.3))
+    assert helpers.tree(Path(config.output)) == before
+    verb.run(swept(temperature=0.3, overwrite=True))
+    assert rows_of(Path(config.output)).keys() == {
+        name for name in before if name.endswith(".jsonl")
+    }  # none is left behind, and none is missing
+    assert record_of(Path(config.output))["fingerprint"] != json.loads(before["sweep.json"])["fingerprint"]
+
+
+def test_a_lost_record_or_picture_is_made_again_from_the_rows(swept, engines):
+    config = swept()
+    verb.run(config)
+    first = record_of(Path(config.output))
+    for name in ("sweep.json", "sweep.png"):
+        (Path(config.output) / name).unlink()
+        engines.write_text("")
+        assert verb.run(config).status == "written"
+        assert engines.read_text() == ""
+    again = record_of(Path(config.output))
+    for key in first.keys() - {"clock", "pair", "switch"}:
+        assert again[key] == first[key], key
+
+
+def test_rewards_that_are_lost_are_scored_again_without_generating(swept, processes):
+    config = swept()
+    verb.run(config)
+    before = rows_of(Path(config.output))
+    shutil.rmtree(Path(config.output) / "rewards_questions")
+    processes.clear()
+    verb.run(config)
+    assert rows_of(Path(config.output)) == before
+    assert len(processes) == 1
+
+
+def test_a_second_reward_model_can_be_added(swept, reward_model, llama_pair, tmp_path, processes):
+    other = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=3)
+    config = swept()
+    verb.run(config)
+    before = rows_of(Path(config.output))
+    processes.clear()
+    verb.run(swept(reward_model=(str(reward_model), str(other))))
+    after = rows_of(Path(config.output))
+    assert before.items() <= after.items()
+    assert {name for name in after if "@second" in name} == {
+        f"rewards_questions/dpo-ExPO-a{alpha}@second{suffix}"
+        for alpha in ("0.0", "0.5", "2.0")
+        for suffix in (".jsonl", ".rows.jsonl")
+    }
+    assert len(record_of(Path(config.output))["further"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_its_base_is_a_pair(swept, llama_pair, tmp_path, engines):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+    config = swept(dpo=str(save_adapter(llama_pair[0], tmp_path / "adapter", lora)), alpha=(2.0,), limit=4)
+    verb.run(config)
+    assert engines.read_text().count("TransformersGenerator load") >= 1
+    files = sorted(Path(config.output).glob("outputs_questions/*.jsonl"))
+    assert [file.name for file in files] == ["adapter-ExPO-a0.0.jsonl", "adapter-ExPO-a2.0.jsonl"]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_questions_of_several_turns(swept, alpaca_data):
+    questions = alpaca_data / "mt_bench" / "question.jsonl"
+    config = swept(task="mtbench", dataset=str(questions), limit=3, alpha=(2.0,), max_tokens=5, temperature=0.0)
+    assert verb.run(config).record["n"] == 6
+    assert verb.run(config).status == "already complete"
+
+
+def test_alpha_0_is_always_there_and_naming_it_is_no_duplicate(swept):
+    config = swept(alpha=(0.0, -0.5))
+    verb.run(config)
+    assert [one["alpha"] for one in record_of(Path(config.output))["alphas"]] == [-0.5, 0.0]
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["one folder", "a copy"])
+def test_a_pair_of_equal_models_ends_before_it_costs_anything(swept, llama_pair, tmp_path, engines, copied):
+    twin = tmp_path / "twin"
+    if copied:
+        shutil.copytree(llama_pair[1], twin)
+    config = swept(sft=str(twin if copied else llama_pair[1]), any_pair=False)
+    result = verb.run(config)
+    assert result.record["best_alpha"] == 0.0
+    assert engines.read_text() == ""
+    assert record_of(Path(config.output)) == result.record
+    assert verb.run(config).status == "already complete"
+
+
+def test_a_pair_that_inspect_finds_unsuited_is_refused_before_it_costs_anything(swept, llama_pair, tmp_path, engines):
+    far = tmp_path / "far"
+    shutil.copytree(llama_pair[0], far)
+    tensors = load_file(far / "model.safetensors")
+    save_file({name: 9 * torch.randn_like(tensor) for name, tensor in tensors.items()}, far / "model.safetensors")
+    config = swept(sft=str(far), any_pair=False)
+    with pytest.raises(InputError, match=r"--any-pair"):
+        verb.run(config)
+    assert engines.read_text() == ""
+    assert not Path(config.output).exists()
+
+
+def test_a_reward_model_without_a_head_is_refused_before_it_costs_anything(swept, llama_pair, engines):
+    config = swept(reward_model=(str(llama_pair[1]),))
+    with pytest.raises(InputError, match=llama_pair[1].name):
+        verb.run(config)
+    assert engines.read_text() == ""
+
+
+def test_what_a_process_refuses_ends_the_sweep_and_keeps_the_rows(swept, monkeypatch, processes):
+    right = TransformersScorer.score
+
+    def refuse(*_: object) -> None:
+        raise InputError("no such thing")
+
+    config = swept()
+    monkeypatch.setattr(TransformersScorer, "score", refuse)
+    with pytest.raises(InputError, match="no such thing"):
+        verb.run(config)
+    assert all(process.poll() is not None for process in processes)
+    monkeypatch.setattr(TransformersScorer, "score", right)
+    assert (Path(config.output) / "outputs_questions" / "dpo-ExPO-a0.0.jsonl").exists()
+    assert verb.run(config).status == "written"
+
+
+def test_the_plan_costs_little_and_writes_nothing(swept, processes, tmp_path):
+    config = swept(dry_run=True)
+    before = helpers.tree(tmp_path)
+    said = verb.plan(config).describe()
+    assert helpers.tree(tmp_path) == before
+    assert said["rows_to_generate"] == 3 * len(PROMPTS)
+    assert [one["for"] for one in said["cost"]] == ["policy", "rm"]
+    assert all(one["tokens"] > 0 and one["seconds"] >= 0 and one["memory_bytes"] > 0 for one in said["cost"])
+    assert [one["on"] for one in said["engines"]] == ["CPU", "CPU"]
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeypatch, tmp_path, capsys):
+    from expo.sweep import job
+
+    real = job.choose
+    monkeypatch.setattr(job, "choose", lambda runs: replace(real(runs), best_alpha=0.5))
+    monkeypatch.chdir(tmp_path)
+    result = verb.run(swept(write=True))
+    assert result.checkpoint is not None
+    written = helpers.tree(result.checkpoint)
+    shutil.rmtree(result.checkpoint)
+    words = shlex.split(result.record["command"])
+    assert words[0] == "expo"
+    assert cli.run(words[1:]) == 0
+    assert {n: c for n, c in helpers.tree(result.checkpoint).items() if n.endswith(".safetensors")} == {
+        n: c for n, c in written.items() if n.endswith(".safetensors")
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"alpha": (0.0,)}, "give another α"),
+        ({"alpha": (0.3, 0.3)}, "--alpha 0.3 is given more than once"),
+        ({"alpha": (float("nan"),)}, "--alpha must be a finite number"),
+        ({"reward_model": ("a", "a")}, "given twice"),
+        ({"reward_max_length": 0}, "--reward-max-length must be positive"),
+        ({"reward_engine_arg": ("x",)}, "--reward-engine-arg takes KEY=VALUE"),
+        ({"search": "hill"}, "--search must be one of"),
+        ({"engine": "openai"}, "--engine must be one of"),
+    ],
+)
+def test_settings_that_are_refused(swept, changed, message):
+    with pytest.raises(InputError, match=message):
+        verb.run(swept(**changed))
