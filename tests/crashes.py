@@ -32,6 +32,13 @@ WRITES = ("pwrite", "pwritev", "write", "ftruncate", "copy_file_range", "sendfil
 """Calls without such an event."""
 
 
+def mend_torch_threads() -> None:
+    """In a child, before it has threads: torch makes its thread pool anew when it is first asked for, and two threads
+    that ask at once may find none ("Invalid thread pool!")."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch._C.set_num_threads(torch.get_num_threads())
+
+
 def forked(action: Callable[[], int | None]) -> int:
     """Run something in a child process, silently but for what it raises; returns the child's number."""
     child = os.fork()
@@ -40,6 +47,7 @@ def forked(action: Callable[[], int | None]) -> int:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        mend_torch_threads()
         tqdm.set_lock(threading.RLock())  # its own is shared by all children, and stays taken where one was killed
         code = 1
         try:

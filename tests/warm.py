@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from crashes import ended
+from crashes import ended, mend_torch_threads
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def in_a_fork(**asked: Any) -> int:
     """`run`, in a fork of this process."""
     child = os.fork()
     if not child:
+        mend_torch_threads()
         os._exit(run(**asked))
     return ended(child)
 
