@@ -18,8 +18,8 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
 from extrapolate import ALPHA, Run, measure
+from switch import make_pair
 
 from expo.cli.program import PROCESS_ENVIRONMENT
 
@@ -37,20 +37,6 @@ ENGINES = ("transformers", "vllm")
 DTYPES = ("bfloat16", "float32")
 
 
-def make_pair(model: Path, work: Path) -> tuple[Path, Path]:
-    """Two random checkpoints, one a small step from the other."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **SHAPE), dtype=torch.bfloat16)
-    for name in ("sft", "dpo"):
-        network.save_pretrained(work / name)
-        AutoTokenizer.from_pretrained(model).save_pretrained(work / name)
-        for weight in network.parameters():
-            weight.data += 0.001 * torch.randn_like(weight)
-    return work / "sft", work / "dpo"
-
-
 def nbytes(folder: Path) -> int:
     """Of a checkpoint's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -64,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     os.environ |= {name: value for name, value in PROCESS_ENVIRONMENT.items() if name not in os.environ}
-    sft, dpo = make_pair(options.model, options.work)
+    sft, dpo = make_pair(options.model, options.work, **SHAPE)
     written, prompts = options.work / "written", options.work / "prompts.jsonl"
     expo = [sys.executable, "-m", "expo"]
     pair = ["--sft", str(sft), "--dpo", str(dpo), "--alpha", str(ALPHA)]
