@@ -184,6 +184,32 @@ def test_nothing_of_the_model_is_kept(tmp_path: Path) -> None:
         assert [one.shape for one in _tensors_alive() if id(one) not in kept and one.shape == (64, 1024)] == []
 
 
+def test_at_most_one_tensor_is_computed_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, _ = pair_of(tmp_path, "plain")
+    computed: list[str] = []
+    compute = Theta.tensor
+
+    def tensor(theta: Theta, name: str) -> torch.Tensor:
+        computed.append(name)
+        return compute(theta, name)
+
+    monkeypatch.setattr(Theta, "tensor", tensor)
+    with theta_of(pair) as theta:
+        for taken, _ in enumerate(theta, start=1):
+            assert taken <= len(computed) <= taken + 1
+        assert tuple(computed) == theta.names
+
+
+def test_a_caller_may_leave_early(tmp_path: Path) -> None:
+    pair, _ = pair_of(tmp_path, "plain")
+    with theta_of(pair) as theta:
+        expected = contents(dict(theta))
+        tensors = iter(theta)
+        next(tensors)
+        tensors.close()  # type: ignore[attr-defined]
+        assert contents(dict(theta)) == expected
+
+
 def _tensors_alive() -> list[torch.Tensor]:
     return [one for one in gc.get_objects() if type(one) is torch.Tensor]
 

@@ -1,14 +1,16 @@
 """θ(α) tensor by tensor, for an engine that loads it: the plan of a pair, executed into memory instead of files.
 
-Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensor and not with the model: a tensor is
-not kept after it was returned. The computation is in `stream.py`.
+Bit for bit what `expo extrapolate` writes. Memory grows with the largest tensors and not with the model: a tensor is
+not kept after it was returned, and at most one is computed ahead. The computation is in `stream.py`.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -94,8 +96,20 @@ class Theta:
         return self._each(sorted(self._tensors, key=key))
 
     def _each(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, self.tensor(name)
+        """The next tensor is computed while the caller uses the last one."""
+        coming: deque[tuple[str, Future[Tensor]]] = deque()
+
+        def first() -> tuple[str, Tensor]:
+            name, future = coming.popleft()
+            return name, future.result()
+
+        with ThreadPoolExecutor(1) as ahead:
+            for name in names:
+                coming.append((name, ahead.submit(self.tensor, name)))
+                if len(coming) > 1:
+                    yield first()
+            while coming:
+                yield first()
         self.check_change()
 
     @property
