@@ -207,14 +207,14 @@ def require_choice(flag: str, value: str, choices: object) -> None:
     require(value in names, f"{flag} must be one of {', '.join(names)}, not {value!r}")
 
 
-def require_device(value: str) -> None:
+def require_device(value: str, flag: str = "--device") -> None:
     """Refuse an invalid device.
 
     Raises:
         InputError: It is invalid; the message names the flag.
     """
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is not None
-    require(known, f"--device must be auto, cpu, cuda or cuda:N, not {value!r}")
+    require(known, f"{flag} must be auto, cpu, cuda or cuda:N, not {value!r}")
 
 
 def require_base_url(url: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_a_sweeps_folder_stands_for_its_runs(tmp_path: Path) -> None:
     assert [(one["name"], one["alpha"]) for one in found] == [
         (f"zephyr-ExPO-a{alpha}", alpha) for alpha in (0.0, -1.0, 0.1, 0.5)
     ]
+
+
+def test_outputs_that_are_not_the_sweeps_are_left_alone(tmp_path: Path) -> None:
+    """Of another DPO model, or another task, which lie in its folder since before it was begun anew."""
+    for name in ("aaa", "zephyr", "zzz"):
+        write_files(tmp_path, made_runs(20, [f"{name}-ExPO-a{alpha}" for alpha in (0.0, 0.5)], characters=120))
+    shutil.copytree(tmp_path / "outputs_made", tmp_path / "outputs_other")
+    listed = [{"alpha": alpha, "name": f"zephyr-ExPO-a{alpha}"} for alpha in (0.0, 0.5)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"best_alpha": 0.5, "task": "made", "alphas": listed}))
+    job = plan(ReportConfig(runs=(str(tmp_path),)))
+    assert [run.name for run in job.runs] == ["zephyr-ExPO-a0.0", "zephyr-ExPO-a0.5"]
+    assert {run.task for run in job.runs} == {"made"}
 
 
 def swept(folder: Path, chosen: float, rejected: str | None) -> list[Run]:

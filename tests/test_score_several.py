@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from expo.cli import program as cli
 from expo.config import ScoreConfig
 from expo.engines import transformers_reward as backend
 from expo.errors import EnvironmentFailure, InputError
+from expo.rows import EngineKeeper
 from expo.score import scorers
 
 THREE = ["m.jsonl", "m.meta.json", "m.rows.jsonl"]
@@ -352,3 +354,16 @@ def test_a_run_killed_in_the_second_goes_on_there(trained, alpaca_data, tmp_path
             assert (tmp_path / "killed" / name).read_bytes() == content
     meta = json.loads((folder / "m@tiny-other.meta.json").read_text())
     assert meta["rows_this_run"] <= 200 - done + 1
+
+
+def test_an_engine_stays_for_all_rows_that_it_had_room_for(first, second, outputs):
+    """Also after shorter ones, and only with the same engine."""
+    short, long = (verb.plan(settings(first, outputs.parents[1])).with_room(room, None) for room in (24, 40))
+    other = verb.plan(settings(second, outputs.parents[1]))
+    with closing(EngineKeeper()) as keeper:
+        opened = keeper.engine_for(long)
+        assert keeper.engine_for(short) is opened
+        assert keeper.engine_for(long) is opened
+        assert keeper.engine_for(other) is not opened
+        opened = keeper.engine_for(long)
+        assert keeper.engine_for(replace(long, engine="another")) is not opened

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_score import make_reward_model
 
-from expo import extrapolate, generate, score, sweep as verb
+from expo import extrapolate, generate, report, score, sweep as verb
 from expo.cli import program as cli
-from expo.config import ExtrapolateConfig, GenerateConfig, ScoreConfig, SweepConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, ReportConfig, ScoreConfig, SweepConfig
 from expo.engines.transformers import TransformersGenerator
 from expo.engines.transformers_reward import TransformersScorer
 from expo.errors import InputError
+from expo.rows import dates
+from expo.sweep.plan import in_sweep
 
 PROMPTS = [f"w{number} w{number * 7 % 50} w{number * 3 % 50}" for number in range(12)]
 ALPHAS = (0.5, 2.0)
@@ -301,9 +304,9 @@ def test_questions_of_several_turns(swept, alpaca_data):
 
 
 def test_alpha_0_is_always_there_and_naming_it_is_no_duplicate(swept):
-    config = swept(alpha=(0.0, -0.5))
+    config = swept(alpha=(0.0, -0.5, 0.5))
     verb.run(config)
-    assert [one["alpha"] for one in record_of(Path(config.output))["alphas"]] == [-0.5, 0.0]
+    assert [one["alpha"] for one in record_of(Path(config.output))["alphas"]] == [-0.5, 0.0, 0.5]
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["one folder", "a copy"])
@@ -367,10 +370,10 @@ def test_the_plan_costs_little_and_writes_nothing(swept, processes, tmp_path):
 
 
 def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeypatch, tmp_path, capsys):
-    from expo.sweep import job
+    from expo.sweep import conclude
 
-    real = job.choose
-    monkeypatch.setattr(job, "choose", lambda runs: replace(real(runs), best_alpha=0.5))
+    real = conclude.choose
+    monkeypatch.setattr(conclude, "choose", lambda runs: replace(real(runs), best_alpha=0.5))
     monkeypatch.chdir(tmp_path)
     result = verb.run(swept(write=True))
     assert result.checkpoint is not None
@@ -387,7 +390,11 @@ def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeyp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"alpha": (0.0,)}, "give another α"),
+        ({"alpha": (0.0,)}, "--alpha 0 leaves nothing to choose: give an α above 0"),
+        ({"alpha": (-0.5,)}, "--alpha -0.5 leaves nothing to choose"),
+        ({"alpha_for": ("norm=0.5",)}, "--alpha-for norm=0.5 would change α = 0 as well"),
+        ({"reward_device": "gpu"}, "--reward-device must be auto"),
+        ({"reward_engine": "openai"}, "--reward-engine must be one of"),
         ({"alpha": (0.3, 0.3)}, "--alpha 0.3 is given more than once"),
         ({"alpha": (float("nan"),)}, "--alpha must be a finite number"),
         ({"reward_model": ("a", "a")}, "given twice"),
@@ -400,3 +407,188 @@ def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeyp
 def test_settings_that_are_refused(swept, changed, message):
     with pytest.raises(InputError, match=message):
         verb.run(swept(**changed))
+
+
+# --- what a further run may meet ------------------------------------------------------------------------------------
+
+
+class AnotherDay:
+    """Stands in for `datetime` where dates of templates are taken: each time it is asked, in whatever process, it is
+    another day."""
+
+    fromisoformat = staticmethod(datetime.fromisoformat)
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        file.touch()
+
+    def now(self) -> datetime:
+        with self._file.open("a") as stream:
+            stream.write("\n")
+        return datetime(2024, 3, len(self._file.read_text()) % 28 + 1)
+
+
+def test_all_prompts_of_a_sweep_have_one_date(swept, tmp_path, monkeypatch):
+    """Where chat templates write one: whenever α are begun, in whatever process, and by a further run."""
+    monkeypatch.setattr(dates, "datetime", AnotherDay(tmp_path / "asked"))
+    template = tmp_path / "dated.jinja"
+    dated = "{{ bos_token }} w{{ strftime_now('%d') | int }} "
+    template.write_text(helpers.CHAT_TEMPLATE.replace("{{ bos_token }}", dated, 1))
+    both = {"chat_template": str(template), "reward_chat_template": str(template)}
+    verb.run(swept(limit=5, **both))
+    config = swept(alpha=(*ALPHAS, 1.0), **both)
+    verb.run(config)
+    assert verb.run(config).status == "already complete"
+    metas = [json.loads(file.read_text()) for file in Path(config.output).rglob("*_questions/*.meta.json")]
+    moments = [(meta["command"], meta["fingerprint"]["template_date"]) for meta in metas]
+    assert len(moments) == 2 * 4
+    assert len(set(moments)) == 2, moments
+
+
+def test_prompts_of_another_date_are_refused(swept, tmp_path, monkeypatch):
+    monkeypatch.setattr(dates, "datetime", AnotherDay(tmp_path / "asked"))
+    template = tmp_path / "dated.jinja"
+    template.write_text(helpers.CHAT_TEMPLATE + "w{{ strftime_now('%d') | int }}")
+    config = swept(chat_template=str(template))
+    generate.run(config.generating(0.5, config.output))
+    with pytest.raises(InputError, match="writes a date into prompts"):
+        verb.run(config)
+
+
+def test_only_the_reward_models_that_are_given_judge(swept, reward_model, llama_pair, tmp_path):
+    other = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=3)
+    verb.run(swept(reward_model=(str(reward_model), str(other))))
+    assert verb.run(swept()).record["further"] == []
+    assert verb.run(swept(alpha=(1.0,))).record["further"] == []
+    again = verb.run(swept(temperature=0.3, overwrite=True))  # rewards of the old answers are left, and in no figure
+    assert again.record["further"] == []
+    assert verb.run(swept(temperature=0.3)).status == "already complete"
+
+
+@pytest.mark.parametrize("fault", ["no chat template", "another length"])
+def test_what_is_wrong_with_a_reward_model_is_said_before_it_costs_anything(
+    swept, reward_model, tmp_path, engines, fault
+):
+    if fault == "no chat template":
+        bare = Path(shutil.copytree(reward_model, tmp_path / "bare"))
+        for file in (bare / "chat_template.jinja", bare / "tokenizer_config.json"):
+            if file.suffix == ".json":
+                file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": None}))
+            else:
+                file.unlink(missing_ok=True)
+        config, message = swept(reward_model=(str(bare),)), "--reward-chat-template FILE"
+    else:
+        verb.run(swept(limit=4))
+        config, message = swept(reward_max_length=16), "made with another max-length"
+    engines.write_text("")
+    before = helpers.tree(Path(config.output)) if Path(config.output).exists() else {}
+    with pytest.raises(InputError, match=message):
+        verb.run(config)
+    assert engines.read_text() == ""
+    assert (helpers.tree(Path(config.output)) if Path(config.output).exists() else {}) == before
+
+
+def test_an_unfinished_extension_has_no_verdict(swept, monkeypatch):
+    config = swept()
+    verb.run(config)
+    more = swept(alpha=(1.0,))
+
+    def refuse(*_: object) -> None:
+        raise InputError("no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersScorer, "score", refuse)
+        with pytest.raises(InputError, match="no such thing"):
+            verb.run(more)
+    record = record_of(Path(config.output))
+    assert (record["best_alpha"], record["verdict"], record["command"]) == (None, None, None)
+    assert "not finished" in record["notes"][0]
+    assert not (Path(config.output) / "sweep.png").exists()
+    assert verb.run(more).status == "written"
+    record = record_of(Path(config.output))
+    assert [one["alpha"] for one in record["alphas"]] == [0.0, 0.5, 1.0, 2.0]
+    assert record["verdict"]
+    assert record["pair"] is not None
+
+
+def test_alphas_of_unequal_rows_are_reported_as_the_sweep_compared_them(swept, tmp_path):
+    verb.run(swept())
+    config = swept(limit=5, alpha=(1.0,))
+    record = verb.run(config).record
+    assert [one["n"] for one in record["alphas"]] == [12, 12, 5, 12]
+    page = tmp_path / "r.html"
+    report.run(ReportConfig(runs=(config.output,), output=str(page)))
+    assert (
+        report.plan(ReportConfig(runs=(config.output,), output=str(page), overwrite=True)).sweep.best_alpha
+        == (record["best_alpha"])
+    )
+    mean = f"{record['alphas'][2]['mean']:.3f}"[:-1]
+    assert mean.replace("-", "\N{MINUS SIGN}") in page.read_text()
+
+
+def test_a_row_that_fails_counts_once_for_each_alpha(swept, task):
+    with task.open("a") as stream:
+        stream.write(json.dumps({"prompt": "w1 " * 3000}) + "\n")
+    result = verb.run(swept())
+    assert (result.failed, result.can_retry) == (3, False)
+    assert result.reason
+
+
+def test_a_mistaken_sft_is_no_obstacle(swept, llama_pair):
+    wrong = verb.run(swept(sft=str(llama_pair[1])))
+    right = verb.run(swept())
+    assert wrong.record.keys() >= right.record.keys() - {"config", "switch", "engines", "clock", "rows_xxh3"}
+    for one, other in zip(wrong.record["alphas"], right.record["alphas"], strict=True):
+        assert one.keys() == other.keys()
+
+
+def test_overwrite_replaces_the_checkpoint_too(swept, monkeypatch, llama_pair, tmp_path):
+    from expo.sweep import conclude
+
+    real = conclude.choose
+    monkeypatch.setattr(conclude, "choose", lambda runs: replace(real(runs), best_alpha=0.5))
+    dpo = Path(shutil.copytree(llama_pair[1], tmp_path / "dpo"))
+    first = verb.run(swept(dpo=str(dpo), write=True))
+    assert first.checkpoint is not None
+    file = next(dpo.glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    before = helpers.tree(first.checkpoint)
+    again = verb.run(swept(dpo=str(dpo), write=True, overwrite=True))
+    assert again.checkpoint == first.checkpoint
+    assert helpers.tree(first.checkpoint) != before
+
+
+def test_the_plan_counts_what_is_missing(swept, reward_model, llama_pair, tmp_path):
+    assert verb.plan(swept(sft=str(llama_pair[1]))).describe()["pair"] == "identical"
+    verb.run(swept(limit=5))
+    assert verb.plan(swept(limit=5)).describe()["rows_to_generate"] == 0
+    said = verb.plan(swept(limit=7)).describe()
+    assert (said["rows_to_generate"], said["rows_to_score"]) == (3 * 2, 3 * 2)
+    other = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=3)
+    said = verb.plan(swept(limit=5, reward_model=(str(reward_model), str(other)))).describe()
+    assert (said["rows_to_generate"], said["rows_to_score"]) == (0, 3 * 5)
+    assert [(one["for"], one["rows"]) for one in said["cost"]] == [("second", 3 * 5)]
+
+
+def test_the_plan_refuses_what_the_run_refuses(swept, llama_pair, tmp_path, engines):
+    far = tmp_path / "far"
+    shutil.copytree(llama_pair[0], far)
+    tensors = load_file(far / "model.safetensors")
+    save_file({name: 9 * torch.randn_like(tensor) for name, tensor in tensors.items()}, far / "model.safetensors")
+    with pytest.raises(InputError, match=r"--any-pair"):
+        verb.plan(swept(sft=str(far), any_pair=False)).describe()
+    assert engines.read_text() == ""
+
+
+def test_shared_seeds_are_said_to_spoil_the_intervals(swept, caplog):
+    result = verb.run(swept(seed_mode="shared", limit=3))
+    assert any("--seed-mode row" in note for note in result.record["notes"])
+    assert "--seed-mode row" in caplog.text
+
+
+def test_messages_name_the_flags_of_a_sweep():
+    said = "--device must be …; pass --chat-template FILE, or another --name or --output-dir, in /a--device/b--name"
+    assert in_sweep(said, reward=False) == said.replace(" --name", " --output").replace("--output-dir", "--output")
+    assert in_sweep(said, reward=True).startswith("--reward-device must be …; pass --reward-chat-template FILE")
+    assert in_sweep(said, reward=True).endswith("/a--device/b--name")

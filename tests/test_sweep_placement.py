@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
+from expo.errors import InputError
 from expo.sweep.placement import GPU_SHARE, HOST_SHARE, Model, as_told, on_cpu, on_gpus
 
 GB = 1 << 30
@@ -63,13 +64,61 @@ def test_an_engine_that_does_not_spread_has_one_gpu():
         (["cpu", "cuda"], [(), ("3",)], [True, True]),
         (["cuda:1", "cuda:0"], [("5",), ("3",)], [True, True]),
         (["cuda:0", "cuda:0"], [("3",), ("3",)], [True, False]),
-        (["auto", "cpu"], [("3",), ()], [True, True]),
+        (["auto", "cpu"], [("3", "5"), ()], [True, True]),
+        (["auto", "cuda:0"], [("5",), ("3",)], [True, True]),
+        (["auto", "auto"], [("3", "5"), ("3",)], [True, False]),
     ],
 )
 def test_devices_that_are_named(devices, gpus, beside):
-    places = as_told(model(1), [model(1)], devices, ["3", "5"])
+    places = as_told(model(1), [model(1)], devices, ["3", "5"], 80 * GB)
     assert [place.gpus for place in places] == gpus
     assert [place.side_by_side for place in places] == beside
+
+
+def test_a_number_of_gpus_that_the_user_gives_holds_with_devices_that_are_named():
+    policy, reward = as_told(model(1, gpus=2), [model(1)], ["auto", "cpu"], list("0123"), 80 * GB)
+    assert (policy.gpus, reward.gpus) == (("0", "1"), ())
+    policy, reward = as_told(model(1), [model(140)], ["cuda:3", "cuda"], list("0123"), 80 * GB)
+    assert (policy.gpus, reward.gpus) == (("3",), ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            lambda: as_told(model(1), [model(1)], ["cuda:5", "cpu"], ["0", "1"], 80 * GB),
+            "--device cuda:5: there are cuda:0 to",
+        ),
+        (
+            lambda: as_told(model(1), [model(1)], ["cpu", "cuda:1"], ["0"], 80 * GB),
+            "--reward-device cuda:1: there is only",
+        ),
+        (
+            lambda: as_told(model(1, gpus=2), [model(1)], ["auto", "cuda:1"], ["0", "1"], 80 * GB),
+            "--tensor-parallel 2 needs 2",
+        ),
+        (lambda: on_gpus(model(1, gpus=8), [model(1)], ["0", "1"], GB), "--tensor-parallel 8 needs 8 GPUs, and 2 are"),
+        (lambda: on_gpus(model(1), [model(1, gpus=2)], ["0"], GB), "--reward-tensor-parallel 2 needs 2 GPUs, and 1 is"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(place, message):
+    with pytest.raises(InputError, match=message):
+        place()
+
+
+def test_a_large_reward_model_has_a_power_of_two_as_well():
+    policy, reward = on_gpus(model(15), [model(140)], list("01234567"), 80 * GB)
+    assert (policy.gpus, reward.gpus) == (("0", "1", "2", "3"), ("4", "5", "6", "7"))
+
+
+def test_after_the_policy_a_reward_model_has_all_the_gpus_it_needs():
+    policy, reward = on_gpus(model(140), [model(140)], ["0", "1", "2", "3"], 80 * GB)
+    assert (policy.gpus, reward.gpus, reward.side_by_side) == (tuple("0123"), tuple("0123"), False)
+
+
+def test_a_shared_reward_model_has_the_gpus_that_the_user_gives_it():
+    policy, reward = on_gpus(model(15, gpus=2), [model(15, gpus=2)], ["0", "1"], 80 * GB)
+    assert (policy.gpus, reward.gpus, reward.side_by_side) == (("0", "1"), ("0", "1"), True)
 
 
 sizes = st.floats(0.01, 200)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,17 @@ class LeftOut:
         """As plain data."""
         turn = {"turn": self.turn} if self.turn else {}
         return {"id": self.id, "sample": self.sample, **turn, "run": self.run, "reason": self.reason}
+
+
+def with_rows_of(base: Run, run: Run) -> Run:
+    """A run with a row, without an answer or a reward, for each that it lacks: others keep theirs."""
+    there = {row.key for row in run.rows}
+    missing = [row for row in base.rows if row.key not in there]
+    if not missing:
+        return run
+    empty = tuple(replace(row, output=None, tokens=None, finish_reason=None) for row in missing)
+    rewards = {model: (*values, *(None for _ in missing)) for model, values in run.rewards.items()}
+    return replace(run, rows=(*run.rows, *empty), rewards=rewards)
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,19 @@ class SweepConfig(PairConfig, SamplingConfig):
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
         require(twice is None, f"--alpha {twice} is given more than once")
-        require(len(self.alphas) > 1, "--alpha 0 is DPO itself, which is always measured: give another α to compare")
+        only = f"--alpha {' '.join(f'{alpha:g}' for alpha in self.alpha)}"
+        require(max(self.alphas) > 0, f"{only} leaves nothing to choose: give an α above 0, with which 0 is compared")
         require_choice("--search", self.search, Search)
+        moved = next((f"{pattern}={alpha:g}" for pattern, alpha in self.alphas_for if alpha), None)
+        require(
+            moved is None,
+            f"--alpha-for {moved} would change α = 0 as well, which is DPO itself in a sweep: tensors can be held at "
+            "DPO's (PATTERN=0), and `expo extrapolate --alpha-for` writes any other mix",
+        )
         object.__setattr__(self, "reward_model", checked_reward_models(self.reward_model))
         require_choice("--reward-dtype", self.reward_dtype, Dtype)
         require_choice("--reward-bos", self.reward_bos, Bos)
-        require_device(self.reward_device)
+        require_device(self.reward_device, "--reward-device")
         require_engine_args("--reward-engine-arg", self.reward_engine_arg)
         require_tensor_parallel("--reward-tensor-parallel", self.reward_tensor_parallel)
         for flag, size in (

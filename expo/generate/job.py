@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -60,6 +61,7 @@ def run(
     config: GenerateConfig,
     keeper: EngineKeeper | None = None,
     *,
+    moment: str | None = None,
     gpu_share: float | None = None,
     probe: str | None = None,
 ) -> Generated:
@@ -68,6 +70,7 @@ def run(
     Args:
         config: The settings.
         keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
+        moment: As `plan` has it.
         gpu_share: The engine's share of each GPU's memory, where it is not alone there.
         probe: A file for what the engine answers to a probe; then no rows are made.
 
@@ -77,8 +80,8 @@ def run(
     """
     if probe is not None:
         with kept_or_own(keeper) as engines:
-            return _probe(plan(config).with_gpu_share(gpu_share), engines, Path(probe))
-    done = run_job(plan_to_run(plan, config).with_gpu_share(gpu_share), keeper)
+            return _probe(plan(config, moment).with_gpu_share(gpu_share), engines, Path(probe))
+    done = run_job(plan_to_run(partial(plan, moment=moment), config).with_gpu_share(gpu_share), keeper)
     files, meta = done.job.files, done.meta
     return Generated(files.final, files.meta, done.status, meta["rows"], meta["failed"], done.reason, done.can_retry)
 
@@ -189,9 +192,10 @@ class GenerateJob(RowJob):
         return replace(self, setup=replace(self.setup, gpu_share=share))
 
     def worker_options(self) -> dict[str, Any]:
-        """The engine's share of a GPU, and the file of a probe."""
+        """The date in prompts, the engine's share of a GPU, and the file of a probe."""
         share, probe = self.setup.gpu_share, self.probe
         return {
+            **super().worker_options(),
             **({} if share is None else {"gpu_share": share}),
             **({} if probe is None else {"probe": str(probe)}),
         }
@@ -348,8 +352,12 @@ def failed_row(key: Key, reason: str, *, lasting: bool) -> Row:
     }
 
 
-def plan(config: GenerateConfig) -> GenerateJob:
+def plan(config: GenerateConfig, moment: str | None = None) -> GenerateJob:
     """Decide everything from the prompts and the model's small files; nothing is written.
+
+    Args:
+        config: The settings.
+        moment: At which the clock of a chat template stands, in ISO 8601, if the output is begun now; None: now.
 
     Raises:
         InputError: The model, the task or a setting is at fault.
@@ -384,7 +392,7 @@ def plan(config: GenerateConfig) -> GenerateJob:
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
     fingerprint = Fingerprint(made_from, {**absent_values(config, "rows", "batches", "weights"), **spec.absent})
-    date = find_date(files, fingerprint, overwrite=config.overwrite) if model.asks_for_time else None
+    date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment) if model.asks_for_time else None
     if date is not None:
         model, fingerprint = model.at(date.moment), fingerprint.with_entry(date.entry)
     builder, first = RequestBuilder.begin(config, task, model, prompts)

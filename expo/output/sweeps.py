@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo.errors import InputError
-from expo.files import read_json, shown
+from expo.files import Row, read_json, shown
 
 RECORD = "sweep.json"
 PICTURE = "sweep.png"
@@ -19,10 +19,15 @@ PICTURE = "sweep.png"
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What sweep.json says that its rows do not."""
+    """What sweep.json says."""
 
+    content: Row
+    """All of it, as it is in the file."""
     alphas: tuple[float, ...]
     """In its order."""
+    names: Mapping[float, str]
+    """α → the name of its output, where it is said."""
+    task: str | None
     best_alpha: float | None
     """The one that was chosen, 0 where none was; None where there is no choice yet."""
     verdict: str | None
@@ -47,12 +52,17 @@ def read_sweep(folder: Path) -> SweepRecord:
     entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     alphas = {alpha: one for one in entries if (alpha := _number(one.get("alpha"))) is not None}
     if not alphas:
-        raise InputError(f"{folder / RECORD} lists no alphas: {shown(listed)}")
-    best, verdict, notes = record.get("best_alpha"), record.get("verdict"), record.get("notes")
+        raise InputError(
+            f"{folder / RECORD} lists no alphas ({shown(listed)}), so that expo sweep did not write it: move it away"
+        )
+    best, verdict, notes, task = (record.get(key) for key in ("best_alpha", "verdict", "notes", "task"))
     if best is not None and _number(best) not in alphas:
         raise InputError(f"{folder / RECORD} chose an α that it does not list: {shown(best)}")
     return SweepRecord(
+        content=record,
         alphas=tuple(alphas),
+        names={alpha: name for alpha, one in alphas.items() if isinstance(name := one.get("name"), str)},
+        task=task if isinstance(task, str) else None,
         best_alpha=_number(best),
         verdict=verdict if isinstance(verdict, str) and verdict else None,
         notes=tuple(filter(lambda note: isinstance(note, str), notes)) if isinstance(notes, list) else (),

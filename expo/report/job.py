@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo.compare.comparison import compare
+from expo.compare.pairing import with_rows_of
 from expo.compare.reading import read_runs
 from expo.compare.run import Run
 from expo.config import ReportConfig
@@ -103,9 +104,12 @@ def run(config: ReportConfig) -> Report:
         EnvironmentFailure: Writing failed.
     """
     job = plan(config)
-    references = [one.name for one in job.runs if (one.alpha or 0.0) < 0] if job.sweep else []
-    comparison = compare(job.runs, intersect=config.intersect, apart=references)  # as the sweep compared them
-    aligned = align(job.runs, [table.key for table in comparison.tables if table.key is not None])
+    runs, references, intersect = job.runs, list[str](), config.intersect
+    if job.sweep:  # as it compared them
+        runs, intersect = tuple(with_rows_of(job.runs[0], one) for one in job.runs), True
+        references = [one.name for one in runs if (one.alpha or 0.0) < 0]
+    comparison = compare(runs, intersect=intersect, apart=references)
+    aligned = align(runs, [table.key for table in comparison.tables if table.key is not None])
     drawn, found = charts_of(aligned, comparison, job.sweep), verdict(aligned, comparison, job.sweep)
     missing = tuple(dict.fromkeys([*sweep_notes(job.sweep), *comparison.notes, *notes(aligned)]))
     content = build(aligned, comparison, found, drawn, missing).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 from expo.compare.run import Run
@@ -20,7 +21,13 @@ def sweep_files(folder: Path, record: SweepRecord) -> list[str]:
     Raises:
         InputError: They are not beside sweep.json.
     """
-    found = {alpha: file for file in _outputs(folder) if (alpha := _alpha(file.stem)) in record.alphas}
+    found = {
+        alpha: file
+        for file in _outputs(folder, record.task)
+        if (alpha := _alpha(file.stem)) in record.alphas and record.names.get(alpha, file.stem) == file.stem
+    }
+    if not found and record.content.get("n") == 0:
+        raise InputError(f"{folder} has nothing to show: {record.verdict}")
     if 0.0 not in found or len(found) < 2:
         there = ", ".join(map(repr, sorted(alpha for alpha in found if alpha is not None))) or "none"
         raise InputError(f"{folder} has outputs of too few α of its {RECORD} (α = 0 and another are needed): {there}")
@@ -29,8 +36,8 @@ def sweep_files(folder: Path, record: SweepRecord) -> list[str]:
     return [str(found[alpha]) for alpha in sorted(found, key=lambda alpha: (alpha != 0, alpha))]
 
 
-def _outputs(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("outputs_*/*"))
+def _outputs(folder: Path, task: str | None) -> list[Path]:
+    files = sorted(folder.glob("outputs_*/*" if task is None else f"{escape(f'outputs_{task}')}/*"))
     return [file for file in files if file.suffix in SUFFIXES and not file.stem.endswith(OWN_ENDINGS)]
 
 

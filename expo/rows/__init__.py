@@ -1,6 +1,6 @@
 """Row jobs (generate, score): what one is, the loop that runs it, its files, its parts and its workers."""
 
-from expo.rows.job import EngineKeeper, RowJob, is_complete, kept_or_own
+from expo.rows.job import EngineKeeper, RowJob, is_complete, kept_or_own, missing_rows
 from expo.rows.run import plan_to_run, run
 
-__all__ = ["EngineKeeper", "RowJob", "is_complete", "kept_or_own", "plan_to_run", "run"]
+__all__ = ["EngineKeeper", "RowJob", "is_complete", "kept_or_own", "missing_rows", "plan_to_run", "run"]

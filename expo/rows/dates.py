@@ -43,18 +43,19 @@ class TemplateDate:
     """Why no further rows may be made; None where they may."""
 
 
-def find_date(files: RowFiles, made_from: Fingerprint, *, overwrite: bool) -> TemplateDate:
-    """The date of the output that is there, or of its parts, else now.
+def find_date(files: RowFiles, made_from: Fingerprint, *, overwrite: bool, moment: str | None = None) -> TemplateDate:
+    """The date of the output that is there, or of its parts, else the moment.
 
     Args:
         files: The files of the whole output.
         made_from: The fingerprint without a date.
         overwrite: Whether an output made with other settings is replaced.
+        moment: That of other outputs which are compared with this one, in ISO 8601; None: now.
 
     Raises:
         InputError: What is there is damaged.
     """
-    now = datetime.now().isoformat(timespec="seconds")
+    now = moment or datetime.now().isoformat(timespec="seconds")
     date = TemplateDate(now, {KEY: now}, is_new=True)
     for recorded in _recorded(files, made_from):
         entry = {KEY: recorded[KEY]} if KEY in recorded else {}

@@ -172,7 +172,7 @@ class RowJob(ABC):
 
     def worker_options(self) -> dict[str, Any]:
         """What the verb's `run` is given besides the settings, in a process that does this job or a part of it."""
-        return {}
+        return {} if self.date is None else {"moment": self.date.moment}
 
     @abstractmethod
     def open_engine(self) -> Any:  # noqa: ANN401 - of the verb's kind
@@ -278,11 +278,11 @@ class EngineKeeper:
 
     def __init__(self) -> None:
         self._engine: Any = None
-        self._setup: Setup | None = None
+        self._of: RowJob | None = None  # the job that it was opened for
 
     def engine_for(self, job: RowJob) -> Any:  # noqa: ANN401 - of the verb's kind
         """The live engine where it can do this job, else a new one."""
-        if self._engine is not None and type(job.setup) is type(self._setup) and job.setup.takes_over(self._setup):
+        if self._engine is not None and self._of is not None and self._goes_on(self._of, job):
             try:
                 self._engine.load(job.setup)
             except BaseException:
@@ -290,9 +290,13 @@ class EngineKeeper:
                 raise
         else:
             self.close()
-            self._engine = job.open_engine()
-        self._setup = job.setup
+            self._engine, self._of = job.open_engine(), job
         return self._engine
+
+    @staticmethod
+    def _goes_on(before: RowJob, job: RowJob) -> bool:
+        same = before.engine == job.engine and type(before.setup) is type(job.setup)
+        return same and job.setup.takes_over(before.setup)
 
     def close(self) -> None:
         """Close the engine, where there is one."""
@@ -360,6 +364,22 @@ def is_complete(job: RowJob) -> bool:
         InputError: The output is damaged, or was made with other settings, and `--overwrite` is not given.
     """
     return rows_to_extend(job, job.files.require_own()) is None
+
+
+def missing_rows(job: RowJob) -> int:
+    """How many rows are left to do; no weights are read.
+
+    Raises:
+        InputError: As `is_complete`.
+    """
+    found = job.files.require_own()
+    rows = rows_to_extend(job, found)
+    if rows is None:
+        return 0
+    if found.state is State.UNFINISHED and job.fingerprint == found.fingerprint:
+        rows = [row for row in found.journal if not job.is_interim(row)]
+    there = job.answered(require_columns(rows, job.columns, job.files.journal))
+    return sum(key not in there for key in job.keys)
 
 
 def rows_to_extend(job: RowJob, found: Found) -> list[Row] | None:

@@ -25,7 +25,7 @@ from expo.engines import token_batches
 from expo.engines.log_probs import Answered, LogProbs, LogProbSetup, Side
 from expo.files import Row
 from expo.rows.files import Columns
-from expo.rows.job import Figures, Rows
+from expo.rows.job import Figures, RowJob, Rows
 from expo.score.job import JOURNAL_COLUMNS, ROW_COLUMNS, ScoreJob
 from expo.score.rows import ScoreRow
 
@@ -149,8 +149,8 @@ class ImplicitJob(ScoreJob):
         return self
 
     def worker_options(self) -> dict[str, Any]:
-        """Which of the run's rewards."""
-        return {"only": self.number}
+        """Which of the run's rewards, and the date in its prompts."""
+        return {**RowJob.worker_options(self), "only": self.number}
 
     def open_engine(self) -> LogProbs:  # type: ignore[override]  # not a reward model's
         """Start the engine."""

@@ -157,8 +157,9 @@ class ScoreJob(RowJob):
         return replace(self, setup=replace(self.setup, context_length=longest, gpu_share=gpu_share))
 
     def worker_options(self) -> dict[str, Any]:
-        """Which of the run's reward models, and the room of its engine."""
-        return {"only": self.number, "room": self.setup.context_length, "gpu_share": self.setup.gpu_share}
+        """Which of the run's reward models, the date in its prompts, and the room of its engine."""
+        own = {"only": self.number, "room": self.setup.context_length, "gpu_share": self.setup.gpu_share}
+        return {**super().worker_options(), **own}
 
     def open_engine(self) -> Scorer:
         """Start the engine."""

@@ -43,7 +43,7 @@ from expo.score.job import ScoreJob
 from expo.score.known import with_recipe
 from expo.score.rows import ScoreRow, encode_answered, score_rows
 from expo.score.scorers import ScoredBy, files_of, find_scorers
-from expo.settings import Fingerprint, absent_values, recorded
+from expo.settings import Fingerprint, absent_values, recorded, require_same
 from expo.tasks import Conversation, Task, find_task, read_conversations
 
 FEW_TOKENS = 8
@@ -79,6 +79,7 @@ def run(
     keeper: EngineKeeper | None = None,
     *,
     only: int | None = None,
+    moment: str | None = None,
     room: int = 0,
     gpu_share: float | None = None,
 ) -> Scored:
@@ -88,6 +89,7 @@ def run(
         config: The settings.
         keeper: Keeps the engine open after this run; without one, each engine is closed at the end of its rows.
         only: The one of the reward models to score with, counted from 0; all if None.
+        moment: At which the clock of a chat template stands, in ISO 8601, if an output is begun now; None: now.
         room: The longest rows that the engine is to take, in tokens, where it stays for longer ones than this run's.
         gpu_share: The engine's share of each GPU's memory, where it is not alone there.
 
@@ -96,7 +98,8 @@ def run(
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
     answers = _read_answers(config)
-    jobs = [plan_to_run(partial(_job, answers, scorer), config) for scorer in find_scorers(config, answers.task, only)]
+    scorers = find_scorers(config, answers.task, only)
+    jobs = [plan_to_run(partial(_job, answers, scorer, moment), config) for scorer in scorers]
     _require_different(jobs)
     first, *further = [_scored(run_job(job.with_room(room, gpu_share), keeper)) for job in jobs]
     return replace(first, further=tuple(further))
@@ -108,8 +111,13 @@ def _scored(done: Done) -> Scored:
     return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"], done.reason, done.can_retry)
 
 
-def plan(config: ScoreConfig) -> ScoreJob:
+def plan(config: ScoreConfig, like: Sequence[ScoreJob] = ()) -> ScoreJob:
     """Decide everything from the outputs and the models' small files; nothing is written.
+
+    Args:
+        config: The settings.
+        like: The jobs of the same reward models for other outputs, whose engine and date these are to have, so that
+            rewards can be compared.
 
     Returns:
         The first reward model's job, which has those of the further ones.
@@ -119,7 +127,12 @@ def plan(config: ScoreConfig) -> ScoreJob:
         EnvironmentFailure: The hub cannot be reached.
     """
     answers = _read_answers(config)
-    jobs = [_job(answers, scorer, config) for scorer in find_scorers(config, answers.task)]
+    jobs = []
+    for scorer in find_scorers(config, answers.task):
+        other = next((job for job in like if job.number == scorer.number), None)
+        engine = config.engine if other is None else other.engine
+        moment = None if other is None or other.date is None else other.date.moment
+        jobs.append(_job(answers, scorer, moment, replace(config, engine=engine)))
     _require_different(jobs)
     return replace(jobs[0], further=tuple(jobs[1:]))
 
@@ -141,7 +154,8 @@ def find_reward_models(config: ScoreConfig) -> list[ReadyModel]:
     """The reward models of a run whose outputs may not be there yet, with the engine of each.
 
     Raises:
-        InputError: A model is missing, is no reward model, or does not go with a setting.
+        InputError: A model is missing, is no reward model, or does not go with a setting; or rewards are there that
+            were made with others.
         EnvironmentFailure: The hub cannot be reached.
     """
     task = find_task(config.task)
@@ -152,7 +166,13 @@ def _ready(scorer: ScoredBy, task: Task, config: ScoreConfig) -> ReadyModel:
     config = with_recipe(config, scorer.location)
     found = _judged(scorer.location, config)
     outputs = Path(config.output_dir) / f"outputs_{task.name}" / f"{config.name}{task.suffix}"
-    engine, spec, config = choose_engine(config, found, files_of(scorer, outputs, task, config))
+    files = files_of(scorer, outputs, task, config)
+    engine, spec, config = choose_engine(config, found, files)
+    tokenizer = reward_tokenizer(found, bos=config.bos, trust_remote_code=config.trust_remote_code)
+    fingerprint = reward_fingerprint(_made_from(task, scorer, engine, tokenizer), config, found)
+    there = files.look().fingerprint
+    if there is not None and not config.overwrite:
+        require_same(files.final, there, _dated(tokenizer, fingerprint, files, config)[1])
     return ReadyModel(scorer.location, found.body, engine, spec, config)
 
 
@@ -203,13 +223,14 @@ def _require_different(jobs: Sequence[ScoreJob]) -> None:
 # --- one job ------------------------------------------------------------------------------------------------------
 
 
-def _job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
+def _job(answers: _Answers, scorer: ScoredBy, moment: str | None, config: ScoreConfig) -> ScoreJob:
     """The job of one reward model, or of one part of it."""
-    whole = _reward_job(answers, scorer, config) if scorer.sft is None else _implicit_job(answers, scorer, config)
+    make = _reward_job if scorer.sft is None else _implicit_job
+    whole = make(answers, scorer, moment, config)
     return whole if config.part is None else whole.share(read_part(config.part, {}))
 
 
-def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ScoreJob:
+def _reward_job(answers: _Answers, scorer: ScoredBy, moment: str | None, config: ScoreConfig) -> ScoreJob:
     location = scorer.location
     config = with_recipe(config, location)
     found = _judged(location, config)
@@ -218,8 +239,8 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
     tokenizer = reward_tokenizer(found, bos=config.bos, trust_remote_code=config.trust_remote_code)
     longest = _longest(config, location if found.base is None else found.base)
     longest = min(longest, spec.call("context_limit", config) or longest)
-    fingerprint = reward_fingerprint(_made_from(answers, scorer, engine, tokenizer), config, found)
-    tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config)
+    fingerprint = reward_fingerprint(_made_from(answers.task, scorer, engine, tokenizer), config, found)
+    tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config, moment)
     unread = found.unread_id(trust_remote_code=config.trust_remote_code)
     rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file, unread))
     _say_cut_prompts(rows, tokenizer, longest)
@@ -247,7 +268,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> Sco
     )
 
 
-def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> ImplicitJob:
+def _implicit_job(answers: _Answers, scorer: ScoredBy, moment: str | None, config: ScoreConfig) -> ImplicitJob:
     dpo, sft = scorer.location, scorer.sft or scorer.location
     config = replace(config, bos="template")  # it is for reward models
     engine, spec = _log_probs_engine(config)
@@ -259,9 +280,9 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, config: ScoreConfig) -> I
     tokenizer = _tokenizer(dpo, config)
     longest = _longest(config, dpo, sft)
     files = files_of(scorer, answers.file, answers.task, config)
-    made_from = {**_made_from(answers, scorer, engine, tokenizer), **recorded(config, "rows")}
+    made_from = {**_made_from(answers.task, scorer, engine, tokenizer), **recorded(config, "rows")}
     fingerprint = Fingerprint(made_from, absent_values(config, "rows"))
-    tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config)
+    tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config, moment)
     return ImplicitJob(
         config=config,
         engine=engine,
@@ -298,10 +319,10 @@ def _longest(config: ScoreConfig, *models: Location) -> int:
     return min(config.max_length or longest, longest)
 
 
-def _made_from(answers: _Answers, scorer: ScoredBy, engine: str, tokenizer: ChatTokenizer) -> Row:
+def _made_from(task: Task, scorer: ScoredBy, engine: str, tokenizer: ChatTokenizer) -> Row:
     """What is scored, and by whom; the settings come to it."""
     return {
-        "task": answers.task.name,
+        "task": task.name,
         **scorer.source,
         "engine": engine,
         "chat_template": sha256(tokenizer.template.encode()).hexdigest(),
@@ -309,12 +330,16 @@ def _made_from(answers: _Answers, scorer: ScoredBy, engine: str, tokenizer: Chat
 
 
 def _dated(
-    tokenizer: AnyTokenizer, fingerprint: Fingerprint, files: RowFiles, config: ScoreConfig
+    tokenizer: AnyTokenizer,
+    fingerprint: Fingerprint,
+    files: RowFiles,
+    config: ScoreConfig,
+    moment: str | None = None,
 ) -> tuple[AnyTokenizer, Fingerprint, TemplateDate | None]:
     """With the date of a chat template that writes one, at which the tokenizer's clock then stands."""
-    date = find_date(files, fingerprint, overwrite=config.overwrite) if tokenizer.asks_for_time else None
-    if date is None:
+    if not tokenizer.asks_for_time:
         return tokenizer, fingerprint, None
+    date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment)
     return tokenizer.at(date.moment), fingerprint.with_entry(date.entry), date
 
 

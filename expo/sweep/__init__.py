@@ -1,12 +1,13 @@
 """`expo sweep`: which α, by the rewards of its answers, with one live engine for all of them.
 
 `plan.py` decides from headers and prompts, `placement.py` where each engine runs, `lanes.py` has the processes with
-the engines and their queues, `switch.py` proves that a live engine takes another α, `job.py` runs a sweep,
-`choice.py` chooses (pure), `text.py` and `picture.py` show it, `record.py` is sweep.json, `estimate.py` says what it
-would cost.
+the engines and their queues, `switch.py` proves that a live engine takes another α, `making.py` runs the lanes,
+`choice.py` chooses (pure), `text.py` and `picture.py` show it, `conclude.py` writes it, `record.py` is sweep.json,
+`job.py` is all of it in order, `estimate.py` says what it would cost.
 """
 
+from expo.sweep.conclude import Swept
 from expo.sweep.estimate import plan_with_cost as plan
-from expo.sweep.job import Swept, run
+from expo.sweep.job import run
 
 __all__ = ["Swept", "plan", "run"]

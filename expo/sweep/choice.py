@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from expo.compare.comparison import compare
 from expo.compare.figures import Comparison, ModelFigures, Paired, Table
+from expo.compare.pairing import with_rows_of
 from expo.compare.run import RowKey, Run
 from expo.compare.verdict import is_above_zero, is_significant, only_longer, shown_p, within
 from expo.errors import InputError
@@ -45,7 +45,7 @@ def choose(runs: Sequence[Run]) -> Choice:
     base, others = _in_order(runs)
     references = [run.name for run in others if _alpha(run) < 0]
     comparison = compare(
-        [base, *(_with_rows_of(base, run) for run in others)], intersect=True, flips=0, apart=references
+        [base, *(with_rows_of(base, run) for run in others)], intersect=True, flips=0, apart=references
     )
     key = comparison.tables[0].key
     if key is None:
@@ -88,17 +88,6 @@ def _in_order(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
     if base is None or not by_alpha:
         raise InputError("a sweep compares α = 0 with others: " + ("no others are" if base else "it is not") + " there")
     return base, [by_alpha[alpha] for alpha in sorted(by_alpha)]
-
-
-def _with_rows_of(base: Run, run: Run) -> Run:
-    """A run with a row, without an answer or a reward, for each that it lacks: others keep theirs."""
-    there = {row.key for row in run.rows}
-    missing = [row for row in base.rows if row.key not in there]
-    if not missing:
-        return run
-    empty = tuple(replace(row, output=None, tokens=None, finish_reason=None) for row in missing)
-    rewards = {model: (*values, *(None for _ in missing)) for model, values in run.rewards.items()}
-    return replace(run, rows=(*run.rows, *empty), rewards=rewards)
 
 
 def _has_pairs(comparison: Comparison, run: Run) -> bool:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from expo.config import SweepConfig
 from expo.files import Row
 from expo.generate import GenerateJob, plan as plan_generate
-from expo.rows import RowJob
-from expo.score import plan as plan_score
+from expo.rows import RowJob, missing_rows
+from expo.score import ScoreJob
 from expo.sweep.lanes import Lane, Lanes, environment_of
-from expo.sweep.plan import SweepPlan, plan, scoring
+from expo.sweep.pair import inspect_pair, is_one_model
+from expo.sweep.plan import SweepPlan, plan
+from expo.sweep.record import EQUAL
 
 PROBE_PROMPTS = 16
 
@@ -53,16 +57,27 @@ class Seen:
 class CostedPlan:
     """A plan, and what it would cost."""
 
-    job: SweepPlan
+    config: SweepConfig
+    job: SweepPlan | None
+    """None where both sides of the pair are one folder."""
 
     def describe(self) -> Row:
-        """As plain data; the cost is measured now.
+        """As plain data; the pair is inspected and the cost measured now, as the run would begin.
 
         Raises:
-            InputError: A model or a setting is at fault.
+            InputError: A model or a setting is at fault, or the pair is one that ExPO does not suit.
             EnvironmentFailure: An engine does not start, or failed.
         """
-        return {**self.job.describe(), **estimate(self.job)}
+        if self.job is None:
+            return {"sft": self.config.sft, "dpo": self.config.dpo, **NOTHING, "pair": EQUAL}
+        missing = _missing(self.job)
+        if not any(missing):
+            return {**self.job.describe(), **NOTHING}
+        found = inspect_pair(self.config) if missing[0] else None
+        if found is not None and found.suits == EQUAL:
+            return {**self.job.describe(), "pair": EQUAL, **NOTHING}
+        pair = {} if found is None else {"pair": found.suits}
+        return {**self.job.describe(), **pair, **estimate(self.job, missing)}
 
 
 def plan_with_cost(config: SweepConfig) -> CostedPlan:
@@ -72,54 +87,72 @@ def plan_with_cost(config: SweepConfig) -> CostedPlan:
         InputError: The pair, the task, a reward model or a setting is at fault.
         EnvironmentFailure: The hub cannot be reached.
     """
-    return CostedPlan(plan(config))
+    return CostedPlan(config, None if is_one_model(config) else plan(config))
 
 
-def estimate(job: SweepPlan) -> Row:
+NOTHING: Row = {"rows_to_generate": 0, "rows_to_score": 0}
+
+
+def _missing(job: SweepPlan) -> list[int]:
+    """How many rows the policy and each reward model have to do."""
+    generate = {alpha: missing_rows(one) for alpha, one in job.jobs.items()}
+    score = [0 for _ in job.reward_models]
+    like: list[ScoreJob] = []
+    for alpha, one in job.jobs.items():
+        jobs = job.scoring(alpha, like) if one.files.final.is_file() else []
+        like = like or jobs
+        for number in range(len(score)):
+            there = len(jobs[number].keys) - missing_rows(jobs[number]) if jobs else 0
+            score[number] += max(0, job.rows - there)
+    return [sum(generate.values()), *score]
+
+
+def estimate(job: SweepPlan, missing: Sequence[int]) -> Row:
     """The cost of what is missing, as plain data: rows, tokens, seconds and memory of each engine.
+
+    Args:
+        job: The plan.
+        missing: The rows that the policy and each reward model have to do.
 
     Raises:
         InputError: A model or a setting is at fault.
         EnvironmentFailure: An engine does not start, or failed.
     """
-    rows = len(job.to_generate) * job.rows
-    if not rows:
-        return {"rows_to_generate": 0}
-    costs = [seen.cost(rows) for seen in _probe(job)]
+    costs = [seen.cost(rows) for seen, rows in zip(_probe(job), missing, strict=True) if rows]
     seconds = [cost["seconds"] + cost["start_seconds"] for cost in costs]
     beside = bool(job.places[0].gpus) and all(place.side_by_side for place in job.places)
     return {
-        "rows_to_generate": rows,
+        "rows_to_generate": missing[0],
+        "rows_to_score": sum(missing[1:]),
         "cost": costs,
         "seconds_in_all": round(max(seconds) if beside else sum(seconds)),
     }
 
 
 def _probe(job: SweepPlan) -> list[Seen]:
-    """Generate and score a few rows."""
-    seen: dict[str, Seen] = {}
+    """Generate and score a few rows: what is seen of the policy and of each reward model."""
+    seen: dict[int, Seen] = {}
     policy = Lane("policy", environment_of(job.places[0]), lambda made: answered(made))
     lanes = [
-        Lane(model.location.label, environment_of(place), lambda made: look(made), fed_by=policy, waits=True)
+        Lane(model.location.label, environment_of(place), lambda made: scored(made), fed_by=policy, waits=True)
         for model, place in zip(job.reward_models, job.places[1:], strict=True)
     ]
 
-    def look(made: RowJob, lane: Lane | None = None) -> None:
-        lane = lane or lanes[getattr(made, "number", 0)]
-        seen[lane.label] = _seen(lane, made)
-
     def answered(made: RowJob) -> None:
-        look(made, policy)
-        first = plan_score(scoring(job.config, job.first, folder))
-        for one in (first, *first.further):
+        seen[0] = _seen(policy, made)
+        for one in job.scoring(0.0, folder=Path(folder)):
             lanes[one.number].add(one)
+
+    def scored(made: RowJob) -> None:
+        number = getattr(made, "number", 0)
+        seen[1 + number] = _seen(lanes[number], made)
 
     with tempfile.TemporaryDirectory(prefix="expo-") as folder, Lanes([policy, *lanes]) as running:
         answers = _answers(job, folder)
         policy.add(answers)
         log.info("probe: %d answers at α = 0", len(answers.keys))
         running.run("probe", len(answers.keys) * (1 + len(lanes)), 0)
-    return list(seen.values())
+    return [seen[number] for number in sorted(seen)]
 
 
 def _answers(job: SweepPlan, folder: str) -> GenerateJob:

@@ -25,6 +25,15 @@ OF_ALPHA = (
 """What sweep.json says of an α by each reward model, with compare's names."""
 OF_ANSWERS = ("tokens", "characters", "finish_reasons", "ended", "ended_difference")
 """What it says of its answers, whoever scores them."""
+OF_CHOICE = ("mean_on_shared_rows", "rejected", "dropped_after")
+"""What it says of what became of an α."""
+
+
+def figures_of_equal(alpha: float, name: str) -> Row:
+    """What sweep.json says of an α where SFT and DPO are equal: no answers, and no difference from α = 0."""
+    known: Row = {"alpha": alpha, "name": name, "n": 0}
+    same: Row = {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0, "win_rate": 0.5} if alpha else {}
+    return {**dict.fromkeys(("alpha", *OF_ALPHA, *OF_ANSWERS, *OF_CHOICE)), **known, **same}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from expo.errors import InputError
+
 GPU_SHARE = 0.9
 """Of a GPU's memory, what all engines on it may take together."""
 REWARD_WORK_BYTES = 4 << 30
@@ -72,46 +74,72 @@ def on_gpus(policy: Model, rewards: Sequence[Model], gpus: Sequence[str], gpu_by
 
     With several GPUs the reward models have the last ones to themselves where the policy fits on the others. On shared
     GPUs each engine has a share of the memory; where shares are too small, the policy runs first, then each reward
-    model, with the whole GPU.
+    model, with whole GPUs. vLLM spreads a model over 1, 2, 4, … GPUs, or over as many as the user says.
 
     Args:
         policy: The policy.
         rewards: The reward models.
         gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them.
         gpu_bytes: The memory of each.
+
+    Raises:
+        InputError: The user gives an engine more GPUs than there are.
     """
+    for flag, model in (("--tensor-parallel", policy), *(("--reward-tensor-parallel", model) for model in rewards)):
+        _require_enough(flag, model, gpus)
     work = [min(work, int(SMALL_SHARE * gpu_bytes)) for work in (POLICY_WORK_BYTES, REWARD_WORK_BYTES)]
     room = int(GPU_SHARE * gpu_bytes)
-    apart = _apart(policy, rewards, gpus, room, work)
-    if apart is not None:
-        return apart
-    own = gpus[: policy.tensor_parallel or (len(gpus) if policy.spreads else 1)]
-    needed = [model.nbytes + work[1] for model in rewards]
-    left = room - sum(needed)
-    if policy.nbytes / len(own) + work[0] > left:
-        places = [Place(tuple(own), policy.nbytes + work[0] * len(own))]
-        return places + [Place(tuple(gpus[: _width(model)]), need, side_by_side=False)
-                         for model, need in zip(rewards, needed, strict=True)]  # fmt: skip
-    shared = [Place(tuple(gpus[:1]), need, _share(need, gpu_bytes)) for need in needed]
-    return [Place(tuple(own), left * len(own), _share(left, gpu_bytes)), *shared]
+    return (
+        _apart(policy, rewards, gpus, room, work)
+        or _shared(policy, rewards, gpus, gpu_bytes, work)
+        or _in_turn(policy, rewards, gpus, room, work)
+    )
 
 
-def as_told(policy: Model, rewards: Sequence[Model], devices: Sequence[str], gpus: Sequence[str]) -> list[Place]:
+def as_told(
+    policy: Model, rewards: Sequence[Model], devices: Sequence[str], gpus: Sequence[str], gpu_bytes: int
+) -> list[Place]:
     """The places where the settings name devices; engines on one GPU run one after the other.
 
     Args:
         policy: The policy.
         rewards: The reward models.
-        devices: The `--device` of each, the policy's first.
+        devices: The `--device` of each, the policy's first. One that names no GPU has those that no other names.
         gpus: The GPUs, as CUDA_VISIBLE_DEVICES names them.
+        gpu_bytes: The memory of each.
+
+    Raises:
+        InputError: There is no such GPU, or the user gives an engine more than there are.
     """
+    flags = ["", *("reward-" for _ in rewards)]
+    named = [_named(device, gpus, flag) for device, flag in zip(devices, flags, strict=True)]
+    others = [gpu for gpu in gpus if gpu not in named] or list(gpus)
     places: list[Place] = []
-    for model, device in zip((policy, *rewards), devices, strict=True):
-        kind, _, number = device.partition(":")
-        own = () if kind == "cpu" else (gpus[int(number or 0)],)
+    for model, device, gpu, flag in zip((policy, *rewards), devices, named, flags, strict=True):
+        own: Sequence[str] = () if device == "cpu" else [gpu] if gpu is not None else others
+        if own:
+            _require_enough(f"--{flag}tensor-parallel", model, own)
+            room = int(GPU_SHARE * gpu_bytes) - REWARD_WORK_BYTES
+            own = own[: _width(model, room, len(own)) if flag else _most(model, len(own))]
         taken = {gpu for place in places for gpu in place.gpus}
-        places.append(Place(own, model.nbytes + PROCESS_BYTES, side_by_side=not taken.intersection(own)))
+        places.append(Place(tuple(own), model.nbytes + PROCESS_BYTES, side_by_side=not taken.intersection(own)))
     return places
+
+
+def _named(device: str, gpus: Sequence[str], flag: str) -> str | None:
+    """The GPU that a device names; None where it names none."""
+    _, _, number = device.partition(":")
+    if number and int(number) >= len(gpus):
+        there = f"there is only cuda:0, {gpus[0]}" if len(gpus) == 1 else f"there are cuda:0 to cuda:{len(gpus) - 1}"
+        raise InputError(f"--{flag}device {device}: {there}")
+    return gpus[int(number)] if number else None
+
+
+def _require_enough(flag: str, model: Model, gpus: Sequence[str]) -> None:
+    """Refuse a number of GPUs that are not there."""
+    if (model.tensor_parallel or 1) > len(gpus):
+        there = "1 is" if len(gpus) == 1 else f"{len(gpus)} are"
+        raise InputError(f"{flag} {model.tensor_parallel} needs {model.tensor_parallel} GPUs, and {there} there for it")
 
 
 def _apart(
@@ -121,19 +149,67 @@ def _apart(
     places: list[Place] = []
     free = list(gpus)
     for model in rewards:
-        width = max(_width(model), -(-model.nbytes // max(room - work[1], 1)))
-        if len(free) <= width:
+        width = _width(model, room - work[1], len(gpus))
+        if len(free) <= width or not _fits(model, width, room - work[1]):
             return None
         taken, free = free[-width:], free[:-width]
         places.append(Place(tuple(taken), model.nbytes + work[1] * width))
-    width = policy.tensor_parallel or (1 << (len(free).bit_length() - 1) if policy.spreads else 1)
-    if width > len(free) or policy.nbytes / width + work[0] > room:
+    width = _most(policy, len(free))
+    if width > len(free) or not _fits(policy, width, room - work[0]):
         return None
     return [Place(tuple(free[:width]), policy.nbytes + work[0] * width), *places]
 
 
-def _width(model: Model) -> int:
-    return model.tensor_parallel or 1
+def _shared(
+    policy: Model, rewards: Sequence[Model], gpus: Sequence[str], gpu_bytes: int, work: Sequence[int]
+) -> list[Place] | None:
+    """All side by side, each with a share of its GPUs; None where shares are too small.
+
+    The reward models are on the first GPUs, and the policy on all it can have.
+    """
+    own = gpus[: _most(policy, len(gpus))]
+    widths = [model.tensor_parallel or 1 for model in rewards]
+    needed = [model.nbytes // width + work[1] for model, width in zip(rewards, widths, strict=True)]
+    left = int(GPU_SHARE * gpu_bytes) - sum(needed)
+    if not _fits(policy, len(own), left - work[0]):
+        return None
+    shared = [
+        Place(tuple(gpus[:width]), need * width, _share(need, gpu_bytes))
+        for width, need in zip(widths, needed, strict=True)
+    ]
+    return [Place(tuple(own), left * len(own), _share(left, gpu_bytes)), *shared]
+
+
+def _in_turn(
+    policy: Model, rewards: Sequence[Model], gpus: Sequence[str], room: int, work: Sequence[int]
+) -> list[Place]:
+    """The policy first, then each reward model."""
+    own = gpus[: _most(policy, len(gpus))]
+    places = [Place(tuple(own), policy.nbytes + work[0] * len(own))]
+    for model in rewards:
+        width = _width(model, room - work[1], len(gpus))
+        places.append(Place(tuple(gpus[:width]), model.nbytes + work[1] * width, side_by_side=False))
+    return places
+
+
+def _width(model: Model, room: int, most: int) -> int:
+    """How many GPUs a model needs: what the user says, else the fewest that hold it, else all that can be used."""
+    if model.tensor_parallel or not model.spreads:
+        return model.tensor_parallel or 1
+    width = 1
+    while 2 * width <= most and not _fits(model, width, room):
+        width *= 2
+    return width
+
+
+def _fits(model: Model, width: int, room: int) -> bool:
+    """Whether its weights fit on so many GPUs, each with this room for them."""
+    return model.nbytes / width <= room
+
+
+def _most(model: Model, count: int) -> int:
+    """How many of some GPUs a model can be spread over: what the user says, else the largest power of two."""
+    return model.tensor_parallel or (1 << (count.bit_length() - 1) if model.spreads else 1)
 
 
 def _share(nbytes: int, gpu_bytes: int) -> float:

@@ -6,9 +6,10 @@ What is scored is planned when its answers are there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import psutil
 from expo.checkpoint.folder import Location, find_folder
 from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig, SweepConfig
+from expo.config.sweep import REWARD
 from expo.engines import GENERATORS, find_engine
 from expo.engines.torch_tools import find_device, gpu_bytes, own_dtype, visible_gpus
-from expo.errors import InputError
+from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
 from expo.generate import GenerateJob, plan as plan_generate
 from expo.rows import is_complete
@@ -30,8 +32,14 @@ from expo.theta.pair import ThetaPlan
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a weight."""
+SHARED_SEEDS = (
+    "--seed-mode shared: answers to different prompts have the same random numbers and are not independent, as "
+    "intervals and p take them to be; --seed-mode row gives each row its own"
+)
 MORE_TOKENS = 1.25
 """A conversation's tokens for the reward model over those for the policy, at most as a rule."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,16 +68,30 @@ class SweepPlan:
         """
         return {alpha: job for alpha, job in self.jobs.items() if not is_complete(job)}
 
-    def scoring(self, alpha: float) -> list[ScoreJob]:
+    def scoring(self, alpha: float, like: Sequence[ScoreJob] = (), folder: Path | None = None) -> list[ScoreJob]:
         """The jobs of the reward models for an α whose answers are there.
+
+        Args:
+            alpha: The α.
+            like: Those of another α, whose engines and dates these are to have.
+            folder: Where the answers are, if not in the sweep's folder.
 
         Raises:
             InputError: There are none, or none to score.
         """
         device = device_in(self.places[1], self.config.reward_device)
-        first = plan_score(scoring(self.config, self.jobs[alpha], str(self.folder), device=device))
+        with flags_of_sweep(reward=True):
+            first = plan_score(
+                _score_config(self.config, self.jobs[alpha], str(folder or self.folder), device=device), like
+            )
         room = int(MORE_TOKENS * self.first.setup.context_length)
         return [job.with_room(room, self.places[1 + job.number].gpu_share) for job in (first, *first.further)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of how answers are sampled."""
+        shared = self.config.seed_mode == "shared" and self.config.temperature != 0
+        return [SHARED_SEEDS] if shared else []
 
     @property
     def rows(self) -> int:
@@ -103,19 +125,40 @@ def plan(config: SweepConfig) -> SweepPlan:
     """
     folder = folder_of(config)
     engine, _ = find_engine({name: spec for name, spec in GENERATORS.items() if "local" in spec.can}, config.engine)
-    first = plan_generate(config.generating(0.0, str(folder), engine=engine))
-    models = tuple(find_reward_models(scoring(config, first, str(folder))))
+    with flags_of_sweep():
+        first = plan_generate(config.generating(0.0, str(folder), engine=engine))
+    with flags_of_sweep(reward=True):
+        models = tuple(find_reward_models(_score_config(config, first, str(folder))))
     places = _places(first, models)
     wanted = {*config.alphas, *earlier_alphas(folder, first.fingerprint, overwrite=config.overwrite)}
     changes: dict[str, object] = {"engine": engine, "device": device_in(places[0], config.device)}
     if places[0].gpus and "tensor_parallel" in first.spec.can:
         changes["tensor_parallel"] = len(places[0].gpus)
-    jobs = {}
-    with quiet(logging.CRITICAL):
+    jobs, moment = {}, first.date.moment if first.date else None
+    with quiet(logging.CRITICAL), flags_of_sweep():
         for alpha in [0.0, *sorted(wanted - {0.0}, key=lambda alpha: (alpha < 0, alpha))]:
             own = config.generating(alpha, str(folder), **changes)
-            jobs[alpha] = plan_generate(own).with_gpu_share(places[0].gpu_share)
-    return SweepPlan(config, folder, jobs, models, places)
+            jobs[alpha] = plan_generate(own, moment).with_gpu_share(places[0].gpu_share)
+            _require_same_prompts(jobs[0.0], jobs[alpha])
+    found = SweepPlan(config, folder, jobs, models, places)
+    for note in found.notes:
+        log.warning("%s", note)
+    return found
+
+
+def _require_same_prompts(first: GenerateJob, other: GenerateJob) -> None:
+    """Refuse α whose prompts have another date than those of α = 0: their answers are not to the same questions.
+
+    Raises:
+        InputError: They have.
+    """
+    if first.date != other.date and [one.prompt_ids for one in first.requests] != [
+        one.prompt_ids for one in other.requests
+    ]:
+        raise InputError(
+            f"the chat template writes a date into prompts, and {first.files.final} and {other.files.final} have "
+            "different ones: move one of them away, or begin anew with --overwrite"
+        )
 
 
 def folder_of(config: SweepConfig) -> Path:
@@ -133,7 +176,7 @@ def find_model(model: str) -> Location:
     return find_folder(model) or locate(model)
 
 
-def scoring(config: SweepConfig, answers: GenerateJob, folder: str, **changes: object) -> ScoreConfig:
+def _score_config(config: SweepConfig, answers: GenerateJob, folder: str, **changes: object) -> ScoreConfig:
     """The settings of `expo score` for an α's answers; the questions of mtbench are not in its outputs."""
     questions = {"dataset": config.dataset} if answers.task.by_id else {}
     return config.scoring(answers.name, folder, **questions, **changes)
@@ -149,6 +192,35 @@ def theta_of(job: GenerateJob) -> ThetaPlan:
     if job.setup.theta is None:
         raise InputError(f"{job.name} is no θ(α), and a sweep is of a pair")
     return job.setup.theta
+
+
+SAID_OTHERWISE = {"name": "output", "output-dir": "output"}
+"""Flags of `expo generate` and `expo score` → what they are in a sweep."""
+SAID_OF_REWARDS = {
+    field.name.removeprefix(REWARD).replace("_", "-"): field.name.replace("_", "-")
+    for field in fields(SweepConfig)
+    if field.name.startswith(REWARD) and field.name != "reward_model"
+}
+"""The same, of flags that are the policy's in a sweep."""
+
+
+@contextmanager
+def flags_of_sweep(*, reward: bool = False) -> Iterator[None]:
+    """Have errors of `expo generate` and `expo score` name the flags as `expo sweep` has them.
+
+    Args:
+        reward: Whether a reward model's flags are meant.
+    """
+    try:
+        yield
+    except (InputError, EnvironmentFailure) as error:
+        raise type(error)(in_sweep(str(error), reward=reward)) from error
+
+
+def in_sweep(message: str, *, reward: bool) -> str:
+    """A message with the flags that a sweep has."""
+    table = {**SAID_OTHERWISE, **(SAID_OF_REWARDS if reward else {})}
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", lambda flag: f"--{table.get(flag[1], flag[1])}", message)
 
 
 @contextmanager
@@ -185,7 +257,7 @@ def _places(first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, 
         return tuple(on_cpu(policy, rewards, psutil.virtual_memory().available))
     if set(devices) <= {"auto", "cuda"}:
         return tuple(on_gpus(policy, rewards, gpus, gpu_bytes()))
-    return tuple(as_told(policy, rewards, devices, gpus))
+    return tuple(as_told(policy, rewards, devices, gpus, gpu_bytes()))
 
 
 def _weights_bytes(folder: Path) -> int:

@@ -9,9 +9,13 @@ from typing import Any
 import xxhash
 
 from expo.errors import InputError
-from expo.files import Row, open_file, read_json
-from expo.output.sweeps import RECORD
+from expo.files import Row, json_text, open_file, write_atomic
+from expo.output.sweeps import PICTURE, RECORD, SweepRecord, is_sweep, read_sweep
 from expo.settings import Fingerprint, require_same
+
+EQUAL = "identical"
+"""What `expo inspect` finds where no weight differs."""
+NOT_FINISHED = "a further run of this sweep is not finished: the same command continues it"
 
 
 def made_from(fingerprint: Row) -> Fingerprint:
@@ -20,20 +24,44 @@ def made_from(fingerprint: Row) -> Fingerprint:
     return Fingerprint({key: value for key, value in fingerprint.items() if key != "alpha"}, absent)
 
 
-def read_record(folder: Path) -> Row | None:
+def read_record(folder: Path) -> SweepRecord | None:
     """The sweep.json of a folder; None where there is none.
 
     Raises:
         InputError: It is not one that expo wrote.
     """
-    file = folder / RECORD
-    if not file.exists():
+    if not is_sweep(folder):
         return None
-    record = read_json(file)
-    known = isinstance(record.get("alphas"), list) and isinstance(record.get("fingerprint"), dict)
-    if not known:
-        raise InputError(f"{file} exists and expo sweep did not write it: move it away, or choose another --output")
+    record = read_sweep(folder)
+    if not isinstance(record.content.get("fingerprint"), dict):
+        raise InputError(
+            f"{folder / RECORD} exists and expo sweep did not write it: move it away, or choose another --output"
+        )
     return record
+
+
+def is_of_equal_models(record: Row) -> bool:
+    """Whether its two models were equal: then nothing was generated, and nothing is lost with it."""
+    pair = record.get("pair")
+    return isinstance(pair, dict) and pair.get("suits") == EQUAL
+
+
+def mark_unfinished(folder: Path, fingerprint: Row) -> None:
+    """Before rows are made: take back what an earlier run chose, so that it does not stand over other rows.
+
+    Args:
+        folder: The sweep's folder.
+        fingerprint: Of the answers of an α; the record of a sweep with another one goes.
+    """
+    record = read_record(folder)
+    if record is None:
+        return
+    (folder / PICTURE).unlink(missing_ok=True)
+    if made_from(fingerprint) != record.content["fingerprint"]:
+        (folder / RECORD).unlink()
+    elif record.best_alpha is not None:
+        unfinished = {**record.content, "best_alpha": None, "verdict": None, "notes": [NOT_FINISHED], "command": None}
+        write_atomic(folder / RECORD, json_text(unfinished, indent=2) + "\n")
 
 
 def earlier_alphas(folder: Path, fingerprint: Row, *, overwrite: bool) -> set[float]:
@@ -51,11 +79,11 @@ def earlier_alphas(folder: Path, fingerprint: Row, *, overwrite: bool) -> set[fl
     if record is None:
         return set()
     ours = made_from(fingerprint)
-    if ours != record["fingerprint"]:
-        if not overwrite:
-            require_same(folder / RECORD, record["fingerprint"], ours)
+    if ours != record.content["fingerprint"]:
+        if not overwrite and not is_of_equal_models(record.content):
+            require_same(folder / RECORD, record.content["fingerprint"], ours)
         return set()
-    return {float(one["alpha"]) for one in record["alphas"]}
+    return set(record.alphas)
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -67,9 +95,9 @@ def digest(files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def is_current(record: Row | None, found: Row) -> bool:
+def is_current(record: Row, found: Row) -> bool:
     """Whether a record says the same as what was found just now, but for what it cost."""
-    return record is not None and all(record.get(key) == value for key, value in found.items())
+    return all(record.get(key) == value for key, value in found.items())
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
