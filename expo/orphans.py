@@ -22,6 +22,8 @@ def environment_for_child(environment: Mapping[str, str]) -> dict[str, str]:
 def end_with_parent() -> None:
     """If the parent asked for it, end this process with SIGTERM as soon as the parent is gone.
 
+    One that does not end is killed, with all that it started where it leads its process group.
+
     The kernel closes a dead process's end of the pipe, also after SIGKILL, and no other process holds that end.
     """
     if os.environ.pop(VARIABLE, None) == "1":
@@ -32,5 +34,7 @@ def _wait_for_the_end(pipe: int) -> None:
     while os.read(pipe, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)
-    os._exit(128 + signal.SIGTERM)  # the main thread is stuck in a call that does not return
+    time.sleep(GRACE_SECONDS)  # after it, the main thread is stuck in a call that does not return
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)  # with an engine's processes, which hold GPU memory
+    os._exit(128 + signal.SIGTERM)

@@ -27,6 +27,18 @@ try:
 except Stopped:
     pathlib.Path(sys.argv[1]).write_text("unwound")
 """
+STUCK = """
+import os, pathlib, signal, subprocess, sys, threading
+from expo import orphans
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+orphans.GRACE_SECONDS = 0.1
+orphans.end_with_parent()
+own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+made = pathlib.Path(sys.argv[1] + "-made")
+made.write_text(f"{os.getpid()} {own.pid}")
+made.rename(sys.argv[1])
+threading.Event().wait()
+"""
 PARENT = """
 import os, subprocess, sys, time
 from expo.orphans import environment_for_child
@@ -50,6 +62,16 @@ def test_children_end_with_their_parent(tmp_path, stop):
     for file, pid in zip(files, pids, strict=True):
         assert wait_for(file, "unwound".__eq__)
         wait_until_gone(pid)
+
+
+def test_a_child_that_is_stuck_is_killed_with_what_it_started(tmp_path):
+    command = [sys.executable, "-c", PARENT, STUCK, str(tmp_path / "pids")]
+    with subprocess.Popen(command, env=helpers.environment()) as parent:
+        pids = wait_for(tmp_path / "pids", str.split).split()
+        parent.kill()
+    assert len(pids) == 2
+    for pid in pids:
+        wait_until_gone(int(pid))
 
 
 def test_a_process_that_nobody_ties_lives_on():

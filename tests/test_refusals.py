@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import suppress
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -45,6 +47,33 @@ def test_what_is_no_refusal_stays_vllms_error() -> None:
 def test_a_refusal_of_this_process_is_raised_as_it_is() -> None:
     with pytest.raises(InputError, match="here"), reraise_refusals(), report_refusals():
         raise InputError("here")
+
+
+def live_engine(loads: Connection) -> None:
+    """Refuse whatever is to be loaded."""
+    while loads.recv():
+        with suppress(InputError), report_refusals():
+            raise InputError("not at this α")
+        loads.send("failed")
+
+
+def test_a_live_engine_that_refuses_other_weights_says_why_each_time() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with reraise_refusals():
+        process = multiprocessing.get_context("spawn").Process(target=live_engine, args=(theirs,))
+        process.start()
+    for _ in range(2):
+        with pytest.raises(InputError, match="not at this α"), reraise_refusals():
+            load_again(ours)
+    with pytest.raises(RuntimeError, match=VLLM_SAYS), reraise_refusals():
+        raise RuntimeError(VLLM_SAYS)
+    ours.send(False)
+    process.join()
+
+
+def load_again(engine: Connection) -> None:
+    engine.send(True)
+    raise RuntimeError(f"{VLLM_SAYS}: {engine.recv()}")
 
 
 def test_nobody_waits_for_a_live_engine_that_loads_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def test_where_a_switch_is_not_proved_an_engine_is_started_for_each_alpha(swept,
     other = swept(output=config.output + "-other")
     verb.run(other)
     assert rows_of(Path(other.output)) == right
-    assert "does not answer as one started there" in caplog.text
+    assert "still holds other values than one started there" in caplog.text
     assert "the engine is started for each α" in caplog.text
     assert engines.read_text().count("TransformersGenerator __init__") == 2 + 3
     assert record_of(Path(other.output))["switch"]["proved"] is False
@@ -366,6 +366,7 @@ def test_the_plan_costs_little_and_writes_nothing(swept, processes, tmp_path):
     assert [one["for"] for one in said["cost"]] == ["policy", "rm"]
     assert all(one["tokens"] > 0 and one["seconds"] >= 0 and one["memory_bytes"] > 0 for one in said["cost"])
     assert [one["on"] for one in said["engines"]] == ["CPU", "CPU"]
+    assert said["seconds_of_the_proof"] >= 0
     assert all(process.poll() is not None for process in processes)
 
 
@@ -455,17 +456,18 @@ def test_prompts_of_another_date_are_refused(swept, tmp_path, monkeypatch):
         verb.run(config)
 
 
-def test_only_the_reward_models_that_are_given_judge(swept, reward_model, llama_pair, tmp_path):
+def test_only_the_reward_models_that_are_given_judge(swept, reward_model, llama_pair, tmp_path, caplog):
     other = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=3)
     verb.run(swept(reward_model=(str(reward_model), str(other))))
     assert verb.run(swept()).record["further"] == []
+    assert "second judged before and does not now" in caplog.text
     assert verb.run(swept(alpha=(1.0,))).record["further"] == []
     again = verb.run(swept(temperature=0.3, overwrite=True))  # rewards of the old answers are left, and in no figure
     assert again.record["further"] == []
     assert verb.run(swept(temperature=0.3)).status == "already complete"
 
 
-@pytest.mark.parametrize("fault", ["no chat template", "another length"])
+@pytest.mark.parametrize("fault", ["no chat template", "another length", "another model"])
 def test_what_is_wrong_with_a_reward_model_is_said_before_it_costs_anything(
     swept, reward_model, tmp_path, engines, fault
 ):
@@ -477,9 +479,13 @@ def test_what_is_wrong_with_a_reward_model_is_said_before_it_costs_anything(
             else:
                 file.unlink(missing_ok=True)
         config, message = swept(reward_model=(str(bare),)), "--reward-chat-template FILE"
-    else:
+    elif fault == "another length":
         verb.run(swept(limit=4))
         config, message = swept(reward_max_length=16), "made with another max-length"
+    else:
+        verb.run(swept(limit=4))
+        other = make_reward_model(tmp_path / "second", reward_model, labels=1, pad_id=3)
+        config, message = swept(reward_model=(str(other),)), "give that one first"
     engines.write_text("")
     before = helpers.tree(Path(config.output)) if Path(config.output).exists() else {}
     with pytest.raises(InputError, match=message):

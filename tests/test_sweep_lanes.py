@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from test_generate import settings
@@ -17,7 +18,8 @@ from expo.parts import all_parts
 from expo.rows import workers
 from expo.rows.worker import MAX_STARTS, Worker
 from expo.sweep import lanes
-from expo.sweep.lanes import Lane, Lanes
+from expo.sweep.lanes import Lane, Lanes, environment_of, shared_gpus
+from expo.sweep.placement import Place
 
 STAYS = "for line in os.fdopen(JOBS): os.write(REPLIES, b'{\"exit_code\": 0}\\n')"
 PARTLY = "for line in os.fdopen(JOBS): os.write(REPLIES, b'{\"exit_code\": 3}\\n')"
@@ -25,7 +27,26 @@ ONCE = "os.fdopen(JOBS).readline(); os.write(REPLIES, b'{\"exit_code\": 0}\\n')"
 HANG = "time.sleep(60)"
 KILLED = "os.kill(os.getpid(), 9)"
 REFUSE = "print('talk\\nexpo: error: no such thing', file=sys.stderr); sys.exit(2)"
+SAYS_WHY = "print('talk\\nexpo: error: the disk is full', file=sys.stderr, flush=True); "
+FAILS_AND_HANGS = SAYS_WHY + "os.write(REPLIES, b'{\"exit_code\": CODE}\\n'); time.sleep(600)"
+STAYS_FOREVER = STAYS + "\ntime.sleep(600)"
 FAIL = "print('expo: error: the disk is full', file=sys.stderr); sys.exit(1)"
+
+
+OPENS = """
+def note(word):
+    with open(FILE, "a") as stream:
+        stream.write(word + "\\n")
+note("NAME opens")
+time.sleep(0.05)
+for number, line in enumerate(os.fdopen(JOBS)):
+    if number == 0:
+        note("NAME is open")
+        os.write(REPLIES, b'{"ready": true}\\n')
+    if number == DIES:
+        os.kill(os.getpid(), 9)
+    os.write(REPLIES, b'{"exit_code": 0}\\n')
+"""
 
 
 @pytest.fixture
@@ -72,6 +93,20 @@ def lane_of(monkeypatch):
     monkeypatch.setattr(workers, "STOP_SECONDS", 2.0)
     make.made, make.pids = made, []
     return make
+
+
+def test_an_engine_on_a_cpu_has_the_threads_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment_of(Place((), 0)) == {"OMP_NUM_THREADS": "3"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert environment_of(Place((), 0)) == {"OMP_NUM_THREADS": "2"}
+    assert environment_of(Place(("0", "2"), 0)) == {"CUDA_VISIBLE_DEVICES": "0,2"}
+
+
+def test_the_gpus_of_which_an_engine_has_a_share():
+    assert shared_gpus(Place(("0", "2"), 0, gpu_share=0.4)) == {"0", "2"}
+    assert shared_gpus(Place(("0",), 0)) == shared_gpus(Place((), 0)) == frozenset()
 
 
 def run(*some: Lane) -> None:
@@ -148,6 +183,29 @@ def test_a_lane_that_waits_starts_when_the_first_has_given_back_its_memory(lane_
     assert codes == [0]
 
 
+def test_a_process_that_does_not_end_by_itself_is_killed_and_the_next_lane_starts(lane_of, jobs, monkeypatch, caplog):
+    monkeypatch.setattr(lanes, "STOP_SECONDS", 0.1)
+    codes = []
+    first = lane_of(STAYS_FOREVER)
+    second = lane_of(STAYS, lambda _: codes.append(first._worker.exit_code()), waits=True)
+    for lane in (first, second):
+        lane.add(jobs[0])
+    run(first, second)
+    assert codes == [-signal.SIGKILL]
+    assert "a lane: its process does not end by itself, and is killed" in caplog.messages
+
+
+@pytest.mark.parametrize(("code", "kind"), [(1, EnvironmentFailure), (2, InputError)])
+def test_why_a_job_failed_is_known_although_its_process_hangs(lane_of, jobs, monkeypatch, code, kind):
+    monkeypatch.setattr(lanes, "STOP_SECONDS", 0.1)
+    lane = lane_of(FAILS_AND_HANGS.replace("CODE", str(code)))
+    lane.add(jobs[0])
+    with pytest.raises(kind, match="the disk is full"):
+        run(lane)
+    assert [worker.starts for worker in lane_of.made] == [1]
+    wait_until_gone(lane_of.pids[0])
+
+
 def test_a_killed_process_is_started_again_with_the_same_job(lane_of, jobs, caplog):
     lane = lane_of([KILLED, KILLED, STAYS])
     lane.add(jobs[0])
@@ -157,6 +215,48 @@ def test_a_killed_process_is_started_again_with_the_same_job(lane_of, jobs, capl
     assert [record.message for record in caplog.records if "restarting" in record.message] == [
         "a lane: killed by SIGKILL; restarting"
     ] * 2
+
+
+def opens(name: str, file: Path, dies: int = -1) -> str:
+    """A program that takes its time to open an engine, and notes it; it dies of the job of this number."""
+    return OPENS.replace("NAME", name).replace("FILE", repr(str(file))).replace("DIES", str(dies))
+
+
+def test_engines_that_share_a_gpu_are_opened_one_after_the_other(lane_of, jobs, tmp_path):
+    """Also when one dies, and is opened again."""
+    file = tmp_path / "notes"
+    programs = {"a": [opens("a", file, dies=1), opens("a", file)], "b": opens("b", file), "c": opens("c", file)}
+    some = [lane_of(programs[name], shares=shares) for name, shares in (("a", "01"), ("b", "1"), ("c", "0"))]
+    for lane in some:
+        lane.add(jobs[0])
+        lane.add(jobs[1])
+    run(*some)
+    notes = [line.split() for line in file.read_text().splitlines()]
+    of_b, of_c = ([note for note in notes if note[0] in ("a", name)] for name in "bc")
+    for found in (of_b, of_c):
+        assert len(found) == 6
+        for begin, end in zip(found[::2], found[1::2], strict=True):
+            assert (begin[1], end[1:]) == ("opens", ["is", "open"])
+            assert begin[0] == end[0]
+
+
+@pytest.mark.parametrize(("shares", "begun"), [("1", [True, False]), ("", [True, True])])
+def test_who_shares_no_gpu_waits_for_nobody(lane_of, jobs, tmp_path, shares, begun):
+    go = tmp_path / "go"
+    wait = f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+    some = [lane_of(wait + STAYS, shares="1"), lane_of(STAYS, shares=shares)]
+    for lane in some:
+        lane.add(jobs[0])
+    seen = []
+
+    def look() -> None:
+        seen.extend(worker.starts > 0 for worker in lane_of.made)
+        go.touch()
+
+    with Lanes(some) as running:
+        running.run("test", 4, 0, look)
+    assert seen == begun
+    assert [lane.rows for lane in some] == [2, 2]
 
 
 @pytest.mark.parametrize(("text", "starts"), [(KILLED, MAX_STARTS), (FAIL, 1)])

@@ -37,6 +37,7 @@ def main():
     code = cli.run(sys.argv[2:])
     prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in seen]
     params = [started[0]._params(request.temperature, request.seed, request.max_tokens) for request in seen]
+    held = started[0].held()
     written = {"load_format": "auto", "model_loader_extra_config": {}}
     started[0]._llm.collective_rpc("update_config", args=({"load_config": written},))
     started[0]._llm.collective_rpc("reload_weights", kwargs={"weights_path": sys.argv[1]})
@@ -48,7 +49,7 @@ def main():
         [answer.outputs[0].token_ids for answer in bare], skip_special_tokens=True
     )
     workers = [child.pid for child in psutil.Process().children(recursive=True)]
-    told = {"code": code, "size": size, "texts": texts, "lengths": lengths, "workers": workers}
+    told = {"code": code, "size": size, "texts": texts, "lengths": lengths, "workers": workers, "held": held}
     print(json.dumps(told), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -87,6 +88,9 @@ def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpa
     assert [row["output"] for row in rows] == told["texts"]
     assert meta["per_row"]["length"] == told["lengths"]
     assert len(told["workers"]) >= 2
+    one, other = told["held"]  # each rank's part of the weights
+    assert one.keys() == other.keys() != set()
+    assert {one[name] == other[name] for name in one} == {True, False}
     for worker in told["workers"]:
         wait_until_gone(worker)
 

@@ -177,13 +177,27 @@ def test_engine_arguments_that_would_let_another_model_answer_are_refused(fake, 
     fake()
     sft, dpo = map(str, llama_pair)
     pair = {"model": None, "sft": sft, "dpo": dpo, "alpha": 0.5} if source == "pair" else {}
-    for key in ("model", "load_format", "model_loader_extra_config"):
+    for key in ("model", "load_format", "model_loader_extra_config", "kv_transfer_config"):
         given = replace(config, engine_arg=(f"{key}=other",), **pair)
         if key == "model" or source == "pair":
             with pytest.raises(InputError, match=f"--engine-arg {key} would let another model answer"):
                 verb.plan(given)
         else:
             assert backend.engine_arguments(verb.plan(given).setup)[key] == "other"
+
+
+@pytest.mark.parametrize("source", ["model", "pair"])
+def test_an_engine_without_expos_part_in_its_workers_tells_nothing_of_what_it_holds(fake, config, llama_pair, source):
+    fake()
+    sft, dpo = map(str, llama_pair)
+    if source == "pair":
+        own = ("worker_extension_cls=their.Own",)
+        config = replace(config, model=None, sft=sft, dpo=dpo, alpha=0.5, engine_arg=own)
+    setup = verb.plan(config).setup
+    assert backend.engine_arguments(setup).get("worker_extension_cls") == (None if source == "model" else "their.Own")
+    engine = backend.VllmGenerator.__new__(backend.VllmGenerator)
+    engine._started = setup
+    assert engine.held() == []
 
 
 def test_a_prompt_that_is_too_long_for_the_engine_is_a_marked_row(fake, config):

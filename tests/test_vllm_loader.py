@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -171,6 +172,61 @@ def post(address: str, content: dict[str, Any]) -> Any:
     request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+KILLED = """
+import json, multiprocessing, os, signal, sys
+from pathlib import Path
+from vllm.v1.engine import utils
+from vllm.v1.executor import multiproc_executor
+from expo.config import GenerateConfig
+from expo.errors import EnvironmentFailure
+from expo.generate import plan
+from expo.theta.tensors import Theta
+
+settings, started = json.loads(sys.argv[1]), Path(sys.argv[2])
+for module in (utils, multiproc_executor):
+    module.get_mp_context = lambda: multiprocessing.get_context("fork")  # what is put in place here is there, too
+whole = Theta.tensor
+
+def tensor(theta, name):
+    if started.exists():  # on a CPU the engine's process has another one load weights
+        os.kill(os.getppid(), signal.SIGKILL)
+    return whole(theta, name)
+
+def main():
+    Theta.tensor = tensor
+    first, second = (plan(GenerateConfig(engine="vllm", alpha=alpha, **settings)) for alpha in (0.5, 1.5))
+    engine = first.open_engine()
+    started.touch()
+    try:
+        engine.load(second.setup)
+    except EnvironmentFailure as error:
+        print(json.dumps([str(error), engine._llm is None, len(multiprocessing.active_children())]))
+
+main()
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_switch_whose_process_is_killed_ends_with_one_line(
+    trained: Path, run_warm: helpers.Run, plugin: dict[str, str], tmp_path: Path
+) -> None:
+    """vLLM waits for the answer of such a process forever."""
+    (tmp_path / "q.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "run.py").write_text(KILLED)
+    settings = {"task": str(tmp_path / "q.jsonl"), "output_dir": str(tmp_path), "max_tokens": 4}
+    settings |= {"sft": str(trained / "tiny-sft"), "dpo": str(trained / "tiny-dpo")}
+    own_process = {**plugin, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = run_warm(tmp_path / "run.py", json.dumps(settings), tmp_path / "started", env=own_process)
+    assert done.code == 0, done.stderr[-5000:]
+    message, is_closed, children = json.loads(done.stdout.splitlines()[-1])
+    assert re.fullmatch(
+        r"the vLLM engine died: ChildProcessError: its process \d+ ended \(signal 9: killed, .*; rerun .* continue",
+        message,
+    )
+    assert (is_closed, children) == (True, 0)
 
 
 def test_without_the_entry_point_vllms_other_processes_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Steps of an engine whose processes may die without its noticing."""
+"""Calls to an engine whose processes may die without its noticing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import pytest
 
 from expo.engines import watched
-from expo.engines.watched import WatchedSteps
+from expo.engines.watched import WatchedCalls
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def process():
     process.join()
 
 
-def test_steps_are_made_in_order_and_what_they_raise_comes_through(process):
+def test_calls_are_made_in_order_and_what_they_raise_comes_through(process):
     left = iter([1, 2, ValueError("three"), 4])
 
     def step():
@@ -31,23 +31,27 @@ def test_steps_are_made_in_order_and_what_they_raise_comes_through(process):
             raise value
         return value
 
-    steps = WatchedSteps(step, [process])
-    assert (steps(), steps()) == (1, 2)
+    watched_calls = WatchedCalls([process])
+    assert (watched_calls(step), watched_calls(step)) == (1, 2)
     with pytest.raises(ValueError, match="three"):
-        steps()
-    assert steps() == 4
+        watched_calls(step)
+    assert watched_calls(step) == 4
 
 
-def test_a_step_that_waits_for_a_dead_process_ends(process, monkeypatch):
+def test_a_call_that_waits_for_a_dead_process_ends(process, monkeypatch):
     monkeypatch.setattr(watched, "CHECK_EVERY_S", 0.01)
-    steps = WatchedSteps(threading.Event().wait, [process])
+    watched_calls = WatchedCalls([process])
     threading.Timer(0.1, process.kill).start()
     with pytest.raises(
         ChildProcessError, match=rf"process {process.pid} ended \(signal 9: killed, perhaps because mem"
     ):
-        steps()
+        watched_calls(threading.Event().wait)
 
 
-def test_a_slow_step_of_living_processes_is_waited_for(process, monkeypatch):
+def test_a_slow_call_of_living_processes_is_waited_for(process, monkeypatch):
     monkeypatch.setattr(watched, "CHECK_EVERY_S", 0.01)
-    assert WatchedSteps(lambda: time.sleep(0.1) or "made", [process])() == "made"
+    assert WatchedCalls([process])(lambda: time.sleep(0.1) or "made") == "made"
+
+
+def test_without_processes_a_call_is_made_as_it_is():
+    assert WatchedCalls([])(threading.current_thread) is threading.current_thread()

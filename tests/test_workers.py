@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,12 +17,12 @@ from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
 from expo import generate as verb
-from expo.cli import program as cli
+from expo.cli import program as cli, work
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.torch_tools import worker_environments
 from expo.errors import EnvironmentFailure, InputError
-from expo.rows import workers
+from expo.rows import EngineKeeper, workers
 from expo.rows.worker import MAX_STARTS, LineCount, Worker
 from expo.rows.workers import Crew
 
@@ -70,7 +71,8 @@ def test_what_cannot_be_dealt_out_is_refused(engine, values, gpus, message):
 @pytest.mark.parametrize("values", [{"device": "cpu"}, {}])
 def test_on_a_cpu_workers_share_its_threads(values, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))  # of 64, say
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     made = worker_environments("transformers", GENERATORS["transformers"], config(**values), 3, GPUS if values else [])
     assert made == [{"OMP_NUM_THREADS": "2"}] * 3
 
@@ -116,6 +118,7 @@ class Program(Worker):
 
     def command(self, jobs: int, replies: int) -> list[str]:
         program = self._texts[self.starts - 1].replace("JOURNAL", repr(str(self.job.files.journal)))
+        program = program.replace("REPLIES", str(replies))
         return [sys.executable, "-c", f"import os, sys, time\n{program}"]
 
 
@@ -158,6 +161,44 @@ def test_a_refusal_ends_all_at_once_with_its_one_line(crew_of):
     assert [worker.exit_code() for worker in crew._workers] == [-signal.SIGTERM, 2, -signal.SIGTERM]
 
 
+VLLM_SAYS = """
+(EngineCore pid=7) ERROR 11-27 20:01:02 [core.py:857] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-27 20:01:02 [core.py:857]     raise ValueError(
+(EngineCore pid=7) ERROR 11-27 20:01:02 [core.py:857] ValueError: No memory is left for the cache.
+Traceback (most recent call last):
+RuntimeError: another
+expo: error: vLLM does not start: Engine core initialization failed. See root cause above. Failed: {} (it)
+"""
+
+
+def test_what_vllm_logged_takes_the_place_of_a_reference_to_it(crew_of):
+    words = r"initialization failed\. ValueError: No memory is left for the cache\. Failed: {} \(it\); rerun"
+    program = f"print({VLLM_SAYS!r}, file=sys.stderr); sys.exit(1)"
+    with pytest.raises(EnvironmentFailure, match=words), crew_of(program) as crew:
+        crew.watch("generate", 8, 0)
+
+
+def test_with_debug_workers_have_it_too_and_their_log_is_shown(crew_of, caplog):
+    with crew_of(FAIL) as crew:
+        worker = crew._workers[0]
+        assert "--debug" not in Worker.command(worker, 3, 4)
+        caplog.set_level(logging.DEBUG, "expo")
+        assert Worker.command(worker, 3, 4)[:5] == [sys.executable, "-m", "expo", "--debug", "work"]
+        with pytest.raises(EnvironmentFailure):
+            crew.watch("generate", 8, 0)
+    assert "what the process printed last:\nexpo: error: the disk is full\n" in caplog.messages
+
+
+@pytest.mark.parametrize(("code", "kind"), [(1, EnvironmentFailure), (2, InputError)])
+def test_why_a_part_failed_is_known_although_its_process_hangs(crew_of, monkeypatch, code, kind):
+    monkeypatch.setattr(workers, "STOP_SECONDS", 0.1)
+    says = "print('expo: error: the disk is full', file=sys.stderr, flush=True); "
+    hangs = f"os.write(REPLIES, b'{{\"exit_code\": {code}}}\\n'); {HANG}"
+    with pytest.raises(kind, match="the disk is full"), crew_of(says + hangs) as crew:
+        crew.watch("generate", 8, 0)
+    assert crew._workers[0].exit_code() == -signal.SIGKILL
+
+
 IGNORES = "import signal; signal.signal(15, signal.SIG_IGN); " + HANG
 SPAWNS = "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
 
@@ -198,6 +239,31 @@ def test_a_worker_ends_when_the_other_end_of_its_pipe_is_gone(llama_pair, tmp_pa
     worker.wait(60)
     assert worker.exit_code() == 128 + signal.SIGTERM
     worker.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(InputError("no such thing"), "expo: error: no such thing"), (ValueError("a bug"), "ValueError: a bug")],
+)
+def test_an_error_is_told_before_the_engine_is_closed(monkeypatch, capfd, error, said):
+    jobs, to_jobs = os.pipe()
+    replies, to_replies = os.pipe()
+    seen: list[str] = []
+
+    def close(_keeper: EngineKeeper) -> None:
+        seen.extend((capfd.readouterr().err.splitlines()[-1], os.read(replies, 100).decode()))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(EngineKeeper, "close", close)
+    monkeypatch.setattr(work, "_do", fail)
+    os.write(to_jobs, b"{}\n")
+    code = getattr(error, "exit_code", 1)
+    assert cli.run(["work", f"--jobs={jobs}", f"--replies={to_replies}"]) == code
+    assert seen == [said, f'{{"exit_code": {code}}}\n']
+    os.close(to_jobs)
+    os.close(replies)
 
 
 @pytest.mark.slow

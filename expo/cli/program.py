@@ -13,10 +13,8 @@ import io
 import json
 import logging
 import os
-import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Collection
 from importlib import import_module
 from inspect import Parameter, Signature
@@ -29,10 +27,10 @@ import typer
 from expo import __version__, config, config_files, recipes as known_recipes
 from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, sweep, work
 from expo.cli.command import Command, Levels, Shown
-from expo.errors import PARTLY_FAILED, ExpoError, Stopped
+from expo.cli.failures import EXPECTED, clean, exit_code_of, fail, say
+from expo.errors import PARTLY_FAILED, Stopped
 from expo.files import shown
 from expo.orphans import VARIABLE, end_with_parent
-from expo.redact import without_secrets
 from expo.settings import Setting, flag, settings_of
 
 if TYPE_CHECKING:
@@ -41,8 +39,6 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=config.CommandConfig)
 
 INTERRUPTED = 130
-
-CONTROL_CHARACTER = r"[\x00-\x08\x0b-\x1f\x7f]"
 
 log = logging.getLogger("expo")
 
@@ -325,25 +321,9 @@ def _on_terminate(signal_number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped(signal_number)
 
 
-def _clean(text: str) -> str:
-    """Untrusted text made safe for a terminal and a log: no secrets, no control characters."""
-    return re.sub(CONTROL_CHARACTER, lambda found: repr(found[0])[1:-1], without_secrets(text))
-
-
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _clean(super().format(record))
-
-
-def _say(message: object) -> None:
-    print(_clean(f"expo: {message}").replace("\n", "\\n"), file=sys.stderr)
-
-
-def _fail(error: Exception, message: str, code: int) -> int:
-    if log.isEnabledFor(logging.DEBUG):
-        print(_clean("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    _say(f"error: {message}")
-    return code
+        return clean(super().format(record))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -362,8 +342,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         return _run(arguments)
-    except ExpoError as error:
-        return _fail(error, str(error), error.exit_code)
     except typer.TyperException as error:
         return _usage_error(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -373,10 +351,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        return _fail(error, f"{error.filename or 'I/O'}: {error.strerror or error}", 1)
-    except MemoryError as error:
-        return _fail(error, "out of memory", 1)
+    except EXPECTED as error:
+        return exit_code_of(error)
 
 
 def _usage_error(error: typer.TyperException) -> int:
@@ -386,7 +362,7 @@ def _usage_error(error: typer.TyperException) -> int:
         return 2
     context = getattr(error, "ctx", None)
     hint = f" (see `{context.command_path} --help`)" if context else ""
-    return _fail(error, " ".join(message.split()).rstrip(".") + refused_value(error) + hint, 2)
+    return fail(error, " ".join(message.split()).rstrip(".") + refused_value(error) + hint, 2)
 
 
 def main() -> None:
@@ -405,6 +381,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
-        _say("stopped; rerun the same command to continue")
+        say("stopped; rerun the same command to continue")
     gc.freeze()  # else all that torch and transformers made is looked through once more, for a second or two
     sys.exit(code)

@@ -6,32 +6,53 @@ import atexit
 import json
 import os
 import sys
+import traceback
 from contextlib import closing, suppress
 from importlib import import_module
-from typing import Annotated, Any, NoReturn
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 
+from expo.cli.failures import EXPECTED, exit_code_of
 from expo.config import COMMANDS
 from expo.engines import GENERATORS, SCORERS
 from expo.errors import PARTLY_FAILED
-from expo.rows import EngineKeeper
+from expo.rows import EngineKeeper, RowJob
 
 
 def command(
     jobs: Annotated[int, typer.Option(help="Descriptor of the pipe to read jobs from.")],
-    replies: Annotated[int, typer.Option(help="Descriptor of the pipe to write a line per job to.")],
+    replies: Annotated[int, typer.Option(help="Descriptor of the pipe to write to how jobs go.")],
     preload: Annotated[str | None, typer.Option(help="VERB:ENGINE to import before the first job is there.")] = None,
 ) -> None:
     """Run jobs for the process that started this one."""
     if preload is not None:
         _preload(*preload.split(":"))
-    with closing(EngineKeeper()) as keeper, os.fdopen(jobs) as lines, os.fdopen(replies, "w") as answers:
+    with os.fdopen(jobs) as lines, os.fdopen(replies, "w") as answers, closing(_Keeper(answers)) as keeper:
         for line in lines:
-            code = _do(json.loads(line), keeper)
-            answers.write(json.dumps({"exit_code": code}) + "\n")
-            answers.flush()
+            code = _outcome(json.loads(line), keeper)
+            _tell(answers, exit_code=code)
+            if code not in (0, PARTLY_FAILED):
+                raise typer.Exit(code)
     _end()
+
+
+class _Keeper(EngineKeeper):
+    """Tells when its engine is open."""
+
+    def __init__(self, answers: IO[str]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def engine_for(self, job: RowJob) -> Any:  # noqa: ANN401 - of the verb's kind
+        engine = super().engine_for(job)
+        _tell(self._answers, ready=True)
+        return engine
+
+
+def _tell(answers: IO[str], **said: int) -> None:
+    answers.write(json.dumps(said) + "\n")
+    answers.flush()
 
 
 def _end() -> NoReturn:
@@ -49,6 +70,19 @@ def _preload(verb: str, engine: str) -> None:
         spec = {"generate": GENERATORS, "score": SCORERS}[verb][engine]
         spec.load()
         spec.call("preload")
+
+
+def _outcome(job: dict[str, Any], keeper: EngineKeeper) -> int:
+    """Do a job; the exit code, once stderr has its error line: to close the engine of one that failed may hang."""
+    try:
+        return _do(job, keeper)
+    except EXPECTED as error:
+        code = exit_code_of(error)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    return code
 
 
 def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:

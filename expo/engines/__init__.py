@@ -116,6 +116,10 @@ class GeneratorSetup:
         """The model's name in messages."""
         return self.model.name if self.theta is None else self.theta.name
 
+    def weights(self) -> dict[str, Any] | None:
+        """What decides the values of a θ(α), as it is now: two plans of one are one; None for a model's own weights."""
+        return None if self.theta is None else self.theta.weights()
+
     @property
     def _source(self) -> tuple[Path, ...]:
         """The folders of the model; those of a θ(α) are the pair's, whatever α."""
@@ -179,12 +183,22 @@ class Probed:
 class Prober(Generator, Protocol):
     """A generator that runs here (`local`), and so can be given other weights while it lives."""
 
+    @property
+    def block_tokens(self) -> int:
+        """How many tokens of a prompt are kept together for prompts that begin alike; 0 where none are."""
+
     def probe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Probed]:
         """Decode greedily what follows each prompt, without penalties and whatever ends an answer, as rows are made.
 
         Args:
             prompts: Token ids.
             new_tokens: The number of tokens for each.
+        """
+
+    def held(self) -> list[dict[str, str]]:
+        """Each tensor's name and the hash of its bits (`held.py`), for each process that has a part of the model.
+
+        Empty where the engine was started so that it cannot be asked.
         """
 
 

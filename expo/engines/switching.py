@@ -1,8 +1,9 @@
 """A live engine's switch to another α, proved: what is asked of it, and what counts as the same answers.
 
 A reload can leave old state behind: packed copies of weights, tied heads, buffers, cached prompts. So an engine that
-was switched to θ(α) is asked what an engine that was started with it is asked. `verdicts.py` knows what a proof is good
-for and keeps it, `expo.sweep.switch` makes one.
+was switched to θ(α) is asked what an engine that was started with it is asked: what follows some prompts, and the hash
+of each tensor that it holds (`held.py`). Hashes see what answers hide in their rounding; answers see what is no tensor.
+`verdicts.py` knows what a proof is good for and keeps it, `expo.sweep.switch` makes one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from expo.config import GenerateConfig
 from expo.engines import Probed
@@ -19,9 +22,14 @@ from expo.engines.torch_tools import own_dtype, visible_gpus
 from expo.errors import EnvironmentFailure
 from expo.files import write_atomic
 
+if TYPE_CHECKING:
+    from expo.engines.held import Held  # imports torch
+
 PROMPTS = 4
 PROMPT_TOKENS = 144
-"""More than a block of vLLM's prefix cache: 128 tokens on a CPU, 16 on a GPU."""
+"""More than a usual block of vLLM's prefix cache: 128 tokens on a CPU, 16 on a GPU."""
+BEYOND_BLOCK = 16
+"""Tokens of a prompt after a larger block."""
 NEW_TOKENS = 8
 """Generated after each prompt; the log probability of each depends on every row of the head."""
 
@@ -30,16 +38,19 @@ BOUNDS = {"float32": 1e-3, "float16": 2.0**-7, "bfloat16": 2.0**-4}
 as multiplied in TF32). The same kernels give the same bits; which kernels are taken may be measured at each start."""
 
 
-def probe_prompts(ids: Sequence[int], context_length: int, seed: int = 0) -> tuple[list[tuple[int, ...]], int]:
+def probe_prompts(
+    ids: Sequence[int], context_length: int, block_tokens: int = 0, seed: int = 0
+) -> tuple[list[tuple[int, ...]], int]:
     """Prompts of random tokens, and how many to generate after each.
 
     Args:
         ids: What they are drawn from: all tokens of text that the model has vectors for.
-        context_length: The longest prompt and answer together; below 130 tokens no prompt, nor any row, fills a block
-            of a CPU's prefix cache and goes on.
+        context_length: The longest prompt and answer together; where it is too short for a prompt to go on after a
+            block of the prefix cache, no row does, either.
+        block_tokens: Of the prefix cache; 0 where there is none.
         seed: Of the draws.
     """
-    length = max(1, min(PROMPT_TOKENS, context_length - 1))
+    length = max(1, min(max(PROMPT_TOKENS, block_tokens + BEYOND_BLOCK), context_length - 1))
     chance = random.Random(seed)
     prompts = [tuple(chance.choices(ids, k=length)) for _ in range(PROMPTS)]
     return prompts, max(1, min(NEW_TOKENS, context_length - length))
@@ -56,10 +67,12 @@ def bound_of(config: GenerateConfig, model: Path) -> float:
 def difference(one: Sequence[Probed], other: Sequence[Probed], bound: float) -> str | None:
     """The first difference between two engines' answers to the same prompts, in words; None where there is none.
 
+    Within a bound rounding may choose between two tokens that are as likely; what follows them is not compared.
+
     Args:
         one: Of one engine.
         other: Of the other.
-        bound: How far log probabilities may differ, in nats; 0 asks for equal ones.
+        bound: How far log probabilities may differ, in nats; 0 asks for equal ones, and for equal tokens.
     """
     if len(one) != len(other):
         return f"{len(one)} answers against {len(other)}"
@@ -68,10 +81,12 @@ def difference(one: Sequence[Probed], other: Sequence[Probed], bound: float) -> 
             return f"{len(left.token_ids)} tokens after prompt {number} against {len(right.token_ids)}"
         pairs = zip(left.token_ids, right.token_ids, left.log_probs, right.log_probs, strict=True)
         for place, (token, other_token, log_prob, other_log_prob) in enumerate(pairs, 1):
+            apart = 0.0 if log_prob == other_log_prob else abs(log_prob - other_log_prob)
             if token != other_token:
+                if bound and apart <= bound:
+                    break
                 return f"token {place} after prompt {number} is {token} against {other_token}"
-            if not (log_prob == other_log_prob or abs(log_prob - other_log_prob) <= bound):
-                apart = abs(log_prob - other_log_prob)
+            if not apart <= bound:
                 return f"the log probability of token {place} after prompt {number} differs by {apart:.2g}"
     return None
 
@@ -81,25 +96,41 @@ def is_finite(answers: Sequence[Probed]) -> bool:
     return all(math.isfinite(log_prob) for answer in answers for log_prob in answer.log_probs)
 
 
-def write_answers(file: Path, answers: Sequence[Probed], **seconds: float) -> None:
-    """Hand answers to the process that asked for them, with what they took.
+@dataclass(frozen=True)
+class Reply:
+    """What a process that was asked has to say of its engine."""
 
-    Raises:
-        EnvironmentFailure: Writing failed.
-    """
-    rows = [{"token_ids": answer.token_ids, "log_probs": answer.log_probs} for answer in answers]
-    write_atomic(file, json.dumps({"answers": rows, "seconds": seconds}), fsync=False)
+    answers: list[Probed]
+    held: list[Held]
+    """What each of the engine's processes holds; empty where it cannot be told."""
+    pid: int
+    """The process that replies."""
+    opened: bool
+    """Whether the engine was started for this job; else it was there, and was given other weights."""
+    fills_block: bool
+    """Whether prompts went on after a block of the prefix cache, or there is none."""
+    ready_seconds: float
+    """From the job until the engine had the job's weights."""
+    probe_seconds: float
 
+    def write(self, file: Path) -> None:
+        """Hand it to the process that asked.
 
-def read_answers(file: Path) -> tuple[list[Probed], dict[str, float]]:
-    """What `write_answers` wrote.
+        Raises:
+            EnvironmentFailure: Writing failed.
+        """
+        write_atomic(file, json.dumps(asdict(self)), fsync=False)
 
-    Raises:
-        EnvironmentFailure: There is nothing.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EnvironmentFailure(f"an engine left no answers: {error}") from error
-    rows = content["answers"]
-    return [Probed(tuple(row["token_ids"]), tuple(row["log_probs"])) for row in rows], content["seconds"]
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What `write` wrote.
+
+        Raises:
+            EnvironmentFailure: There is nothing.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EnvironmentFailure(f"an engine left no answers: {error}") from error
+        answers = [Probed(tuple(one["token_ids"]), tuple(one["log_probs"])) for one in content.pop("answers")]
+        return cls(answers=answers, **content)

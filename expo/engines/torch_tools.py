@@ -16,6 +16,7 @@ from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from expo.checkpoint.folder import read_config
 from expo.checkpoint.header import read_shard
 from expo.config import Dtype, RowsConfig, ScoreConfig
+from expo.cpus import usable_cpus
 from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
 
@@ -197,7 +198,7 @@ def worker_environments(
         raise InputError(f"--data-parallel {count} gives each worker a GPU of its own; leave out --device")
     gpus = visible_gpus() if gpus is None else gpus
     if not gpus or (not spreads and config.device == "cpu"):
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = max(1, usable_cpus() // count)
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * count
     size = (getattr(config, "tensor_parallel", None) or max(1, len(gpus) // count)) if spreads else 1
     if count * size > len(gpus):

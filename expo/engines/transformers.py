@@ -30,6 +30,7 @@ from expo.checkpoint.folder import is_adapter
 from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Probed, Request, token_batches
 from expo.engines.coverage import is_token, require_trained
+from expo.engines.held import Held, held_by
 from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
 from expo.engines.transformers_theta import Places, load_theta, replace_theta
 
@@ -162,11 +163,15 @@ class TransformersGenerator:
         EnvironmentFailure: There is not enough memory.
     """
 
+    block_tokens = 0
+    """Nothing is kept of a prompt."""
+
     def __init__(self, setup: GeneratorSetup) -> None:
         self._device = find_device(setup.config.device, prefer_gpu=True)
         self.repeatable = self._device.type == "cpu"
         self.step_seconds = 0.0
         self._setup = setup
+        self._weights = setup.weights()
         self._model: Any = None
         self._places: Places | None = None
         self._load_model()
@@ -187,8 +192,8 @@ class TransformersGenerator:
 
         An engine whose weights could not be replaced is closed: some tensors may be the new ones.
         """
-        theta, before, self._setup = setup.theta, self._setup.theta, setup
-        if theta is before:
+        theta, weights, self._setup = setup.theta, setup.weights(), setup
+        if weights == self._weights:
             return
         try:
             replaced = theta is not None and self._places is not None and replace_theta(theta, self._places)
@@ -198,6 +203,7 @@ class TransformersGenerator:
         if not replaced:
             self.close()
             self._load_model()
+        self._weights = weights
 
     def close(self) -> None:
         """Let go of the model."""
@@ -246,6 +252,10 @@ class TransformersGenerator:
         log_probs = torch.stack(made.logits, 1).float().log_softmax(-1)  # (prompts, new_tokens, vocabulary)
         chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return [Probed(tuple(row), tuple(seen)) for row, seen in zip(tokens.tolist(), chosen.tolist(), strict=True)]
+
+    def held(self) -> list[Held]:
+        """What the model holds."""
+        return [held_by(self._model)]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids with padding at the left and the attention mask, (rows, width) each."""

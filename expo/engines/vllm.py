@@ -22,10 +22,14 @@ from expo.engines.vllm_tools import VllmEngine, common_arguments, given_argument
 from expo.errors import EnvironmentFailure
 
 if TYPE_CHECKING:
+    from expo.engines.held import Held
     from expo.theta.pair import ThetaPlan
 
 SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization"})
 """Arguments that change how many rows run at once, but no row."""
+
+EXTENSION, HELD_EXTENSION = "worker_extension_cls", "expo.engines.held.HeldExtension"
+"""What is mixed into vLLM's workers where weights are θ(α)."""
 
 MEMORY_ADVICE = "--engine-arg max_num_seqs=32, or a smaller --max-tokens, needs less memory"
 
@@ -61,6 +65,7 @@ class VllmGenerator(VllmEngine):
 
     def __init__(self, setup: GeneratorSetup) -> None:
         self._setup = self._started = setup  # what it was started with lives as long: a θ(α) has links to its files
+        self._weights = setup.weights()
         super().__init__(setup.name, engine_arguments(setup), memory_advice=MEMORY_ADVICE)
         self.repeatable = is_repeatable(setup.config)
 
@@ -86,6 +91,25 @@ class VllmGenerator(VllmEngine):
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False)
         found = dict(pair for finished in self._answers(prompts, [params] * len(prompts)) for pair in finished)
         return [_probed(found[number]) for number in range(len(prompts))]
+
+    @property
+    def block_tokens(self) -> int:
+        """The size of a block of the prefix cache; 0 where `--engine-arg` switched it off."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        return int(cache.block_size) if cache.enable_prefix_caching else 0
+
+    def held(self) -> list[Held]:
+        """What each tensor-parallel rank holds of θ(α), hashed in its process; empty where that was not mixed into it.
+
+        Raises:
+            EnvironmentFailure: The engine died.
+        """
+        if self._started.theta is None or EXTENSION in given_arguments(self._started.config):
+            return []
+        llm = self._llm
+        with self.running():
+            found: list[Held] = self._watched(lambda: llm.collective_rpc("expo_held"))
+        return found
 
     def _answers(
         self, prompts: Sequence[Sequence[int]], params: Sequence[object]
@@ -128,21 +152,25 @@ class VllmGenerator(VllmEngine):
 
         An engine whose weights could not be replaced is closed: some layers may have the new ones.
         """
-        if setup.theta is not None and setup.theta is not self._setup.theta:
+        weights = setup.weights()
+        if setup.theta is not None and weights != self._weights:
             try:
                 self._reload(setup.theta)
             except BaseException:
                 self.close()
                 raise
-        self._setup = setup
+        self._setup, self._weights = setup, weights
         self.repeatable = is_repeatable(setup.config)
 
     def _reload(self, theta: ThetaPlan) -> None:
         keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(theta.config)}
+        llm = self._llm
         with self.running(), reraise_refusals():
-            self._llm.collective_rpc("update_config", args=({"load_config": keys},))
-            self._llm.collective_rpc("reload_weights")
-        if not self._llm.reset_prefix_cache():  # it holds what the old weights made of prompts
+            self._watched(lambda: llm.collective_rpc("update_config", args=({"load_config": keys},)))
+            self._watched(lambda: llm.collective_rpc("reload_weights"))
+            # What the old weights made of prompts, wherever it is kept.
+            is_reset = self._watched(lambda: llm.reset_prefix_cache(reset_connector=True))
+        if not is_reset:
             raise EnvironmentFailure(
                 "vLLM kept its cache of prompts, which is that of other weights; rerun to continue"
             )
@@ -170,6 +198,7 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
     arguments |= {"dtype": config.dtype, "seed": config.seed}
     if setup.theta is not None:
         arguments["load_format"] = LOAD_FORMAT
+        arguments[EXTENSION] = HELD_EXTENSION
         arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
     return arguments | given_arguments(config)
 

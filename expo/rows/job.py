@@ -277,6 +277,8 @@ class EngineKeeper:
     """
 
     def __init__(self) -> None:
+        self.opened = False
+        """Whether the engine was opened for the job it is at, and did not go on from another."""
         self._engine: Any = None
         self._of: RowJob | None = None  # the job that it was opened for
 
@@ -285,12 +287,14 @@ class EngineKeeper:
         if self._engine is not None and self._of is not None and self._goes_on(self._of, job):
             try:
                 self._engine.load(job.setup)
+                self.opened = False
             except BaseException:
                 self.close()  # what its weights are now is not known
                 raise
         else:
             self.close()
             self._engine, self._of = job.open_engine(), job
+            self.opened = True
         return self._engine
 
     @staticmethod

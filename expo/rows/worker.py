@@ -1,9 +1,10 @@
 """A process that runs row jobs for this one: how it is given them, its progress, and its last error line.
 
-The protocol: jobs go to the process as lines of JSON on one pipe, and it answers each with a line on another; it exits
-when the first pipe is closed. So a worker given a single job exits after it, and one that stays takes the next job
-with its engine open. Its standard input is a third pipe, by which it notices that this process is gone
-(`expo.orphans`). `expo/cli/work.py` is the other end.
+The protocol: jobs go to the process as lines of JSON on one pipe, and it answers on another: a line when its engine is
+open and has the job's weights, one when the job has ended. It exits when the first pipe is closed, or after a job that
+failed. So a worker given a single job exits after it, and one that stays takes the next job with its engine open. Its
+standard input is a third pipe, by which it notices that this process is gone (`expo.orphans`). `expo/cli/work.py` is
+the other end.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +29,12 @@ from expo.errors import EnvironmentFailure
 from expo.orphans import environment_for_child
 from expo.rows.job import RowJob
 
+log = logging.getLogger(__name__)
+
 TAIL_BYTES = 1 << 16
+SEE_ABOVE = re.compile(r"See (?:root cause above|stack trace \(above\) for the root cause)")
+"""How vLLM refers to what its other processes have logged."""
+LOGGED_ERROR = re.compile(r"\bERROR\b[^]]*] ((?:\w+\.)*\w+(?:Error|Exception)(?:: .*)?)$")
 MAX_STARTS = 4
 """How many times the process of one job is started in one run."""
 
@@ -82,6 +89,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._jobs: IO[bytes] | None = None
         self._replies: IO[bytes] | None = None
+        self._has_opened = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         if job is not None:
             self.take(job, kept)
@@ -116,6 +124,7 @@ class Worker:
     def _spawn(self, *words: str) -> None:
         """Start the process in its own session: a Ctrl-C reaches it only through its parent."""
         self._close_pipes()
+        self._has_opened = False
         self._log.seek(0)
         self._log.truncate()
         jobs, to_jobs = os.pipe()
@@ -136,7 +145,8 @@ class Worker:
 
     def command(self, jobs: int, replies: int) -> list[str]:
         """The command line; the arguments are the descriptors of its two pipes."""
-        return [sys.executable, "-m", "expo", "work", f"--jobs={jobs}", f"--replies={replies}"]
+        debug = ["--debug"] if log.isEnabledFor(logging.DEBUG) else []
+        return [sys.executable, "-m", "expo", *debug, "work", f"--jobs={jobs}", f"--replies={replies}"]
 
     def rows(self) -> int:
         """The number of finished rows, as far as this process knows."""
@@ -151,11 +161,21 @@ class Worker:
         return self.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or self.has_come_further())
 
     def outcome(self) -> int | None:
-        """The exit code of the job, or of the process if it died without a reply; None while the job runs."""
+        """The exit code of the job, or of the process if it died without a reply; None while the job runs.
+
+        A process whose job failed may still be there: it closes its engine, and then ends.
+        """
         exit_code = self.exit_code()
-        if self._reply is None and self._replies is not None and (line := self._replies.readline()):
-            self._reply = int(json.loads(line)["exit_code"])
+        while self._reply is None and self._replies is not None and (line := self._replies.readline()):
+            said = json.loads(line)
+            self._has_opened = self._has_opened or "ready" in said
+            self._reply = said.get("exit_code")
         return exit_code if self._reply is None else self._reply
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether the process runs and has an engine, as far as `outcome` has heard."""
+        return self._has_opened and self.exit_code() is None
 
     def exit_code(self) -> int | None:
         """The exit code of the process; None while it runs."""
@@ -171,15 +191,22 @@ class Worker:
         return 0
 
     def last_error_line(self) -> str:
-        """The last output of an exited process: its error line, if there is one."""
-        code = self.exit_code() or 0
+        """Why a job failed: the error line of its process, if there is one, or how the process ended."""
+        code = self._reply or self.exit_code() or 0
+        tail = self._tail()
+        log.debug("what the process printed last:\n%s", tail)
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - TAIL_BYTES))
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in tail.splitlines() if line.strip()]
         errors = [line.removeprefix("expo: error: ") for line in lines if line.startswith("expo: error: ")]
         said = (errors or lines or [f"exit code {code}"])[-1]
-        return re.sub(r"\s+", " ", said)
+        return re.sub(r"\s+", " ", _with_cause(said, lines))
+
+    def _tail(self) -> str:
+        """The end of the process's output; where it writes, which it shares with this process, is left alone."""
+        number = self._log.fileno()
+        start = max(0, os.fstat(number).st_size - TAIL_BYTES)
+        return os.pread(number, TAIL_BYTES, start).decode(errors="replace")
 
     def ask_to_stop(self) -> None:
         """Ask the process to stop cleanly."""
@@ -218,6 +245,12 @@ class Worker:
     def close(self) -> None:
         """Close the log; the process has exited."""
         self._log.close()
+
+
+def _with_cause(said: str, lines: Sequence[str]) -> str:
+    """An error line, with the last error that vLLM logged in place of a reference to it."""
+    causes = [found[1].rstrip(".") for line in lines if (found := LOGGED_ERROR.search(line))]
+    return SEE_ABOVE.sub(lambda _: causes[-1], said) if causes else said
 
 
 def _close(pipe: IO[Any] | None) -> None:

@@ -130,6 +130,7 @@ class Crew:
                 worker.take(*self._waiting.popleft())
                 self._start(worker)
             return
+        worker.wait(STOP_SECONDS)  # it gives back what its engine holds
         worker.kill()
         if code == InputError.exit_code:
             raise InputError(worker.last_error_line())

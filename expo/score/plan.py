@@ -172,6 +172,11 @@ def _ready(scorer: ScoredBy, task: Task, config: ScoreConfig) -> ReadyModel:
     fingerprint = reward_fingerprint(_made_from(task, scorer, engine, tokenizer), config, found)
     there = files.look().fingerprint
     if there is not None and not config.overwrite:
+        if there.get("reward_model") != fingerprint["reward_model"]:
+            raise InputError(
+                f"{files.final} has the rewards of another reward model than {scorer.location.label}: give that one "
+                "first and this one after it, as a further --reward-model; --overwrite replaces its rewards"
+            )
         require_same(files.final, there, _dated(tokenizer, fingerprint, files, config)[1])
     return ReadyModel(scorer.location, found.body, engine, spec, config)
 

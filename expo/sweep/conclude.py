@@ -66,6 +66,8 @@ def conclude(job: SweepPlan, made: Making, inspected: Inspection | None, started
     earlier = None if there is None else there.content
     found = {**plain(choice.describe()), **_described(job, choice.best_alpha, made)}
     found["notes"] += job.notes
+    if lost := _judges(earlier or {}) - _judges(found):
+        log.warning("%s judged before and does not now: give it as a further --reward-model", ", ".join(sorted(lost)))
     status = "already complete"
     record = earlier if earlier is not None and not made.generated and is_current(earlier, found) else None
     if record is None or not (job.folder / PICTURE).exists():
@@ -94,6 +96,12 @@ def _source(answers: GenerateJob, rewards: Sequence[RowFiles]) -> Source:
     """The files of an α: its answers, and the rewards by this run's reward models alone."""
     files = tuple(file.final for file in rewards)
     return Source(answers.name, answers.name, answers.task.name, answers.files.final, files)
+
+
+def _judges(record: Row) -> set[str]:
+    """The reward models of a record."""
+    tables = [record, *record.get("further", ())]
+    return {table["reward_model"] for table in tables if table.get("reward_model")}
 
 
 def _errors(metas: Mapping[float, Sequence[Row]]) -> list[Row]:
@@ -202,5 +210,6 @@ def of_equal_models(config: SweepConfig, fingerprint: Row, why: str) -> Swept:
     status = "already complete" if earlier == plain(record) else "written"
     if status == "written":
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / PICTURE).unlink(missing_ok=True)
         write_atomic(folder / RECORD, json_text(record, indent=2) + "\n")
     return Swept(record, str(record["verdict"]), status, folder / RECORD)

@@ -2,6 +2,7 @@
 
 The probe generates and scores the first prompts with α = 0, in processes and places like those of the sweep, into a
 folder that is removed again. Few rows do not fill an engine, so a long run is faster than it says rather than slower.
+Where no proof of a switch is kept, the start that it costs is counted, too.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 from expo.config import SweepConfig
 from expo.files import Row
 from expo.generate import GenerateJob, plan as plan_generate
+from expo.output.findings import Inspection
 from expo.rows import RowJob, missing_rows
 from expo.score import ScoreJob
 from expo.sweep.lanes import Lane, Lanes, environment_of
 from expo.sweep.pair import inspect_pair, is_one_model
 from expo.sweep.plan import SweepPlan, plan
 from expo.sweep.record import EQUAL
+from expo.sweep.switch import is_known
 
 PROBE_PROMPTS = 16
 
@@ -77,7 +80,7 @@ class CostedPlan:
         if found is not None and found.suits == EQUAL:
             return {**self.job.describe(), "pair": EQUAL, **NOTHING}
         pair = {} if found is None else {"pair": found.suits}
-        return {**self.job.describe(), **pair, **estimate(self.job, missing)}
+        return {**self.job.describe(), **pair, **estimate(self.job, missing, found)}
 
 
 def plan_with_cost(config: SweepConfig) -> CostedPlan:
@@ -107,25 +110,31 @@ def _missing(job: SweepPlan) -> list[int]:
     return [sum(generate.values()), *score]
 
 
-def estimate(job: SweepPlan, missing: Sequence[int]) -> Row:
+def estimate(job: SweepPlan, missing: Sequence[int], inspected: Inspection | None) -> Row:
     """The cost of what is missing, as plain data: rows, tokens, seconds and memory of each engine.
 
     Args:
         job: The plan.
         missing: The rows that the policy and each reward model have to do.
+        inspected: The pair, where something is to be generated.
 
     Raises:
         InputError: A model or a setting is at fault.
         EnvironmentFailure: An engine does not start, or failed.
     """
-    costs = [seen.cost(rows) for seen, rows in zip(_probe(job), missing, strict=True) if rows]
+    is_switched = len(job.to_generate) > 1
+    starts_twice = is_switched and not is_known(job.first, inspected)
+    seen = _probe(job)
+    costs = [one.cost(rows) for one, rows in zip(seen, missing, strict=True) if rows]
     seconds = [cost["seconds"] + cost["start_seconds"] for cost in costs]
     beside = bool(job.places[0].gpus) and all(place.side_by_side for place in job.places)
+    proof = round(seen[0].start_seconds, 1) if starts_twice else 0.0
     return {
         "rows_to_generate": missing[0],
         "rows_to_score": sum(missing[1:]),
         "cost": costs,
-        "seconds_in_all": round(max(seconds) if beside else sum(seconds)),
+        **({"seconds_of_the_proof": proof} if is_switched else {}),
+        "seconds_in_all": round(proof + (max(seconds) if beside else sum(seconds))),
     }
 
 

@@ -32,6 +32,6 @@ def run(config: SweepConfig) -> Swept:
             inspected = inspect_pair(config)
             if inspected.suits == EQUAL:
                 return of_equal_models(config, made_from(job.first.fingerprint), inspected.verdict)
-        with Making(job, processes) as made:
+        with Making(job, processes, inspected) as made:
             made.run()
             return conclude(job, made, inspected, started)  # while the processes end

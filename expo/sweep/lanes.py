@@ -3,6 +3,9 @@
 The policy's lane makes one α after the other; when one is there, its answers go to the lanes of the reward models,
 while the policy goes on with the next. A process that dies is started again where its rows allow it, and no row is
 lost: each is durable when it is finished, and the same command continues.
+
+Engines that share a GPU are opened one after the other: vLLM measures the memory that is taken while it starts, and
+would charge each engine for what another loads meanwhile.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from types import TracebackType
 
+from expo.cpus import usable_cpus
 from expo.errors import EnvironmentFailure, InputError
 from expo.progress import rows_progress
 from expo.rows import RowJob
@@ -34,7 +38,12 @@ def environment_of(place: Place) -> dict[str, str]:
     """What is set for the process of an engine: its GPUs, or the threads of a CPU."""
     if place.gpus:
         return {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)}
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(usable_cpus()))}
+
+
+def shared_gpus(place: Place) -> frozenset[str]:
+    """The GPUs of which an engine has only a share."""
+    return frozenset(place.gpus if place.gpu_share is not None else ())
 
 
 class Lane:
@@ -46,6 +55,7 @@ class Lane:
         after: Called after each job.
         fed_by: The lane whose finished jobs give this one its own; None where all are there from the start.
         waits: Whether it starts only when the lane before it in the run is over, as memory is for one of them.
+        shares: The GPUs that other lanes' engines may be on, too.
     """
 
     def __init__(
@@ -56,9 +66,11 @@ class Lane:
         *,
         fed_by: Lane | None = None,
         waits: bool = False,
+        shares: Collection[str] = (),
     ) -> None:
         self.label = label
         self.waits = waits
+        self.shares = frozenset(shares)
         self.stays = True
         """Whether the process, and its engine, go on from job to job."""
         self.rows_done = 0
@@ -67,8 +79,11 @@ class Lane:
         self._fed_by = fed_by
         self._queue: deque[RowJob] = deque()
         self._current: RowJob | None = None
+        self._is_held = False
+        """Whether the present job is still to be started, or started again."""
         self._worker: Worker | None = None
         self._preloaded: Worker | None = None
+        self._dismissed: float | None = None
 
     def add(self, job: RowJob) -> None:
         """Add a job to be done after the others."""
@@ -116,59 +131,74 @@ class Lane:
         """What the process, and those it started, have in memory; 0 where there is none."""
         return 0 if self._worker is None else self._worker.memory_bytes()
 
-    def step(self) -> None:
+    @property
+    def is_opening(self) -> bool:
+        """Whether its process has been given a job and may be opening its engine."""
+        has_begun = self._current is not None and not self._is_held
+        return has_begun and self._worker is not None and not self._worker.has_engine
+
+    def step(self, *, may_open: bool = True) -> None:
         """Begin the next job, or look how the present one stands.
+
+        Args:
+            may_open: Whether an engine may be opened now.
 
         Raises:
             InputError: The process rejects its settings or inputs.
             EnvironmentFailure: It failed repeatedly.
         """
-        if self._current is None:
-            if self._queue:
-                self._begin(self._queue.popleft())
+        if self._current is None or self._worker is None or self._is_held:
+            self._begin(may_open)
             return
-        code = None if self._worker is None else self._worker.outcome()
-        if self._worker is None or code is None:
+        code = self._worker.outcome()
+        if code is None:
             return
         if code in FINISHED:
-            self._finish(self._worker, self._current)
+            self._finish(self._worker, self._current, may_open)
         else:
             self._recover(self._worker, code)
 
-    def _begin(self, job: RowJob) -> None:
-        self._current = job
-        if self._worker is None:
-            self._worker = self.new_worker(job)
-        self._worker.stays = self.stays
-        self._worker.take(job)
-        self._worker.start()
+    def _begin(self, may_open: bool) -> None:
+        """Take up the next job, where there is one, and start it as soon as an engine is there or may be opened."""
+        if self._current is None and self._queue:
+            self._current, self._is_held = self._queue.popleft(), True
+            self._worker = self._worker or self.new_worker(self._current)
+            self._worker.stays = self.stays
+            self._worker.take(self._current)
+        if self._is_held and self._worker is not None and (may_open or self._worker.has_engine):
+            self._is_held = False
+            self._worker.start()
 
-    def _finish(self, worker: Worker, job: RowJob) -> None:
+    def _finish(self, worker: Worker, job: RowJob, may_open: bool) -> None:
         self.rows_done += len(job.keys)
         self._current = None
         if not self.stays:
             worker.wait(STOP_SECONDS)
             worker.kill()
-        if self._queue:  # the engine works while what comes after is planned
-            self._begin(self._queue.popleft())
+        self._begin(may_open)  # the engine works while what comes after is planned
         self._after(job)
 
     def _recover(self, worker: Worker, code: int) -> None:
-        if code == InputError.exit_code:
-            worker.wait(STOP_SECONDS)
-            raise InputError(worker.last_error_line())
+        worker.wait(STOP_SECONDS)  # it gives back what its engine holds
         worker.kill()
         reason = worker.last_error_line()
+        if code == InputError.exit_code:
+            raise InputError(reason)
         if not worker.may_restart(code):
             raise EnvironmentFailure(f"{self.label}: {reason}; rerun the same command to continue")
         log.warning("%s: %s; restarting", self.label, reason)
-        worker.start()
+        self._is_held = True
 
     def dismiss(self) -> bool:
-        """Let the process end by itself; whether it has given back its memory."""
+        """Let the process end by itself, and kill it where that takes too long; whether its memory is given back."""
         if self._worker is None:
             return True
-        self._worker.dismiss()
+        if self._dismissed is None:
+            self._dismissed = time.monotonic()
+            self._worker.dismiss()
+        if self._worker.exit_code() is None and time.monotonic() - self._dismissed > STOP_SECONDS:
+            log.warning("%s: its process does not end by itself, and is killed", self.label)
+            self._worker.kill()
         return self._worker.exit_code() is not None
 
     def close(self) -> None:
@@ -202,6 +232,10 @@ class Lanes:
         for lane in self._lanes:
             lane.close()
 
+    def _may_open(self, lane: Lane) -> bool:
+        """Whether no other engine is being opened on the lane's GPUs."""
+        return not any(other.is_opening and other.shares & lane.shares for other in self._lanes if other is not lane)
+
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to do in any lane."""
@@ -228,7 +262,7 @@ class Lanes:
                     if lane.is_over:
                         lane.dismiss()
                     elif not lane.waits or all(before.is_over and before.dismiss() for before in self._lanes[:number]):
-                        lane.step()
+                        lane.step(may_open=self._may_open(lane))
                 now = sum(lane.rows for lane in self._lanes)
                 progress.update(max(0, now - shown))
                 if not begun:

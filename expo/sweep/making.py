@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import Self
 
 from expo.files import Row
+from expo.output.findings import Inspection
 from expo.rows import RowJob, is_complete
 from expo.rows.files import RowFiles
 from expo.rows.worker import Worker
 from expo.score import ScoreJob
-from expo.sweep.lanes import Lane, Lanes, environment_of
+from expo.sweep.lanes import Lane, Lanes, environment_of, shared_gpus
 from expo.sweep.plan import SweepPlan, quiet
 from expo.sweep.record import mark_unfinished
 from expo.sweep.switch import prove
@@ -26,9 +27,10 @@ class Making:
     Args:
         job: The plan.
         processes: Of the policy and of the first reward model, where they have been started already; taken from here.
+        inspected: The pair, where something is to be generated.
     """
 
-    def __init__(self, job: SweepPlan, processes: list[Worker]) -> None:
+    def __init__(self, job: SweepPlan, processes: list[Worker], inspected: Inspection | None) -> None:
         self.generated: list[float] = []
         """The α whose answers were made in this run."""
         self.rewards: dict[float, list[RowFiles]] = {}
@@ -36,12 +38,19 @@ class Making:
         self._first_rewards: list[ScoreJob] = []  # planned first: those of other α have their engines and dates
         self.switch: Row | None = None
         """Whether the policy's engine could be switched, where it was asked."""
-        self._job = job
+        self._job, self._inspected = job, inspected
         self._alpha_of = {one.files.final: alpha for alpha, one in job.jobs.items()}
         policy, *others = job.places
-        self._policy = Lane("the policy", environment_of(policy), self._pass_on)
+        self._policy = Lane("the policy", environment_of(policy), self._pass_on, shares=shared_gpus(policy))
         self._lanes = [
-            Lane(model.location.label, environment_of(place), _say, fed_by=self._policy, waits=not place.side_by_side)
+            Lane(
+                model.location.label,
+                environment_of(place),
+                _say,
+                fed_by=self._policy,
+                waits=not place.side_by_side,
+                shares=shared_gpus(place),
+            )
             for model, place in zip(job.reward_models, others, strict=True)
         ]
         for lane in (self._policy, *self._lanes):
@@ -80,7 +89,7 @@ class Making:
         if len(waiting) < 2:
             return
         first = next(one for one in self._job.jobs.values() if one is waiting[0])
-        proof = prove(lambda: self._new_policy(first), first)
+        proof = prove(lambda: self._new_policy(first), first, self._inspected)
         seconds = {"start_seconds": proof.start_seconds, "switch_seconds": proof.switch_seconds}
         known = {key: round(value, 3) for key, value in seconds.items() if value is not None}
         self.switch = {"proved": proof.proved, "reason": proof.reason, **known}

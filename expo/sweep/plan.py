@@ -251,8 +251,9 @@ def _places(first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, 
         for model in models
     ]
     gpus, devices = visible_gpus(), [first.config.device, *(model.config.device for model in models)]
-    for device in devices:
-        find_device(device, prefer_gpu=True)
+    for number, device in enumerate(devices):
+        with flags_of_sweep(reward=number > 0):
+            find_device(device, prefer_gpu=True)
     if not gpus or set(devices) == {"cpu"}:
         return tuple(on_cpu(policy, rewards, psutil.virtual_memory().available))
     if set(devices) <= {"auto", "cuda"}:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from expo.checkpoint.folder import Location, find_folder, is_adapter
+from expo.checkpoint.folder import Location, find_folder, is_adapter, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.tokens import require_same_tokens
 from expo.config import Dtype, ExtrapolateConfig, PairConfig, ThetaConfig
 from expo.errors import InputError
+from expo.files import Row
 from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.decide import plan_pair
 from expo.theta.decide_adapter import plan_adapter
@@ -118,6 +119,11 @@ class ThetaPlan:
     def name(self) -> str:
         """The name of θ(α), as its folder would be named."""
         return theta_name(self.dpo.name, self.config.alpha)
+
+    def weights(self) -> Row:
+        """What decides the values of θ(α): the settings, and the state of both models as it is now."""
+        sides = {"sft": self.sft, "dpo": self.dpo}
+        return {"settings": asdict(self.config), **{side: source_fingerprint(one) for side, one in sides.items()}}
 
     @property
     def side_files(self) -> dict[str, Path]:

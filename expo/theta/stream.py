@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own by a warning
 
 from expo.checkpoint.folder import Checkpoint, TensorInfo
+from expo.cpus import usable_cpus
 from expo.errors import EnvironmentFailure, InputError
 from expo.theta.adapter.tensors import Adapter, LowRank
 from expo.theta.buffers import PAGE, TORCH_DTYPES, HostBuffer, Lane, Outputs
@@ -55,8 +56,7 @@ MAX_DEFAULT_WORKERS = 4
 
 def default_workers() -> int:
     """The default of `--workers`: the number of CPUs available to this process, at most four."""
-    may_use = getattr(os, "sched_getaffinity", None)  # macOS has no such call
-    return min(MAX_DEFAULT_WORKERS, len(may_use(0)) if may_use else os.cpu_count() or 1)
+    return min(MAX_DEFAULT_WORKERS, usable_cpus())
 
 
 class Sink(Protocol):
