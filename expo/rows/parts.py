@@ -12,7 +12,8 @@ from expo.files import Row, texts_sha256
 from expo.journal import read_journal
 from expo.parts import DATE_NAME, FILE_NAME, all_parts, counts_in
 from expo.rows.files import Found, RowFiles, State, checksum, require_columns
-from expo.rows.job import Done, Figures, RowJob, Rows, rows_to_extend
+from expo.rows.job import Done, Figures, RowJob, Rows
+from expo.rows.loop import rows_to_extend
 from expo.settings import require_same
 
 PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "tokens_per_second")

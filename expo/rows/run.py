@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from expo.config import RowsConfig
 from expo.rows.dates import agree
-from expo.rows.job import Done, EngineKeeper, RowJob, run_rows
+from expo.rows.job import Done, RowJob
+from expo.rows.keeper import EngineKeeper
+from expo.rows.loop import run_rows
 from expo.rows.parts import join_parts, kept_of_the_whole
 from expo.rows.workers import run_in_processes
 
