@@ -33,10 +33,12 @@ from types import TracebackType
 from typing import IO
 
 from expo.errors import EnvironmentFailure, InputError
-from expo.files import Row, json_lines, shown, sync
+from expo.files import Row, json_lines, shown, sync, sync_folder
 
 LOCK_SUFFIX = ".lock"
 """Of the link beside a journal that names the process writing it."""
+KEPT = "kept"
+"""The header's entry that says how many of the first rows a finished output has, too."""
 
 
 class Journal:
@@ -52,6 +54,7 @@ class Journal:
 
     Attributes:
         rows: Those of an earlier run with the same fingerprint; rows with another one are dropped.
+        kept: How many of them, the first ones, are a finished output's, with which it was begun.
         is_empty: Whether there are no rows, old or new.
 
     Raises:
@@ -63,28 +66,65 @@ class Journal:
         self._path = path
         self._sync_every_s = sync_every_s
         self._synced_at = -math.inf
-        self._stream = path.open("a", encoding="utf-8")
+        self._header = header
+        while not self._take():
+            pass
         try:
-            self._lock = RunLock(path.with_name(path.name + LOCK_SUFFIX), alone_here=_alone_here(self._stream, path))
-        except BaseException:
-            self._stream.close()
-            raise
-        try:
-            self._start(header)
+            self._start()
         except BaseException:
             self._stream.close()
             self._lock.release()
             raise
 
-    def _start(self, header: Row) -> None:
+    def _take(self) -> bool:
+        """Open the file and lock it; False where its name was given to another file, or to none, before that."""
+        self._stream = self._path.open("a", encoding="utf-8")
+        try:
+            lock = self._path.with_name(self._path.name + LOCK_SUFFIX)
+            self._lock = RunLock(lock, alone_here=_alone_here(self._stream, self._path))
+        except BaseException:
+            self._stream.close()
+            raise
+        if _is_at(self._path, self._stream):
+            return True
+        self._stream.close()
+        self._lock.release()
+        return False
+
+    def _start(self) -> None:
         lines = read_journal(self._path)
-        kept = lines if lines and lines[0].get("fingerprint") == header.get("fingerprint") else []
-        self._stream.truncate(len(json_lines(kept).encode()))
-        self.rows = kept[1:]
+        usable = lines if lines and lines[0].get("fingerprint") == self._header.get("fingerprint") else []
+        self._stream.truncate(len(json_lines(usable).encode()))
+        self.rows = usable[1:]
+        self.kept = kept_rows(usable)
         self.is_empty = not self.rows
-        if not kept:
-            self.append([header])
+        if not usable:
+            self.append([self._header])
             self.is_empty = True
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Start anew with a finished output's rows: whenever the process is killed, all of them are here, or none.
+
+        Raises:
+            EnvironmentFailure: Writing failed; the journal is as it was, or has the rows.
+        """
+        temporary = self._path.with_name(f"{self._path.name}.partial")
+        try:
+            with contextlib.ExitStack() as at_fault:
+                stream = at_fault.enter_context(temporary.open("w", encoding="utf-8"))
+                with contextlib.suppress(OSError):  # where it does not work, the link alone is the lock
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stream.write(json_lines([{**self._header, KEPT: len(rows)}, *rows]))
+                sync(stream)
+                os.replace(temporary, self._path)
+                sync_folder(self._path.parent)
+                at_fault.pop_all()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise EnvironmentFailure(f"writing {self._path} failed: {error.strerror}") from error
+        self._stream.close()
+        self._stream, self.rows, self.kept, self.is_empty = stream, list(rows), len(rows), not rows
 
     def __enter__(self) -> Journal:
         return self
@@ -131,6 +171,20 @@ def _alone_here(stream: IO[str], path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_at(path: Path, stream: IO[str]) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def kept_rows(lines: Sequence[Row]) -> int:
+    """How many of a journal's first rows a finished output has, too; its lines are given with the header."""
+    count = lines[0].get(KEPT) if lines else None
+    return min(count, len(lines) - 1) if isinstance(count, int) else 0
 
 
 def read_journal(path: Path) -> list[Row]:

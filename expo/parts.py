@@ -1,7 +1,7 @@
 """A run in parts: how a part is named, which rows it has, and where its files are. Nothing is read or written here.
 
-Part i of N has the rows i, i + N, i + 2N, …: long and short prompts spread evenly, and a larger `--limit` only adds
-rows to the end of each part.
+Part i of N has the rows i, i + N, i + 2N, …: long and short prompts spread evenly, and further rows, such as those of a
+larger `--limit`, are added to each part's own.
 """
 
 from __future__ import annotations

@@ -55,6 +55,71 @@ def test_a_journal_cut_anywhere_keeps_its_whole_rows_and_can_go_on(tmp_path):
         assert read_journal(path)[kept + 1 :] == [{"text": "new"}]
 
 
+def test_the_rows_that_a_journal_is_begun_with_are_all_there_or_none(tmp_path, monkeypatch):
+    path, rows, seen = tmp_path / "j", [{"row": row} for row in range(3)], []
+
+    def seeing(call):
+        def seen_before(*args):
+            seen.append(read_journal(path))
+            return call(*args)
+
+        return seen_before
+
+    with Journal(path, HEADER) as journal:
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, seeing(getattr(os, name)))
+            journal.begin(rows)
+        journal.append([{"row": 3}])
+    begun = [{**HEADER, "kept": 3}, *rows]
+    assert seen == [[HEADER], [HEADER], begun]
+    assert read_journal(path) == [*begun, {"row": 3}]
+    with Journal(path, HEADER) as journal:
+        assert (journal.rows, journal.kept) == ([*rows, {"row": 3}], 3)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["j"]
+
+
+def test_a_journal_that_cannot_be_begun_with_rows_is_as_it_was(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "j"
+    with Journal(path, HEADER) as journal:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(EnvironmentFailure, match="No space left on device"):
+                journal.begin([{"row": 1}])
+        journal.append([{"row": 2}])
+    assert read_journal(path) == [HEADER, {"row": 2}]
+
+
+def test_a_journal_is_held_by_its_lock_on_the_file_too_once_it_was_begun_anew(tmp_path):
+    path = tmp_path / "j"
+    with Journal(path, HEADER) as journal:
+        journal.begin([{"row": 1}])
+        path.with_name("j.lock").unlink()
+        with pytest.raises(InputError, match=f"another run is writing {tmp_path}"):
+            Journal(path, HEADER)
+
+
+@pytest.mark.parametrize("successor", [None, "another"])
+def test_a_journal_that_ended_before_it_was_locked_is_opened_anew(tmp_path, monkeypatch, successor):
+    path, real = tmp_path / "j", fcntl.flock
+    left = iter([True])
+
+    def late(stream, kind):
+        if next(left, None):
+            path.unlink()
+            if successor:
+                path.write_text("".join(map(json_line, [HEADER, {"row": 1}])))
+        real(stream, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Journal(path, HEADER) as journal:
+        journal.append([{"row": 2}])
+    assert read_journal(path) == [HEADER, *([{"row": 1}] if successor else []), {"row": 2}]
+
+
 def test_only_one_process_holds_a_journal(tmp_path):
     path = tmp_path / "j"
     with Journal(path, HEADER), pytest.raises(InputError, match="another run is writing"):

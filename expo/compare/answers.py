@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 from expo.compare.finding import meta_beside
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, json_line, read_rows, texts_sha256
-from expo.tasks import Conversation, Prompt, Task, answers_of, load_prompts, read_conversations
-
-SUBSETS = ("dataset", "subset", "category", "source")
-"""Columns of a row that may say which part of its task it belongs to; the first that is there counts."""
+from expo.tasks import Conversation, Prompt, Task, answers_of, load_prompts, read_conversations, subset_of
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +53,9 @@ class Answers:
     conversations: tuple[object, ...] | None
     """What reward models are given, row by row; None where the questions are not known."""
 
-    def sha256(self, rows: int) -> str | None:
-        """What rewards of the first rows have as `outputs_sha256`; None where the questions are not known."""
-        return None if self.conversations is None else texts_sha256(self.conversations[:rows])
+    def sha256(self, rows: Sequence[int]) -> str | None:
+        """What rewards of these rows have as `outputs_sha256`; None where the questions are not known."""
+        return None if self.conversations is None else texts_sha256(self.conversations[row] for row in rows)
 
 
 def load_questions(task: Task, dataset: str | None) -> list[Prompt] | None:
@@ -123,7 +120,7 @@ def _known(path: Path, task: Task, conversations: Sequence[Conversation], prompt
             "asked": _digest(one.asked if prompt is None else prompt.asked(len(prompt.followups))),
             "turns": tuple((turn["role"], turn["content"]) for turn in one.messages[:-1]),
             "text": one.messages[-1]["content"],
-            "subset": _subset(row if prompt is None else prompt.columns),
+            "subset": subset_of(row if prompt is None else prompt.columns),
             "tokens": row.get("length"),
             "finish_reason": row.get("finish_reason"),
             "failed": one.failed,
@@ -144,10 +141,6 @@ def _bare(path: Path, task: Task) -> Iterator[Row]:
 
 def _digest(asked: object) -> str:
     return sha256(json_line(asked).encode()).hexdigest()[:32]
-
-
-def _subset(row: Row) -> str | None:
-    return next((row[name] for name in SUBSETS if isinstance(row.get(name), str) and row[name].strip()), None)
 
 
 def _whole(value: object) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from expo.compare.answers import Answer, Answers, Names, load_questions, read_answers
@@ -55,7 +55,8 @@ def read_sources(sources: Sequence[Source], dataset: str | None = None) -> list[
             read.append(_of_rewards(source, rewards))
         else:
             read.append(_of_answers(source, read_answers(source.outputs, task, prompts), rewards))
-    return [one.run for one in (read if all(source.outputs for source in sources) else _paired_by_name(read))]
+    has_outputs = all(source.outputs for source in sources)
+    return [one.run for one in (_paired_by_question(read) if has_outputs else _paired_by_name(read))]
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def _of_answers(source: Source, answers: Answers, rewards: Sequence[Rewards]) ->
     values: dict[str, tuple[float | None, ...]] = {}
     scorings: dict[str, Scoring] = {}
     for one in rewards:
-        if not _is_current(one, answers, source) or _is_repeated(one, values):
+        places = _rated(one, answers, names, source)
+        if places is None or _is_repeated(one, values):
             continue
-        places = _places(one, names, source)
         values[one.reward_model], scorings[one.reward_model] = _placed(one, places, answers.rows)
     run = Run(source.name, source.task, _rows(answers.rows), values, answers.alpha, scorings)
     return _Read(source, run, names, answers.prompts_sha256)
@@ -110,21 +111,29 @@ def _rows(answers: Sequence[Answer]) -> tuple[RunRow, ...]:
     return tuple(rows)
 
 
-def _is_current(rewards: Rewards, answers: Answers, source: Source) -> bool:
-    """Whether they are the rewards of these answers; a file elsewhere may have its name from another run.
+def _rated(rewards: Rewards, answers: Answers, names: Sequence[Names], source: Source) -> Sequence[int] | None:
+    """The number of the answer that each reward belongs to; answers may have become more since.
+
+    The hash of what was scored says which answers they are: those of the rewards' names, or, of older files, the first.
+
+    Returns:
+        None where they are another run's: a file elsewhere may have its name from one.
 
     Raises:
         InputError: The answers have changed since.
     """
-    expected = answers.sha256(len(rewards.values))
-    if None in (expected, rewards.outputs_sha256) or expected == rewards.outputs_sha256:
-        return True
-    if source.foreign:
-        log.warning("%s rates other answers than %s: it is left aside", rewards.path, source.outputs)
-        return False
-    raise InputError(
-        f"{rewards.path} rates other answers than {source.outputs} holds now: run `expo score` again, or move one away"
-    )
+    if rewards.outputs_sha256 is None or answers.conversations is None:
+        return _places(rewards, names, source)
+    for places in (_named_places(rewards, names), range(min(len(rewards.values), len(names)))):
+        if places is not None and answers.sha256(sorted(places)) == rewards.outputs_sha256:
+            return places
+    if not source.foreign:
+        raise InputError(
+            f"{rewards.path} rates other answers than {source.outputs} holds now: run `expo score` again, or move one "
+            "away"
+        )
+    log.warning("%s rates other answers than %s: it is left aside", rewards.path, source.outputs)
+    return None
 
 
 def _places(rewards: Rewards, names: Sequence[Names], source: Source) -> Sequence[int]:
@@ -133,15 +142,22 @@ def _places(rewards: Rewards, names: Sequence[Names], source: Source) -> Sequenc
     Raises:
         InputError: Neither names nor numbers agree.
     """
-    place_of = {name: number for number, name in enumerate(names)}
-    if rewards.names is not None and all(name in place_of for name in rewards.names):
-        return [place_of[name] for name in rewards.names]
+    if (places := _named_places(rewards, names)) is not None:
+        return places
     if len(rewards.values) == len(names):
         return range(len(names))
     raise InputError(
         f"{rewards.path} has {len(rewards.values)} rewards, and {source.outputs} has {len(names)} answers: "
         "they do not belong together"
     )
+
+
+def _named_places(rewards: Rewards, names: Sequence[Names]) -> Sequence[int] | None:
+    """The number of the answer that each reward belongs to by its name; None where one has none that is known."""
+    place_of = {name: number for number, name in enumerate(names)}
+    if rewards.names is None or not all(name in place_of for name in rewards.names):
+        return None
+    return [place_of[name] for name in rewards.names]
 
 
 def _placed(
@@ -176,6 +192,46 @@ def _of_rewards(source: Source, rewards: Sequence[Rewards]) -> _Read:
     rows = tuple(RunRow(RowKey(*name), name.id, "", (), None, None, None, None) for name in first.names)
     run = Run(source.name, source.task, rows, values, None, scorings)
     return _Read(source, run, first.names, first.prompts_sha256)
+
+
+def _paired_by_question(read: Sequence[_Read]) -> list[_Read]:
+    """Runs whose answers to a question are numbered alike, also where one run has only some of them.
+
+    Rows of a task may ask the same. A run that answers fewer of these has the numbers of the run with the most, where
+    both name the rows alike; otherwise any of the answers may stand for another.
+    """
+    asked = [_by_question(one) for one in read]
+    most: dict[tuple[str, int], Sequence[Names]] = {}
+    for questions in asked:
+        for place, names in questions.items():
+            if len(names) > len(most.get(place, ())):
+                most[place] = names
+    return [
+        replace(one, run=replace(one.run, rows=_numbered(one, questions, most)))
+        for one, questions in zip(read, asked, strict=True)
+    ]
+
+
+def _by_question(read: _Read) -> dict[tuple[str, int], list[Names]]:
+    """What was asked, and the turn → the names of the rows that answer it."""
+    found: dict[tuple[str, int], list[Names]] = {}
+    for row, name in zip(read.run.rows, read.names, strict=True):
+        found.setdefault((row.key.prompt, row.key.turn), []).append(name)
+    return found
+
+
+def _numbered(
+    read: _Read, own: Mapping[tuple[str, int], Sequence[Names]], most: Mapping[tuple[str, int], Sequence[Names]]
+) -> tuple[RunRow, ...]:
+    fewer = {place for place, names in own.items() if len(names) < len(most[place]) and {*names} <= {*most[place]}}
+    if not fewer:
+        return read.run.rows
+    rows = []
+    for row, name in zip(read.run.rows, read.names, strict=True):
+        place = (row.key.prompt, row.key.turn)
+        key = row.key._replace(sample=most[place].index(name)) if place in fewer else row.key
+        rows.append(replace(row, key=key))
+    return tuple(rows)
 
 
 def _paired_by_name(read: Sequence[_Read]) -> list[_Read]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from expo.engines import (
 from expo.engines.switching import Reply, probe_prompts
 from expo.engines.torch_tools import worker_environments
 from expo.errors import InputError
-from expo.files import Row, texts_sha256
+from expo.files import Row, shown, texts_sha256
 from expo.generate.model import Model, find_model, require_server
 from expo.generate.requests import RequestBuilder, Turn, require_one_system_message
 from expo.parts import Part, read_part
@@ -40,6 +40,11 @@ from expo.rows.files import Columns, RowFiles, refuse_replacing, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.settings import Fingerprint, absent_values, recorded, require_name
 from expo.tasks import Answer, Prompt, Task, find_task, load_prompts, read_outputs, read_rows
+
+NAMES = ("id", "sample", "turn")
+"""A row's key, as the journal names it."""
+WHY = ("reason", "lasting")
+"""What a failed row also has."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def run(
     keeper: EngineKeeper | None = None,
     *,
     moment: str | None = None,
+    prompts: Collection[str] | None = None,
     gpu_share: float | None = None,
     probe: str | None = None,
 ) -> Generated:
@@ -72,6 +78,7 @@ def run(
         config: The settings.
         keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
         moment: As `plan` has it.
+        prompts: As `plan` has it.
         gpu_share: The engine's share of each GPU's memory, where it is not alone there.
         probe: A file for what the engine answers to a probe; then no rows are made.
 
@@ -81,8 +88,9 @@ def run(
     """
     if probe is not None:
         with kept_or_own(keeper) as engines:
-            return _probe(plan(config, moment).with_gpu_share(gpu_share), engines, Path(probe))
-    done = run_job(plan_to_run(partial(plan, moment=moment), config).with_gpu_share(gpu_share), keeper)
+            return _probe(plan(config, moment, prompts).with_gpu_share(gpu_share), engines, Path(probe))
+    planned = plan_to_run(partial(plan, moment=moment, prompts=prompts), config)
+    done = run_job(planned.with_gpu_share(gpu_share), keeper)
     files, meta = done.job.files, done.meta
     return Generated(files.final, files.meta, done.status, meta["rows"], meta["failed"], done.reason, done.can_retry)
 
@@ -128,9 +136,16 @@ class GenerateJob(RowJob):
     model: Model
     task: Task
     prompts: tuple[Prompt, ...]
+    """Those that are answered, in the task's order."""
+    all_prompts: tuple[Prompt, ...]
+    """The task's, also beyond `--limit`."""
+    only: tuple[str, ...] | None = None
+    """The ids of the prompts that this job was restricted to, in the task's order; None: all up to `--limit`."""
     builder: RequestBuilder
     first: Turn
     """The first turn; later turns are built from its answers."""
+    planned: Turn
+    """The first turn of all prompts up to `--limit`."""
     setup: GeneratorSetup
     probe: Path | None = None
     """In a process that is given this job: the file for what the engine answers to a probe, made instead of rows."""
@@ -161,12 +176,51 @@ class GenerateJob(RowJob):
         for prompt in self.prompts:
             yield from ((prompt, sample, turn) for sample in range(self.config.n) for turn in range(prompt.turns))
 
+    def everything(self) -> Self:
+        """All prompts of the task."""
+        return replace(self, prompts=self.all_prompts)
+
+    def covering(self, keys: Collection[Key]) -> Self:
+        """With the prompts of these rows; those beyond `--limit` have no requests."""
+        ids, more = {prompt.id for prompt in self.prompts}, {key[0] for key in keys}
+        return self if more <= ids else self._with(ids | more)
+
+    def takes_in(self, keys: Collection[Key]) -> bool:
+        """A job of some prompts goes on with any up to `--limit`."""
+        return self.only is not None and all(key[0] in self.builder.token_budgets for key in keys)
+
+    def of(self, ids: Collection[str]) -> Self:
+        """The same job of only these prompts, with the engine's setup of all.
+
+        Args:
+            ids: Of prompts up to `--limit`, in any order.
+
+        Raises:
+            InputError: There is no such prompt, or none is given.
+        """
+        planned = self.builder.token_budgets.keys()
+        unknown = next((name for name in ids if name not in planned), None)
+        if unknown is not None:
+            raise InputError(f"{self.task.name} has no prompt {shown(unknown)} among the {len(planned)} to answer")
+        if not ids:
+            raise InputError(f"none of the prompts of {self.task.name} is to be answered")
+        return replace(self, only=())._with(set(ids))
+
+    def _with(self, ids: Container[str]) -> Self:
+        """The same job of these prompts."""
+        prompts = tuple(prompt for prompt in self.all_prompts if prompt.id in ids)
+        only = None if self.only is None else tuple(prompt.id for prompt in prompts)
+        return replace(self, prompts=prompts, first=self.planned.of(ids), only=only)
+
     def share(self, part: Part) -> Self:
-        """One part of the job; all samples of a prompt are in one part."""
-        prompts = tuple(part.of(self.prompts))
-        ids = {prompt.id for prompt in prompts}
+        """One part of the job: of the task's prompts i, i + N, … those that the job has, with all their samples.
+
+        So a prompt is in the same part whichever others are answered.
+        """
+        its = {prompt.id for prompt in part.of(self.all_prompts)}
+        prompts = tuple(prompt for prompt in self.prompts if prompt.id in its)
         files = self.files.part(part.file_stem)
-        return replace(self, prompts=prompts, first=self.first.of(ids), files=files, part=part, whole=self)
+        return replace(self, prompts=prompts, first=self.first.of(its), files=files, part=part, whole=self)
 
     def key_of(self, row: Row) -> Key:
         """The prompt's id, the sample and the turn."""
@@ -201,10 +255,11 @@ class GenerateJob(RowJob):
         return replace(self, setup=replace(self.setup, gpu_share=share))
 
     def worker_options(self) -> dict[str, Any]:
-        """The date in prompts, the engine's share of a GPU, and the file of a probe."""
+        """The date in prompts, which prompts, the engine's share of a GPU, and the file of a probe."""
         share, probe = self.setup.gpu_share, self.probe
         return {
             **super().worker_options(),
+            **({} if self.only is None else {"prompts": list(self.only)}),
             **({} if share is None else {"gpu_share": share}),
             **({} if probe is None else {"probe": str(probe)}),
         }
@@ -258,7 +313,17 @@ class GenerateJob(RowJob):
 
     # --- writing them
 
-    def finished_rows(self, meta: Row) -> list[Row]:
+    def finished_keys(self, meta: Row) -> list[Key] | None:
+        """The ids, samples and turns in the meta file."""
+        try:
+            names = meta["per_row"]
+            turns = names.get("turn", [0] * len(names["id"]))
+            columns = zip(names["id"], names["sample"], turns, strict=True)
+            return [(str(prompt), int(sample), int(turn)) for prompt, sample, turn in columns]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def finished_rows(self, meta: Row, keys: Sequence[Key]) -> list[Row]:
         """The rows of the finished output, from its final file and the per-row figures in its meta file.
 
         Raises:
@@ -268,8 +333,16 @@ class GenerateJob(RowJob):
         if self.part is not None:
             return list(require_columns(read_rows(files.final), self.columns, files.final))
         try:
+            reasons = {error["row"]: {key: error[key] for key in WHY if key in error} for error in meta["errors"]}
             columns = {**meta["per_row"], "output": read_outputs(files.final, self.task)}
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            rows = [
+                {
+                    **dict(zip(columns, values, strict=True)),
+                    **dict(zip(NAMES, key, strict=True)),
+                    **reasons.get(row, {}),
+                }
+                for row, (key, *values) in enumerate(zip(keys, *columns.values(), strict=True))
+            ]
             require_columns(rows, self.columns, files.final)
         except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
             raise InputError(
@@ -290,7 +363,7 @@ class GenerateJob(RowJob):
             config["base_url"] = without_secrets(self.config.base_url)
         names = [self._named(self.key_of(row)) for row in rows]
         errors = [
-            {"row": number, **names[number], **{key: row[key] for key in ("reason", "lasting") if key in row}}
+            {"row": number, **names[number], **{key: row[key] for key in WHY if key in row}}
             for number, row in enumerate(rows)
             if not self.is_answered(row)
         ]
@@ -361,15 +434,17 @@ def failed_row(key: Key, reason: str, *, lasting: bool) -> Row:
     }
 
 
-def plan(config: GenerateConfig, moment: str | None = None) -> GenerateJob:
+def plan(config: GenerateConfig, moment: str | None = None, prompts: Collection[str] | None = None) -> GenerateJob:
     """Decide everything from the prompts and the model's small files; nothing is written.
 
     Args:
         config: The settings.
         moment: At which the clock of a chat template stands, in ISO 8601, if the output is begun now; None: now.
+        prompts: The ids of the only prompts to answer, of those up to `--limit`; None: all of them. They are no
+            setting: the output of one run is that of several which have its prompts between them.
 
     Raises:
-        InputError: The model, the task or a setting is at fault.
+        InputError: The model, the task or a setting is at fault, or there is no prompt with one of the ids.
         EnvironmentFailure: The hub cannot be reached.
     """
     engine, spec = find_engine(GENERATORS, config.engine)
@@ -382,10 +457,10 @@ def plan(config: GenerateConfig, moment: str | None = None) -> GenerateJob:
         config = replace(config, temperature=DEFAULT_TEMPERATURE)
     model = find_model(config, spec)
     config = spec.call("settle", config, model.path) or config
-    prompts = load_prompts(task, config.dataset)
-    require_one_system_message(prompts, config)
-    dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in prompts)
-    prompts = prompts[: config.limit]
+    all_prompts = load_prompts(task, config.dataset)
+    require_one_system_message(all_prompts, config)
+    dataset_sha256 = texts_sha256(prompt.source if task.by_id else prompt.asked(0) for prompt in all_prompts)
+    limited = all_prompts[: config.limit]
     name = config.name or model.name
     require_name(name)
     files = RowFiles(Path(config.output_dir) / f"outputs_{task.name}" / f"{name}{task.suffix}", name, "prompts_sha256")
@@ -404,7 +479,7 @@ def plan(config: GenerateConfig, moment: str | None = None) -> GenerateJob:
     date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment) if model.asks_for_time else None
     if date is not None:
         model, fingerprint = model.at(date.moment), fingerprint.with_entry(date.entry)
-    builder, first = RequestBuilder.begin(config, task, model, prompts)
+    builder, first = RequestBuilder.begin(config, task, model, limited)
     stop_ids = model.stop_ids(config.stop_token_id)
     needed = max((builder.token_budgets[request.id] for request in first.requests), default=1)
     whole = GenerateJob(
@@ -413,13 +488,16 @@ def plan(config: GenerateConfig, moment: str | None = None) -> GenerateJob:
         spec=spec,
         model=model,
         task=task,
-        prompts=tuple(prompts),
+        prompts=tuple(limited),
+        all_prompts=tuple(all_prompts),
         builder=builder,
         first=first,
+        planned=first,
         setup=GeneratorSetup(config, model.path, stop_ids, model.pad_id(stop_ids), needed, model.theta),
         files=files,
         name=name,
         fingerprint=fingerprint,
         date=date,
     )
+    whole = whole if prompts is None else whole.of(prompts)
     return whole if config.part is None else whole.share(read_part(config.part, {}))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from expo.errors import InputError
 from expo.files import Row, json_text, write_atomic
-from expo.journal import LOCK_SUFFIX, Journal, RunLock, read_journal
+from expo.journal import LOCK_SUFFIX, Journal, RunLock, kept_rows, read_journal
 
 Columns = Mapping[str, type | tuple[type, ...]]
 """Column → the type of its values."""
@@ -40,6 +40,8 @@ class Found:
     """The meta file of a finished output."""
     journal: Sequence[Row] = ()
     """The rows in the journal of an unfinished output, without the header."""
+    kept: int = 0
+    """How many of them, the first ones, are those of the finished output that is extended."""
     fingerprint: Row | None = None
     """What the output was made from; None if not recorded."""
 
@@ -48,9 +50,10 @@ class Found:
 class RowFiles:
     """The files of one row job's output.
 
-    While it runs there is a hidden journal, `.<name>.journal.jsonl`; a file under its final name is complete. The
-    meta file beside it has its `fingerprint`, the number of `rows`, how many `failed`, and a hash of the items the
-    rows were made from. The files of a job's parts are in the folder `<name>.parts` beside it.
+    While it runs there is a hidden journal, `.<name>.journal.jsonl`; a file under its final name is complete, and may
+    hold any rows of its task. One that is extended counts until the journal has all of its rows, which come in one
+    write. The meta file beside it has its `fingerprint`, the number of `rows`, how many `failed`, and a hash of the
+    items the rows were made from. The files of a job's parts are in the folder `<name>.parts` beside it.
     """
 
     final: Path
@@ -80,16 +83,22 @@ class RowFiles:
         return RowFiles(self.parts_folder / f"{stem}.jsonl", stem, self.items_key)
 
     def look(self) -> Found:
-        """Read the state of the output.
+        """Read the state of the output: a finished one is that until a journal has rows.
 
         Raises:
             InputError: The journal's header has no fingerprint.
         """
-        if self.journal.exists():
-            header, *rows = read_journal(self.journal) or [{}]
-            if rows and not isinstance(header.get("fingerprint"), dict):
-                raise InputError(f"{self.journal} is damaged: remove it to start over")
-            return Found(State.UNFINISHED, journal=rows, fingerprint=header.get("fingerprint") if rows else None)
+        if not self.journal.exists():
+            return self._look_at_final()
+        header, *rows = lines = read_journal(self.journal) or [{}]
+        if not rows:
+            finished = self._look_at_final()
+            return finished if finished.state is State.FINISHED else Found(State.UNFINISHED)
+        if not isinstance(header.get("fingerprint"), dict):
+            raise InputError(f"{self.journal} is damaged: remove it to start over")
+        return Found(State.UNFINISHED, journal=rows, kept=kept_rows(lines), fingerprint=header["fingerprint"])
+
+    def _look_at_final(self) -> Found:
         if not self.meta.exists():
             return Found(State.WITHOUT_META if self.final.exists() else State.ABSENT)
         if not self.final.exists():
@@ -151,6 +160,8 @@ class RowFiles:
 
     def finish(self, journal: Journal, contents: Mapping[Path, str], meta: Row) -> None:
         """Write the final files, the meta file last, and end the run; the journal is closed and removed."""
+        if journal.is_empty:  # it would not say that an older meta file does not belong to the new final files
+            self.meta.unlink(missing_ok=True)
         journal.is_empty = False  # from here on, its presence says that the final files may be inconsistent
         for path, text in contents.items():
             write_atomic(path, text)

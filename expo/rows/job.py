@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -116,9 +116,17 @@ class RowJob(ABC):
     def items(self) -> Sequence[object]:
         """What the rows are made from, in output order."""
 
-    def items_beyond(self) -> Sequence[object] | None:
-        """The items without `--limit`; None where equal fingerprints imply that they are the same."""
-        return None
+    @abstractmethod
+    def everything(self) -> Self:
+        """The job of all rows that an output with these settings may have, for their keys and items; also of a part."""
+
+    @abstractmethod
+    def covering(self, keys: Collection[Key]) -> Self:
+        """The same job with further rows of `everything`, such as the output has; keys that it lacks do not count."""
+
+    def takes_in(self, keys: Collection[Key]) -> bool:  # noqa: ARG002 - for jobs that may be of any of their rows
+        """Whether a run goes on with rows that another has begun and this job does not ask for."""
+        return False
 
     @abstractmethod
     def share(self, part: Part) -> Self:
@@ -192,8 +200,16 @@ class RowJob(ABC):
     # --- writing them
 
     @abstractmethod
-    def finished_rows(self, meta: Row) -> list[Row]:
+    def finished_keys(self, meta: Row) -> list[Key] | None:
+        """Which rows the finished output has, in its order, as its files name them; None where they do not."""
+
+    @abstractmethod
+    def finished_rows(self, meta: Row, keys: Sequence[Key]) -> list[Row]:
         """The rows of the finished output, in the journal's form.
+
+        Args:
+            meta: Its meta file.
+            keys: Which rows they are.
 
         Raises:
             InputError: It is damaged.

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
 from expo.journal import Journal
 from expo.progress import rows_progress
 from expo.rows.files import Found, State, checksum, require_columns
-from expo.rows.job import Done, Figures, RowJob, Rows
+from expo.rows.job import Done, Figures, Key, RowJob, Rows
 from expo.rows.keeper import EngineKeeper, kept_or_own
 from expo.settings import require_same
 
@@ -37,26 +39,30 @@ def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Don
     if job.whole is not None and job.whole.files.look().state is State.FINISHED and not job.pending(kept):
         return Done(job.whole, {"rows": len(job.keys), "failed": len(job.keys) - len(kept)}, "already complete")
     found = job.files.require_own()
-    old = rows_to_extend(job, found)
-    if old is None:
+    if rows_to_extend(job, found) is None:
         return Done(job, found.meta, "already complete")
     if job.date is not None and job.date.closed is not None:
         raise InputError(job.date.closed)
     journal = job.files.open_journal(job.fingerprint)
     with job.files.holding(journal):
-        if old:
-            journal.append(old)
-            journal.rows = old
-        done = _rows_of(job, journal)
-        extends = bool(kept) or (bool(done) and job.files.final.exists())
+        if journal.is_empty:  # what another run may have written until it was locked counts, too
+            found = job.files.require_own()
+            old = rows_to_extend(job, found)
+            if old is None:
+                return Done(job, found.meta, "already complete")
+            if old:
+                journal.begin(old)
+        left = sort_rows(job, require_columns(journal.rows, job.columns, job.files.journal), journal.kept)
+        job, done = left.job, left.done
+        extends = bool(kept) or (bool(done or left.beside) and job.files.final.exists())
         done |= kept
         figures = _make(job, keeper, journal, done)
         job.require_sound(done)
         done |= job.impossible(done)
-        rows = [done[key] for key in job.keys]
-        meta = job.meta_of(rows, figures, extends=extends)
+        output, rows = left.output(done)
+        meta = output.meta_of(rows, figures, extends=extends)
         if job.part is None:
-            job.files.finish(journal, job.render(rows), meta)
+            job.files.finish(journal, output.render(rows), meta)
         else:
             text = json_lines(rows)
             meta |= {"part": str(job.part), "rows_sha256": checksum(text.encode())}
@@ -90,7 +96,7 @@ def missing_rows(job: RowJob) -> int:
 
 
 def rows_to_extend(job: RowJob, found: Found) -> list[Row] | None:
-    """The rows of a finished output that a longer run keeps; None where it is complete as it is.
+    """The rows of a finished output that a run with further rows keeps; None where it is complete as it is.
 
     Raises:
         InputError: The output was made with other settings or from other rows, and `--overwrite` is not given.
@@ -100,49 +106,121 @@ def rows_to_extend(job: RowJob, found: Found) -> list[Row] | None:
         require_same(job.files.final, found.fingerprint, job.fingerprint)
     if found.state is not State.FINISHED:
         return []
-    problem = _difference(job, found.meta)
-    if problem is not None:
-        if not overwrite:
-            raise problem
-        return []
-    more, failed = found.meta["rows"] - len(job.keys), found.meta["failed"]
-    if more > 0 or (more == 0 and not failed):
-        return None
-    rows = job.finished_rows(found.meta)
-    return None if more == 0 and failed <= len(job.impossible(job.answered(rows))) else rows
-
-
-def _difference(job: RowJob, meta: Row) -> InputError | None:
     try:
-        require_same(job.files.final, meta["fingerprint"], job.fingerprint)
-    except InputError as error:
-        return error
-    count, items = meta["rows"], job.items
-    if len(items) < count:
-        beyond = job.items_beyond()
-        if beyond is None:
-            return None
-        items = beyond
-    if texts_sha256(items[:count]) != meta[job.files.items_key]:
-        return InputError(f"{job.files.final} was made from different rows; --overwrite replaces it")
-    return None
+        there = keys_in(job, found.meta)
+    except InputError:
+        if not overwrite:
+            raise
+        return []
+    asked, failed = set(job.keys), found.meta["failed"]
+    lacks, has_more = not asked.issubset(there), not asked.issuperset(there)
+    if not lacks and (has_more or not failed):
+        return None
+    rows = job.finished_rows(found.meta, there)
+    return None if not lacks and failed <= len(job.impossible(job.answered(rows))) else rows
 
 
-def _rows_of(job: RowJob, journal: Journal) -> Rows:
-    """The usable rows of an earlier run.
+# --- which rows are there -----------------------------------------------------------------------------------------
+
+
+def keys_in(job: RowJob, meta: Row) -> Sequence[Key]:
+    """Which rows a finished output has, in its order: those that its files name, or, of older files, the first ones.
+
+    Raises:
+        InputError: The output was made with other settings, or from other rows.
+    """
+    require_same(job.files.final, meta["fingerprint"], job.fingerprint)
+    for keys, of in _candidates(job, meta):
+        item_of = dict(zip(of.keys, of.items, strict=True))
+        is_known = len(keys) == meta["rows"] and all(key in item_of for key in keys)
+        if is_known and texts_sha256(item_of[key] for key in keys) == meta[job.files.items_key]:
+            return keys
+    raise InputError(f"{job.files.final} was made from different rows; --overwrite replaces it")
+
+
+def _candidates(job: RowJob, meta: Row) -> Iterator[tuple[Sequence[Key], RowJob]]:
+    """The rows that an output may have, each with a job that has them."""
+    named = job.finished_keys(meta)
+    if named is not None:
+        yield named, job if set(job.keys).issuperset(named) else job.everything()
+    yield job.keys[: meta["rows"]], job
+    whole = job.everything()
+    yield whole.keys[: meta["rows"]], whole
+
+
+@dataclass(frozen=True)
+class Left:
+    """What earlier runs have left for a job."""
+
+    job: RowJob
+    """The job, with rows that it does not ask for but goes on with, since they were begun."""
+    done: Rows
+    """Its rows that need not be produced again."""
+    beside: Rows
+    """Further rows of the output, which stay in it as they are."""
+
+    def output(self, rows: Rows) -> tuple[RowJob, list[Row]]:
+        """All rows of the output in its order, of the job and beside it, and the job to write them."""
+        job = self.job.covering([*self.beside, *rows])
+        outdated = {key for key, row in self.beside.items() if not job.is_current(row)}
+        if outdated:
+            job = self.job.covering([*(self.beside.keys() - outdated), *rows])
+        together = self.beside | rows
+        return job, [together[key] for key in job.keys]
+
+
+def sort_rows(job: RowJob, rows: Sequence[Row], kept: int) -> Left:
+    """Tell the rows that an earlier run has left.
+
+    Args:
+        job: What to do now.
+        rows: Of the journal, or of a finished output.
+        kept: How many of them, the first ones, are a finished output's.
 
     Raises:
         InputError: A row does not belong to this job, and `--overwrite` is not given.
     """
-    rows = require_columns(journal.rows, job.columns, job.files.journal)
-    there = job.by_key(row for row in rows if job.is_answered(row))
-    dropped = len(there.keys() - set(job.keys))
-    if dropped and not job.config.overwrite:
+    asked = set(job.keys)
+    answered = job.by_key(row for row in rows if job.is_answered(row))
+    beside = {key: row for key, row in job.by_key(rows[:kept]).items() if key not in asked}
+    if beside:
+        known = set(job.everything().keys)
+        beside = {key: answered.get(key, row) for key, row in beside.items() if key in known}
+    begun = answered.keys() - asked - beside.keys()
+    if begun and job.takes_in(begun):
+        job = job.covering(begun)
+        asked = set(job.keys)
+        beside = {key: row for key, row in beside.items() if key not in asked}
+    elif begun and not job.config.overwrite:
         raise InputError(
-            f"the unfinished {job.files.final} has {dropped} rows that this run does not include (a smaller --limit?): "
-            "finish it with its original settings, or discard them with --overwrite"
+            f"the unfinished {job.files.final} has {len(begun)} rows that this run does not include (a smaller "
+            "--limit?): finish it with its original settings, or discard them with --overwrite"
         )
-    return job.answered(rows)
+    done = {key: row for key, row in job.answered(rows).items() if key in asked}
+    return Left(job, done, beside)
+
+
+def left_of(job: RowJob) -> Left:
+    """What the output has, finished or not.
+
+    Raises:
+        InputError: The output was made with other settings or from other rows, and `--overwrite` is not given; or it is
+            damaged.
+    """
+    found = job.files.require_own()
+    if found.fingerprint is None:
+        return Left(job, {}, {})
+    try:
+        require_same(job.files.final, found.fingerprint, job.fingerprint)
+        there = keys_in(job, found.meta) if found.state is State.FINISHED else None
+    except InputError:
+        if not job.config.overwrite:
+            raise
+        return Left(job, {}, {})
+    if there is None:
+        return sort_rows(job, require_columns(found.journal, job.columns, job.files.journal), found.kept)
+    rows = job.finished_rows(found.meta, there)
+    return sort_rows(job, rows, len(rows))
 
 
 def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows) -> Figures:

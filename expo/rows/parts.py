@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from expo.arguments import shown
 from expo.errors import InputError, listed
-from expo.files import Row, texts_sha256
+from expo.files import Row
 from expo.journal import read_journal
 from expo.parts import DATE_NAME, FILE_NAME, all_parts, counts_in
-from expo.rows.files import Found, RowFiles, State, checksum, require_columns
+from expo.rows.files import Found, RowFiles, State, checksum
 from expo.rows.job import Done, Figures, RowJob, Rows
-from expo.rows.loop import rows_to_extend
+from expo.rows.loop import Left, keys_in, left_of, rows_to_extend
 from expo.settings import require_same
 
 PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "tokens_per_second")
@@ -35,30 +35,12 @@ class NotFinished(Exception):
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 
-def whole_rows(whole: RowJob) -> Rows:
-    """The rows that the whole output already has, finished or not; a part does not produce them again.
-
-    Raises:
-        InputError: The output was made with other settings, and `--overwrite` is not given.
-    """
-    found = whole.files.require_own()
-    if found.fingerprint is None:
-        return {}
-    if found.fingerprint != whole.fingerprint:
-        if not whole.config.overwrite:
-            require_same(whole.files.final, found.fingerprint, whole.fingerprint)
-        return {}
-    if found.state is State.FINISHED:
-        return whole.answered(whole.finished_rows(found.meta))
-    return whole.answered(require_columns(found.journal, whole.columns, whole.files.journal))
-
-
 def kept_of_the_whole(job: RowJob) -> Rows:
     """The rows of a part that the whole output already has; refuses a run with another number of parts."""
     if job.whole is None or job.part is None:
         require_same_cut(job, None)
         return {}
-    rows = whole_rows(job.whole)
+    rows = left_of(job.whole).done
     require_same_cut(job.whole, job.part.count)
     return {key: rows[key] for key in job.keys if key in rows}
 
@@ -78,7 +60,7 @@ def require_same_cut(whole: RowJob, count: int | None) -> None:
     if not others or whole.config.overwrite:
         return
     found = whole.files.require_own()
-    if count is None and found.state is State.FINISHED and found.meta["rows"] >= len(whole.keys):
+    if count is None and found.state is State.FINISHED and set(whole.keys).issubset(keys_in(whole, found.meta)):
         return
     there = min(others)
     now = f", not of {count}" if count else ""
@@ -110,13 +92,17 @@ def read_part(job: RowJob) -> FinishedPart:
     require_same(files.final, meta["fingerprint"], job.fingerprint, advice="--part with --overwrite replaces it")
     if checksum(text) != meta.get("rows_sha256"):
         raise NotFinished(f"damaged, remove {files.final}")
-    expected, there = len(job.keys), meta["rows"]
-    if there > expected:
-        raise InputError(f"{files.final} has {there} rows, made with a larger --limit; join with the same --limit")
-    if texts_sha256(job.items[:there]) != meta[files.items_key]:
-        raise InputError(f"{files.final} was made from different prompts; --part with --overwrite replaces it")
-    if there < expected:
-        raise NotFinished(f"unfinished, {there} of {expected} rows")
+    try:
+        there = set(keys_in(job, meta))
+    except InputError as error:
+        message = f"{files.final} was made from different prompts; --part with --overwrite replaces it"
+        raise InputError(message) from error
+    further = there.difference((job.whole or job).keys)
+    if further and not job.takes_in(further):
+        raise InputError(f"{files.final} has {len(there)} rows, made with a larger --limit; join with the same --limit")
+    lacking = sum(key not in there for key in job.keys)
+    if lacking:
+        raise NotFinished(f"unfinished, {len(job.keys) - lacking} of {len(job.keys)} rows")
     return FinishedPart(meta, job.by_key(map(json.loads, text.splitlines())))
 
 
@@ -145,7 +131,8 @@ def is_finished(job: RowJob) -> bool:
         made = read_part(job)
     except NotFinished:
         return False
-    return bool(made.meta["failed"] == len(job.impossible(job.answered(made.rows.values()))))
+    answered = job.answered(made.rows.values())
+    return sum(key not in answered for key in job.keys) == len(job.impossible(answered))
 
 
 # --- joining -------------------------------------------------------------------------------------------------------
@@ -158,7 +145,8 @@ def join_parts(whole: RowJob, count: int) -> Done:
         InputError: A part is missing, unfinished, damaged or has other settings; nothing is changed.
         EnvironmentFailure: Writing failed; the parts are kept.
     """
-    kept = whole_rows(whole)
+    left = left_of(whole)
+    whole, kept = left.job, left.done
     require_same_cut(whole, count)
     parts = _needed_parts(whole, count, kept)
     found = whole.files.require_own()
@@ -170,11 +158,12 @@ def join_parts(whole: RowJob, count: int) -> Done:
             rows: Rows = {key: row for part in parts for key, row in part.rows.items()} | kept
             whole.require_sound(rows)
             rows |= whole.impossible(whole.answered(rows.values()))
-            ordered = [rows[key] for key in whole.keys]
+            output, ordered = left.output(rows)
+            journal.begin(ordered)  # a part may not have those that were there
             figures = _figures(whole, [part.meta for part in parts])
-            meta = whole.meta_of(ordered, figures, extends=len(parts) > 1 or bool(kept))
+            meta = output.meta_of(ordered, figures, extends=len(parts) > 1 or bool(kept or left.beside))
             meta["parts"] = [_part_record(whole, part.meta) for part in parts]
-            whole.files.finish(journal, whole.render(ordered), meta)
+            whole.files.finish(journal, output.render(ordered), meta)
         done = Done(whole, meta, "written")
     remove_parts(whole)
     return done
@@ -234,7 +223,8 @@ def remove_parts(whole: RowJob) -> None:
     removed.
     """
     stems = {found[1] for found in map(FILE_NAME.fullmatch, _names_in(whole.files)) if found}
-    rows = whole_rows(whole) if stems else {}
+    left = left_of(whole) if stems else Left(whole, {}, {})
+    rows = left.done | left.beside
     for stem in sorted(stems):
         files = whole.files.part(stem)
         lock = files.lock()

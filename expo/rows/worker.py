@@ -44,14 +44,15 @@ class LineCount:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = self._lines = 0
+        self._offset = self._lines = self._inode = 0
 
     def __call__(self) -> int:
         """The lines so far."""
         try:
             with self._path.open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size < self._offset:
-                    self._offset = self._lines = 0  # rewritten
+                now = os.fstat(stream.fileno())
+                if now.st_size < self._offset or now.st_ino != self._inode:
+                    self._offset, self._lines, self._inode = 0, 0, now.st_ino  # rewritten
                 stream.seek(self._offset)
                 data = stream.read()
         except FileNotFoundError:

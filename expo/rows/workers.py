@@ -12,7 +12,8 @@ from expo.errors import PARTLY_FAILED, EnvironmentFailure, InputError
 from expo.parts import all_parts
 from expo.progress import rows_bar
 from expo.rows.job import Done, RowJob
-from expo.rows.parts import is_finished, join_parts, require_same_cut, whole_rows
+from expo.rows.loop import left_of
+from expo.rows.parts import is_finished, join_parts, require_same_cut
 from expo.rows.worker import Worker
 
 POLL_SECONDS = 0.2
@@ -33,7 +34,8 @@ def run_in_processes(whole: RowJob) -> Done:
     """
     count = whole.config.data_parallel
     environments = whole.worker_environments(count)
-    kept = whole_rows(whole)
+    left = left_of(whole)
+    whole, kept = left.job, left.done
     require_same_cut(whole, count)
     shares = [whole.share(part) for part in all_parts(count)]
     workers = [

@@ -25,7 +25,7 @@ from expo.engines import token_batches
 from expo.engines.log_probs import Answered, LogProbs, LogProbSetup, Side
 from expo.files import Row
 from expo.rows.files import Columns
-from expo.rows.job import Figures, RowJob, Rows
+from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.score.job import JOURNAL_COLUMNS, ROW_COLUMNS, ScoreJob
 from expo.score.rows import ScoreRow
 
@@ -164,22 +164,22 @@ class ImplicitJob(ScoreJob):
             [rows[number] for number in numbers]
             for numbers in token_batches([len(row.token_ids) for row in rows], self.config.batch_tokens)
         ]
-        batches = [batch for batch in batches if any((row.number,) not in done for row in batch)]
+        batches = [batch for batch in batches if any(row.key not in done for row in batch)]
         first = self._after_first_model()
         for batch in batches:
-            if any(row.number not in first for row in batch):
+            if any(row.key not in first for row in batch):
                 values = _log_probs(engine, "dpo", batch)
                 first |= values
-                yield [row.interim(values[row.number]) for row in batch]
+                yield [row.interim(values[row.key]) for row in batch]
         for batch in batches:
             values = _log_probs(engine, "sft", batch)
-            yield [row.result(self.config.beta, first[row.number], values[row.number]) for row in batch]
+            yield [row.result(self.config.beta, first[row.key], values[row.key]) for row in batch]
 
-    def _after_first_model(self) -> dict[int, float]:
-        """Row number → log π_dpo, as the journal has it."""
+    def _after_first_model(self) -> dict[Key, float]:
+        """Row key → log π_dpo, as the journal has it."""
         there = [row for row in self.files.look().journal if self.is_interim(row) and self.is_current(row)]
-        sums = {row["row"]: row["log_prob_dpo"] for row in there}
-        return {number: math.nan if value is None else value for number, value in sums.items()}
+        sums = {self.key_of(row): row["log_prob_dpo"] for row in there}
+        return {key: math.nan if value is None else value for key, value in sums.items()}
 
     # --- writing them
 
@@ -196,7 +196,7 @@ class ImplicitJob(ScoreJob):
         return {**super().meta_of(rows, figures, extends=extends), **pair, "beta": self.config.beta}
 
     def _why_failed(self, row: Row) -> str:
-        one = self.by_number[self.key_of(row)]
+        one = self.by_name[self.key_of(row)]
         if isinstance(one, AnswerRow) and one.is_cut_off:
             return f"its prompt alone fills the {len(one.token_ids)} tokens that are read"
         if one.failed:
@@ -206,7 +206,7 @@ class ImplicitJob(ScoreJob):
         return f"{side.label} gives its answer no finite log-probability{wider}"
 
 
-def _log_probs(engine: LogProbs, side: Side, batch: Sequence[AnswerRow]) -> dict[int, float]:
-    """Row number → log π."""
+def _log_probs(engine: LogProbs, side: Side, batch: Sequence[AnswerRow]) -> dict[Key, float]:
+    """Row key → log π."""
     values = engine.log_probs(side, [Answered(row.token_ids, row.start) for row in batch])
-    return {row.number: value for row, value in zip(batch, values, strict=True)}
+    return {row.key: value for row, value in zip(batch, values, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from expo.rows.files import Columns, RowFiles, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.score.rows import ScoreRow
 from expo.stats.means import clustered_mean_and_standard_error, mean_and_standard_error
-from expo.tasks import find_task, read_conversations, read_rows
+from expo.tasks import read_rows
 
 ROW_COLUMNS: Columns = {
     "id": str,
@@ -38,6 +38,8 @@ MIN_DIFFERENT = 8
 """From this many different token sequences on, one reward for all means that the model does not read them."""
 JOURNAL_COLUMNS: Columns = {"row": int, "token_ids_xxh3": str}
 """The additional columns in the journal: which row it is, and of which tokens."""
+ROW_NAMES = ("row", "id", "sample", "turn")
+"""The columns that say which row it is."""
 
 PAIR = ("implicit_reward", "sft", "dpo", "beta")
 """The settings of the implicit reward, which are not a reward model's."""
@@ -59,6 +61,8 @@ class ScoreJob(RowJob):
     location: Location
     outputs: Path
     rows: tuple[ScoreRow, ...]
+    all_rows: Callable[[], tuple[ScoreRow, ...]]
+    """Those of the whole file of outputs, also beyond `--limit`."""
     setup: ScorerSetup
     longest: int
     """The longest conversation that is read, in tokens."""
@@ -83,25 +87,30 @@ class ScoreJob(RowJob):
     # --- its rows
 
     @cached_property
-    def by_number(self) -> dict[Key, ScoreRow]:
+    def by_name(self) -> dict[Key, ScoreRow]:
         """Row key → what is scored."""
-        return {(row.number,): row for row in self.rows}
+        return {row.key: row for row in self.rows}
 
     @property
     def keys(self) -> list[Key]:
-        """The rows' numbers."""
-        return list(self.by_number)
+        """The rows' ids, samples and turns; their numbers change when a row is inserted into the outputs."""
+        return list(self.by_name)
 
     @property
     def items(self) -> list[object]:
         """The conversations that are scored."""
         return [list(row.conversation.messages) for row in self.rows]
 
-    def items_beyond(self) -> list[object]:
-        """The conversations of the whole file, whose content is not part of the fingerprint."""
-        task = find_task(self.config.task)
-        whole = read_conversations(self.outputs, task, dataset=self.config.dataset)
-        return [list(conversation.messages) for conversation in whole]
+    def everything(self) -> Self:
+        """All rows of the outputs."""
+        return replace(self, rows=self.all_rows())
+
+    def covering(self, keys: Collection[Key]) -> Self:
+        """With these rows of the outputs, also beyond `--limit`."""
+        if all(key in self.by_name for key in keys):
+            return self
+        wanted = {*self.by_name, *keys}
+        return replace(self, rows=tuple(row for row in self.all_rows() if row.key in wanted))
 
     def share(self, part: Part) -> Self:
         """One part of the job."""
@@ -109,8 +118,8 @@ class ScoreJob(RowJob):
         return replace(self, rows=rows, files=self.files.part(part.file_stem), part=part, whole=self)
 
     def key_of(self, row: Row) -> Key:
-        """The row's number."""
-        return (row["row"],)
+        """The row's id, sample and turn."""
+        return row["id"], row["sample"], row.get("turn", 0)
 
     def is_answered(self, row: Row) -> bool:
         """Whether there is a reward."""
@@ -118,16 +127,16 @@ class ScoreJob(RowJob):
 
     def is_current(self, row: Row) -> bool:
         """Whether it is the reward of the current answer: the outputs may have been regenerated since."""
-        one = self.by_number.get(self.key_of(row))
+        one = self.by_name.get(self.key_of(row))
         return one is not None and one.is_of(row)
 
     def pending(self, done: Mapping[Key, Row]) -> bool:
         """Whether any answer has no reward."""
-        return any(key not in done and not row.failed for key, row in self.by_number.items())
+        return any(key not in done and not row.failed for key, row in self.by_name.items())
 
     def impossible(self, done: Mapping[Key, Row]) -> Rows:
         """The rows without an answer."""
-        return {key: row.journal_row(None) for key, row in self.by_number.items() if row.failed and key not in done}
+        return {key: row.journal_row(None) for key, row in self.by_name.items() if row.failed and key not in done}
 
     def require_sound(self, done: Rows) -> None:
         """Refuse rewards that are one and the same number for all of at least 8 different token sequences.
@@ -168,7 +177,7 @@ class ScoreJob(RowJob):
 
     def execute(self, engine: Scorer, done: Rows) -> Iterator[list[Row]]:
         """Score the remaining rows, each by itself: how they are batched is the engine's, and changes no reward."""
-        rows = [row for key, row in self.by_number.items() if key not in done and not row.failed]
+        rows = [row for key, row in self.by_name.items() if key not in done and not row.failed]
         for rewards in engine.score([row.token_ids for row in rows]):
             yield [rows[place].journal_row(reward if math.isfinite(reward) else None) for place, reward in rewards]
 
@@ -182,15 +191,34 @@ class ScoreJob(RowJob):
 
     # --- writing them
 
-    def finished_rows(self, meta: Row) -> list[Row]:  # noqa: ARG002 - all is in the rows file
-        """The rows of the finished output, from its rows file; none, to be scored again, where it is damaged."""
-        file = rows_file(self.files) if self.part is None else self.files.final
+    def finished_keys(self, meta: Row) -> list[Key] | None:
+        """The names in the rows file."""
         try:
-            rows = require_columns(read_rows(file), self.public_columns, file)
+            rows = self._finished_rows()
         except InputError:
-            log.warning("%s is missing or damaged: its rows are scored again", file)
+            return None
+        return list(map(self.key_of, rows)) if len(rows) == meta["rows"] else None
+
+    def _finished_rows(self) -> Sequence[Row]:
+        file = self._finished_file()
+        return require_columns(read_rows(file), self.public_columns, file)
+
+    def _finished_file(self) -> Path:
+        """The file that has the finished output's rows with their names."""
+        return rows_file(self.files) if self.part is None else self.files.final
+
+    def finished_rows(self, meta: Row, keys: Sequence[Key]) -> list[Row]:  # noqa: ARG002 - all is in the rows file
+        """The rows of the finished output, from its rows file; none, to be scored again, where it is damaged."""
+        try:
+            rows = self._finished_rows()
+        except InputError:
+            log.warning("%s is missing or damaged: its rows are scored again", self._finished_file())
             return []
-        return [{**one.journal_row(None), **row} for one, row in zip(self.rows, rows, strict=False)]
+        blank = [one.journal_row(None) for one in map(self.covering(keys).by_name.__getitem__, keys)]
+        return [
+            {**named, **row, **{name: named[name] for name in ROW_NAMES if name in named}}
+            for named, row in zip(blank, rows, strict=False)
+        ]
 
     def render(self, rows: Sequence[Row]) -> dict[Path, str]:
         """The rewards, one number per line, and the file with the details of each row."""
@@ -209,7 +237,7 @@ class ScoreJob(RowJob):
 
     def _as_read(self, row: Row) -> Row:
         """The row with the number of tokens that were read, which older journals do not have."""
-        return {**row, "tokens": len(self.by_number[self.key_of(row)].token_ids)}
+        return {**row, "tokens": len(self.by_name[self.key_of(row)].token_ids)}
 
     def meta_of(self, rows: Sequence[Row], figures: Figures, *, extends: bool) -> Row:  # noqa: ARG002 - the interface
         """The content of the meta file."""
@@ -252,14 +280,14 @@ class ScoreJob(RowJob):
         """Of the rewards; samples of a prompt, and turns of a question, are not independent, and count as a cluster."""
         answered = [row for row in rows if self.is_answered(row)]
         rewards = [float(row["reward"]) for row in answered]
-        of = [self.by_number[self.key_of(row)].cluster for row in answered]
+        of = [self.by_name[self.key_of(row)].cluster for row in answered]
         numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(of))}
         if len(numbers) == len(of):
             return mean_and_standard_error(rewards)
         return clustered_mean_and_standard_error(np.array(rewards), np.array([numbers[cluster] for cluster in of]))
 
     def _why_failed(self, row: Row) -> str:
-        one = self.by_number[self.key_of(row)]
+        one = self.by_name[self.key_of(row)]
         if one.failed:
             return f"{self.outputs.name} has no answer to score, since generating it failed"
         wider = "" if self.config.dtype == "float32" else "; --dtype float32 may give one"

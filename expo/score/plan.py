@@ -7,9 +7,9 @@ and engine, which is closed before the next one's is opened.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +29,7 @@ from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
 from expo.engines.coverage import require_whole
 from expo.engines.log_probs import LOG_PROBS, LogProbSetup
 from expo.engines.reward_models import RewardModel, recognise
-from expo.engines.reward_tokens import RewardTokenizer, reward_tokenizer
+from expo.engines.reward_tokens import PairTokenizer, RewardTokenizer, reward_tokenizer
 from expo.errors import InputError
 from expo.files import Row
 from expo.parts import read_part
@@ -50,6 +50,7 @@ FEW_TOKENS = 8
 """More than these, at the end of a prompt, are no generation prompt, nor letters that were joined with the answer's."""
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound=ChatTokenizer)
+AnyRow = TypeVar("AnyRow", bound=ScoreRow)
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +200,8 @@ class _Answers:
     file: Path
     task: Task
     conversations: Sequence[Conversation]
+    """Up to `--limit`."""
+    whole: Sequence[Conversation]
 
 
 def _read_answers(config: ScoreConfig) -> _Answers:
@@ -208,10 +211,12 @@ def _read_answers(config: ScoreConfig) -> _Answers:
         raise InputError(f"no outputs to score: {file} does not exist; run `expo generate` first, or pass --outputs")
     if config.dataset is not None and not task.by_id:
         raise InputError(f"--dataset is for mtbench: the outputs of {task.name} contain their prompts")
-    conversations = read_conversations(file, task, dataset=config.dataset, limit=config.limit)
+    whole = conversations = read_conversations(file, task, dataset=config.dataset)
+    if config.limit is not None:
+        conversations = read_conversations(file, task, dataset=config.dataset, limit=config.limit)
     if not conversations:
         raise InputError(f"{file} contains no rows")
-    return _Answers(file, task, conversations)
+    return _Answers(file, task, conversations, whole)
 
 
 def _require_different(jobs: Sequence[ScoreJob]) -> None:
@@ -247,7 +252,8 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, moment: str | None, config:
     fingerprint = reward_fingerprint(_made_from(answers.task, scorer, engine, tokenizer), config, found)
     tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config, moment)
     unread = found.unread_id(trust_remote_code=config.trust_remote_code)
-    rows = tuple(score_rows(answers.conversations, tokenizer, longest, answers.file, unread))
+    read = partial(_score_rows, tokenizer=tokenizer, longest=longest, unread=unread)
+    rows = read(answers)
     _say_cut_prompts(rows, tokenizer, longest)
     return ScoreJob(
         config=config,
@@ -257,6 +263,7 @@ def _reward_job(answers: _Answers, scorer: ScoredBy, moment: str | None, config:
         location=location,
         outputs=answers.file,
         rows=rows,
+        all_rows=_all_rows(answers, config, read, rows),
         longest=longest,
         setup=ScorerSetup(
             config,
@@ -288,6 +295,8 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, moment: str | None, confi
     made_from = {**_made_from(answers.task, scorer, engine, tokenizer), **recorded(config, "rows")}
     fingerprint = Fingerprint(made_from, absent_values(config, "rows"))
     tokenizer, fingerprint, date = _dated(tokenizer, fingerprint, files, config, moment)
+    read = partial(_answer_rows, tokenizer=tokenizer, longest=longest)
+    rows = read(answers)
     return ImplicitJob(
         config=config,
         engine=engine,
@@ -296,7 +305,8 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, moment: str | None, confi
         location=dpo,
         sft=sft,
         outputs=answers.file,
-        rows=_answer_rows(answers, tokenizer, longest),
+        rows=rows,
+        all_rows=_all_rows(answers, config, read, rows),
         longest=longest,
         setup=LogProbSetup(config, dpo.path, sft.path),
         files=files,
@@ -362,6 +372,21 @@ def _say_cut_prompts(rows: Sequence[ScoreRow], tokenizer: ChatTokenizer, longest
         )
 
 
+def _score_rows(
+    answers: _Answers, tokenizer: RewardTokenizer | PairTokenizer, longest: int, unread: int | None
+) -> tuple[ScoreRow, ...]:
+    return tuple(score_rows(answers.conversations, tokenizer, longest, answers.file, unread, whole=answers.whole))
+
+
+def _all_rows(
+    answers: _Answers, config: ScoreConfig, read: Callable[[_Answers], tuple[AnyRow, ...]], rows: tuple[AnyRow, ...]
+) -> Callable[[], tuple[AnyRow, ...]]:
+    """Reads the rows of the whole file, once and only where they are needed."""
+    if config.limit is None:
+        return lambda: rows
+    return cache(lambda: read(replace(answers, conversations=answers.whole)))
+
+
 # --- the implicit reward ------------------------------------------------------------------------------------------
 
 
@@ -405,7 +430,7 @@ def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
 
 def _answer_rows(answers: _Answers, tokenizer: RewardTokenizer, longest: int) -> tuple[AnswerRow, ...]:
     """The rows, their token ids cut after the answer."""
-    whole = list(score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file))
+    whole = list(score_rows(answers.conversations, tokenizer, UNLIMITED, answers.file, whole=answers.whole))
     asked, failed = [row.conversation.messages[:-1] for row in whole], [row.failed for row in whole]
     prompts = encode_answered(asked, failed, tokenizer, generation_prompt=True)
     ending = tokenizer.ending()

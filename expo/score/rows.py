@@ -14,7 +14,7 @@ from expo.checkpoint.folder import read_json
 from expo.engines.chat import ChatTokenizer
 from expo.engines.reward_tokens import PairTokenizer, RewardTokenizer
 from expo.errors import InputError
-from expo.files import Row, json_text
+from expo.files import Row, json_text, texts_sha256
 from expo.tasks import Conversation, Message
 
 
@@ -47,6 +47,11 @@ class ScoreRow:
         )
 
     @property
+    def key(self) -> tuple[str, int, int]:
+        """Its id, sample and turn, which no other row of its file has."""
+        return self.id, self.sample, self.conversation.turn or 0
+
+    @property
     def cluster(self) -> str:
         """Equal for rows that are not independent: answers to one prompt, and to the turns of one question."""
         one = self.conversation
@@ -73,39 +78,46 @@ def score_rows(
     longest: int,
     outputs: Path,
     unread: int | None = None,
+    *,
+    whole: Sequence[Conversation],
 ) -> Iterator[ScoreRow]:
     """The rows of an output file, as token ids.
 
     Args:
-        conversations: What the file contains.
+        conversations: What is scored: the file's first ones.
         tokenizer: The reward model's.
         longest: The maximum number of tokens; longer rows lose their end.
         outputs: The file, beside which generate's meta file may be.
         unread: The id that the reward model skips at the end of a row, if it does.
+        whole: All that the file contains.
 
     Raises:
         InputError: The chat template leaves out a message or renders nothing, or the model has no vector for a token.
     """
     messages = [conversation.messages for conversation in conversations]
-    lost, keys = _of_generate(outputs)
+    lost, keys = _of_generate(outputs, whole)
     failed = [conversation.failed or number in lost for number, conversation in enumerate(conversations)]
     ids = encode_answered(messages, failed, tokenizer, generation_prompt=False)
     tokenizer.require_all_said(messages, generation_prompt=False)
     tokenizer.require_readable(ids)
+    seen: set[tuple[str, int, int | None]] = set()
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
         if not row_ids and not failed[number]:
             raise InputError(f"row {number} of {outputs} has no tokens: the chat template renders nothing of it")
         kept = tokenizer.cut(row_ids, longest)
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
+        while (name, sample, conversation.turn) in seen:  # a file of others may answer a question twice
+            sample += 1
+        seen.add((name, sample, conversation.turn))
         yield ScoreRow(
             number=number,
             conversation=conversation,
             id=name,
             sample=sample,
-            token_ids=(seen := cut(kept, unread)),
+            token_ids=(read := cut(kept, unread)),
             truncated=len(row_ids) > longest,
             failed=failed[number],
-            unread_ids=tuple(kept[len(seen) :]),
+            unread_ids=tuple(kept[len(read) :]),
         )
 
 
@@ -143,11 +155,11 @@ def cut(ids: Sequence[int], unread: int | None) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
+def _of_generate(outputs: Path, conversations: Sequence[Conversation]) -> tuple[set[int], list[tuple[str, int]]]:
     """Which rows failed, and every row's id and sample, from generate's meta file; empty if there is none.
 
     Raises:
-        InputError: It is damaged.
+        InputError: It is damaged, or names other rows, as where a run was killed between the two files.
     """
     file = outputs.with_name(f"{outputs.stem}.meta.json")
     advice = f"move it away to score {outputs.name} without it"
@@ -163,4 +175,10 @@ def _of_generate(outputs: Path) -> tuple[set[int], list[tuple[str, int]]]:
         keys = [(str(name), int(sample)) for name, sample in zip(*columns, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is damaged: {advice}") from error
+    asked = texts_sha256(one.asked for one in conversations[: len(keys)])
+    if len(conversations) >= len(keys) and asked != meta.get("prompts_sha256", asked):
+        raise InputError(
+            f"{file} is about other prompts than {outputs.name} has: `expo generate` finishes a run that was killed "
+            f"between the two, --dataset names the questions of mtbench, or {advice}"
+        )
     return failed, keys

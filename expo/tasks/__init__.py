@@ -17,4 +17,5 @@ from expo.tasks.task import (
     load_prompts as load_prompts,
     read_conversations as read_conversations,
     read_outputs as read_outputs,
+    subset_of as subset_of,
 )

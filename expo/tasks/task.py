@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 Message = dict[str, str]
 """`role` and `content`."""
 
+SUBSETS = ("dataset", "subset", "category", "source")
+"""Columns of a row that may say which part of its task it belongs to; the first that is there counts."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -32,6 +35,8 @@ class Prompt:
     """Columns repeated in the output row, and the category if the task has categories."""
     followups: tuple[Message, ...] = ()
     """Further user turns, each sent after the answer to the previous one."""
+    subset: str | None = field(default=None, kw_only=True)
+    """The part of the task that the row belongs to, where it says one."""
 
     @property
     def turns(self) -> int:
@@ -208,7 +213,12 @@ def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
             raise InputError(f"row {number} of {name} {error}") from error
         turns = (*prompt.messages, *prompt.followups)
         _require_utf8((prompt.id, *(turn["content"] for turn in turns)), f"row {number} of {name}")
-        yield prompt
+        yield replace(prompt, subset=subset_of(row))
+
+
+def subset_of(row: Row) -> str | None:
+    """The part of a task that a row belongs to, where a column says it."""
+    return next((row[name] for name in SUBSETS if isinstance(row.get(name), str) and row[name].strip()), None)
 
 
 def _require_utf8(texts: Iterable[str], where: str) -> None:
