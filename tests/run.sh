@@ -17,7 +17,7 @@ if ! has_browser && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 fi
 make_environment
 
-if ! python -c 'import pytest, xdist, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval, playwright, statsmodels' 2>/dev/null; then
+if ! python -c 'import pytest, xdist, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval, playwright, statsmodels, ville' 2>/dev/null; then
     say "installing the tools that check the code"
     pip_install -e '.[test]'
 fi

@@ -128,11 +128,13 @@ FLAGS = {
     "report": "--config --dataset --debug --dry-run --figures --intersect --json --output --output-dir --overwrite"
     " --task",
     "inspect": f"{PAIR} --output --workers",
-    "sweep": f"{PAIR} {RULES} --any-pair --batch-tokens --chat-template --dataset --dtype --engine --engine-arg"
-    " --frequency-penalty --limit --max-tokens --n --output --presence-penalty --reward-batch-tokens --reward-bos"
-    " --reward-chat-template --reward-device --reward-dtype --reward-engine --reward-engine-arg --reward-max-length"
-    " --reward-model --reward-tensor-parallel --search --seed --seed-mode --stop-token-id --system --task --temperature"
-    " --tensor-parallel --top-k --top-p --trust-remote-code --with-sft --write",
+    "sweep": f"{PAIR} {RULES}"
+    " --any-pair --batch-tokens --chat-template --confidence --confirm --dataset --dtype --engine"
+    " --engine-arg --frequency-penalty --indifference --limit --max-tokens --n --output --presence-penalty"
+    " --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
+    " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
+    " --search --seed --seed-mode --slice --stop-token-id --system --task --temperature --tensor-parallel"
+    " --top-k --top-p --trust-remote-code --with-sft --write",
     "recipes": "--debug --json",
 }
 ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "compare": {"runs"}, "report": {"runs"}, "recipes": {"names"}}

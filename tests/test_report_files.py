@@ -26,8 +26,8 @@ from expo.report.figures import charts_of
 from expo.report.job import plan
 from expo.report.notes import notes
 from expo.report.page import build
-from expo.report.text import digits_for, number, percent, probability, signed, visible
-from expo.report.verdict import decimals, shown_interval, verdict
+from expo.report.text import digits_for, number, percent, probability, shown_interval, signed, visible
+from expo.report.verdict import decimals, verdict
 
 NAMES = ("dpo", "dpo-ExPO-a0.3", "dpo-ExPO-a0.5")
 

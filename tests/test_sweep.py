@@ -374,7 +374,7 @@ def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeyp
     from expo.sweep import conclude
 
     real = conclude.choose
-    monkeypatch.setattr(conclude, "choose", lambda runs: replace(real(runs), best_alpha=0.5))
+    monkeypatch.setattr(conclude, "choose", lambda runs, raced: replace(real(runs, raced), best_alpha=0.5))
     monkeypatch.chdir(tmp_path)
     result = verb.run(swept(write=True))
     assert result.checkpoint is not None
@@ -552,7 +552,7 @@ def test_overwrite_replaces_the_checkpoint_too(swept, monkeypatch, llama_pair, t
     from expo.sweep import conclude
 
     real = conclude.choose
-    monkeypatch.setattr(conclude, "choose", lambda runs: replace(real(runs), best_alpha=0.5))
+    monkeypatch.setattr(conclude, "choose", lambda runs, raced: replace(real(runs, raced), best_alpha=0.5))
     dpo = Path(shutil.copytree(llama_pair[1], tmp_path / "dpo"))
     first = verb.run(swept(dpo=str(dpo), write=True))
     assert first.checkpoint is not None

@@ -183,6 +183,26 @@ def test_a_lane_that_waits_starts_when_the_first_has_given_back_its_memory(lane_
     assert codes == [0]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_processes_stay_for_further_jobs_unless_memory_is_for_one_of_them(lane_of, jobs, waits):
+    """As the looks of a race: answers, then their rewards, then again."""
+    scored, alive = [], []
+    rewards = lane_of(STAYS, scored.append, waits=waits)
+    policy = lane_of(STAYS, rewards.add)
+    rewards._fed_by = policy
+    with Lanes([policy, rewards]) as running:
+        for number, job in enumerate(jobs[:3]):
+            policy.add(job)
+            running.run(f"look {number}", 4, 0, more=number < 2)
+            alive.append([worker.exit_code() is None for worker in lane_of.made])
+    assert scored == jobs[:3]
+    assert (policy.rows, rewards.rows) == (6, 6)
+    assert len(lane_of.pids) == (6 if waits else 2)
+    assert alive[:2] == ([[False, False]] * 2 if waits else [[True, True]] * 2)
+    for pid in lane_of.pids:
+        wait_until_gone(pid)
+
+
 def test_a_process_that_does_not_end_by_itself_is_killed_and_the_next_lane_starts(lane_of, jobs, monkeypatch, caplog):
     monkeypatch.setattr(lanes, "STOP_SECONDS", 0.1)
     codes = []

@@ -256,7 +256,8 @@ def _json(data: dict[str, Any]) -> str:
 def _short(value: object) -> object:
     if not isinstance(value, list):
         return value
-    return " ".join(value if len(value) <= 4 else [*value[:2], "…", value[-1]])
+    words = [str(one) for one in value]
+    return " ".join(words if len(words) <= 4 else [*words[:2], "…", words[-1]])
 
 
 app = typer.Typer(

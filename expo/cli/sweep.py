@@ -22,6 +22,8 @@ EXAMPLES = (
     "--reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
     "  expo sweep --sft my-sft --dpo my-dpo --alpha 0.5 --alpha 1 --alpha 2 --with-sft --task prompts.jsonl --n 4 "
     "--reward-model my-rm --output my-sweep --write\n"
+    "\n\b\nThe same for half of the tokens or less, with what is found confirmed on prompts set aside:\n"
+    "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --search race --refine\n"
     "\n\b\nWhat it would cost, measured with a few rows:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --dry-run"
 )

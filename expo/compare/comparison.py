@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expo.compare.figures import Agreed, Comparison, Flip, Measured, ModelFigures, Paired, Table
-from expo.compare.pairing import LeftOut, Pairing, common_reward_models, counted, pair
+from expo.compare.pairing import NOT_ASKED, LeftOut, Pairing, common_reward_models, counted, pair
 from expo.compare.run import Run, RunRow
 from expo.stats.agreement import agreement
 from expo.stats.means import Floats, Interval, Whole, cluster_sums, clustered_mean_and_standard_error
 from expo.stats.paired import at_zero, standardized_difference, win_rate
-from expo.stats.resampling import bootstrap_intervals, sign_flip_p, student_intervals
+from expo.stats.resampling import LEVEL, bootstrap_intervals, sign_flip_p, student_intervals
 
 FLIPS = 10
 """How many rows that a model wins by the most are named, and as many that it loses."""
@@ -32,7 +32,12 @@ Mask = NDArray[np.bool_]
 
 
 def compare(
-    runs: Sequence[Run], *, intersect: bool = False, flips: int = FLIPS, apart: Collection[str] = ()
+    runs: Sequence[Run],
+    *,
+    intersect: bool = False,
+    flips: int = FLIPS,
+    apart: Collection[str] = (),
+    level: float = LEVEL,
 ) -> Comparison:
     """Compare runs with the first of them.
 
@@ -41,13 +46,14 @@ def compare(
         intersect: Use only the rows that all runs have, where their prompts differ.
         flips: How many of the rows that a model wins, and loses, by the most to name.
         apart: Names of runs that are each compared alone: intervals and p of the others do not allow for them.
+        level: The coverage of intervals.
 
     Raises:
         InputError: The runs have different rows, or rewards of different reward models.
     """
     pairing = pair(runs, intersect=intersect)
     reward_models, notes = common_reward_models(runs)
-    tables = [_table(_Scores(pairing, model, frozenset(apart)), flips) for model in (reward_models or (None,))]
+    tables = [_table(_Scores(pairing, model, frozenset(apart), level), flips) for model in (reward_models or (None,))]
     two = combinations(reward_models, 2)
     agreed = [_agreed(pairing, number, models) for models in two for number in range(1, len(runs))]
     return Comparison(
@@ -69,6 +75,7 @@ class _Scores:
     pairing: Pairing
     model: str | None
     apart: frozenset[str] = frozenset()
+    level: float = LEVEL
 
     @property
     def others(self) -> range:
@@ -181,22 +188,22 @@ def _with_lengths(scores: _Scores, run: int, figures: ModelFigures) -> ModelFigu
     longer = (scores.characters[run] - scores.characters[0])[rows]
     if not np.isfinite(longer).all():
         return figures
-    return replace(figures, longer=_measured(longer, scores.clusters[rows]))
+    return replace(figures, longer=_measured(longer, scores.clusters[rows], scores.level))
 
 
 def _with_endings(scores: _Scores, run: int, figures: ModelFigures) -> ModelFigures:
     """With how much larger its share of answers is that end, over the rows of which that is known on both sides."""
     difference = scores.ended[run] - scores.ended[0]
     rows = scores.both(run) & np.isfinite(difference)
-    return replace(figures, ends_more=_measured(difference[rows], scores.clusters[rows]))
+    return replace(figures, ends_more=_measured(difference[rows], scores.clusters[rows], scores.level))
 
 
-def _measured(differences: Floats, clusters: Whole) -> Measured | None:
+def _measured(differences: Floats, clusters: Whole, level: float) -> Measured | None:
     """The mean of paired differences, with Student's interval for this model alone; None where there are none."""
     if not len(differences):
         return None
     sums = cluster_sums([(differences, clusters)], int(clusters.max()) + 1)
-    return Measured(float(differences.mean()), student_intervals(sums)[0])
+    return Measured(float(differences.mean()), student_intervals(sums, level=level)[0])
 
 
 def _with_rewards(scores: _Scores, run: int, figures: ModelFigures, paired: Paired, flips: int) -> ModelFigures:
@@ -205,7 +212,10 @@ def _with_rewards(scores: _Scores, run: int, figures: ModelFigures, paired: Pair
     differences, clusters = (scores.rewards[run] - scores.rewards[0])[rows], scores.clusters[rows]
     longer = (scores.characters[run] - scores.characters[0])[rows]
     known = bool(np.isfinite(longer).all())
-    line, bend = (at_zero(differences, longer, clusters, curved=one) if known else None for one in (False, True))
+    line, bend = (
+        at_zero(differences, longer, clusters, level=scores.level, curved=one) if known else None
+        for one in (False, True)
+    )
     standardized = None
     if paired.difference is not None:
         standardized = standardized_difference(paired.difference, scores.rewards[0][rows])
@@ -228,11 +238,12 @@ def _paired(scores: _Scores, among: Mask) -> list[Paired]:
     found: dict[int, tuple[Interval | None, float | None]] = {}
     for family in scores.families:
         sums = cluster_sums([columns[run - 1] for run in family], int(clusters.max()) + 1)
-        found |= dict(zip(family, zip(bootstrap_intervals(sums), sign_flip_p(sums), strict=True), strict=True))
+        intervals = bootstrap_intervals(sums, level=scores.level)
+        found |= dict(zip(family, zip(intervals, sign_flip_p(sums), strict=True), strict=True))
     figures = []
     for run, (own, base), (differences, of) in zip(scores.others, pairs, columns, strict=True):
         interval, p = found[run]
-        rate, rate_interval = win_rate(differences, of)
+        rate, rate_interval = win_rate(differences, of, level=scores.level)
         some = len(own) > 0
         figures.append(
             Paired(
@@ -283,6 +294,8 @@ def _left_out(scores: _Scores) -> list[LeftOut]:
             row, number = rows[int(place)], int(scores.pairing.numbers[run][place])
             otherwise = "generating it failed" if row.finish_reason == "error" else "it has no reward"
             reason = scoring.reasons.get(number, otherwise) if scoring else otherwise
+            if reason == NOT_ASKED:
+                continue
             left.append(LeftOut(row.id, row.key.sample, row.key.turn, of.name, reason))
     return left
 

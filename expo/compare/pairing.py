@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from expo.compare.run import UNKNOWN, RowKey, Run, RunRow
+from expo.compare.run import UNKNOWN, RowKey, Run, RunRow, Scoring
 from expo.errors import InputError, listed
 from expo.files import Row
 from expo.stats.means import Floats, Whole
+
+NOT_ASKED = "it was not asked"
+"""Why a run has no answer to a prompt that others answer."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,40 @@ class LeftOut:
 
 
 def with_rows_of(base: Run, run: Run) -> Run:
-    """A run with a row, without an answer or a reward, for each that it lacks: others keep theirs."""
+    """A run with a row, without an answer or a reward, for each that it lacks: others keep theirs.
+
+    Such rows are in no figure of the run, and are not named as left out of them.
+    """
     there = {row.key for row in run.rows}
     missing = [row for row in base.rows if row.key not in there]
     if not missing:
         return run
     empty = tuple(replace(row, output=None, tokens=None, finish_reason=None) for row in missing)
     rewards = {model: (*values, *(None for _ in missing)) for model, values in run.rewards.items()}
-    return replace(run, rows=(*run.rows, *empty), rewards=rewards)
+    reasons = dict.fromkeys(range(len(run.rows), len(run.rows) + len(missing)), NOT_ASKED)
+    known = {model: run.scorings.get(model, Scoring(model, None)) for model in run.rewards}
+    scorings = {model: replace(one, reasons={**one.reasons, **reasons}) for model, one in known.items()}
+    return replace(run, rows=(*run.rows, *empty), rewards=rewards, scorings=scorings)
+
+
+def of_rows(run: Run, keys: Collection[RowKey]) -> Run:
+    """A run with some of its rows only."""
+    places = [place for place, row in enumerate(run.rows) if row.key in keys]
+    now = {place: number for number, place in enumerate(places)}
+    scorings = {
+        model: replace(
+            one,
+            truncated=frozenset(now[place] for place in one.truncated if place in now),
+            reasons={now[place]: why for place, why in one.reasons.items() if place in now},
+        )
+        for model, one in run.scorings.items()
+    }
+    return replace(
+        run,
+        rows=tuple(run.rows[place] for place in places),
+        rewards={model: tuple(values[place] for place in places) for model, values in run.rewards.items()},
+        scorings=scorings,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any, Literal, TypeAlias
 
 from expo.config.engines import require_engine_args, require_tensor_parallel
@@ -12,12 +13,15 @@ from expo.config.sampling import SamplingConfig
 from expo.files import is_utf8, shown
 from expo.settings import Setting, require, require_alpha, require_choice, require_device, require_text
 
-Search: TypeAlias = Literal["grid"]
+Search: TypeAlias = Literal["grid", "race"]
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
 """The paper's candidates for fully trained models."""
 SFT_ALPHA = -1.0
 """The α of θ_sft itself."""
+
+OF_RACE = ("slice", "confirm", "confidence", "indifference", "refine")
+"""The settings that only a race has."""
 
 REWARD = "reward_"
 """Prefix of the reward model's settings, which `expo score` has without it."""
@@ -36,7 +40,32 @@ class SweepConfig(PairConfig, SamplingConfig):
         ),
     ] = ()
     with_sft: Annotated[bool, Setting("Measure θ_sft, which is α = −1, as a reference.")] = False
-    search: Annotated[Search, Setting("grid: every α answers every prompt.")] = "grid"
+    search: Annotated[
+        Search,
+        Setting(
+            "grid: every α answers every prompt; race: α that fall behind answer no more, and the best one is tested "
+            "on prompts set aside, at half the cost or less."
+        ),
+    ] = "grid"
+    slice: Annotated[
+        int | None,
+        Setting("Prompts of a race's first slice, and of those added. [default: a tenth, 10 or more]", metavar="N"),
+    ] = None
+    confirm: Annotated[
+        float, Setting("Share of the prompts set aside to confirm what a race finds.", metavar="SHARE")
+    ] = 0.3
+    confidence: Annotated[
+        float, Setting("Probability that a race drops no α that does as well as those it falls behind.", metavar="P")
+    ] = 0.95
+    indifference: Annotated[
+        float,
+        Setting(
+            "A race ends when this little is expected to be lost by taking its leader, in standard deviations of the "
+            "paired difference.",
+            metavar="SD",
+        ),
+    ] = 0.05
+    refine: Annotated[bool, Setting("Let a race add α between the leader and its neighbours, and beyond.")] = False
     task: Annotated[
         str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
     ] = "ultrafeedback"
@@ -95,6 +124,7 @@ class SweepConfig(PairConfig, SamplingConfig):
         only = f"--alpha {' '.join(f'{alpha:g}' for alpha in self.alpha)}"
         require(max(self.alphas) > 0, f"{only} leaves nothing to choose: give an α above 0, with which 0 is compared")
         require_choice("--search", self.search, Search)
+        self._require_race_settings()
         moved = next((f"{pattern}={alpha:g}" for pattern, alpha in self.alphas_for if alpha), None)
         require(
             moved is None,
@@ -114,6 +144,30 @@ class SweepConfig(PairConfig, SamplingConfig):
             require(size is None or size > 0, f"{flag} must be positive, not {size}")
         require_text("--task", self.task)
         self._require_pair_settings()
+
+    def _require_race_settings(self) -> None:
+        if self.search != "race":
+            given = next((one for one in fields(self) if one.name in OF_RACE and _is_given(self, one)), None)
+            require(
+                given is None,
+                f"--{given.name if given else ''} is a setting of --search race: add that, or leave it out",
+            )
+            return
+        require(self.slice is None or self.slice > 1, f"--slice must be 2 prompts or more, not {self.slice}")
+        require(
+            0.01 <= self.confirm < 0.5,  # what confirms a race may cost its share of the grid by itself
+            f"--confirm must be 0.01 or more and less than 0.5, not {self.confirm}",
+        )
+        require(0 < self.confidence < 1, f"--confidence must lie between 0 and 1, not {self.confidence}")
+        require(
+            math.isfinite(self.indifference) and self.indifference >= 0,
+            f"--indifference must be 0 or more, not {self.indifference}",
+        )
+        candidates = [alpha for alpha in self.alphas if alpha > 0]
+        require(
+            len(candidates) > 1 or self.refine,
+            f"α = {candidates[0]:g} alone needs no race: give a further --alpha, or --refine, or --search grid",
+        )
 
     @property
     def alphas(self) -> tuple[float, ...]:
@@ -164,3 +218,7 @@ class SweepConfig(PairConfig, SamplingConfig):
             overwrite=self.overwrite,
             **settings,
         )
+
+
+def _is_given(config: SweepConfig, setting: Field[Any]) -> bool:
+    return bool(getattr(config, setting.name) != setting.default)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from expo.output.charts import COLOURS, INK, LABEL, MUTED, PAPER, WIDTH, Estimate
+from expo.output.course import CROSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REWARD, LENGTH, ENDED = COLOURS[1], COLOURS[5], COLOURS[3]
+REWARD, LENGTH, ENDED, CONFIRMED = COLOURS[1], COLOURS[5], COLOURS[3], COLOURS[2]
 HEIGHTS = {"reward": 2.5, "length": 0.95, "ended": 0.95}
 """Of the panels, in inches."""
 MARK_SIZE = 8.5
@@ -21,6 +22,15 @@ ROOM = WIDTH - 0.75
 """The width of a panel in inches."""
 ROW = 0.17
 """The height of a row of marks."""
+LONG = 44
+"""Characters of a legend's entry from which on it has a row of its own."""
+OF_RACE = "race + confirmation prompts"
+"""Which prompts the figures of a race's α are of, all that an α shares with α = 0."""
+DOT: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linestyle": ""}
+HOLLOW: dict[str, Any] = {**DOT, "markerfacecolor": PAPER}
+DIAMOND: dict[str, Any] = {"marker": "D", "markersize": 4.2, "linestyle": ""}
+BESIDE = 0.09
+"""How far right of its α the confirmation stands, in inches, so that it hides nothing."""
 
 
 class CurvePoint(NamedTuple):
@@ -32,6 +42,17 @@ class CurvePoint(NamedTuple):
     length: float | None
     ended: float | None
     """The share of answers that end."""
+
+
+class Confirmed(NamedTuple):
+    """What the prompts that a race set aside say of the α that it found."""
+
+    alpha: float
+    difference: Estimate
+    """From α = 0."""
+    level: float | None
+    """Of its interval."""
+    prompts: int | None
 
 
 class Mark(NamedTuple):
@@ -48,6 +69,9 @@ def alpha_curve(
     unit: str,
     chosen: float | None = None,
     rejected: Collection[float] = (),
+    dropped: Collection[float] = (),
+    confirmed: Confirmed | None = None,
+    of: str = "",
     title: str | None = None,
     reward: str = "mean reward",
 ) -> Figure:
@@ -61,13 +85,18 @@ def alpha_curve(
         unit: What lengths are counted in.
         chosen: The α that is chosen, 0 for none of the others; None where nobody chose.
         rejected: Those that score higher than α = 0 and were not accepted: their points are hollow.
+        dropped: Those that a race dropped: their points are crosses.
+        confirmed: What confirms the α that a race found, or does not; it stands on the mean of α = 0.
+        of: Which prompts the band is from, where that has to be said.
         title: Over everything.
         reward: What the first panel shows.
     """
     from matplotlib.figure import Figure
 
     points = sorted(points, key=lambda point: point.alpha)
-    panels: dict[str, Callable[[Axes], None]] = {"reward": lambda axes: _draw_rewards(axes, points, rejected, reward)}
+    panels: dict[str, Callable[[Axes], None]] = {
+        "reward": lambda axes: _draw_rewards(axes, points, reward, rejected, dropped)
+    }
     if any(point.length is not None for point in points):
         panels["length"] = lambda axes: _draw_lengths(axes, points, unit)
     if any(point.ended is not None for point in points):
@@ -80,16 +109,20 @@ def alpha_curve(
         draw(axes)
         for mark in marks:
             axes.axvline(mark.alpha, color=mark.colour, linewidth=1, linestyle=":", zorder=1)
+    if confirmed is not None:
+        _draw_confirmation(grid[0], confirmed, points)
     grid[-1].set_xlabel("α")
     grid[0].margins(x=0.04)
     _write_marks(grid[0], marks)
-    _explain(figure, points, rejected)
+    _explain(figure, [*_handles(points, rejected, dropped, of), *_handles_of(confirmed)])
     if title:
         figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 
-def _draw_rewards(axes: Axes, points: Sequence[CurvePoint], rejected: Collection[float], label: str) -> None:
+def _draw_rewards(
+    axes: Axes, points: Sequence[CurvePoint], label: str, rejected: Collection[float], dropped: Collection[float]
+) -> None:
     alphas, values = [point.alpha for point in points], [point.reward.value for point in points]
     ahead = [point for point in points if point.alpha >= 0]
     lows, highs = zip(*(_ends(point.reward) for point in ahead), strict=True) if ahead else ((), ())
@@ -98,13 +131,23 @@ def _draw_rewards(axes: Axes, points: Sequence[CurvePoint], rejected: Collection
         if point.alpha < 0:
             axes.plot([point.alpha] * 2, _ends(point.reward), color=REWARD, linewidth=1.4)
     axes.plot(alphas, values, color=REWARD, linewidth=1.5, zorder=3)
-    for hollow in (False, True):
-        some = [point for point in points if (point.alpha in rejected) is hollow]
-        face = PAPER if hollow else REWARD
-        at, means = [point.alpha for point in some], [point.reward.value for point in some]
-        axes.plot(at, means, "o", color=REWARD, markerfacecolor=face, markersize=4.5, zorder=4)
+    kinds = [(DOT, set(alphas) - {*rejected, *dropped}), (HOLLOW, set(rejected) - {*dropped}), (CROSS, set(dropped))]
+    for shape, some in kinds:
+        at = [(point.alpha, point.reward.value) for point in points if point.alpha in some]
+        axes.plot(*(zip(*at, strict=True) if at else ((), ())), color=REWARD, zorder=4, **shape)
     axes.set_ylabel(label, parse_math=False)
     axes.margins(y=0.08)
+
+
+def _draw_confirmation(axes: Axes, confirmed: Confirmed, points: Sequence[CurvePoint]) -> None:
+    """A candidate's difference on the prompts that were set aside, on the mean of α = 0 as the band is."""
+    from matplotlib.transforms import ScaledTranslation
+
+    for base in (point.reward.value for point in points if point.alpha == 0):
+        beside = ScaledTranslation(BESIDE, 0, axes.figure.dpi_scale_trans)
+        style: dict[str, Any] = {"color": CONFIRMED, "zorder": 6, "transform": axes.transData + beside}
+        axes.plot([confirmed.alpha] * 2, [base + end for end in _ends(confirmed.difference)], linewidth=1.8, **style)
+        axes.plot([confirmed.alpha], [base + confirmed.difference.value], **DIAMOND, **style)
 
 
 def _ends(reward: Estimate) -> tuple[float, float]:
@@ -157,16 +200,39 @@ def _write_marks(axes: Axes, marks: Sequence[Mark]) -> None:
         axes.annotate(mark.word, ((begin + width / 2) / ROOM, 1.0), offset, **text, bbox=LABEL["bbox"])
 
 
-def _explain(figure: Figure, points: Sequence[CurvePoint], rejected: Collection[float]) -> None:
-    """Say what the band and the hollow points are."""
+def _handles(
+    points: Sequence[CurvePoint], rejected: Collection[float], dropped: Collection[float], of: str
+) -> list[Any]:
+    """What the band and the shapes of points are."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = []
     if any(point.reward.low is not None for point in points):
-        handles.append(Patch(facecolor=REWARD, alpha=0.16, label="95 % band of the difference from DPO"))
-    if any(point.alpha in rejected for point in points):
-        shape: dict[str, Any] = {"marker": "o", "color": REWARD, "markerfacecolor": PAPER, "linestyle": ""}
-        handles.append(Line2D([], [], **shape, markersize=4.5, label="higher, but rejected"))
+        band = "95 % band of the difference from DPO" + (f", {of}" if of else "")
+        handles.append(Patch(facecolor=REWARD, alpha=0.16, label=band))
+    alphas = {point.alpha for point in points}
+    if alphas & (set(rejected) - set(dropped)):
+        handles.append(Line2D([], [], **HOLLOW, color=REWARD, label="higher, but rejected"))
+    if alphas & set(dropped):
+        handles.append(Line2D([], [], **CROSS, color=REWARD, label="dropped in the race"))
+    return handles
+
+
+def _handles_of(confirmed: Confirmed | None) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    if confirmed is None:
+        return []
+    sure = confirmed.level if confirmed.difference.low is not None else None
+    level = "" if sure is None else f", {sure:.0%} interval".replace("%", " %")
+    on = "" if confirmed.prompts is None else f", {confirmed.prompts:,} prompts"
+    label = f"α = {confirmed.alpha:g} on the confirmation{on}{level}"
+    return [Line2D([], [], **DIAMOND | {"linestyle": "-", "linewidth": 2}, color=CONFIRMED, label=label)]
+
+
+def _explain(figure: Figure, handles: Sequence[Any]) -> None:
+    """Say what the band and the shapes are."""
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+        long = any(len(handle.get_label()) > LONG for handle in handles)
+        figure.legend(handles=handles, loc="outside lower center", ncols=1 if long else 2, fontsize=8)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from expo.errors import InputError
 from expo.files import Row, read_json, shown
+from expo.output.races import RaceRecord, number, read_race
 
 RECORD = "sweep.json"
 PICTURE = "sweep.png"
@@ -33,7 +33,15 @@ class SweepRecord:
     verdict: str | None
     notes: tuple[str, ...]
     rejected: Mapping[float, str]
-    """α → why it was not chosen, of those that gain and do not pass."""
+    """α → why it was not chosen, of those that gain and do not pass, or were dropped."""
+    race: RaceRecord | None = None
+    """How the race went, where the sweep is one."""
+
+    @property
+    def rejected_gains(self) -> Mapping[float, str]:
+        """Those of `rejected` that were not dropped in a race."""
+        dropped = self.race.dropped if self.race else {}
+        return {alpha: why for alpha, why in self.rejected.items() if alpha not in dropped}
 
 
 def is_sweep(folder: Path) -> bool:
@@ -50,26 +58,22 @@ def read_sweep(folder: Path) -> SweepRecord:
     record = read_json(folder / RECORD)
     listed = record.get("alphas")
     entries = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    alphas = {alpha: one for one in entries if (alpha := _number(one.get("alpha"))) is not None}
+    alphas = {alpha: one for one in entries if (alpha := number(one.get("alpha"))) is not None}
     if not alphas:
         raise InputError(
             f"{folder / RECORD} lists no alphas ({shown(listed)}), so that expo sweep did not write it: move it away"
         )
     best, verdict, notes, task = (record.get(key) for key in ("best_alpha", "verdict", "notes", "task"))
-    if best is not None and _number(best) not in alphas:
+    if best is not None and number(best) not in alphas:
         raise InputError(f"{folder / RECORD} chose an α that it does not list: {shown(best)}")
     return SweepRecord(
         content=record,
         alphas=tuple(alphas),
         names={alpha: name for alpha, one in alphas.items() if isinstance(name := one.get("name"), str)},
         task=task if isinstance(task, str) else None,
-        best_alpha=_number(best),
+        best_alpha=number(best),
         verdict=verdict if isinstance(verdict, str) and verdict else None,
         notes=tuple(filter(lambda note: isinstance(note, str), notes)) if isinstance(notes, list) else (),
         rejected={alpha: why for alpha, one in alphas.items() if isinstance(why := one.get("rejected"), str)},
+        race=read_race(record),
     )
-
-
-def _number(value: object) -> float | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known and isinstance(value, int | float) else None

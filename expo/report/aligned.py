@@ -26,6 +26,9 @@ class Aligned:
     """Run → its row for each key."""
     reward_models: tuple[str, ...]
     """Those that scored all runs, as they are called in `Run.rewards`."""
+    by_pairs: bool = False
+    """Whether each run is compared on the rows that it shares with the baseline, as the α of a sweep are; else on those
+    that all runs have."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,16 +61,17 @@ class Aligned:
 
     @cached_property
     def shared(self) -> tuple[bool, ...]:
-        """Whether all runs have the row; the comparison is about those."""
-        return tuple(all(row is not None for row in alike) for alike in zip(*self.rows, strict=True))
+        """Whether the comparison is about the row: all runs have it, or the baseline does where runs go by pairs."""
+        asked = self.rows[:1] if self.by_pairs else self.rows
+        return tuple(all(row is not None for row in alike) for alike in zip(*asked, strict=True))
 
     def shared_rewards(self, model: str, number: int) -> Numbers:
-        """The rewards of the rows that all runs have."""
+        """The rewards of the rows that are compared."""
         found = zip(self.rewards(model, number), self.shared, strict=True)
         return tuple(reward if shared else None for reward, shared in found)
 
     def differences(self, model: str, number: int) -> Numbers:
-        """Reward minus the baseline's, where both have one and all runs have the row."""
+        """Reward minus the baseline's, where both have one and the row is compared."""
         pairs = zip(self.shared_rewards(model, number), self.shared_rewards(model, 0), strict=True)
         return tuple(None if mine is None or base is None else mine - base for mine, base in pairs)
 
@@ -107,17 +111,18 @@ class Aligned:
         return tuple(dict.fromkeys(row.subset for row in self.first if row.subset))
 
 
-def align(runs: Sequence[Run], reward_models: Sequence[str]) -> Aligned:
+def align(runs: Sequence[Run], reward_models: Sequence[str], *, by_pairs: bool = False) -> Aligned:
     """Match the rows of runs by their keys.
 
     Args:
         runs: The runs, the baseline first.
         reward_models: Those that scored all of them.
+        by_pairs: Whether each run is compared on the rows that it shares with the baseline, whichever these are.
     """
     keys = tuple(dict.fromkeys(row.key for run in runs for row in run.rows))
     by_key = [{row.key: row for row in run.rows} for run in runs]
     rows = tuple(tuple(found.get(key) for key in keys) for found in by_key)
-    return Aligned(tuple(runs), keys, rows, tuple(reward_models))
+    return Aligned(tuple(runs), keys, rows, tuple(reward_models), by_pairs)
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from expo.compare.curve import curve_points, length_unit
 from expo.compare.figures import Comparison, Measured, Paired, Table
 from expo.output import charts
 from expo.output.charts import Change, Estimate, Series, colour_of
-from expo.output.curves import alpha_curve
+from expo.output.course import Track, race_course
+from expo.output.curves import OF_RACE, Confirmed, alpha_curve
+from expo.output.races import ConfirmationRecord, RaceRecord
 from expo.output.sweeps import SweepRecord
 from expo.report.aligned import Aligned, Numbers
+from expo.report.race import OF_ALL
 from expo.report.text import escaped, visible
 from expo.report.verdict import INTERVAL
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
 MIN_ALPHAS = 3
 """Of which there is a curve."""
+
+
+COURSE = "race"
+"""The name of the chart of a race, which stands in a section of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,12 @@ def charts_of(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | Non
                 _subsets(table, ending, of),
             ]
         found.append(_finish_reasons(aligned))
-    return [chart for chart in found if chart is not None]
+        drawn = [chart for chart in found if chart is not None]
+        if sweep is None or sweep.race is None:
+            return drawn
+        drawn = [replace(chart, says=f"{chart.says} {OF_ALL}") for chart in drawn]
+        course = _course(sweep.race, comparison.tables[0])
+    return drawn if course is None else [*drawn[:1], course, *drawn[1:]]
 
 
 def _label(aligned: Aligned, run: int) -> str:
@@ -93,17 +105,67 @@ def _alpha_curve(table: Table, ending: str, of: str, sweep: SweepRecord | None) 
     points = curve_points(table)
     if len({point.alpha for point in points}) < (MIN_ALPHAS if sweep is None else 2):
         return None
+    race = None if sweep is None else sweep.race
     figure = alpha_curve(
         points,
         unit=length_unit(*(model for model in table.models if model.alpha is not None)) or "characters",
         chosen=None if sweep is None or ending else sweep.best_alpha,
-        rejected=() if sweep is None or ending else sweep.rejected,
+        rejected=() if sweep is None or ending else sweep.rejected_gains,
+        dropped=() if race is None else race.dropped,
+        confirmed=None if race is None or ending else _confirmed(race.confirmation),
+        of="" if race is None else OF_RACE,
     )
     says = (
         f"The band is the {INTERVAL} interval of the difference from the baseline, around the baseline's mean; below "
         "are mean length and the share of answers that end by themselves."
     )
+    if race is not None and race.confirmation is not None and not ending:
+        says += " Beside it stands what the confirmation's prompts alone say, on the same mean."
     return Chart(f"alpha{ending}", f"Reward and length against α{of}", says, figure)
+
+
+def _confirmed(found: ConfirmationRecord | None) -> Confirmed | None:
+    if found is None or found.difference is None:
+        return None
+    estimate = Estimate(found.difference, *(found.interval or ()))
+    return Confirmed(found.alpha, estimate, found.level, found.prompts)
+
+
+def _course(race: RaceRecord, table: Table) -> Chart | None:
+    """The race as it went; None of a single look, or where no look says how α = 0 did."""
+    if len(race.looks) < 2:
+        return None
+    tracks = tracks_of(race, table)
+    if not tracks:
+        return None
+    found = "" if race.candidate is None else f" The thick line is α = {race.candidate:g}, which the race found."
+    says = (
+        "Of the race's prompts alone: at each look the mean reward of each α in the race minus that of α = 0, over the "
+        "rows that all of them share. A line that ends in a cross was dropped there; one that begins later was added "
+        f"by --refine.{found}"
+    )
+    by = f", by {table.key}" if table.key else ""
+    return Chart(COURSE, f"The race{by}", says, race_course(tracks))
+
+
+def tracks_of(race: RaceRecord, table: Table) -> list[Track]:
+    """The way of each α above 0, in the colours of the table."""
+    places = {model.alpha: place for place, model in enumerate(table.models)}
+    found = list[Track]()
+    for alpha in sorted({alpha for look in race.looks for alpha in look.means if alpha}):
+        looks = [look for look in race.looks if alpha in look.means and 0.0 in look.means]
+        if looks:
+            found.append(
+                Track(
+                    alpha,
+                    colour_of(places.get(alpha, len(places) + len(found))),
+                    [look.prompts for look in looks],
+                    [look.means[alpha] - look.means[0.0] for look in looks],
+                    dropped=alpha in race.dropped,
+                    emphasised=alpha == race.candidate,
+                )
+            )
+    return found
 
 
 def _distributions(aligned: Aligned, model: str, ending: str, of: str) -> Chart | None:

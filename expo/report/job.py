@@ -109,10 +109,11 @@ def run(config: ReportConfig) -> Report:
         runs, intersect = tuple(with_rows_of(job.runs[0], one) for one in job.runs), True
         references = [one.name for one in runs if (one.alpha or 0.0) < 0]
     comparison = compare(runs, intersect=intersect, apart=references)
-    aligned = align(runs, [table.key for table in comparison.tables if table.key is not None])
+    scored = [table.key for table in comparison.tables if table.key is not None]
+    aligned = align(job.runs, scored, by_pairs=job.sweep is not None)
     drawn, found = charts_of(aligned, comparison, job.sweep), verdict(aligned, comparison, job.sweep)
     missing = tuple(dict.fromkeys([*sweep_notes(job.sweep), *comparison.notes, *notes(aligned)]))
-    content = build(aligned, comparison, found, drawn, missing).encode()
+    content = build(aligned, comparison, found, drawn, missing, job.sweep.race if job.sweep else None).encode()
     pictures = _pictures(job, drawn)
     for file, picture in {**pictures, job.page: content}.items():
         _make_folder(file.parent)

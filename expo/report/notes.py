@@ -14,10 +14,10 @@ def notes(aligned: Aligned) -> list[str]:
 
 
 def sweep_notes(sweep: SweepRecord | None) -> list[str]:
-    """Why a sweep did not choose α that gain, and what else it says."""
+    """Why a sweep did not choose α that gain, and what else it says; the race's own section says whom it dropped."""
     if sweep is None:
         return []
-    rejected = [f"α = {alpha:g} is not chosen: {why}" for alpha, why in sorted(sweep.rejected.items())]
+    rejected = [f"α = {alpha:g} is not chosen: {why}" for alpha, why in sorted(sweep.rejected_gains.items())]
     return [*rejected, *sweep.notes]
 
 

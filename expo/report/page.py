@@ -16,11 +16,14 @@ from expo import __version__
 from expo.compare.curve import length_unit
 from expo.compare.figures import Comparison, Measured, ModelFigures, Paired, Table
 from expo.output.charts import COLOURS
+from expo.output.curves import OF_RACE
+from expo.output.races import RaceRecord
 from expo.report.aligned import Aligned
-from expo.report.figures import Chart
+from expo.report.figures import COURSE, Chart
 from expo.report.payload import columns, packed
-from expo.report.text import cut, digits_for, escaped, number, percent, probability, signed
-from expo.report.verdict import INTERVAL, Tally, Verdict, decimals, direction, shown_interval, sign, tally
+from expo.report.race import OF_ALL, race_section
+from expo.report.text import cut, digits_for, escaped, number, percent, probability, shown_interval, signed
+from expo.report.verdict import INTERVAL, Tally, Verdict, decimals, direction, sign, tally
 
 MARK = "made by expo report"
 """In the head of the page and in figures: whatever bears it may be replaced."""
@@ -30,7 +33,12 @@ FLIP_CHARACTERS = 1500
 
 
 def build(
-    aligned: Aligned, comparison: Comparison, found: Verdict, charts: Sequence[Chart], notes: Sequence[str]
+    aligned: Aligned,
+    comparison: Comparison,
+    found: Verdict,
+    charts: Sequence[Chart],
+    notes: Sequence[str],
+    race: RaceRecord | None = None,
 ) -> str:
     """Write the whole document.
 
@@ -40,16 +48,19 @@ def build(
         found: The same in words.
         charts: The figures.
         notes: What is missing or was left out, a sentence each.
+        race: The race whose runs these are.
 
     Returns:
         HTML; the same for the same arguments.
     """
     script = _own("page.js")
+    course, others = [[one for one in charts if (one.name == COURSE) is of_race] for of_race in (True, False)]
     sections = {
-        "verdict": ("Verdict", _verdict(aligned, comparison, found, charts[:1], notes)),
-        "table": ("Table", _tables(aligned, comparison)),
-        "flips": ("Rows that flip", _flips(aligned, found.best)),
-        "figures": ("Figures", _figures(charts[1:])),
+        "verdict": ("Verdict", _verdict(aligned, comparison, found, others[:1], notes)),
+        "race": ("Race", "" if race is None else race_section(race, "".join(map(_drawn, course)))),
+        "table": ("Table", _tables(aligned, comparison, race)),
+        "flips": ("Rows that flip", _flips(aligned, found.best, race)),
+        "figures": ("Figures", _figures(others[1:])),
     }
     there = {name: section for name, section in sections.items() if section[1]}
     links = "".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in there.items())
@@ -93,21 +104,27 @@ def _verdict(
     items = "".join(f"<li>{escaped(note)}</li>" for note in notes)
     missing = f'<div class="note" role="note"><ul>{items}</ul></div>' if notes else ""
     drawn = "".join(map(_drawn, charts))
-    tiles = _tiles(aligned, comparison, found.best) if found.about_best else ""
+    tiles = _tiles(aligned, comparison, found) if found.about_best else ""
     return (
         f'<section class="verdict" id="verdict"><h1>{escaped(found.headline)}</h1>{tiles}'
         f'<div class="first"><div><div class="says">{says}</div>{missing}</div>{drawn}</div></section>'
     )
 
 
-def _tiles(aligned: Aligned, comparison: Comparison, best: int) -> str:
-    """The figures that people ask for first, of the best model."""
+def _tiles(aligned: Aligned, comparison: Comparison, found: Verdict) -> str:
+    """The figures that people ask for first."""
+    tiles = _of_best(aligned, comparison, found.best) if found.tiles is None else found.tiles
+    cells = (f"<div><dt>{title}</dt><dd>{value}<small>{under}</small></dd></div>" for title, value, under in tiles)
+    return f'<dl class="tiles">{"".join(cells)}</dl>' if tiles else ""
+
+
+def _of_best(aligned: Aligned, comparison: Comparison, best: int) -> Sequence[tuple[str, str, str]]:
     first = comparison.tables[0]
     model, digits = first.models[best], decimals(first)
     if first.key is None or model.paired is None:
-        return ""
+        return ()
     counted, paired, equal = tally(aligned, first.key, best), model.paired, model.at_equal_length
-    tiles = [
+    return [
         ("Difference in reward", signed(paired.difference, digits), shown_interval(paired.interval, digits)),
         ("At equal length", signed(equal.difference, digits), shown_interval(equal.interval, digits))
         if equal
@@ -117,8 +134,6 @@ def _tiles(aligned: Aligned, comparison: Comparison, best: int) -> str:
         *_length_tile(model, first.baseline),
         ("Rows compared", f"{counted.compared:,}", f"{counted.unknown:,} left out" if counted.unknown else ""),
     ]
-    cells = (f"<div><dt>{title}</dt><dd>{value}<small>{under}</small></dd></div>" for title, value, under in tiles)
-    return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def _length_tile(model: ModelFigures, baseline: ModelFigures) -> list[tuple[str, str, str]]:
@@ -133,25 +148,37 @@ def _length_tile(model: ModelFigures, baseline: ModelFigures) -> list[tuple[str,
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def _tables(aligned: Aligned, comparison: Comparison) -> str:
+def _tables(aligned: Aligned, comparison: Comparison, race: RaceRecord | None) -> str:
     but = f" but {escaped(', '.join(comparison.apart))}" if comparison.apart else ""
     at_once = f" and hold for all models{but} at once" if comparison.simultaneous else ""
     lead = (
         f"{comparison.n:,} rows of {comparison.prompts:,} prompts, paired. Intervals are {INTERVAL}{at_once}. "
-        f"The baseline is {escaped(aligned.runs[0].name)}."
+        f"The baseline is {escaped(aligned.runs[0].name)}." + (f" {escaped(OF_ALL)}" if race else "")
     )
-    tables = "".join(map(_table, comparison.tables))
+    tables = "".join(_table(table, race) for table in comparison.tables)
     return f'<section id="table" aria-label="Table"><h2>Every model</h2><p class="lead">{lead}</p>{tables}</section>'
 
 
-HEADS = ("Mean reward", "Difference", "p", "SD", "Win rate", "At equal length", "Tokens", "Characters", "Rows")
+HEADS = (
+    "Prompts",
+    "Mean reward",
+    "Difference",
+    "p",
+    "SD",
+    "Win rate",
+    "At equal length",
+    "Tokens",
+    "Characters",
+    "Rows",
+)
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, race: RaceRecord | None) -> str:
     title = "Lengths" if table.key is None else f"Reward model {escaped(table.key)}"
     digits = decimals(table)
     lines = [
-        [f"{_spot(place)}{escaped(model.name)}", *_cells(model, digits)] for place, model in enumerate(table.models)
+        [f"{_spot(place)}{escaped(model.name)}", *_cells(model, digits, race)]
+        for place, model in enumerate(table.models)
     ]
     used = [place for place in range(1, len(HEADS) + 1) if any(line[place] not in ("–", "") for line in lines)]
     head = "".join(f'<th scope="col">{HEADS[place - 1]}</th>' for place in used)
@@ -165,19 +192,31 @@ def _table(table: Table) -> str:
     )
 
 
-def _cells(model: ModelFigures, digits: int) -> list[str]:
+def _cells(model: ModelFigures, digits: int, race: RaceRecord | None) -> list[str]:
+    """A model's figures; of a race no difference is called one, and none has a p, since it chose by these prompts."""
     error, paired, equal = model.standard_error, model.paired, model.at_equal_length
+    p = None if paired is None or race else paired.p
     return [
+        _prompts(model.alpha, race),
         number(model.mean, digits) + (f" <small>± {number(error, digits_for([error]))}</small>" if error else ""),
-        _with_interval(paired, digits, direction(model)),
-        probability(paired.p).removeprefix("p ").removeprefix("= ") if paired and paired.p is not None else "–",
+        _with_interval(paired, digits, 0 if race else direction(model)),
+        probability(p).removeprefix("p ").removeprefix("= ") or "–",
         signed(model.standardized_difference),
         percent(paired.win_rate if paired else None),
-        _with_interval(equal, digits, sign(equal.interval) if equal else 0),
+        _with_interval(equal, digits, 0 if race or equal is None else sign(equal.interval)),
         number(model.tokens, 0),
         number(model.characters, 0),
         f"{model.n:,}",
     ]
+
+
+def _prompts(alpha: float | None, race: RaceRecord | None) -> str:
+    """Which prompts of a race an α has answered."""
+    answered = race.answered.get(alpha) if race and alpha is not None else None
+    if answered is None:
+        return "–"
+    aside = f"<small>+ {answered.confirmation:,} confirmation</small>" if answered.confirmation else ""
+    return f"{answered.race:,} race{aside}"
 
 
 def _with_interval(figure: Paired | Measured | None, digits: int, shows: int) -> str:
@@ -191,7 +230,7 @@ def _with_interval(figure: Paired | Measured | None, digits: int, shows: int) ->
 # --- the rows that flip --------------------------------------------------------------------------------------------
 
 
-def _flips(aligned: Aligned, best: int) -> str:
+def _flips(aligned: Aligned, best: int, race: RaceRecord | None) -> str:
     if not aligned.reward_models:
         return ""
     model = aligned.reward_models[0]
@@ -199,7 +238,7 @@ def _flips(aligned: Aligned, best: int) -> str:
     blocks = "".join(_flips_of(aligned, model, run, counts[run], opened=run == best) for run in counts)
     lead = (
         f"Where a model's answer gained and lost most against {escaped(aligned.runs[0].name)}, by the reward of "
-        f"{escaped(model)}."
+        f"{escaped(model)}." + (f" Of all prompts that both have answered, {OF_RACE}." if race else "")
     )
     return f'<section id="flips"><h2>The rows that flip most</h2><p class="lead">{lead}</p>{blocks}</section>'
 

@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Iterable
 
+from expo.stats.means import Interval
+
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]"
 )
@@ -60,6 +62,11 @@ def digits_for(values: Iterable[float | None]) -> int:
     """Decimals that show two significant digits of the smallest size among these, between 0 and 6; 2 without any."""
     sizes = [abs(value) for value in values if value is not None and math.isfinite(value) and value]
     return min(max(1 - math.floor(math.log10(min(sizes))), 0), 6) if sizes else 2
+
+
+def shown_interval(interval: Interval | None, digits: int) -> str:
+    """An interval for a sentence."""
+    return "" if interval is None else f"{signed(interval[0], digits)} to {signed(interval[1], digits)}"
 
 
 def probability(p: float | None) -> str:

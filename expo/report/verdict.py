@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from expo.compare.curve import length_unit
 from expo.compare.figures import Agreed, Comparison, ModelFigures, Table
 from expo.compare.verdict import is_significant
+from expo.output.curves import OF_RACE
+from expo.output.races import RaceRecord
 from expo.output.sweeps import SweepRecord
 from expo.report.aligned import Aligned
-from expo.report.text import digits_for, number, percent, probability, signed
+from expo.report.race import race_tiles, so_far
+from expo.report.text import digits_for, number, percent, probability, shown_interval, signed
 from expo.stats.means import Interval
 from expo.stats.resampling import LEVEL
 
@@ -27,6 +30,8 @@ class Verdict:
     """Which run the headline is about; where it is about none, the one whose rows are shown first."""
     about_best: bool = True
     """Whether it is about that run."""
+    tiles: tuple[tuple[str, str, str], ...] | None = None
+    """Figures of its own, as title, value and what it is; None for those of the run."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,6 @@ def decimals(table: Table) -> int:
     return digits_for(widths or [model.standard_error for model in table.models])
 
 
-def shown_interval(interval: Interval | None, digits: int) -> str:
-    """An interval for a sentence."""
-    return "" if interval is None else f"{signed(interval[0], digits)} to {signed(interval[1], digits)}"
-
-
 def sign(interval: Interval | None) -> int:
     """1 and −1 for a difference that the interval shows, else 0."""
     return 0 if interval is None else int(interval[0] > 0) - int(interval[1] < 0)
@@ -73,6 +73,8 @@ def sign(interval: Interval | None) -> int:
 def verdict(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | None = None) -> Verdict:
     """Put a comparison into words; its first table leads, and a sweep's choice where there is one."""
     found = _of_models(aligned, comparison)
+    if sweep is not None and sweep.race is not None:
+        return _of_race(comparison, sweep, sweep.race, found.best)
     if sweep is None or sweep.verdict is None or sweep.best_alpha is None:
         return found
     first, *further = comparison.tables
@@ -85,6 +87,39 @@ def verdict(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | None 
         *(_second_opinion(table, best, first, comparison.agreement) for table in further),
     )
     return Verdict(f"α = {sweep.best_alpha:g} is chosen", tuple(filter(None, sentences)), best)
+
+
+def _of_race(comparison: Comparison, sweep: SweepRecord, race: RaceRecord, best: int) -> Verdict:
+    """What a race found, in its own words: the comparison's p and intervals are of the prompts that chose."""
+    first, *further = comparison.tables
+    about = race.candidate if race.candidate is not None else race.looks[-1].leader if race.looks else None
+    best = next((place for place, one in enumerate(first.models) if place and one.alpha == about), best)
+    if sweep.best_alpha is None or sweep.verdict is None:
+        said = (so_far(race), "Nothing is confirmed before the race has ended: the same command continues it.")
+        return Verdict("The race is not finished: no α is chosen yet", said, best, about_best=False)
+    if not sweep.best_alpha:
+        return Verdict("No α is chosen", (sweep.verdict,), best, about_best=False)
+    model = first.models[best]
+    figures = [_how_long(model, first.baseline), *(_seen_by(table, best) for table in further)]
+    described = f"On all that it answered, {OF_RACE} together: {'; '.join(filter(None, figures))}."
+    sentences = (sweep.verdict, described if any(figures) else "")
+    headline = f"α = {sweep.best_alpha:g} is chosen"
+    return Verdict(headline, tuple(filter(None, sentences)), best, tiles=race_tiles(race))
+
+
+def _seen_by(table: Table, best: int) -> str:
+    paired = table.models[best].paired
+    if paired is None or paired.difference is None:
+        return ""
+    return f"by {table.key} the difference is {signed(paired.difference, decimals(table))}"
+
+
+def _how_long(model: ModelFigures, baseline: ModelFigures) -> str:
+    unit = length_unit(model, baseline)
+    if unit is None:
+        return ""
+    before, after = getattr(baseline, unit), getattr(model, unit)
+    return f"its answers have {number(after, 0)} {unit} on average (α = 0: {number(before, 0)})"
 
 
 def _of_models(aligned: Aligned, comparison: Comparison) -> Verdict:

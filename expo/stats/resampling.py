@@ -184,16 +184,27 @@ def sign_flip_p(sums: Sums, *, resamples: int = RESAMPLES, seed: int = SEED) -> 
     scores = sums.sums[:, moving] / norms[moving]  # (clusters, models), unit columns
     scores = scores[np.any(scores != 0, axis=1)]
     observed = np.abs(scores.sum(axis=0)) * (1 - TIE) - TIE
-    exact = len(scores) < 63 and 2 ** len(scores) <= resamples + 1
-    signs = _all_signs(len(scores)) if exact else _drawn_signs(len(scores), resamples, seed)
-    reached, flips = np.zeros(moving.size), 0
-    for block in signs:
+    reached = np.zeros(moving.size)
+    for block in sign_vectors(len(scores), resamples, seed):
         largest = np.abs(block @ scores).max(axis=1)
         reached += (largest[:, None] >= observed).sum(axis=0)
-        flips += len(block)
     for model, count in zip(moving, reached, strict=True):
-        p[int(model)] = float(count / flips if exact else (1 + count) / (1 + flips))
+        p[int(model)] = share_reached(float(count), len(scores), resamples)
     return p
+
+
+def sign_vectors(clusters: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """Blocks of (vectors, clusters), ±1: all sign vectors where they are no more than the draws, else drawn ones."""
+    return _all_signs(clusters) if _is_exact(clusters, resamples) else _drawn_signs(clusters, resamples, seed)
+
+
+def share_reached(count: float, clusters: int, resamples: int) -> float:
+    """P from how many sign vectors reach what was observed: k / 2^C, or (1+k)/(1+draws)."""
+    return count / 2**clusters if _is_exact(clusters, resamples) else (1 + count) / (1 + resamples)
+
+
+def _is_exact(clusters: int, resamples: int) -> bool:
+    return clusters < 63 and 2**clusters <= resamples + 1
 
 
 def _all_signs(clusters: int) -> Iterator[Floats]:

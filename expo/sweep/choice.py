@@ -21,23 +21,23 @@ from expo.compare.pairing import with_rows_of
 from expo.compare.run import RowKey, Run
 from expo.compare.verdict import is_above_zero, is_significant, only_longer, shown_p, within
 from expo.errors import InputError
-from expo.sweep.figures import AlphaFigures, Choice, Rejection
-from expo.sweep.words import verdict
+from expo.sweep.endings import ENDING_LOSS, ENDS_AT_LEAST
+from expo.sweep.figures import AlphaFigures, Choice, Raced, Rejection
+from expo.sweep.words import race_verdict, verdict
 
-ENDING_LOSS = 0.05
-"""By how much the share of answers that end may fall below that of α = 0: an interval wholly beyond 5 answers in 100 is
-a loss that is there and that matters."""
-ENDS_AT_LEAST = 0.5
-"""The share of α = 0's own answers that must end for others to be judged by theirs: where most are cut at --max-tokens,
-whether an answer would have ended is not seen."""
+OF_RACE = (
+    "the figures of each α are of all prompts that it and α = 0 have answered, race + confirmation: by some of them "
+    "the race found its α, so only the confirmation is evidence for it"
+)
 
 
-def choose(runs: Sequence[Run]) -> Choice:
-    """Compare the α of a sweep with α = 0, and choose one.
+def choose(runs: Sequence[Run], raced: Raced | None = None) -> Choice:
+    """Compare the α of a sweep with α = 0, and choose one; or say what a race chose.
 
     Args:
         runs: One run per α, in any order, scored by the same reward models; the first reward model of α = 0's decides.
             Rows that α = 0 does not have are left out, and an α may lack rows that α = 0 has.
+        raced: How the race of these α went, where they had one.
 
     Raises:
         InputError: There is no α = 0, or nothing else, or an α twice, or a run without rewards.
@@ -51,14 +51,26 @@ def choose(runs: Sequence[Run]) -> Choice:
     if key is None:
         raise InputError(f"α cannot be compared without rewards: {comparison.notes[0]}")
     live = [run for run in others if _alpha(run) > 0 and _has_pairs(comparison, run)]
+    if raced is not None:
+        live = [run for run in live if _alpha(run) in raced.course.last.left]
     means, shared_rows = _means_over_shared_rows([base, *live], key)
     alphas = tuple(_judged(comparison, means))
+    if raced is not None:
+        return Choice(
+            best_alpha=raced.best_alpha,
+            verdict=race_verdict(raced),
+            notes=(*comparison.notes, *_notes_on_answers(comparison), OF_RACE),
+            comparison=comparison,
+            alphas=tuple(raced.told(one) for one in alphas),
+            shared_rows=shared_rows,
+            raced=raced,
+        )
     passing = [one for one in alphas if one.passes and one.ranked_by is not None]
     best = max(passing, key=lambda one: (one.ranked_by or 0.0, -one.alpha), default=None)
     return Choice(
         best_alpha=0.0 if best is None else best.alpha,
         verdict=verdict(alphas, best),
-        notes=(*comparison.notes, *_notes(comparison, shared_rows)),
+        notes=(*comparison.notes, *_notes_on_answers(comparison), *_notes_on_rows(comparison, shared_rows)),
         comparison=comparison,
         alphas=alphas,
         shared_rows=shared_rows,
@@ -117,13 +129,18 @@ def _judged(comparison: Comparison, means: Mapping[float, float]) -> Iterator[Al
     """Each α, in order, with the tests that it does not pass."""
     tables = comparison.tables
     models = sorted(zip(*(table.models for table in tables), strict=True), key=lambda of: of[0].alpha or 0.0)
-    measurable = (tables[0].baseline.ended or 0.0) >= ENDS_AT_LEAST
+    measurable = ends_measurably(comparison)
     for first, *further in models:
         seconds = list(zip(tables[1:], further, strict=True))
         candidate = first.alpha is not None and first.alpha > 0
         rejections = tuple(_rejections(first, seconds, measurable=measurable)) if candidate else ()
         alpha = first.alpha or 0.0
         yield AlphaFigures(alpha, first, tuple(further), means.get(alpha), rejections)
+
+
+def ends_measurably(comparison: Comparison) -> bool:
+    """Whether others can be judged by how many of their answers end."""
+    return (comparison.tables[0].baseline.ended or 0.0) >= ENDS_AT_LEAST
 
 
 def _rejections(
@@ -148,21 +165,39 @@ def _rejections(
         figure = f"{_shown(paired)}, {shown_p(paired.p)}"
         yield Rejection("not significant", "it is not significantly better than α = 0", figure)
         return
+    yield from vetoes(model, further, measurable=measurable)
+
+
+def vetoes(
+    model: ModelFigures, further: Sequence[tuple[Table, ModelFigures]], *, measurable: bool
+) -> Iterator[Rejection]:
+    """The tests 2 to 4 that a model which gains does not pass."""
     longer = only_longer(model)
     if longer:
         yield Rejection("length", *longer)
     for table, second in further:
         other = second.paired
         if other is None or not is_above_zero(other.interval):
-            figure = (
-                f"{other.difference:+.3g}{within(other.interval)}" if other and other.difference else "no difference"
-            )
-            yield Rejection("other reward", f"{table.key} does not see the gain", figure)
+            yield Rejection("other reward", f"{table.key} does not see the gain", _shown(other))
     ends = model.ends_more
     if measurable and ends is not None and ends.interval is not None and ends.interval[1] < -ENDING_LOSS:
         low, high = (100 * end for end in ends.interval)
         figure = f"{100 * ends.difference:+.1f} [{low:+.1f}, {high:+.1f}] in 100"
         yield Rejection("endings", "fewer answers end", figure)
+
+
+def doubts(
+    model: ModelFigures, further: Sequence[tuple[Table, ModelFigures]], *, measurable: bool
+) -> Iterator[Rejection]:
+    """The tests 2 to 4 that a model is likely not to pass, by figures that need not be significant yet."""
+    for veto in vetoes(model, (), measurable=measurable):
+        equal = (model.at_equal_length, model.at_equal_length_curved)
+        if veto.mark != "length" or any(one is None or one.difference <= 0 for one in equal):
+            yield veto
+    for table, second in further:
+        paired = second.paired
+        if paired is None or paired.difference is None or paired.difference <= 0:
+            yield Rejection("other reward", f"{table.key} does not see the gain", _shown(paired))
 
 
 def _shown(paired: Paired | None) -> str:
@@ -171,8 +206,8 @@ def _shown(paired: Paired | None) -> str:
     return f"{paired.difference:+.3g}{within(paired.interval)}"
 
 
-def _notes(comparison: Comparison, shared_rows: int) -> Iterator[str]:
-    """What could not be judged, and which rows α are ranked by where they are not all."""
+def _notes_on_answers(comparison: Comparison) -> Iterator[str]:
+    """What could not be judged."""
     first = comparison.tables[0]
     ended = first.baseline.ended
     if ended is None:
@@ -184,6 +219,10 @@ def _notes(comparison: Comparison, shared_rows: int) -> Iterator[str]:
         )
     if all(model.longer is None for model in first.others):
         yield "the lengths of the answers are not known: whether a gain is one of length alone is not judged"
+
+
+def _notes_on_rows(comparison: Comparison, shared_rows: int) -> Iterator[str]:
+    """Which rows α are ranked by where they are not all."""
     if shared_rows < comparison.n:
         yield (
             f"α are ranked by {shared_rows:,} of {comparison.n:,} rows, those of which α = 0 and every α above it have "

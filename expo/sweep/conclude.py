@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,15 @@ from typing import Any
 from expo import __version__, extrapolate
 from expo.arguments import shown
 from expo.checkpoint.folder import refuse_inside
-from expo.compare.finding import Source
-from expo.compare.reading import read_sources
+from expo.compare.pairing import of_rows
+from expo.compare.run import Run
 from expo.config import PAIR_SETTINGS, ExtrapolateConfig, SweepConfig
 from expo.files import Row, json_text, write_atomic
-from expo.generate import GenerateJob
-from expo.output.findings import Inspection
 from expo.output.sweeps import PICTURE, RECORD
-from expo.rows.files import RowFiles
 from expo.settings import require_same
 from expo.stats.resampling import LEVEL, RESAMPLES
 from expo.sweep.choice import choose
-from expo.sweep.figures import figures_of_equal
+from expo.sweep.figures import Raced, figures_of_equal
 from expo.sweep.making import Making
 from expo.sweep.picture import picture
 from expo.sweep.plan import SweepPlan, find_model, folder_of, theta_of
@@ -57,10 +54,19 @@ class Swept:
     can_retry: bool = False
 
 
-def conclude(job: SweepPlan, made: Making, inspected: Inspection | None, started: float) -> Swept:
-    """Choose, and write what was found where that is new."""
-    sources = [_source(one, made.rewards[alpha]) for alpha, one in job.jobs.items()]
-    choice = choose(read_sources(sources, job.config.dataset))
+def conclude(job: SweepPlan, made: Making, raced: Raced | None, started: float) -> Swept:
+    """Choose, and write what was found where that is new.
+
+    Args:
+        job: The plan.
+        made: The lanes.
+        raced: How the race went, where there was one.
+        started: When the run began, by `time.perf_counter`.
+    """
+    runs = dict(zip(job.jobs, made.runs(tuple(job.jobs)), strict=True))
+    if raced is not None:
+        runs = {alpha: _asked(run, raced.asked_of(alpha)) for alpha, run in runs.items()}
+    choice = choose(list(runs.values()), raced)
     metas = {alpha: [file.look().meta for file in (one.files, *made.rewards[alpha])] for alpha, one in job.jobs.items()}
     there = read_record(job.folder)
     earlier = None if there is None else there.content
@@ -74,7 +80,7 @@ def conclude(job: SweepPlan, made: Making, inspected: Inspection | None, started
         status = "written"
         record = {
             **found,
-            **_history(job, made, inspected, earlier or {}),
+            **_history(job, made, earlier or {}),
             "clock": _clock(made, [meta for of_alpha in metas.values() for meta in of_alpha], started),
         }
         write_atomic(job.folder / PICTURE, picture(choice))
@@ -92,10 +98,8 @@ def conclude(job: SweepPlan, made: Making, inspected: Inspection | None, started
     )
 
 
-def _source(answers: GenerateJob, rewards: Sequence[RowFiles]) -> Source:
-    """The files of an α: its answers, and the rewards by this run's reward models alone."""
-    files = tuple(file.final for file in rewards)
-    return Source(answers.name, answers.name, answers.task.name, answers.files.final, files)
+def _asked(run: Run, ids: Container[str]) -> Run:
+    return of_rows(run, {row.key for row in run.rows if row.id in ids})
 
 
 def _judges(record: Row) -> set[str]:
@@ -126,16 +130,15 @@ def _described(job: SweepPlan, best_alpha: float, made: Making) -> Row:
     }
 
 
-def _history(job: SweepPlan, made: Making, inspected: Inspection | None, earlier: Row) -> Row:
+def _history(job: SweepPlan, made: Making, earlier: Row) -> Row:
     """What a run that makes no rows does not know, and goes on saying."""
-    pair = {"suits": inspected.suits, "verdict": inspected.verdict} if inspected else earlier.get("pair")
     labels = ["policy", *(model.location.label for model in job.reward_models)]
     engines = [job.first.engine, *(model.engine for model in job.reward_models)]
     config = {name: value for name, value in asdict(job.config).items() if name not in TRANSIENT}
     return {
         "config": config,
-        "pair": pair,
-        "switch": made.switch or earlier.get("switch"),
+        **{name: earlier.get(name) for name in ("pair", "switch")},
+        **made.known,
         "engines": [
             {"for": label, "engine": engine, "on": str(place)}
             for label, engine, place in zip(labels, engines, job.places, strict=True)

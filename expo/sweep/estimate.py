@@ -22,10 +22,12 @@ from expo.score import ScoreJob
 from expo.sweep.lanes import Lane, Lanes, environment_of
 from expo.sweep.pair import inspect_pair, is_one_model
 from expo.sweep.plan import SweepPlan, plan
-from expo.sweep.record import EQUAL
+from expo.sweep.race import SHARE_OF_GRID
+from expo.sweep.record import EQUAL, read_record
 from expo.sweep.switch import is_known
 
 PROBE_PROMPTS = 16
+OF_RACE = "half of the tokens of the grid: so many rows if every α answers at one length"
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,19 @@ NOTHING: Row = {"rows_to_generate": 0, "rows_to_score": 0}
 
 
 def _missing(job: SweepPlan) -> list[int]:
-    """How many rows the policy and each reward model have to do."""
+    """How many rows the policy and each reward model have to do; of a race, if all α answer at one length, at most."""
+    whole = _missing_of_grid(job)
+    if job.race is None:
+        return whole
+    record = read_record(job.folder)
+    if record is not None and record.best_alpha is not None:
+        return [0 for _ in whole]
+    most = int(SHARE_OF_GRID * job.rows * len(job.race.alphas))
+    there = [job.rows * len(job.jobs) - rows for rows in whole]
+    return [min(rows, max(0, most - known)) for rows, known in zip(whole, there, strict=True)]
+
+
+def _missing_of_grid(job: SweepPlan) -> list[int]:
     generate = {alpha: missing_rows(one) for alpha, one in job.jobs.items()}
     score = [0 for _ in job.reward_models]
     like: list[ScoreJob] = []
@@ -132,6 +146,7 @@ def estimate(job: SweepPlan, missing: Sequence[int], inspected: Inspection | Non
     return {
         "rows_to_generate": missing[0],
         "rows_to_score": sum(missing[1:]),
+        **({"at_most": OF_RACE} if job.race else {}),
         "cost": costs,
         **({"seconds_of_the_proof": proof} if is_switched else {}),
         "seconds_in_all": round(proof + (max(seconds) if beside else sum(seconds))),

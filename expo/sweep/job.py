@@ -11,6 +11,7 @@ from expo.sweep.making import Making
 from expo.sweep.pair import inspect_pair, is_one_model
 from expo.sweep.plan import find_model, folder_of, plan
 from expo.sweep.preload import preloaded
+from expo.sweep.racing import run_race
 from expo.sweep.record import EQUAL, made_from
 
 
@@ -33,5 +34,7 @@ def run(config: SweepConfig) -> Swept:
             if inspected.suits == EQUAL:
                 return of_equal_models(config, made_from(job.first.fingerprint), inspected.verdict)
         with Making(job, processes, inspected) as made:
-            made.run()
-            return conclude(job, made, inspected, started)  # while the processes end
+            raced = None if job.race is None else run_race(job, job.race, made)
+            if raced is None:
+                made.make(job.jobs)
+            return conclude(job, made, raced, started)  # while the processes end

@@ -161,6 +161,7 @@ class Lane:
     def _begin(self, may_open: bool) -> None:
         """Take up the next job, where there is one, and start it as soon as an engine is there or may be opened."""
         if self._current is None and self._queue:
+            self._dismissed = None  # a process that was let go is started again
             self._current, self._is_held = self._queue.popleft(), True
             self._worker = self._worker or self.new_worker(self._current)
             self._worker.stays = self.stays
@@ -241,7 +242,15 @@ class Lanes:
         """Whether nothing is left to do in any lane."""
         return all(lane.is_over for lane in self._lanes)
 
-    def run(self, label: str, total: int, initial: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def run(
+        self,
+        label: str,
+        total: int,
+        initial: int,
+        meanwhile: Callable[[], object] = lambda: None,
+        *,
+        more: bool = False,
+    ) -> None:
         """Do all jobs, with one progress bar.
 
         Args:
@@ -249,19 +258,21 @@ class Lanes:
             total: All rows, of whatever lane.
             initial: The rows that are there already.
             meanwhile: Called once, when the first jobs are begun.
+            more: Whether further jobs may come after these: processes stay, but where memory is for one of them.
 
         Raises:
             InputError: A process rejects its settings or inputs.
             EnvironmentFailure: A process failed repeatedly.
         """
-        shown = 0
+        shown = sum(lane.rows for lane in self._lanes)
         with closing(rows_progress(label, total, initial)) as progress:
             begun = False
             while not self.is_over:
                 for number, lane in enumerate(self._lanes):
                     if lane.is_over:
-                        lane.dismiss()
-                    elif not lane.waits or all(before.is_over and before.dismiss() for before in self._lanes[:number]):
+                        if not more:
+                            lane.dismiss()
+                    elif not lane.waits or all(other.is_over and other.dismiss() for other in self._lanes[:number]):
                         lane.step(may_open=self._may_open(lane))
                 now = sum(lane.rows for lane in self._lanes)
                 progress.update(max(0, now - shown))
@@ -270,3 +281,5 @@ class Lanes:
                     meanwhile()
                 shown = max(shown, now)
                 time.sleep(POLL_SECONDS)
+            while more and not all(lane.dismiss() for lane in self._lanes if lane.waits):
+                time.sleep(POLL_SECONDS)  # what comes next may need their memory

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -27,6 +27,7 @@ from expo.generate import GenerateJob, plan as plan_generate
 from expo.rows import is_complete
 from expo.score import ReadyModel, ScoreJob, find_reward_models, plan as plan_score
 from expo.sweep.placement import Model, Place, as_told, on_cpu, on_gpus
+from expo.sweep.race_plan import RacePlan, plan_race
 from expo.sweep.record import earlier_alphas
 from expo.theta.pair import ThetaPlan
 
@@ -53,6 +54,26 @@ class SweepPlan:
     reward_models: tuple[ReadyModel, ...]
     places: tuple[Place, ...]
     """Of the policy, and of each reward model."""
+    race: RacePlan | None = None
+    """With `--search race`."""
+
+    def job_of(self, alpha: float) -> GenerateJob:
+        """The answers of an α to all prompts; it is planned now where it has not been.
+
+        Raises:
+            InputError: Its prompts have another date than those of α = 0.
+        """
+        if alpha not in self.jobs:
+            self.jobs[alpha] = _plan_alpha(self.config, alpha, self.folder, self.first, self.places[0])
+            _require_same_prompts(self.first, self.jobs[alpha])
+        return self.jobs[alpha]
+
+    @property
+    def begins_with(self) -> Mapping[float, GenerateJob]:
+        """The answers that are needed first: all of them, or in a race those to its first slice."""
+        if self.race is None:
+            return self.jobs
+        return {alpha: job.of(self.race.first_ids) for alpha, job in self.jobs.items()}
 
     @property
     def first(self) -> GenerateJob:
@@ -61,12 +82,12 @@ class SweepPlan:
 
     @cached_property
     def to_generate(self) -> dict[float, GenerateJob]:
-        """The α whose answers are not all there.
+        """The α whose first answers are not all there.
 
         Raises:
             InputError: An output was made with other settings, and `--overwrite` is not given.
         """
-        return {alpha: job for alpha, job in self.jobs.items() if not is_complete(job)}
+        return {alpha: job for alpha, job in self.begins_with.items() if not is_complete(job)}
 
     def scoring(self, alpha: float, like: Sequence[ScoreJob] = (), folder: Path | None = None) -> list[ScoreJob]:
         """The jobs of the reward models for an α whose answers are there.
@@ -82,7 +103,7 @@ class SweepPlan:
         device = device_in(self.places[1], self.config.reward_device)
         with flags_of_sweep(reward=True):
             first = plan_score(
-                _score_config(self.config, self.jobs[alpha], str(folder or self.folder), device=device), like
+                _score_config(self.config, self.job_of(alpha), str(folder or self.folder), device=device), like
             )
         room = int(MORE_TOKENS * self.first.setup.context_length)
         return [job.with_room(room, self.places[1 + job.number].gpu_share) for job in (first, *first.further)]
@@ -106,6 +127,7 @@ class SweepPlan:
             "sft": str(theta_of(self.first).sft.path),
             "dpo": str(theta_of(self.first).dpo.path),
             "alphas": ", ".join(map(repr, self.jobs)),
+            **({"race": self.race.settings} if self.race else {}),
             "task": self.first.task.name,
             "rows_per_alpha": self.rows,
             "engines": [
@@ -130,20 +152,27 @@ def plan(config: SweepConfig) -> SweepPlan:
     with flags_of_sweep(reward=True):
         models = tuple(find_reward_models(_score_config(config, first, str(folder))))
     places = _places(first, models)
-    wanted = {*config.alphas, *earlier_alphas(folder, first.fingerprint, overwrite=config.overwrite)}
-    changes: dict[str, object] = {"engine": engine, "device": device_in(places[0], config.device)}
-    if places[0].gpus and "tensor_parallel" in first.spec.can:
-        changes["tensor_parallel"] = len(places[0].gpus)
-    jobs, moment = {}, first.date.moment if first.date else None
-    with quiet(logging.CRITICAL), flags_of_sweep():
-        for alpha in [0.0, *sorted(wanted - {0.0}, key=lambda alpha: (alpha < 0, alpha))]:
-            own = config.generating(alpha, str(folder), **changes)
-            jobs[alpha] = plan_generate(own, moment).with_gpu_share(places[0].gpu_share)
-            _require_same_prompts(jobs[0.0], jobs[alpha])
-    found = SweepPlan(config, folder, jobs, models, places)
+    judges = [model.location.label for model in models]
+    race = plan_race(config, first.prompts, judges) if config.search == "race" else None
+    there = earlier_alphas(folder, first.fingerprint, race.settings if race else None, overwrite=config.overwrite)
+    found = SweepPlan(config, folder, {}, models, places, race)
+    for alpha in [0.0, *sorted({*config.alphas, *there} - {0.0}, key=lambda alpha: (alpha < 0, alpha))]:
+        found.jobs[alpha] = _plan_alpha(config, alpha, folder, first, places[0])
+        _require_same_prompts(found.first, found.jobs[alpha])
     for note in found.notes:
         log.warning("%s", note)
     return found
+
+
+def _plan_alpha(config: SweepConfig, alpha: float, folder: Path, like: GenerateJob, place: Place) -> GenerateJob:
+    """The answers of an α, with the engine and the template's date of another."""
+    changes: dict[str, object] = {"engine": like.engine, "device": device_in(place, config.device)}
+    if place.gpus and "tensor_parallel" in like.spec.can:
+        changes["tensor_parallel"] = len(place.gpus)
+    moment = like.date.moment if like.date else None
+    with quiet(logging.CRITICAL), flags_of_sweep():
+        job = plan_generate(config.generating(alpha, str(folder), **changes), moment)
+    return job.with_gpu_share(place.gpu_share)
 
 
 def _require_same_prompts(first: GenerateJob, other: GenerateJob) -> None:

@@ -60,16 +60,23 @@ def mark_unfinished(folder: Path, fingerprint: Row) -> None:
     if made_from(fingerprint) != record.content["fingerprint"]:
         (folder / RECORD).unlink()
     elif record.best_alpha is not None:
-        unfinished = {**record.content, "best_alpha": None, "verdict": None, "notes": [NOT_FINISHED], "command": None}
-        write_atomic(folder / RECORD, json_text(unfinished, indent=2) + "\n")
+        write_unfinished(folder, record.content)
 
 
-def earlier_alphas(folder: Path, fingerprint: Row, *, overwrite: bool) -> set[float]:
+def write_unfinished(folder: Path, record: Row) -> None:
+    """Say what a sweep is about, and that it has chosen nothing yet."""
+    nothing = {"best_alpha": None, "verdict": None, "notes": [NOT_FINISHED], "command": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / RECORD, json_text({**record, **nothing}, indent=2) + "\n")
+
+
+def earlier_alphas(folder: Path, fingerprint: Row, race: Row | None, *, overwrite: bool) -> set[float]:
     """The α that the sweep in this folder has, which a further run goes on with.
 
     Args:
         folder: The sweep's folder.
         fingerprint: Of the answers of an α.
+        race: The settings of a race, which takes up no α by itself, and goes on only with its own settings.
         overwrite: Whether a sweep that was made with other settings may be replaced.
 
     Raises:
@@ -83,7 +90,30 @@ def earlier_alphas(folder: Path, fingerprint: Row, *, overwrite: bool) -> set[fl
         if not overwrite and not is_of_equal_models(record.content):
             require_same(folder / RECORD, record.content["fingerprint"], ours)
         return set()
-    return set(record.alphas)
+    if race is None:
+        return set(record.alphas)
+    if not is_of_equal_models(record.content):
+        _require_same_race(folder / RECORD, record.content, race)
+    return {alpha for alpha in record.alphas if alpha < 0}
+
+
+def _require_same_race(file: Path, record: Row, race: Row) -> None:
+    """Refuse a race whose rows were seen before, `--overwrite` or not, since that keeps rows of the same settings.
+
+    Which α a race confirms, on which prompts, and when it ends, is fixed before the first row.
+    """
+    there = record.get("race")
+    if not isinstance(there, dict) or not isinstance(there.get("settings"), dict):
+        raise InputError(
+            f"{file} is of a sweep whose rows have been compared already, so that nothing is left to race for: choose "
+            "another --output, or leave out --search race"
+        )
+    differing = [name for name, value in plain(race).items() if there["settings"].get(name) != value]
+    if differing:
+        raise InputError(
+            f"{file} is of a race with other rules ({', '.join(differing)}), which are fixed before its first answer: "
+            "give the same to continue it, or another --output to begin a new one"
+        )
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from expo.compare.verdict import excludes_zero, is_significant, shown_p, within
-from expo.sweep.figures import AlphaFigures
+from expo.sweep.confirm import Confirmation
+from expo.sweep.figures import AlphaFigures, Raced, Rejection
+from expo.sweep.race import Look
+
+NOT_CONFIRMED = "not confirmed"
+"""The mark of a candidate whose one test is not passed."""
 
 
 def verdict(alphas: Sequence[AlphaFigures], best: AlphaFigures | None) -> str:
@@ -31,6 +36,60 @@ def verdict(alphas: Sequence[AlphaFigures], best: AlphaFigures | None) -> str:
     else:
         first, second = _none(candidates, tested), ""
     return " ".join(filter(None, [first, second, _shape(alphas, tested)]))
+
+
+def race_verdict(raced: Raced) -> str:
+    """What a race chose, in words; every figure with the prompts it is from.
+
+    Args:
+        raced: The race and its confirmation.
+    """
+    rules, last = raced.plan.rules, raced.course.last
+    out = sorted(raced.course.dropped)
+    race = f"The race asked {last.questions:,} of its {rules.questions:,} prompts"
+    race += f" and dropped {_joined(out)}" if out else ""
+    race += f"; it ended, since {last.ends}."
+    found = raced.confirmation
+    if found is None or raced.candidate is None:
+        if raced.passed_over:
+            each = "; ".join(f"{_joined([alpha])}: {why[0].says}" for alpha, why in raced.passed_over.items())
+            return f"No α is chosen: each that is ahead of α = 0 on the race's prompts is passed over ({each}). {race}"
+        return (
+            "No α is chosen: on the race's prompts none that is left is ahead of α = 0 (the paper's N/A), so that "
+            f"there is none to confirm. {race}"
+        )
+    alpha = shown_alpha(raced.candidate)
+    figures = f"{found.difference:+.3g}{within(found.interval)} over DPO" if found.rows else "no row has a reward"
+    on = f"on the {found.questions:,} prompts set aside to confirm it (90 % interval, one-sided {shown_p(found.p)})"
+    if raced.best_alpha:
+        return f"α = {alpha} is best: {figures} {on}. {race}"
+    why = " and ".join(reason.says for reason in raced.rejections)
+    return f"No α is chosen: α = {alpha}, which the race found, is rejected: {why}. It has {figures} {on}. {race}"
+
+
+def not_confirmed(found: Confirmation) -> Rejection:
+    """That a candidate is not better than α = 0 by the one test of it."""
+    figure = f"{found.difference:+.3g}{within(found.interval)}, one-sided {shown_p(found.p)}"
+    return Rejection(NOT_CONFIRMED, "its gain is not confirmed", figure if found.rows else "no row has a reward")
+
+
+def told_look(look: Look) -> str:
+    """What a look saw, for a terminal."""
+    said = [f"look {look.number}, after {look.questions:,} prompts of the race: α = {shown_alpha(look.leader)} leads"]
+    said += [
+        f"α = {shown_alpha(one.alpha)} is dropped, {one.lead.standardized:.2f} sd below α = {shown_alpha(one.behind)} "
+        f"({shown_p(one.p)})"
+        for one in look.dropped
+    ]
+    said += [f"{_joined([alpha])} is dropped, too few of its answers have a reward" for alpha in look.unscored]
+    said += [f"{_joined(look.added)} {'are' if len(look.added) > 1 else 'is'} added"] if look.added else []
+    said += [f"the race ends: {look.ends}"] if look.ends else []
+    return "; ".join(said)
+
+
+def _joined(alphas: Sequence[float]) -> str:
+    *head, last = map(shown_alpha, alphas)
+    return f"α = {', '.join(head)} and {last}" if head else f"α = {last}"
 
 
 def shown_alpha(alpha: float) -> str:
@@ -101,8 +160,7 @@ def _shape(alphas: Sequence[AlphaFigures], tested: Sequence[AlphaFigures]) -> st
 
 
 def _alphas(some: Sequence[AlphaFigures]) -> str:
-    *head, last = (shown_alpha(one.alpha) for one in some)
-    return f"α = {', '.join(head)} and {last}" if head else f"α = {last}"
+    return _joined([one.alpha for one in some])
 
 
 def _verb(some: Sequence[AlphaFigures], verb: str) -> str:
