@@ -422,10 +422,11 @@ def test_answers_are_not_scored_under_the_names_of_others(job, scoring):
     rows.run(whole)
     newer = whole.files.meta.read_bytes()
     whole.files.meta.write_bytes(older)
-    with pytest.raises(
-        InputError, match=r"m\.meta\.json is about other prompts than m\.jsonl has: `expo generate` finishes"
-    ):
-        scoring()
+    for limited in ({}, {"limit": 2}):
+        with pytest.raises(
+            InputError, match=r"m\.meta\.json is about other prompts than m\.jsonl has: `expo generate`"
+        ):
+            scoring(**limited)
     whole.files.meta.write_bytes(newer)
     assert scoring().keys == whole.keys
 

@@ -1,9 +1,10 @@
 """`expo generate`: answer a task's prompts with a model.
 
-`job.py` plans the run from the prompts and the model's small files, and says how rows are produced and written;
+`plan.py` plans the run from the prompts and the model's small files, `job.py` says how rows are produced and written;
 `model.py` finds the model, `requests.py` builds the engine's requests. The loop that runs the job is in `rows/`.
 """
 
-from expo.generate.job import Generated, GenerateJob, plan, run
+from expo.generate.job import GenerateJob
+from expo.generate.plan import Generated, plan, run
 
 __all__ = ["GenerateJob", "Generated", "plan", "run"]
