@@ -135,7 +135,7 @@ FLAGS = {
     " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
     " --search --seed --seed-mode --slice --stop-token-id --system --task --temperature --tensor-parallel"
     " --top-k --top-p --trust-remote-code --with-sft --write",
-    "recipes": "--debug --json",
+    "recipes": "--debug --json --show",
 }
 ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "compare": {"runs"}, "report": {"runs"}, "recipes": {"names"}}
 

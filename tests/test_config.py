@@ -311,10 +311,10 @@ def test_every_shipped_recipe_makes_a_config() -> None:
         made = ExtrapolateConfig(
             **{
                 key: tuple(value) if isinstance(value, list) else value
-                for key, value in recipe.tables["extrapolate"].items()
+                for key, value in ({"alpha": [0.3]} | recipe.tables["extrapolate"]).items()
             }
         )
-        assert (recipe.name, made.alpha) == (name, (recipe.alpha,))
+        assert (recipe.name, made.alpha) == (name, (0.3 if recipe.alpha is None else recipe.alpha,))
         assert InspectConfig(**recipe.tables["inspect"]) == InspectConfig(sft=made.sft, dpo=made.dpo)
         assert recipe.source
 

@@ -46,5 +46,7 @@ class Command:
     """Setting → its choices, where a table of extensions lists them; hidden while there is only one."""
     takes_recipe: bool = True
     """Whether a known model says anything about its settings."""
+    needs_alpha: bool = False
+    """Whether nothing can be done without an α, which a recipe may lack."""
     leave_out: Callable[[Levels], Collection[str]] | None = None
     """The settings that keep their default, whatever was given; none if omitted."""

@@ -40,4 +40,5 @@ COMMAND = Command(
     examples=EXAMPLES,
     show=show,
     choices={"rule": RULES},
+    needs_alpha=True,
 )

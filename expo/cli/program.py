@@ -212,6 +212,8 @@ def settings_from(ctx: typer.Context, kind: type[Config], leave_out: Collection[
 
 def run_command(command: Command, ctx: typer.Context, *, as_json: bool) -> None:
     """Plan or run a command's verb, and print the result."""
+    if command.needs_alpha and not ctx.params["alpha"] and ctx.params["recipe"] is not None:
+        recipes.require_alpha(ctx.params["recipe"], (ctx.params["sft"], ctx.params["dpo"]))
     left_out = command.leave_out(given_names(ctx)) if command.leave_out else ()
     settings = settings_from(ctx, command.config, left_out)
     verb = import_module(command.verb)
@@ -305,11 +307,15 @@ for name, module in COMMANDS.items():
 @app.command("recipes", epilog=recipes.EXAMPLES)
 def _recipes(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these recipes.")] = None,
+    show: Annotated[
+        str | None,
+        typer.Option("--show", metavar="NAME", help="Print one in full: pair, α, source, published scores, commands."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """List the known models with their SFT checkpoint, α and source."""
-    print_result(recipes.show(names), as_json=as_json)
+    print_result(recipes.show(names, show), as_json=as_json)
 
 
 app.command("work", hidden=True)(work.command)
