@@ -22,6 +22,7 @@ import warm
 from forks import Fork
 from hub_server import WRITER, FakeHub
 from made_inputs import Inputs
+from sizes import FULL
 
 from expo.cli import program as cli
 from expo.rows import worker
@@ -57,6 +58,8 @@ def _lacking() -> dict[str, str]:
         lacking["vllm"] = "vLLM is not installed; tests/run.sh installs it"
     if os.environ.get("EXPO_TEST_NETWORK") != "1":
         lacking["network"] = "EXPO_TEST_NETWORK=1 is not set"
+    if not FULL:
+        lacking["full"] = "repeats on another case what is tested: EXPO_TEST_FULL=1 is not set"
     return lacking
 
 

@@ -165,7 +165,8 @@ def die_at(step: int, output: Path) -> None:
     sys.addaudithook(hear)
 
 
-def steps(sft: Path, dpo: Path, folder: Path, over_another: bool) -> Iterator[dict[str, object]]:
+def steps(sft: Path, dpo: Path, folder: Path, over_another: int, stride: int) -> Iterator[dict[str, object]]:
+    """Every `stride`-th step; over another output, those between the ones into nothing."""
     output, old, args = folder / "out", folder / "old", ("--alpha", "0.3", "--overwrite")
     warm_up(sft, dpo, folder)
     for alpha, target in ((0.1, old), (0.3, folder / "whole")):
@@ -176,7 +177,7 @@ def steps(sft: Path, dpo: Path, folder: Path, over_another: bool) -> Iterator[di
         die_at(step, output)
         return run(sft, dpo, output, *args)
 
-    for step in range(10_000):
+    for step in range(over_another % stride, 10_000, stride):
         if over_another:
             shutil.copytree(old, output)
         code = ended(forked(lambda step=step: broken(step)))

@@ -27,6 +27,7 @@ from helpers import (
     write,
     write_checkpoint,
 )
+from sizes import sized
 
 from expo.errors import EnvironmentFailure
 
@@ -65,11 +66,12 @@ def times(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_sigkill_at_twenty_random_moments(large: Pair, tmp_path: Path) -> None:
+def test_sigkill_at_random_moments(large: Pair, tmp_path: Path) -> None:
     """After about half of them the run is done again to its end; after the others it is killed again."""
     before = [(tree(side), times(side)) for side in large]
-    results = crash("moments", large, tmp_path, 20_240_601, 20)
-    assert Counter(result["code"] for result in results)[-signal.SIGKILL] == 20
+    kills = sized(ci=6, full=20)
+    results = crash("moments", large, tmp_path, 20_240_601, kills)
+    assert Counter(result["code"] for result in results)[-signal.SIGKILL] == kills
     assert "writing" in {result["phase"] for result in results}, results
     assert [(tree(side), times(side)) for side in large] == before
 
@@ -78,10 +80,11 @@ def test_sigkill_at_twenty_random_moments(large: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("over_another", [False, True], ids=["into nothing", "over another output"])
 def test_the_end_before_each_change_to_the_disk(pair: Pair, tmp_path: Path, over_another: bool) -> None:
     before = [(tree(side), times(side)) for side in pair]
-    results = crash("steps", pair, tmp_path, int(over_another))
+    stride = sized(ci=3, full=1)
+    results = crash("steps", pair, tmp_path, int(over_another), stride)
     assert {"begun", "writing", "renaming", "done"} <= {str(result["phase"]) for result in results}
     assert {result["code"] for result in results[:-1]} == {9}
-    assert len(results) > 40
+    assert len(results) * stride > 40
     assert [(tree(side), times(side)) for side in pair] == before
 
 

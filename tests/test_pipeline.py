@@ -11,6 +11,7 @@ import helpers
 import pytest
 import torch
 from made_inputs import on_real_inputs_too
+from sizes import sized
 
 from demo.run import check
 from expo import score
@@ -82,9 +83,10 @@ from demo import run
 def train(folder):
     for name in ("sft", "dpo", "rm"):
         shutil.copytree(Path(trained) / f"tiny-{name}", folder / name)
-    shutil.copy(Path(trained) / "prompts.jsonl", folder)
+    prompts = (Path(trained) / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "prompts.jsonl").write_text("".join(prompts[:int(count)]))
 
-trained = sys.argv.pop()
+count, trained = sys.argv.pop(), sys.argv.pop()
 run.train = train
 run.main()
 """
@@ -95,7 +97,7 @@ run.main()
 def test_the_demo_shows_the_curve(trained, tmp_path):
     """It ends with an error of its own unless reward rises beyond α = 0 and falls again."""
     folder = tmp_path / "demo"
-    command = [sys.executable, "-c", DEMO, folder, trained]
+    command = [sys.executable, "-c", DEMO, folder, trained, str(sized(ci=64, full=128))]
     done = subprocess.run(command, cwd=ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     curve = {float(line.split()[0]): float(line.split()[1]) for line in done.stdout.splitlines() if "±" in line}

@@ -15,6 +15,7 @@ import helpers
 import pytest
 from made_runs import RM, made_runs, write_files
 from PIL import Image
+from sizes import sized
 
 from expo.cli import program as cli
 from expo.compare.comparison import compare
@@ -302,12 +303,12 @@ def test_numbers_and_texts() -> None:
 
 # --- figures --------------------------------------------------------------------------------------------------------
 
-LONG = [f"{'organization/' * 4}a-model-{place}-ExPO-a0.33333{place}" for place in range(8)]
+LONG = [f"{'organization/' * 4}a-model-{place}-ExPO-a0.33333{place}" for place in range(sized(ci=4, full=8))]
 
 
 CHARTS: dict[str, list[Run]] = {
     "several": made_runs(30, NAMES, characters=120),
-    "many and long": made_runs(8, LONG, characters=60, alphas=[place / 10 for place in range(8)]),
+    "many and long": made_runs(8, LONG, characters=60, alphas=[place / 10 for place in range(len(LONG))]),
     "constant": [replace(run, rewards={RM: (1.0,) * 300}) for run in runs_of([0.0])],
     "names that are no formulas": made_runs(40, ("$x^2$ <b> & \"q' #0072b2 3.14159", "日本 \x00\u202e"), characters=60),
 }

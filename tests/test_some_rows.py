@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from crashes import DIED, die_at, ended, forked
 from helpers import tree
+from sizes import sized
 from test_generate import settings, write_rows
 from test_mtbench import QUESTIONS
 from test_score import make_reward_model, settings as score_settings
@@ -470,7 +471,7 @@ def ends_after_every_kill(job: RowJob, check: Callable[[Done], None]) -> None:
         rows.run(job)
         return 0
 
-    for step in itertools.count():
+    for step in itertools.count(0, sized(ci=3, full=1)):
         code = ended(forked(lambda step=step: broken(step)))
         if code != 0:
             assert code == DIED

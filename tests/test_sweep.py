@@ -18,6 +18,7 @@ from adapters import save_adapter
 from forks import Fork
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from sizes import FULL
 from test_score import make_reward_model
 
 from expo import extrapolate, generate, report, score, sweep as verb
@@ -27,6 +28,8 @@ from expo.engines.transformers import TransformersGenerator
 from expo.engines.transformers_reward import TransformersScorer
 from expo.errors import InputError
 from expo.rows import dates
+from expo.sweep import conclude
+from expo.sweep.figures import Choice
 from expo.sweep.plan import in_sweep
 
 PROMPTS = [f"w{number} w{number * 7 % 50} w{number * 3 % 50}" for number in range(12)]
@@ -67,6 +70,25 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(monkeypatch: pytest.MonkeyPatch, verdicts: Path) -> None:
     """Verdicts about switches are kept by the tests: one proof is enough for most."""
     monkeypatch.setenv("EXPO_CACHE", str(verdicts))
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[bytes]:
+    """Those that were drawn."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch, pictures: list[bytes]) -> None:
+    """A picture is drawn once, and stands for those of other sweeps; `test_sweep_choice.py` looks at pictures."""
+    real = conclude.picture
+
+    def picture(choice: Choice) -> bytes:
+        if FULL or not pictures:
+            pictures.append(real(choice))
+        return pictures[-1]
+
+    monkeypatch.setattr(conclude, "picture", picture)
 
 
 def noting(file: Path, name: str, own: Callable[..., None]) -> Callable[..., None]:
@@ -115,6 +137,26 @@ def swept(llama_pair, reward_model, task):
         return SweepConfig(**{**defaults, **others})
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the sweep lies with which most tests begin."""
+    return tmp_path_factory.mktemp("kept") / "sweep"
+
+
+@pytest.fixture
+def finished(swept, kept: Path, engines: Path, processes: list[Fork]) -> SweepConfig:
+    """The settings of `swept`, and what a run with them makes."""
+    config: SweepConfig = swept()
+    if not kept.exists():
+        verb.run(config)
+        shutil.copytree(config.output, kept)
+        processes.clear()
+        engines.write_text("")
+    else:
+        shutil.copytree(kept, config.output)
+    return config
 
 
 def rows_of(folder: Path) -> dict[str, bytes]:
@@ -203,9 +245,8 @@ def test_a_rerun_is_complete_and_starts_nothing(swept, processes):
     assert again.record == record_of(Path(config.output))
 
 
-def test_more_alphas_extend_it(swept, processes):
-    config = swept()
-    verb.run(config)
+def test_more_alphas_extend_it(finished, swept, processes):
+    config = finished
     before = rows_of(Path(config.output))
     processes.clear()
     verb.run(swept(alpha=(1.0,)))
@@ -229,9 +270,8 @@ def test_a_larger_limit_extends_every_alpha(swept, tmp_path):
     assert record_of(Path(config.output))["n"] == len(PROMPTS)
 
 
-def test_other_settings_are_refused_by_name_unless_overwritten(swept):
-    config = swept()
-    verb.run(config)
+def test_other_settings_are_refused_by_name_unless_overwritten(finished, swept):
+    config = finished
     before = helpers.tree(Path(config.output))
     with pytest.raises(InputError, match="temperature"):
         verb.run(swept(temperature=0.3))
@@ -257,9 +297,8 @@ def test_a_lost_record_or_picture_is_made_again_from_the_rows(swept, engines):
         assert again[key] == first[key], key
 
 
-def test_rewards_that_are_lost_are_scored_again_without_generating(swept, processes):
-    config = swept()
-    verb.run(config)
+def test_rewards_that_are_lost_are_scored_again_without_generating(finished, processes):
+    config = finished
     before = rows_of(Path(config.output))
     shutil.rmtree(Path(config.output) / "rewards_questions")
     processes.clear()
@@ -268,10 +307,9 @@ def test_rewards_that_are_lost_are_scored_again_without_generating(swept, proces
     assert len(processes) == 1
 
 
-def test_a_second_reward_model_can_be_added(swept, reward_model, llama_pair, tmp_path, processes):
+def test_a_second_reward_model_can_be_added(finished, swept, reward_model, llama_pair, tmp_path, processes):
     other = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=3)
-    config = swept()
-    verb.run(config)
+    config = finished
     before = rows_of(Path(config.output))
     processes.clear()
     verb.run(swept(reward_model=(str(reward_model), str(other))))
@@ -371,8 +409,6 @@ def test_the_plan_costs_little_and_writes_nothing(swept, processes, tmp_path):
 
 
 def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeypatch, tmp_path, capsys):
-    from expo.sweep import conclude
-
     real = conclude.choose
     monkeypatch.setattr(conclude, "choose", lambda runs, raced: replace(real(runs, raced), best_alpha=0.5))
     monkeypatch.chdir(tmp_path)
@@ -494,9 +530,8 @@ def test_what_is_wrong_with_a_reward_model_is_said_before_it_costs_anything(
     assert (helpers.tree(Path(config.output)) if Path(config.output).exists() else {}) == before
 
 
-def test_an_unfinished_extension_has_no_verdict(swept, monkeypatch):
-    config = swept()
-    verb.run(config)
+def test_an_unfinished_extension_has_no_verdict(finished, swept, monkeypatch):
+    config = finished
     more = swept(alpha=(1.0,))
 
     def refuse(*_: object) -> None:
@@ -517,8 +552,7 @@ def test_an_unfinished_extension_has_no_verdict(swept, monkeypatch):
     assert record["pair"] is not None
 
 
-def test_alphas_of_unequal_rows_are_reported_as_the_sweep_compared_them(swept, tmp_path):
-    verb.run(swept())
+def test_alphas_of_unequal_rows_are_reported_as_the_sweep_compared_them(finished, swept, tmp_path):
     config = swept(limit=5, alpha=(1.0,))
     record = verb.run(config).record
     assert [one["n"] for one in record["alphas"]] == [12, 12, 5, 12]
@@ -549,8 +583,6 @@ def test_a_mistaken_sft_is_no_obstacle(swept, llama_pair):
 
 
 def test_overwrite_replaces_the_checkpoint_too(swept, monkeypatch, llama_pair, tmp_path):
-    from expo.sweep import conclude
-
     real = conclude.choose
     monkeypatch.setattr(conclude, "choose", lambda runs, raced: replace(real(runs, raced), best_alpha=0.5))
     dpo = Path(shutil.copytree(llama_pair[1], tmp_path / "dpo"))

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 from crashes import ended, forked
+from sizes import sized
 from test_orphans import wait_until_gone
 from test_sweep import (  # fixtures, too
     ALPHAS,
     assert_same_rows,
     cache,  # noqa: F401
+    drawn,  # noqa: F401
+    pictures,  # noqa: F401
     processes,  # noqa: F401
     record_of,
     reward_model,  # noqa: F401
@@ -30,7 +33,7 @@ from expo.arguments import arguments_of
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 
-STOPS = 12
+STOPS = sized(ci=4, full=12)
 
 
 def test_a_sweep_that_is_killed_again_and_again_ends_as_if_it_had_not_been(swept, tmp_path):  # noqa: F811

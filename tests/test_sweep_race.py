@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crashes import ended, forked, killed_when
+from sizes import sized
 from test_score import make_reward_model
 from test_sweep import (  # fixtures, too
     cache,  # noqa: F401
+    drawn,  # noqa: F401
     engines,  # noqa: F401
+    pictures,  # noqa: F401
     processes,  # noqa: F401
     record_of,
     reward_model,  # noqa: F401
@@ -30,6 +36,8 @@ from expo.cli import program as cli
 from expo.config import SweepConfig
 from expo.errors import InputError
 from expo.sweep.estimate import plan_with_cost
+
+pytestmark = pytest.mark.xdist_group("race")  # they share what was raced
 
 QUESTIONS = 48
 
@@ -47,9 +55,33 @@ def raced(swept):  # noqa: F811
     """A function that gives the settings of a small race."""
 
     def settings(**others: Any) -> SweepConfig:
-        return swept(**{"search": "race", "alpha": (0.5, 1.0, 2.0, 4.0), "n": 2, "seed": FOUND, **others})
+        batches = {"batch_tokens": 400, "reward_batch_tokens": 400}
+        return swept(**{"search": "race", "alpha": (0.5, 1.0, 2.0, 4.0), "n": 2, "seed": FOUND, **batches, **others})
 
     return settings
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what is made once for the tests of this file lies."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def finished(raced, kept: Path, engines: Path) -> Callable[[SweepConfig], SweepConfig]:  # noqa: F811
+    """A function that puts the finished race, or grid, of these settings where they say; each is run once."""
+
+    def put(config: SweepConfig) -> SweepConfig:
+        folder, opened = kept / config.search, kept / f"{config.search}.engines"
+        if not folder.exists():
+            engines.write_text("")
+            verb.run(replace(config, output=str(folder)))
+            opened.write_text(engines.read_text())
+        shutil.copytree(folder, config.output)
+        engines.write_text(opened.read_text())
+        return config
+
+    return put
 
 
 FOUND, NOT_FOUND = 0, 1
@@ -67,10 +99,9 @@ def ids_of(output: Path) -> list[tuple[str, int]]:
     return list(zip(said["id"], said["sample"], strict=True))
 
 
-def test_a_race_makes_rows_of_the_grid_and_no_more_than_half(raced, tmp_path):
-    config, whole = raced(), raced(search="grid", output=str(tmp_path / "grid"))
-    record = verb.run(config).record
-    verb.run(whole)
+def test_a_race_makes_rows_of_the_grid_and_no_more_than_half(raced, finished, tmp_path):
+    config, whole = finished(raced()), finished(raced(search="grid", output=str(tmp_path / "grid")))
+    record = record_of(Path(config.output))
     rows, tokens = 0, []
     for alpha, output in outputs_of(config).items():
         ids, grid = ids_of(output), outputs_of(whole)[alpha]
@@ -96,9 +127,9 @@ def rewards_of(output: Path) -> Path:
     return output.parents[1] / "rewards_questions" / output.name
 
 
-def test_the_verdict_is_one_test_on_prompts_that_the_race_did_not_see(raced):
-    config = raced()
-    record = verb.run(config).record
+def test_the_verdict_is_one_test_on_prompts_that_the_race_did_not_see(raced, finished):
+    config = finished(raced())
+    record = record_of(Path(config.output))
     found, race = record["confirmation"], record["race"]
     assert found["alpha"] == race["candidate"] == record["best_alpha"] > 0
     assert found["interval"][0] > 0
@@ -122,9 +153,9 @@ def test_where_no_alpha_is_ahead_nothing_is_confirmed(raced):
     assert "No α is chosen" in record["verdict"]
 
 
-def test_a_finished_race_is_complete_and_starts_nothing(raced, processes):  # noqa: F811
-    config = raced()
-    verb.run(config)
+def test_a_finished_race_is_complete_and_starts_nothing(raced, finished, kept, processes):  # noqa: F811
+    finished(raced())
+    config = raced(output=str(kept / "race"))  # where it was made, as its record says
     first, started = record_of(Path(config.output)), len(processes)
     again = verb.run(config)
     assert (again.status, len(processes)) == ("already complete", started)
@@ -133,15 +164,16 @@ def test_a_finished_race_is_complete_and_starts_nothing(raced, processes):  # no
 
 def test_a_race_that_is_killed_again_and_again_ends_as_it_would_have(raced, tmp_path):
     """Each time when a certain number of rows is there, of answers and rewards together."""
-    settings: dict[str, Any] = {"refine": True, "slice": 5, "indifference": 0.0}
+    small = {"batch_tokens": 60, "reward_batch_tokens": 60}  # rows are on disk when their batch is made
+    settings: dict[str, Any] = {"refine": True, "slice": 5, "indifference": 0.0, **small}
     whole, config = raced(output=str(tmp_path / "whole"), **settings), raced(**settings)
     verb.run(whole)
     words, folder, chance = ["sweep", *arguments_of(config)], Path(config.output), random.Random(5)
     total, codes = rows_in(Path(whole.output)), []
-    for share in sorted(chance.uniform(0.02, 0.98) for _ in range(4)):
+    for share in sorted(chance.uniform(0.02, 0.98) for _ in range(sized(ci=2, full=4))):
         codes.append(killed_when(lambda: rows_in(folder) >= share * total, lambda: cli.run(words)))  # noqa: B023
         wait_until_no_row_is_written(folder)
-    assert codes.count(-signal.SIGKILL) > 1
+    assert -signal.SIGKILL in codes
     assert ended(forked(lambda: cli.run(words))) == 0
     ours, theirs = (record_of(Path(one.output)) for one in (config, whole))
     for name in ("best_alpha", "n", "verdict"):
@@ -166,9 +198,9 @@ def rows_in(folder: Path) -> int:
     return sum(count for (_, name), count in lines.items() if not name.endswith(".rows"))
 
 
-def test_the_rules_of_a_race_are_fixed_with_its_first_answer(raced, reward_model, llama_pair, tmp_path):  # noqa: F811
+def test_the_rules_of_a_race_are_fixed_with_its_first_answer(raced, finished, reward_model, llama_pair, tmp_path):  # noqa: F811
     second = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=2)
-    verb.run(raced())
+    finished(raced())
     for changed, named in (
         ({"slice": 5, "overwrite": True}, "slice"),
         ({"reward_model": (str(reward_model), str(second))}, "reward_models"),
@@ -181,10 +213,9 @@ def test_the_rules_of_a_race_are_fixed_with_its_first_answer(raced, reward_model
             verb.run(raced(**changed))
 
 
-def test_a_grid_makes_a_race_whole_and_no_race_begins_where_rows_were_compared(raced, tmp_path):
-    config, whole = raced(), raced(search="grid", output=str(tmp_path / "grid"))
-    verb.run(config)
-    ours, theirs = verb.run(raced(search="grid")).record, verb.run(whole).record
+def test_a_grid_makes_a_race_whole_and_no_race_begins_where_rows_were_compared(raced, finished, tmp_path):
+    config, whole = finished(raced()), finished(raced(search="grid", output=str(tmp_path / "grid")))
+    ours, theirs = verb.run(raced(search="grid")).record, record_of(Path(whole.output))
     assert ours["best_alpha"] == theirs["best_alpha"]
     assert "race" not in ours
     for alpha, file in outputs_of(config).items():
@@ -204,9 +235,9 @@ def test_a_reference_answers_the_first_slice_and_added_alphas_all_that_was_asked
         assert of[alpha]["answered"]["race"] >= looks[1]["prompts"], "earlier slices, too"
 
 
-def test_no_engine_is_asked_for_what_it_would_not_be_asked_again(raced, engines):  # noqa: F811
+def test_no_engine_is_asked_for_what_it_would_not_be_asked_again(raced, finished, engines):  # noqa: F811
     """One engine of each kind makes a race, from look to look and for the confirmation."""
-    verb.run(raced())
+    finished(raced())
     opened = [line for line in engines.read_text().splitlines() if line.endswith("__init__")]
     assert sorted(opened)[-1:] == ["TransformersScorer __init__"]
     assert opened.count("TransformersScorer __init__") == 1

@@ -17,6 +17,7 @@ import pytest
 import torch
 from adapters import CASES
 from conftest import _tokenizer
+from sizes import in_full, sized
 from switches import EMBEDDING, FIRST, NORM, PROJECTION, SECOND, job, made_by, observe
 
 from expo import generate
@@ -40,6 +41,8 @@ from expo.theta.tensors import Theta
 HERE = Path(__file__).parent
 MODELS = ("llama", "phi3", "qwen3_moe")
 """Split names, biases, a tied head; fused names, a head of its own; experts, whose size vLLM pads on a CPU."""
+IN_CI = ("llama", "qwen3_moe")
+OF_VLLM = [model if model in IN_CI else in_full(model) for model in MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def check(found: dict[str, Any]) -> None:
         assert differing(probe["held"], found["cold"]["held"]) == probe["name"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["llama", in_full("phi3"), in_full("qwen3_moe")])
 def test_a_transformers_engine_is_switched(pairs: dict[str, Path], model: str) -> None:
     found = observe("transformers", pairs[model])
     check(found)
@@ -113,14 +116,14 @@ def test_a_transformers_engine_is_switched(pairs: dict[str, Path], model: str) -
 @pytest.fixture(scope="module")
 def of_vllm(pairs: dict[str, Path], run_warm: helpers.Run) -> Any:
     """Model → what vLLM answered."""
-    done = run_warm(HERE / "switches.py", "vllm", *pairs.values())
+    done = run_warm(HERE / "switches.py", "vllm", *(pairs[model] for model in sized(ci=IN_CI, full=MODELS)))
     assert done.code == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", OF_VLLM)
 def test_a_vllm_engine_is_switched(of_vllm: Any, model: str) -> None:
     check(of_vllm[model])
     assert is_packed(of_vllm[model]["cold"]["held"]) or model != "llama"  # others are packed on some CPUs only
@@ -130,7 +133,8 @@ def test_a_vllm_engine_is_switched(of_vllm: Any, model: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "left_out"),
-    [(model, "cache not reset") for model in MODELS]
+    [(model, "cache not reset") for model in IN_CI]
+    + [in_full("phi3", "cache not reset")]
     + [(model, "one buffer for all") for model in ("llama", "qwen3_moe")]  # no layer of phi3 has two tensors
     + [("llama", "head not packed"), ("qwen3_moe", "experts not packed")],
 )
@@ -141,7 +145,7 @@ def test_what_a_switch_of_vllm_must_not_leave_out_is_seen(of_vllm: Any, model: s
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", OF_VLLM)
 def test_parameters_that_a_reload_of_vllm_gave_no_weights_are_known(of_vllm: Any, model: str) -> None:
     """A tied head counts as its embedding does, and where a projection has a bias, each counts by itself."""
     head = ["lm_head.weight"] if model == "llama" else []

@@ -12,6 +12,7 @@ import torch
 from adapters import CASES
 from helpers import as_bytes, random_pair, read_checkpoint_tensors, write, write_checkpoint
 from hypothesis import HealthCheck, given, settings, strategies as st
+from sizes import sized
 from torch import Tensor
 
 from expo.config import ThetaConfig
@@ -174,7 +175,7 @@ def test_what_the_engine_has_set_changes_nothing(tmp_path: Path, around: Callabl
 
 def test_nothing_of_the_model_is_kept(tmp_path: Path) -> None:
     """The memory of a tensor that the engine has let go is free."""
-    plan = _written(tmp_path, *random_pair({f"t{number}": (64, 1024) for number in range(40)}))
+    plan = _written(tmp_path, *random_pair({f"t{number}": (64, 1024) for number in range(sized(ci=6, full=40))}))
     with theta_of(plan) as theta:
         before = _tensors_alive()
         for _, values in theta:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sizes import sized
 from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
@@ -269,9 +270,10 @@ def test_an_error_is_told_before_the_engine_is_closed(monkeypatch, capfd, error,
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, capsys, caplog):
     dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
-    others = {"dataset": str(dataset), "limit": 120, "max_tokens": 32, "batch_tokens": 400, "temperature": 0.7}
+    limit = sized(ci=60, full=120)
+    others = {"dataset": str(dataset), "limit": limit, "max_tokens": 32, "batch_tokens": 400, "temperature": 0.7}
     whole = verb.run(settings(trained / "tiny-dpo", "alpaca", tmp_path / "whole", **others)).output.read_bytes()
-    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--limit", 120]
+    arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--limit", limit]
     arguments += ["--engine", "transformers", "--max-tokens", 32, "--batch-tokens", 400, "--dtype", "float32"]
     arguments += ["--data-parallel", 2, "--output-dir", tmp_path / "out"]
     folder = tmp_path / "out" / "outputs_alpaca"

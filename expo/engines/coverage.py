@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expo.checkpoint.folder import read_config
+from expo.checkpoint.folder import CONFIG_FILE, read_config
 from expo.checkpoint.names import PEFT_PREFIX, WRAPPERS
 from expo.engines.shapes import Shapes, weight_shapes
 from expo.errors import InputError
@@ -293,7 +294,34 @@ def _look(
     shapes: Shapes,
     trust_remote_code: bool,
 ) -> Coverage | None:
-    """What transformers' loader says; None where it cannot judge."""
+    """What transformers' loader says; None where it cannot judge.
+
+    A sweep asks for each of its jobs, so the last answers are kept, but where code beside the config has a say.
+    """
+    config = model / CONFIG_FILE
+    if trust_remote_code or not config.is_file():
+        return _loaders_answer(auto, read_config, model, shapes, trust_remote_code)
+    return _kept_answer(auto, read_config, model, tuple(shapes.items()), config.read_bytes())
+
+
+@lru_cache(maxsize=4)
+def _kept_answer(
+    auto: Any,  # noqa: ANN401 - as above
+    read_config: Callable[..., Any],
+    model: Path,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    _config: bytes,
+) -> Coverage | None:
+    return _loaders_answer(auto, read_config, model, dict(shapes), trust_remote_code=False)
+
+
+def _loaders_answer(
+    auto: Any,  # noqa: ANN401 - as above
+    read_config: Callable[..., Any],
+    model: Path,
+    shapes: Shapes,
+    trust_remote_code: bool,
+) -> Coverage | None:
     with quiet():
         try:
             config = read_config(model, trust_remote_code=trust_remote_code)

@@ -280,14 +280,16 @@ def subset_differences(subsets: Mapping[str, Sequence[Change]]) -> Figure:
 
 def as_bytes(figure: Figure, suffix: str, mark: str = "") -> bytes:
     """A figure as a .png or .svg file on white paper, the same for the same figure; `mark` goes into its metadata."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     key = {".png": "Comment", ".svg": "Description"}[suffix]
     metadata = {**({"Date": None} if suffix == ".svg" else {}), **({key: mark} if mark else {})}
     content = io.BytesIO()
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*missing from font", category=UserWarning)
-        if figure.get_layout_engine() is not None:
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # each drawing would move what is there a little
+            figure.set_layout_engine("none")  # each drawing would move what is there a little; done once
         figure.savefig(content, format=suffix[1:], dpi=200, metadata=metadata, facecolor=PAPER)
     return content.getvalue()
 
