@@ -199,6 +199,7 @@ if __name__ == "__main__":
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.full  # that vLLM holds what is written is in CI with the linear rule, and a further rule with transformers
 def test_vllm_answers_as_on_the_written_checkpoint(trained: Path, tmp_path: Path, run_warm: helpers.Run) -> None:
     sft, dpo = trained / "tiny-sft", trained / "tiny-dpo"
     write((sft, dpo), tmp_path / "written", 8.0, rule="clipped")

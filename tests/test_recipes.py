@@ -284,8 +284,10 @@ def test_a_figure_that_is_not_known_is_refused(monkeypatch, tmp_path, line, mess
 
 def test_names_are_found_in_any_case_and_unknown_ones_refused():
     assert recipes.load("STARLING-lm-7b-beta").name == "Starling-LM-7B-beta"
-    with pytest.raises(InputError, match="no recipe 'nope'; `expo recipes` lists them"):
+    with pytest.raises(InputError, match=r"no recipe 'nope'; `expo recipes` lists them$"):
         recipes.load("nope")
+    with pytest.raises(InputError, match=r"did you mean Starling-LM-7B-beta"):
+        recipes.load("starling-7b-beta")
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------

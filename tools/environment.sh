@@ -93,7 +93,8 @@ sys.exit(v("fschat") != "0.2.36" or v("openai")[0] != "0")'
         python=$(find_python) || return 1
         say "making $venv for FastChat (a minute, about 1 GB)"
         make_venv "$python" && install_torch &&
-            pip_install 'fschat[llm_judge,model_worker]==0.2.36' 'openai<1' pandas
+            pip_install 'fschat[llm_judge,model_worker]==0.2.36' 'openai<1' pandas &&
+            "$venv/bin/python" -c 'import fastchat.llm_judge.common' # compiles it, and says if it cannot work
     fi
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,16 @@ def load(name: str) -> Recipe | RewardRecipe:
     """Read the recipe of that name (in any case).
 
     Raises:
-        InputError: There is none; the message lists all names.
+        InputError: There is none; the message has those that are spelled like it.
     """
     if (found := _read(FOLDER, name)) is not None:
         return _pair(*found)
     if (found := _read(REWARD_MODELS, name)) is not None:
         return _reward_model(*found)
-    known = ", ".join([*names(), *reward_model_names()])
-    raise InputError(f"no recipe {name!r}; `expo recipes` lists them: {known}")
+    known = {one.lower(): one for one in [*names(), *reward_model_names()]}
+    near = [known[one] for one in get_close_matches(name.lower(), known)]
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise InputError(f"no recipe {name!r}; `expo recipes` lists them{meant}")
 
 
 def of_reward_model(hub_id: str) -> RewardRecipe | None:
