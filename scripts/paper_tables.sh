@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../tools/environment.sh"
 make_environment
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec python -m evaluations.tables "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec python -P -m evaluations.tables "$@"

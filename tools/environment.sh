@@ -99,7 +99,7 @@ sys.exit(v("fschat") != "0.2.36" or v("openai")[0] != "0")'
 )
 
 # evaluate MODULE vllm|fastchat|… [WORDS]: run evaluations/MODULE.py, which is not installed. To be told of it, or to judge
-# answers that are there, needs fewer packages.
+# answers that are there, needs fewer packages. -P: a folder of that name where the user is would be taken for it.
 evaluate() {
     local module=$1 needs=$2 word
     shift 2
@@ -117,5 +117,5 @@ evaluate() {
         *vllm*) if has_gpu || [ "$module" = leaderboard ]; then make_evaluations vllm; else make_evaluations; fi ;;
         *) make_evaluations ;;
     esac || return 1
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec python -m "evaluations.$module" "$@"
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec python -P -m "evaluations.$module" "$@"
 }
