@@ -51,13 +51,8 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="alpaca_eval.sh",
-        description="Answer AlpacaEval's 805 instructions with DPO and θ(α), and have AlpacaEval 2.0 judge them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pairs.add_pair_options(made)
+    about = "Answer AlpacaEval's 805 instructions with DPO and θ(α), and have AlpacaEval 2.0 judge them."
+    made = pairs.new_parser("alpaca_eval.sh", about, EXAMPLES)
     judges.add_judge_options(made, PAPER)
     made.add_argument("--answers", type=Path, nargs="+", metavar="FILE", help="judge these answers; none is generated")
     made.add_argument("--reference", type=Path, metavar="FILE", help="the answers to beat (default: AlpacaEval 2.0's)")

@@ -58,13 +58,8 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="mt_bench.sh",
-        description="Answer MT-Bench's 80 questions with DPO and θ(α), and have FastChat's judge rate them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pairs.add_pair_options(made)
+    about = "Answer MT-Bench's 80 questions with DPO and θ(α), and have FastChat's judge rate them."
+    made = pairs.new_parser("mt_bench.sh", about, EXAMPLES)
     judges.add_judge_options(made, PAPER)
     made.add_argument(
         "--asked-as", choices=NAMES, metavar="NAME", help=f"the name it is asked under: {', '.join(NAMES)}"

@@ -59,6 +59,14 @@ class Pair:
         return ["--sft", self.sft, "--dpo", self.dpo, "--alpha", repr(self.alpha)]
 
 
+def new_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A command line that names a pair; the examples stand below its help as they are."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=description, epilog=examples, formatter_class=kind)
+    add_pair_options(parser)
+    return parser
+
+
 def add_pair_options(parser: argparse.ArgumentParser) -> None:
     """The options that name a pair, and where its files are."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a model known by name (`expo recipes`)")
