@@ -35,7 +35,7 @@ from extrapolate import measure, ratio
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import GenerateConfig
 from expo.engines.vllm import engine_arguments
-from expo.generate import plan
+from expo.verbs.generate import plan
 
 WAYS = ("vllm", "bare", "transformers", "eights", "eights-own", "vllm-rows", "vllm-against", "transformers-against")
 OWN = "the checkpoint's own type"

@@ -49,10 +49,10 @@ from race_grids import ALPHAS, BEYOND, KINDS, NULLS, Column, Grid, made, recorde
 
 from expo.config import SweepConfig
 from expo.stats.means import Whole
-from expo.sweep.confirm import confirm
-from expo.sweep.order import Order, put_in_order
-from expo.sweep.race import ALIKE, HALF, NONE_LEFT, ONE_LEFT, USED_UP, Answered, Course, Rules, race
-from expo.sweep.race_plan import SLICES
+from expo.verbs.sweep.confirm import confirm
+from expo.verbs.sweep.order import Order, put_in_order
+from expo.verbs.sweep.race import ALIKE, HALF, NONE_LEFT, ONE_LEFT, USED_UP, Answered, Course, Rules, race
+from expo.verbs.sweep.race_plan import SLICES
 
 CONFIRM, CONFIDENCE, INDIFFERENCE = SweepConfig.confirm, SweepConfig.confidence, SweepConfig.indifference
 RESAMPLES = 1_999

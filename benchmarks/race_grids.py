@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from expo.compare.reading import read_runs
 from expo.output.sweeps import read_sweep
-from expo.report.sweep import sweep_files, with_alphas
 from expo.stats.means import Floats
-from expo.sweep.order import Asked
+from expo.verbs.compare.reading import read_runs
+from expo.verbs.report.sweep import sweep_files, with_alphas
+from expo.verbs.sweep.order import Asked
 
 SUBSETS = 4
 

@@ -40,7 +40,7 @@ from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import ScoreConfig
 from expo.engines import tight_batches
 from expo.engines.transformers_reward import CPU_BATCH_TOKENS, TransformersScorer
-from expo.score import plan
+from expo.verbs.score import plan
 
 ENVIRONMENT = {**PROCESS_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
 

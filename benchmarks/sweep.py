@@ -45,13 +45,13 @@ from extrapolate import ratio
 from score import make_large
 from switch import make_pair
 
-from expo import generate, score
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import GenerateConfig, ScoreConfig
 from expo.engines import tight_batches, vllm as vllm_engine, vllm_reward
 from expo.engines.torch_tools import visible_gpus
 from expo.engines.transformers_reward import CPU_BATCH_TOKENS
 from expo.theta.names import theta_name
+from expo.verbs import generate, score
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "models"
 KINDS: dict[str, dict[str, Any]] = {

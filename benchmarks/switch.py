@@ -21,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expo import extrapolate, generate
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import ExtrapolateConfig, GenerateConfig
+from expo.verbs import extrapolate, generate
 
 ALPHAS = (0.5, 0.3)
 SHAPE = {

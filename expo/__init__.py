@@ -3,7 +3,7 @@
 Each command is a module with a `run` function that takes the command's config object:
 
     from expo.config import ExtrapolateConfig
-    from expo.extrapolate import run
+    from expo.verbs.extrapolate import run
 
     run(ExtrapolateConfig(sft="my-sft", dpo="my-dpo", alpha=(0.3,)))
 """

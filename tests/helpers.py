@@ -25,13 +25,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from expo import extrapolate
 from expo.checkpoint.folder import read_checkpoint
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure
 from expo.theta.decide import plan_pair
 from expo.theta.plan import PairPlan, PairSettings
 from expo.theta.stream import TORCH_DTYPES, Combiner, SourceFiles
+from expo.verbs import extrapolate
 
 CPU = torch.device("cpu")
 

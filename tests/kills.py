@@ -22,8 +22,8 @@ from crashes import ended, forked
 
 from expo.cli import program as cli
 from expo.config import GenerateConfig
-from expo.generate import GenerateJob, plan
 from expo.journal import LOCK_SUFFIX
+from expo.verbs.generate import GenerateJob, plan
 
 NAME = "mine"
 WAIT_S = 120

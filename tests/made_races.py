@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from expo.compare.pairing import of_rows
-from expo.compare.run import RowKey, Run, RunRow
 from expo.files import Row, json_text
 from expo.output.sweeps import PICTURE, RECORD
-from expo.sweep.choice import choose
-from expo.sweep.confirm import confirm
-from expo.sweep.figures import Choice, Raced, Rejection, describe_look
-from expo.sweep.order import Asked, put_in_order
-from expo.sweep.picture import picture
-from expo.sweep.race import Answered, Course, Rules, race
-from expo.sweep.race_plan import RacePlan
-from expo.sweep.record import plain
-from expo.sweep.words import not_confirmed
+from expo.verbs.compare.pairing import of_rows
+from expo.verbs.compare.run import RowKey, Run, RunRow
+from expo.verbs.sweep.choice import choose
+from expo.verbs.sweep.confirm import confirm
+from expo.verbs.sweep.figures import Choice, Raced, Rejection, describe_look
+from expo.verbs.sweep.order import Asked, put_in_order
+from expo.verbs.sweep.picture import picture
+from expo.verbs.sweep.race import Answered, Course, Rules, race
+from expo.verbs.sweep.race_plan import RacePlan
+from expo.verbs.sweep.record import plain
+from expo.verbs.sweep.words import not_confirmed
 
 RM, SECOND = "org/rm", "org/second"
 

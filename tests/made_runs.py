@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from expo.compare.run import RowKey, Run, RunRow
 from expo.files import json_lines
+from expo.verbs.compare.run import RowKey, Run, RunRow
 
 SUBSETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna")
 WORDS = 6000

@@ -16,7 +16,7 @@ from typing import Any
 from expo.config import GenerateConfig
 from expo.engines import Request
 from expo.files import Row
-from expo.generate import GenerateJob, plan
+from expo.verbs.generate import GenerateJob, plan
 
 Batches = list[list[Row]]
 

@@ -20,9 +20,9 @@ import torch
 from expo.config import GenerateConfig
 from expo.engines.switching import probe_prompts
 from expo.errors import EnvironmentFailure, InputError
-from expo.generate import GenerateJob, plan
 from expo.theta.moves import kind_of
 from expo.theta.tensors import Theta
+from expo.verbs.generate import GenerateJob, plan
 
 FIRST, SECOND = 0.5, 4.5
 ROTARY = {"transformers": "rotary_emb.inv_freq", "vllm": "rotary_emb.cos_sin_cache"}

@@ -11,9 +11,9 @@ import helpers
 import pytest
 from made_inputs import on_real_inputs_too
 
-from expo import generate as verb
 from expo.config import GenerateConfig
 from expo.tasks import Answer, find_task, load_prompts, read_conversations
+from expo.verbs import generate as verb
 
 needs_alpaca_eval = pytest.mark.skipif(find_spec("alpaca_eval") is None, reason="alpaca_eval is not installed")
 

@@ -26,7 +26,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from expo import extrapolate, inspection
 from expo.checkpoint.folder import read_checkpoint
 from expo.checkpoint.names import spelling, without_wrappers
 from expo.config import ExtrapolateConfig, InspectConfig, ThetaConfig
@@ -34,6 +33,7 @@ from expo.errors import InputError
 from expo.theta.adapter.tensors import read_adapter
 from expo.theta.pair import plan_theta
 from expo.theta.tensors import Theta
+from expo.verbs import extrapolate, inspect
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of every unusual choice, and these are
 
@@ -228,7 +228,7 @@ def test_rows_of_both_are_extrapolated_and_further_ones_the_adapters(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight.shape[0] == rows
     manifest = json.loads((tmp_path / "out/expo.json").read_text())["vocabulary"]
     assert (manifest["sft"], manifest["dpo"], manifest["rows_extrapolated"]) == (64, rows, min(rows, 64))
-    inspection.run(InspectConfig(sft=str(sft), dpo=str(dpo)))
+    inspect.run(InspectConfig(sft=str(sft), dpo=str(dpo)))
 
 
 def test_factors_of_a_tied_and_resized_embedding_count_once(tmp_path: Path) -> None:

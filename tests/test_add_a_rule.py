@@ -16,7 +16,6 @@ from helpers import DTYPES, Pair, as_bytes, round_to, stopped_in_shard, tree, wi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from expo import generate
 from expo.cli import program as cli
 from expo.config import GenerateConfig, ThetaConfig
 from expo.errors import InputError
@@ -24,6 +23,7 @@ from expo.theta import stream
 from expo.theta.pair import plan_theta
 from expo.theta.rules import RULES
 from expo.theta.tensors import Theta
+from expo.verbs import generate
 
 ADDED = {"clipped": "clipped_rule:CLIPPED"}
 
@@ -176,7 +176,7 @@ VLLM = f"""
 import json, sys
 from contextlib import closing
 from expo.config import GenerateConfig
-from expo.generate import plan
+from expo.verbs.generate import plan
 from expo.rows import EngineKeeper
 from expo.theta.rules import RULES
 

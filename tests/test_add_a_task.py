@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from test_score import make_reward_model
 
-from expo import generate, score
 from expo.config import GenerateConfig, ScoreConfig
 from expo.errors import InputError
 from expo.tasks import TASKS, Answer, Prompt, Task
+from expo.verbs import generate, score
 
 
 def read(row: dict) -> Prompt:

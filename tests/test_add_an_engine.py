@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from test_score import make_reward_model
 
-from expo import generate, score
 from expo.cli import program as cli
 from expo.config import GenerateConfig, ScoreConfig
 from expo.engines import GENERATORS, SCORERS, Completion, EngineSpec, Failure
 from expo.errors import InputError
 from expo.rows import EngineKeeper
+from expo.verbs import generate, score
 
 HERE = "test_add_an_engine"
 

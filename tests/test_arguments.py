@@ -39,7 +39,7 @@ def resolved(monkeypatch):
         raise Told
 
     for verb in ("run", "plan"):
-        monkeypatch.setattr(f"expo.generate.{verb}", tell)
+        monkeypatch.setattr(f"expo.verbs.generate.{verb}", tell)
 
     def run(arguments: list[str]) -> GenerateConfig:
         with pytest.raises(Told):

@@ -21,7 +21,7 @@ import json, sys
 from expo.config import GenerateConfig
 from expo.errors import InputError
 from expo.config import GenerateConfig
-from expo.generate import plan
+from expo.verbs.generate import plan
 
 def main():
     settings = json.loads(sys.argv[1])

@@ -13,11 +13,11 @@ import torch
 from helpers import CHAT_TEMPLATE
 from safetensors.torch import load_file, save_file
 
-from expo import generate, score
 from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ScoreConfig
 from expo.engines.chat import ChatTokenizer
 from expo.errors import InputError
+from expo.verbs import generate, score
 
 DATED = "{{ bos_token }}<|system|>{{ strftime_now('%d %b %Y %H:%M:%S') }}" + CHAT_TEMPLATE.removeprefix(
     "{{ bos_token }}"

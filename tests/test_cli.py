@@ -51,7 +51,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> Callabl
         def verb(_: object) -> None:
             raise error
 
-        monkeypatch.setattr("expo.extrapolate.run", verb)
+        monkeypatch.setattr("expo.verbs.extrapolate.run", verb)
         return run("extrapolate", "--sft", "s", "--dpo", "d", "--alpha", "1", *args)
 
     return call

@@ -17,14 +17,14 @@ from runs import RM, write_outputs, write_rewards, write_run
 from scipy import stats
 
 from expo.cli import program as cli
-from expo.compare.comparison import compare
-from expo.compare.figures import Comparison
-from expo.compare.reading import read_runs
-from expo.compare.run import RowKey, Run, RunRow, Scoring
-from expo.compare.text import as_markdown, as_text
-from expo.compare.verdict import verdict, verdicts
 from expo.config import CompareConfig
 from expo.errors import InputError
+from expo.verbs.compare.comparison import compare
+from expo.verbs.compare.figures import Comparison
+from expo.verbs.compare.reading import read_runs
+from expo.verbs.compare.run import RowKey, Run, RunRow, Scoring
+from expo.verbs.compare.text import as_markdown, as_text
+from expo.verbs.compare.verdict import verdict, verdicts
 
 OTHER = "other/rm"
 
@@ -533,7 +533,7 @@ def test_intersect_says_what_it_drops(
 
 
 def test_python_users_compare_too(folder: Path) -> None:
-    from expo import compare as verb
+    from expo.verbs import compare as verb
 
     found = verb.run(CompareConfig(runs=("A", "B"), output_dir=str(folder)))
     assert found.comparison.tables[0].others[0].name == "B"

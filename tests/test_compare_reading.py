@@ -11,8 +11,8 @@ import pytest
 from made_inputs import Inputs, on_real_inputs_too
 from runs import RM, write_outputs, write_rewards, write_run
 
-from expo.compare.reading import read_runs
 from expo.errors import InputError
+from expo.verbs.compare.reading import read_runs
 
 ROWS = [("why?", "because"), ("how?", "so"), ("who?", "me and you")]
 
@@ -115,7 +115,7 @@ def test_answers_whose_questions_are_out_of_reach_are_paired_by_id(
     def unreachable(*_: object) -> None:
         raise EnvironmentFailure("the hub is gone")
 
-    monkeypatch.setattr("expo.compare.answers.load_prompts", unreachable)
+    monkeypatch.setattr("expo.verbs.compare.answers.load_prompts", unreachable)
     words = sorted(map(str, (alpaca_data / "mt_bench" / "model_answer").glob("*.jsonl")))
     first, second = read_runs(words)
     assert [row.key for row in first.rows] == [row.key for row in second.rows]

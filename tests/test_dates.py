@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import CHAT_TEMPLATE
 
-from expo import generate, score
 from expo.config import GenerateConfig, ScoreConfig
 from expo.errors import InputError
 from expo.rows import dates, plan_to_run
+from expo.verbs import generate, score
 
 DATED = CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }} w{{ strftime_now('%d') | int }} ", 1)
 """Writes the day of the month, which is a token."""

@@ -41,10 +41,10 @@ from hypothesis import given, settings, strategies as st
 from made_inputs import on_real_inputs_too
 from safetensors import safe_open
 
-from expo import extrapolate
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.theta import stream
+from expo.verbs import extrapolate
 
 # --- laws of the output -------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from expo.config import ExtrapolateConfig
-from expo.extrapolate import run
+from expo.verbs.extrapolate import run
 
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
@@ -473,7 +473,7 @@ def test_verify_finds_weights_that_changed_unseen(pair: Pair, tmp_path: Path, si
 def test_verify_reads_weights_only_when_nothing_else_is_left_to_refuse(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expo.extrapolate.weights_xxh3", lambda _: pytest.fail("the weights are read"))
+    monkeypatch.setattr("expo.verbs.extrapolate.weights_xxh3", lambda _: pytest.fail("the weights are read"))
     with pytest.raises(InputError, match="matches no tensor"):
         write(pair, tmp_path / "out", verify=True, exclude=("no_such",))
     (tmp_path / "out").mkdir()

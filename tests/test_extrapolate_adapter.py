@@ -41,7 +41,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expo import extrapolate
 from expo.checkpoint import hub
 from expo.checkpoint.folder import Location, read_checkpoint, read_shard
 from expo.cli import program as cli
@@ -50,6 +49,7 @@ from expo.errors import InputError
 from expo.theta import stream
 from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.adapter.tensors import read_adapter
+from expo.verbs import extrapolate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of every unusual choice, and these are
 
@@ -643,7 +643,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from expo.config import ExtrapolateConfig
-from expo.extrapolate import run
+from expo.verbs.extrapolate import run
 from expo.theta import stream
 
 def peak_mb():

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expo import generate as verb
 from expo.cli import program as cli
 from expo.config import GenerateConfig
 from expo.engines import transformers as backend
 from expo.engines.torch_tools import run_dtype
 from expo.errors import EnvironmentFailure, InputError
+from expo.verbs import generate as verb
 
 PROMPTS = [" ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 7)) for row in range(12)]
 
@@ -573,7 +573,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_in_the_plan(llama_pair, pro
 
 def test_missing_weights_that_only_loading_shows_are_refused(llama_pair, prompt_file, tmp_path, monkeypatch):
     model = lacking(llama_pair[1], tmp_path / "half", "lm_head.weight")
-    monkeypatch.setattr("expo.generate.model.require_whole", lambda *_, **__: None)
+    monkeypatch.setattr("expo.verbs.generate.model.require_whole", lambda *_, **__: None)
     with pytest.raises(InputError, match=r"half lacks lm_head.weight: random weights would answer"):
         verb.run(settings(model, prompt_file, tmp_path))
 

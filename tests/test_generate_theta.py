@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expo import generate as verb, recipes
+from expo import recipes
 from expo.cli import program as cli
 from expo.config import GenerateConfig
 from expo.engines.transformers import _load
 from expo.errors import InputError
+from expo.verbs import generate as verb
 
 PROMPTS = [" ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 7)) for row in range(12)]
 
@@ -172,7 +173,7 @@ def test_an_adapter_as_the_model_says_how_to_give_it(llama_pair, task, tmp_path)
 
 def test_the_linked_folder_of_an_adapter_goes_with_its_plan(llama_pair, task, tmp_path, monkeypatch):
     folder = tmp_path / "links"
-    monkeypatch.setattr("expo.generate.model.tempfile.mkdtemp", lambda **_: folder.mkdir() or str(folder))
+    monkeypatch.setattr("expo.verbs.generate.model.tempfile.mkdtemp", lambda **_: folder.mkdir() or str(folder))
     (tmp_path / "adapter").mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora"
     factors = {f"{name}_A.weight": torch.ones(2, 32), f"{name}_B.weight": torch.ones(32, 2)}

@@ -10,8 +10,8 @@ import helpers
 import pytest
 import torch
 
-from expo import extrapolate as verb, generate, inspection, score, sweep
 from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig, SweepConfig
+from expo.verbs import extrapolate as verb, generate, inspect, score, sweep
 
 DEVICES = ("cpu", "cuda")
 
@@ -69,7 +69,7 @@ def test_device_memory_stays_small(tmp_path):
 def test_inspect_measures_what_the_cpu_measures(tmp_path, dtype):
     sides = helpers.random_pair({"w": (4096, 1025), "b": (7,)}, helpers.DTYPES[dtype])
     sft, dpo = (str(helpers.write_checkpoint(tmp_path / n, side)) for n, side in zip("sd", sides, strict=True))
-    found = [inspection.run(InspectConfig(sft=sft, dpo=dpo, device=device)) for device in DEVICES]
+    found = [inspect.run(InspectConfig(sft=sft, dpo=dpo, device=device)) for device in DEVICES]
     for one, other in zip(*(each.tensors for each in found), strict=True):
         for name in ("delta_squared", "sft_squared", "dpo_squared"):
             assert getattr(other.figures, name) == pytest.approx(getattr(one.figures, name), rel=2e-3)

@@ -27,12 +27,12 @@ from made_inputs import on_real_inputs_too
 from PIL import Image
 from torch import Tensor
 
-from expo import extrapolate, inspection
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig, InspectConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.output.findings import Inspection
 from expo.theta import stream
+from expo.verbs import extrapolate, inspect as verb
 
 SHAPES = {
     "model.embed_tokens.weight": (300, 70),
@@ -65,7 +65,7 @@ def inspect(
 
 
 def again(tmp_path: Path, **settings: object) -> Inspection:
-    return inspection.run(InspectConfig(sft=str(tmp_path / "sft"), dpo=str(tmp_path / "dpo"), **settings))
+    return verb.run(InspectConfig(sft=str(tmp_path / "sft"), dpo=str(tmp_path / "dpo"), **settings))
 
 
 def exact(sft: Tensor, dpo: Tensor) -> tuple[float, float]:
@@ -126,7 +126,7 @@ def test_one_changed_value_is_a_change(tmp_path: Path) -> None:
 def test_the_total_is_the_one_in_the_manifest(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     sft, dpo = map(str, pair)
     extrapolate.run(ExtrapolateConfig(sft=sft, dpo=dpo, alpha=(0.5,), output=str(tmp_path / "out")))
-    figures = inspection.run(InspectConfig(sft=sft, dpo=dpo)).total.describe()
+    figures = verb.run(InspectConfig(sft=sft, dpo=dpo)).total.describe()
     manifest = json.loads((tmp_path / "out" / "expo.json").read_text())["delta"]
     assert [figures[name] for name in ("relative", "delta_norm", "sft_norm")] == pytest.approx(
         [manifest[name] for name in ("relative", "norm", "sft_norm")], rel=1e-12
@@ -140,7 +140,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
 
 @on_real_inputs_too
 def test_the_trained_pair_looks_as_it_should(trained: Path) -> None:
-    found = inspection.run(InspectConfig(sft=str(trained / "tiny-sft"), dpo=str(trained / "tiny-dpo")))
+    found = verb.run(InspectConfig(sft=str(trained / "tiny-sft"), dpo=str(trained / "tiny-dpo")))
     assert found.suits == "likely"
     layers = json.loads((trained / "tiny-sft" / "config.json").read_text())["num_hidden_layers"]
     tensors = read_checkpoint_tensors(trained / "tiny-sft")
@@ -193,7 +193,7 @@ def test_eight_bit_floats_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", [None, 0, 15, 16, 99])
 def test_integers_are_compared_byte_by_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: int | None) -> None:
-    monkeypatch.setattr(inspection, "COMPARED_BYTES", 16)
+    monkeypatch.setattr(verb, "COMPARED_BYTES", 16)
     sft, dpo = random_pair({"w": (4,)})
     sft["ids"], dpo["ids"] = (torch.arange(100, dtype=torch.uint8) for _ in range(2))
     sft["mask"] = dpo["mask"] = torch.tensor([True, False])
@@ -426,7 +426,7 @@ def test_a_dry_run_reads_headers_alone(pair: tuple[Path, Path]) -> None:
 
 def test_a_recipe_knows_its_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(inspection, "plan", lambda settings: seen.append(settings) or NotImplemented)
+    monkeypatch.setattr(verb, "plan", lambda settings: seen.append(settings) or NotImplemented)
     with pytest.raises(AttributeError):
         cli.run(["inspect", "--recipe", "zephyr-7b-beta", "--dry-run"])
     assert (seen[0].sft, seen[0].dpo) == ("HuggingFaceH4/mistral-7b-sft-beta", "HuggingFaceH4/zephyr-7b-beta")

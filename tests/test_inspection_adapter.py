@@ -8,9 +8,9 @@ from adapters import CASES, Maker
 from helpers import read_checkpoint_tensors
 from test_inspection import exact
 
-from expo import inspection
 from expo.config import InspectConfig
 from expo.errors import InputError
+from expo.verbs import inspect
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of every unusual choice, and these are
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of every unusual
 @pytest.mark.parametrize("case", ["saved modules", "embedding", "fan-in fan-out"])
 def test_an_adapter_is_measured_as_peft_merges_it(made: Maker, case: str) -> None:
     base, adapter = made(CASES[case], torch.float32)
-    found = inspection.run(InspectConfig(sft=str(base), dpo=str(adapter)))
+    found = inspect.run(InspectConfig(sft=str(base), dpo=str(adapter)))
     sft, dpo = read_checkpoint_tensors(base), made.merged((base, adapter))
     assert {one.name for one in found.tensors} == set(sft)
     for one in found.tensors:
@@ -32,4 +32,4 @@ def test_an_adapter_is_measured_as_peft_merges_it(made: Maker, case: str) -> Non
 def test_an_adapter_as_sft_is_refused(made: Maker) -> None:
     base, adapter = made(CASES["plain"], torch.float32)
     with pytest.raises(InputError, match="is an adapter, not a checkpoint"):
-        inspection.run(InspectConfig(sft=str(adapter), dpo=str(base)))
+        inspect.run(InspectConfig(sft=str(adapter), dpo=str(base)))

@@ -13,12 +13,12 @@ import helpers
 import pytest
 from test_generate import PROMPTS, prompt_file, rows_of, settings, write_rows  # noqa: F401 - a fixture
 
-from expo import generate as verb
 from expo.engines import Completion, EngineSpec
 from expo.errors import EnvironmentFailure, InputError
-from expo.generate import Generated
 from expo.journal import Journal
 from expo.rows import files, parts
+from expo.verbs import generate as verb
+from expo.verbs.generate import Generated
 
 SAME_IN_BOTH = (
     *("rows", "failed", "errors", "tokens_in", "tokens_out", "finish_reasons", "rows_this_run", "prompts_sha256"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from expo import generate as verb, score
 from expo.config import GenerateConfig, ScoreConfig
 from expo.engines import EngineSpec, transformers as backend
 from expo.errors import EnvironmentFailure, InputError
 from expo.rows.files import RowFiles
+from expo.verbs import generate as verb, score
 
 CATEGORIES = ("writing", "math", "stem", "roleplay", "coding", "humanities", "reasoning", "other")
 TEMPERATURES = (0.7, 0.0, 0.1, 0.7, 0.0, 0.1, 0.0, 0.7)

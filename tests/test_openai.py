@@ -18,12 +18,12 @@ import helpers
 import pytest
 from chat_server import KEY, USAGE, ChatServer, answer, cut, drip_until, error, reply, wait_for
 
-from expo import generate as verb
 from expo.cli import program as cli
 from expo.config import GenerateConfig
 from expo.engines import openai as backend
 from expo.errors import EnvironmentFailure, InputError
 from expo.journal import read_journal
+from expo.verbs import generate as verb
 
 CERTIFICATES = functools.cache(ssl.create_default_context)
 PROMPTS = [f"prompt {number}" for number in range(8)]

@@ -30,7 +30,6 @@ from helpers import (
 from safetensors import safe_open
 from torch import Tensor
 
-from expo import extrapolate
 from expo.checkpoint import folder as checkpoint
 from expo.checkpoint.dtypes import FROM_TORCH
 from expo.checkpoint.pickled import read_pickled_checkpoint, read_pickled_shard
@@ -38,6 +37,7 @@ from expo.checkpoint.tied import TIED_BY_DEFAULT
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
+from expo.verbs import extrapolate
 
 CONFIG = '{"model_type": "tiny", "torch_dtype": "bfloat16"}'
 

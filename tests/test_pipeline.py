@@ -14,8 +14,8 @@ from made_inputs import on_real_inputs_too
 from sizes import sized
 
 from demo.run import check
-from expo import score
 from expo.config import ScoreConfig
+from expo.verbs import score
 
 ROOT = Path(__file__).parents[1]
 

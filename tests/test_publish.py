@@ -11,8 +11,8 @@ import pytest
 from helpers import Result, read_checkpoint_tensors, tree, write_checkpoint
 from hub_server import READER, WRITER, FakeHub, User
 
-from expo import extrapolate
 from expo.config import ExtrapolateConfig
+from expo.verbs import extrapolate
 
 Push = Callable[..., Result]
 

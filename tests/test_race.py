@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from expo.sweep.order import Asked, put_in_order, set_aside
-from expo.sweep.race import (
+from expo.verbs.sweep.order import Asked, put_in_order, set_aside
+from expo.verbs.sweep.race import (
     ALIKE,
     HALF,
     LEAST,

@@ -12,8 +12,8 @@ from scipy import integrate, stats
 from ville import AsymptoticCS
 
 from expo.stats.racing import Lead, lead, one_sided_sign_flip_p, pairwise_sign_flip_p, shared_sums
-from expo.sweep.confirm import LEVEL, confirm
-from expo.sweep.race import Rules
+from expo.verbs.sweep.confirm import LEVEL, confirm
+from expo.verbs.sweep.race import Rules
 
 SUMS = st.lists(st.integers(-5, 5), min_size=2, max_size=9)
 

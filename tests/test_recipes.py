@@ -20,7 +20,7 @@ from expo.cli import program as cli
 from expo.config import COMMANDS, ScoreConfig
 from expo.config_files import values_for
 from expo.errors import InputError
-from expo.score.known import with_recipe
+from expo.verbs.score.known import with_recipe
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -148,7 +148,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], object]:
         seen.append(config)
         raise InputError("enough")
 
-    for verb in ("expo.sweep", "expo.inspection", "expo.generate", "expo.extrapolate"):
+    for verb in ("expo.verbs.sweep", "expo.verbs.inspect", "expo.verbs.generate", "expo.verbs.extrapolate"):
         monkeypatch.setattr(f"{verb}.run", stop)
 
     def run(line: str) -> object:

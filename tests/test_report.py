@@ -18,14 +18,14 @@ import pytest
 from made_runs import RM, made_runs
 from sizes import sized
 
-from expo.compare.comparison import compare
-from expo.compare.run import RowKey, Run, RunRow
-from expo.report.aligned import Aligned, align
-from expo.report.figures import charts_of
-from expo.report.page import build
-from expo.report.payload import columns, packed
-from expo.report.text import visible
-from expo.report.verdict import verdict
+from expo.verbs.compare.comparison import compare
+from expo.verbs.compare.run import RowKey, Run, RunRow
+from expo.verbs.report.aligned import Aligned, align
+from expo.verbs.report.figures import charts_of
+from expo.verbs.report.page import build
+from expo.verbs.report.payload import columns, packed
+from expo.verbs.report.text import visible
+from expo.verbs.report.verdict import verdict
 
 pytestmark = pytest.mark.xdist_group("browser")  # they share one
 

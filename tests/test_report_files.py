@@ -18,17 +18,17 @@ from PIL import Image
 from sizes import sized
 
 from expo.cli import program as cli
-from expo.compare.comparison import compare
-from expo.compare.run import RowKey, Run, RunRow
 from expo.config import ReportConfig
 from expo.output import charts
-from expo.report.aligned import align
-from expo.report.figures import charts_of
-from expo.report.job import plan
-from expo.report.notes import notes
-from expo.report.page import build
-from expo.report.text import digits_for, number, percent, probability, shown_interval, signed, visible
-from expo.report.verdict import decimals, verdict
+from expo.verbs.compare.comparison import compare
+from expo.verbs.compare.run import RowKey, Run, RunRow
+from expo.verbs.report.aligned import align
+from expo.verbs.report.figures import charts_of
+from expo.verbs.report.job import plan
+from expo.verbs.report.notes import notes
+from expo.verbs.report.page import build
+from expo.verbs.report.text import digits_for, number, percent, probability, shown_interval, signed, visible
+from expo.verbs.report.verdict import decimals, verdict
 
 NAMES = ("dpo", "dpo-ExPO-a0.3", "dpo-ExPO-a0.5")
 

@@ -11,7 +11,6 @@ import pytest
 from made_races import RM, MadeRace, made_race
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from expo.compare.curve import curve_points
 from expo.config import ReportConfig
 from expo.files import Row, json_text
 from expo.output import charts
@@ -19,15 +18,16 @@ from expo.output.course import race_course
 from expo.output.curves import OF_RACE, Confirmed, Estimate, alpha_curve
 from expo.output.races import RaceRecord, read_race
 from expo.output.sweeps import RECORD, read_sweep
-from expo.report.aligned import align
-from expo.report.figures import COURSE, tracks_of
-from expo.report.job import run
-from expo.report.notes import sweep_notes
-from expo.report.page import build
-from expo.report.race import OF_ALL
-from expo.report.verdict import verdict
-from expo.sweep.picture import picture
-from expo.sweep.text import as_text
+from expo.verbs.compare.curve import curve_points
+from expo.verbs.report.aligned import align
+from expo.verbs.report.figures import COURSE, tracks_of
+from expo.verbs.report.job import run
+from expo.verbs.report.notes import sweep_notes
+from expo.verbs.report.page import build
+from expo.verbs.report.race import OF_ALL
+from expo.verbs.report.verdict import verdict
+from expo.verbs.sweep.picture import picture
+from expo.verbs.sweep.text import as_text
 
 
 def peak(alpha: float) -> float:

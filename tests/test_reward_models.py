@@ -18,11 +18,11 @@ from test_score import ROWS, numbers, settings, write_outputs
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from expo import score as verb
 from expo.engines import SCORERS, EngineSpec, reward_adapters, reward_loading as loading, transformers_reward as backend
 from expo.engines.reward_models import ADAPTER, BROUGHT, CLASSIFIER, HEADED, PAIRS, find_reward_model, kind_of
 from expo.engines.reward_tokens import PairTokenizer, pair_of, token_types
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
+from expo.verbs import score as verb
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 BATCHES = (1, 10_000)

@@ -17,13 +17,13 @@ from crashes import killed_when
 from helpers import VISION
 from made_inputs import on_real_inputs_too
 
-from expo import score as verb
 from expo.cli.score import show
 from expo.config import ScoreConfig
 from expo.engines import ScorerSetup, coverage, transformers_reward as backend
 from expo.engines.reward_classes import unread_id
 from expo.errors import EnvironmentFailure, InputError
-from expo.score.rows import cut
+from expo.verbs import score as verb
+from expo.verbs.score.rows import cut
 
 ROWS = [(" ".join(f"w{(5 * row + word) % 50}" for word in range(2 + row % 4)), "w3 " * (row % 9)) for row in range(14)]
 
@@ -108,8 +108,8 @@ def test_files_and_figures(reward_model, outputs, tmp_path):
 
 
 def test_prompts_hash_is_the_one_generate_wrote(llama_pair, reward_model, tmp_path):
-    from expo import generate
     from expo.config import GenerateConfig
+    from expo.verbs import generate
 
     task = tmp_path / "q.jsonl"
     task.write_text("".join(json.dumps({"prompt": prompt, "id": f"r{n}"}) + "\n" for n, (prompt, _) in enumerate(ROWS)))

@@ -14,10 +14,10 @@ import torch
 from test_score import ROWS, make_reward_model, numbers, outputs, reward_model, settings  # noqa: F401 - fixtures
 from test_scorers import SHAPE, make
 
-from expo import score as verb
 from expo.engines import ScorerSetup, torch_tools, transformers_reward as backend, vllm_tools as tools
 from expo.errors import EnvironmentFailure, InputError
-from expo.score.rows import cut
+from expo.verbs import score as verb
+from expo.verbs.score.rows import cut
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"

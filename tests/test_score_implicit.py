@@ -19,14 +19,14 @@ from made_inputs import on_real_inputs_too
 from test_score import ROWS, make_reward_model, numbers, write_outputs
 from torch.nn.functional import cross_entropy
 
-from expo import score as verb
 from expo.cli import program as cli
 from expo.config import ScoreConfig
 from expo.engines import transformers_log_probs as backend
 from expo.engines.log_probs import Answered, LogProbSetup
 from expo.engines.transformers_log_probs import TransformersLogProbs
 from expo.errors import EnvironmentFailure, InputError
-from expo.score.implicit import answer_span
+from expo.verbs import score as verb
+from expo.verbs.score.implicit import answer_span
 
 AWKWARD = [("w1 w2", ""), ("</s> <s> w3", "w4 </s> <s> w5 </s>"), ("<|user|> w1", "<|assistant|> w2 <|system|>")]
 

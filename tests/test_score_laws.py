@@ -17,10 +17,10 @@ from helpers import CHAT_TEMPLATE, tree
 from made_inputs import on_real_inputs_too
 from test_score import ROWS, make_reward_model, numbers, rewards_alone, settings, write_outputs
 
-from expo import score as verb
 from expo.config import ScoreConfig
 from expo.errors import InputError
 from expo.journal import Journal
+from expo.verbs import score as verb
 
 SPELLED = ("<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "[INST]", "<|im_end|>", "{{ bos_token }}")
 TEXTS = [("w1 w2", "w3"), *((f"w1 {word} w2", "w3") for word in SPELLED), *(("w1", f"{w} w2 {w}") for w in SPELLED)]

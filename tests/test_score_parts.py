@@ -9,12 +9,12 @@ import helpers
 import pytest
 from test_score import ROWS, numbers, outputs, reward_model, settings, write_outputs  # noqa: F401 - fixtures
 
-from expo import score as verb
 from expo.engines import transformers_reward as backend
 from expo.errors import InputError
 from expo.rows.parts import read_part
 from expo.rows.worker import Worker
 from expo.rows.workers import Crew
+from expo.verbs import score as verb
 
 SAME = ("n", "rows", "failed", "truncated", "prompts_sha256", "outputs_sha256", "fingerprint", "config", "versions")
 

@@ -17,13 +17,13 @@ from helpers import tree
 from safetensors.torch import load_file, save_file
 from test_score import ROWS, edited, make_reward_model, numbers, rewards_alone, settings, write_outputs
 
-from expo import score as verb
 from expo.cli import program as cli
 from expo.config import ScoreConfig
 from expo.engines import transformers_reward as backend
 from expo.errors import EnvironmentFailure, InputError
 from expo.rows import EngineKeeper
-from expo.score import scorers
+from expo.verbs import score as verb
+from expo.verbs.score import scorers
 
 THREE = ["m.jsonl", "m.meta.json", "m.rows.jsonl"]
 SIX = sorted([*THREE, *(name.replace("m.", "m@other.", 1) for name in THREE)])

@@ -31,7 +31,7 @@ from expo.engines import (
 )
 from expo.engines.reward_classes import READ_LAST, VLLM_ARCHITECTURES, class_of_last, unread_id
 from expo.errors import EnvironmentFailure, InputError
-from expo.score.rows import cut
+from expo.verbs.score.rows import cut
 
 HERE = Path(__file__).parent
 CONTEXT, VOCABULARY, END = 96, 64, 2

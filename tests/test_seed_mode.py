@@ -13,11 +13,11 @@ import torch
 from chat_server import ChatServer
 from hypothesis import given, strategies as st
 
-from expo import generate
 from expo.config import GenerateConfig
 from expo.engines import Request, request_seed
 from expo.engines.transformers import sampling_noise
 from expo.rows import EngineKeeper
+from expo.verbs import generate
 
 ROWS = 120
 MANY = 2000

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import pytest
 
-from expo import extrapolate
 from expo.config import COMMANDS, ExtrapolateConfig, GenerateConfig, InspectConfig, ScoreConfig, ThetaConfig
 from expo.engines import GENERATORS
 from expo.errors import InputError
 from expo.files import json_line
 from expo.journal import Journal
 from expo.settings import Fingerprint, Setting, absent_values, recorded, require_same, settings_of
+from expo.verbs import extrapolate
 
 RULES = {
     "rule": "linear",

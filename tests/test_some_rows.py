@@ -21,16 +21,17 @@ from test_generate import settings, write_rows
 from test_mtbench import QUESTIONS
 from test_score import make_reward_model, settings as score_settings
 
-from expo import generate, rows, score
-from expo.compare.comparison import compare
-from expo.compare.reading import read_runs
+from expo import rows
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, Completion, EngineSpec, Failure
 from expo.errors import EnvironmentFailure, InputError
-from expo.generate import GenerateJob
-from expo.report.aligned import align
 from expo.rows.job import Done, RowJob
-from expo.score.job import ScoreJob
+from expo.verbs import generate, score
+from expo.verbs.compare.comparison import compare
+from expo.verbs.compare.reading import read_runs
+from expo.verbs.generate import GenerateJob
+from expo.verbs.report.aligned import align
+from expo.verbs.score.job import ScoreJob
 
 PROMPTS = [
     {"id": f"q{row}", "prompt": " ".join(f"w{(3 * row + word) % 50}" for word in range(1 + row % 7))}

@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 from sizes import FULL
 from test_score import make_reward_model
 
-from expo import extrapolate, generate, report, score, sweep as verb
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig, GenerateConfig, ReportConfig, ScoreConfig, SweepConfig
 from expo.engines.transformers import TransformersGenerator
 from expo.engines.transformers_reward import TransformersScorer
 from expo.errors import InputError
 from expo.rows import dates
-from expo.sweep import conclude
-from expo.sweep.figures import Choice
-from expo.sweep.plan import in_sweep
+from expo.verbs import extrapolate, generate, report, score, sweep as verb
+from expo.verbs.sweep import conclude
+from expo.verbs.sweep.figures import Choice
+from expo.verbs.sweep.plan import in_sweep
 
 PROMPTS = [f"w{number} w{number * 7 % 50} w{number * 3 % 50}" for number in range(12)]
 ALPHAS = (0.5, 2.0)

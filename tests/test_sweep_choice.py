@@ -12,16 +12,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from expo.compare.comparison import compare
-from expo.compare.curve import curve_points
-from expo.compare.run import RowKey, Run, RunRow
 from expo.errors import InputError
 from expo.output import charts
 from expo.output.curves import CurvePoint, Estimate, alpha_curve
-from expo.sweep.choice import choose
-from expo.sweep.figures import Choice
-from expo.sweep.picture import picture
-from expo.sweep.text import as_text
+from expo.verbs.compare.comparison import compare
+from expo.verbs.compare.curve import curve_points
+from expo.verbs.compare.run import RowKey, Run, RunRow
+from expo.verbs.sweep.choice import choose
+from expo.verbs.sweep.figures import Choice
+from expo.verbs.sweep.picture import picture
+from expo.verbs.sweep.text import as_text
 
 RM, SECOND = "org/rm", "org/second"
 PROMPTS = 40

@@ -12,14 +12,14 @@ import pytest
 from test_generate import settings
 from test_orphans import wait_until_gone
 
-from expo import generate as verb
 from expo.errors import EnvironmentFailure, InputError
 from expo.parts import all_parts
 from expo.rows import workers
 from expo.rows.worker import MAX_STARTS, Worker
-from expo.sweep import lanes
-from expo.sweep.lanes import Lane, Lanes, environment_of, shared_gpus
-from expo.sweep.placement import Place
+from expo.verbs import generate as verb
+from expo.verbs.sweep import lanes
+from expo.verbs.sweep.lanes import Lane, Lanes, environment_of, shared_gpus
+from expo.verbs.sweep.placement import Place
 
 STAYS = "for line in os.fdopen(JOBS): os.write(REPLIES, b'{\"exit_code\": 0}\\n')"
 PARTLY = "for line in os.fdopen(JOBS): os.write(REPLIES, b'{\"exit_code\": 3}\\n')"

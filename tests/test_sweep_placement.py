@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from expo.errors import InputError
-from expo.sweep.placement import GPU_SHARE, HOST_SHARE, Model, as_told, on_cpu, on_gpus
+from expo.verbs.sweep.placement import GPU_SHARE, HOST_SHARE, Model, as_told, on_cpu, on_gpus
 
 GB = 1 << 30
 

@@ -28,10 +28,10 @@ from test_sweep import (  # fixtures, too
     verdicts,  # noqa: F401
 )
 
-from expo import extrapolate, sweep as verb
 from expo.arguments import arguments_of
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
+from expo.verbs import extrapolate, sweep as verb
 
 STOPS = sized(ci=4, full=12)
 

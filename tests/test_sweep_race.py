@@ -30,12 +30,12 @@ from test_sweep import (  # fixtures, too
 )
 from test_sweep_processes import wait_until_no_row_is_written
 
-from expo import sweep as verb
 from expo.arguments import arguments_of
 from expo.cli import program as cli
 from expo.config import SweepConfig
 from expo.errors import InputError
-from expo.sweep.estimate import plan_with_cost
+from expo.verbs import sweep as verb
+from expo.verbs.sweep.estimate import plan_with_cost
 
 pytestmark = pytest.mark.xdist_group("race")  # they share what was raced
 

@@ -20,7 +20,6 @@ from conftest import _tokenizer
 from sizes import in_full, sized
 from switches import EMBEDDING, FIRST, NORM, PROJECTION, SECOND, job, made_by, observe
 
-from expo import generate
 from expo.config import GenerateConfig, ThetaConfig
 from expo.engines import Probed, verdicts
 from expo.engines.held import PACKED, differing, is_packed
@@ -31,12 +30,13 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.files import natural
 from expo.rows import EngineKeeper
 from expo.rows.worker import Worker
-from expo.sweep import switch
 from expo.theta import moves
 from expo.theta.moves import kind_of, moved_kinds, seen_kinds, stored_heads
 from expo.theta.pair import plan_theta
 from expo.theta.plan import PairPlan
 from expo.theta.tensors import Theta
+from expo.verbs import generate
+from expo.verbs.sweep import switch
 
 HERE = Path(__file__).parent
 MODELS = ("llama", "phi3", "qwen3_moe")

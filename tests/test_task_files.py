@@ -13,8 +13,8 @@ import pytest
 
 from expo.config import GenerateConfig
 from expo.errors import InputError
-from expo.generate.requests import require_one_system_message
 from expo.tasks import Answer, Prompt, find_task, load_prompts, read_conversations, read_rows
+from expo.verbs.generate.requests import require_one_system_message
 
 USER = {"role": "user", "content": "a?"}
 ASSISTANT = {"role": "assistant", "content": "b"}

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from expo import generate as verb
 from expo.config import GenerateConfig
 from expo.engines import vllm as backend, vllm_tools as tools
 from expo.errors import EnvironmentFailure, ExpoError, InputError, MissingExtra
+from expo.verbs import generate as verb
 
 ROWS = 8
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 15.7 GiB"

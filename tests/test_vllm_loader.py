@@ -62,7 +62,7 @@ def test_what_must_be_given_is_named() -> None:
 OFFLINE = """
 import gc, json, sys
 from expo.config import GenerateConfig
-from expo.generate import plan
+from expo.verbs.generate import plan
 
 def planned(**settings):
     decoding = {"temperature": 0.0, "max_tokens": 8, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -181,7 +181,7 @@ from vllm.v1.engine import utils
 from vllm.v1.executor import multiproc_executor
 from expo.config import GenerateConfig
 from expo.errors import EnvironmentFailure
-from expo.generate import plan
+from expo.verbs.generate import plan
 from expo.theta.tensors import Theta
 
 settings, started = json.loads(sys.argv[1]), Path(sys.argv[2])

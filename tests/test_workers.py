@@ -17,7 +17,6 @@ from sizes import sized
 from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
-from expo import generate as verb
 from expo.cli import program as cli, work
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, EngineSpec
@@ -26,6 +25,7 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.rows import EngineKeeper, workers
 from expo.rows.worker import MAX_STARTS, LineCount, Worker
 from expo.rows.workers import Crew
+from expo.verbs import generate as verb
 
 
 def config(**values) -> GenerateConfig:

@@ -83,8 +83,8 @@ def run(output_dir: Path) -> int:
 
 def write_theta(pair: pairs.Pair, folder: Path) -> str:
     """Write θ(α) as `expo extrapolate` does; its folder."""
-    from expo import extrapolate
     from expo.config import ExtrapolateConfig
+    from expo.verbs import extrapolate
 
     output = str(folder / "written")
     extrapolate.run(ExtrapolateConfig(sft=pair.sft, dpo=pair.dpo, alpha=(pair.alpha,), output=output, fsync=False))

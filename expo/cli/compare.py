@@ -9,7 +9,7 @@ from expo.cli.command import Command, Shown
 from expo.config import CompareConfig
 
 if TYPE_CHECKING:
-    from expo.compare import Compared
+    from expo.verbs.compare import Compared
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def show(result: Compared) -> Shown:
 
 COMMAND = Command(
     config=CompareConfig,
-    verb="expo.compare",
+    verb="expo.verbs.compare",
     help="Compare runs on the prompts they share: RUN is a name, an output file or a reward file.",
     examples=EXAMPLES,
     show=show,

@@ -12,7 +12,7 @@ from expo.config import ExtrapolateConfig
 from expo.theta.rules import RULES
 
 if TYPE_CHECKING:
-    from expo.extrapolate import Written
+    from expo.verbs.extrapolate import Written
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def show(outputs: Sequence[Written]) -> Shown:
 
 COMMAND = Command(
     config=ExtrapolateConfig,
-    verb="expo.extrapolate",
+    verb="expo.verbs.extrapolate",
     help="Write the extrapolated checkpoint θ(α), streaming both inputs in constant memory.",
     examples=EXAMPLES,
     show=show,

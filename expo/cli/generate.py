@@ -12,7 +12,7 @@ from expo.engines import GENERATORS
 from expo.theta.rules import RULES
 
 if TYPE_CHECKING:
-    from expo.generate import Generated
+    from expo.verbs.generate import Generated
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def not_meant(levels: Levels) -> frozenset[str]:
 
 COMMAND = Command(
     config=GenerateConfig,
-    verb="expo.generate",
+    verb="expo.verbs.generate",
     help="Generate answers to a task's prompts; TASK is ultrafeedback, alpaca, mtbench, or a file of prompts.",
     examples=EXAMPLES,
     show=show,

@@ -28,7 +28,7 @@ def show(found: Inspection) -> Shown:
 
 COMMAND = Command(
     config=InspectConfig,
-    verb="expo.inspection",
+    verb="expo.verbs.inspect",
     help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and judge whether ExPO suits the pair.",
     examples=EXAMPLES,
     show=show,

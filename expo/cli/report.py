@@ -9,7 +9,7 @@ from expo.cli.command import Command, Shown
 from expo.config import ReportConfig
 
 if TYPE_CHECKING:
-    from expo.report import Report
+    from expo.verbs.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def show(report: Report) -> Shown:
 
 COMMAND = Command(
     config=ReportConfig,
-    verb="expo.report",
+    verb="expo.verbs.report",
     help="Write one HTML page about two or more runs: who wins, by how much, is it only longer, and where.",
     examples=EXAMPLES,
     show=show,

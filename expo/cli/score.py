@@ -11,7 +11,7 @@ from expo.config import ScoreConfig
 from expo.engines import SCORERS
 
 if TYPE_CHECKING:
-    from expo.score import Scored
+    from expo.verbs.score import Scored
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def not_meant(levels: Levels) -> frozenset[str]:
 
 COMMAND = Command(
     config=ScoreConfig,
-    verb="expo.score",
+    verb="expo.verbs.score",
     help="Score generated answers with a reward model: raw logits, one per row. With several, the JSON object is the "
     "first one's, and those of the others are in its list `further`.",
     examples=EXAMPLES,

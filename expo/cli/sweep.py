@@ -11,7 +11,7 @@ from expo.engines import GENERATORS
 from expo.theta.rules import RULES
 
 if TYPE_CHECKING:
-    from expo.sweep import Swept
+    from expo.verbs.sweep import Swept
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def show(result: Swept) -> Shown:
 
 COMMAND = Command(
     config=SweepConfig,
-    verb="expo.sweep",
+    verb="expo.verbs.sweep",
     help="Find the best α: answers of every θ(α) from one live engine, scored by a reward model, compared by prompt.",
     examples=EXAMPLES,
     show=show,

@@ -3,7 +3,7 @@
 A reload can leave old state behind: packed copies of weights, tied heads, buffers, cached prompts. So an engine that
 was switched to θ(α) is asked what an engine that was started with it is asked: what follows some prompts, and the hash
 of each tensor that it holds (`held.py`). Hashes see what answers hide in their rounding; answers see what is no tensor.
-`verdicts.py` knows what a proof is good for and keeps it, `expo.sweep.switch` makes one.
+`verdicts.py` knows what a proof is good for and keeps it, `expo.verbs.sweep.switch` makes one.
 """
 
 from __future__ import annotations

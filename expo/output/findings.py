@@ -1,6 +1,6 @@
 """The findings of an inspection: figures per tensor, layer and module, the verdict, and both as text and data.
 
-Nothing here reads a file; `inspection.py` measures.
+Nothing here reads a file; `verbs/inspect.py` measures.
 """
 
 from __future__ import annotations

@@ -1,0 +1,192 @@
+"""Making what a sweep lacks: answers in the policy's lane, their rewards in the lanes of the reward models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Self
+
+from expo.files import Row
+from expo.output.findings import Inspection
+from expo.rows import RowJob, is_complete
+from expo.rows.files import RowFiles
+from expo.rows.worker import Worker
+from expo.verbs.compare.finding import Source
+from expo.verbs.compare.reading import read_sources
+from expo.verbs.compare.run import Run
+from expo.verbs.generate import GenerateJob
+from expo.verbs.score import ScoreJob
+from expo.verbs.sweep.lanes import Lane, Lanes, environment_of, shared_gpus
+from expo.verbs.sweep.pair import inspect_pair
+from expo.verbs.sweep.plan import SweepPlan, quiet
+from expo.verbs.sweep.record import mark_unfinished
+from expo.verbs.sweep.switch import prove
+
+log = logging.getLogger(__name__)
+
+
+class Making:
+    """The lanes of a sweep, what goes from one to the next, and what was made.
+
+    Args:
+        job: The plan.
+        processes: Of the policy and of the first reward model, where they have been started already; taken from here.
+        inspected: The pair, where something is to be generated.
+    """
+
+    def __init__(self, job: SweepPlan, processes: list[Worker], inspected: Inspection | None) -> None:
+        self.generated: list[float] = []
+        """The α whose answers were made in this run."""
+        self.rewards: dict[float, list[RowFiles]] = {}
+        """α → the files of each reward model."""
+        self._first_rewards: list[ScoreJob] = []  # planned first: those of other α have their engines and dates
+        self.switch: Row | None = None
+        """Whether the policy's engine could be switched, where it was asked."""
+        self._job, self._inspected = job, inspected
+        self._alpha_of: dict[Path, float] = {}
+        policy, *others = job.places
+        self._policy = Lane("the policy", environment_of(policy), self._pass_on, shares=shared_gpus(policy))
+        self._lanes = [
+            Lane(
+                model.location.label,
+                environment_of(place),
+                _say,
+                fed_by=self._policy,
+                waits=not place.side_by_side,
+                shares=shared_gpus(place),
+            )
+            for model, place in zip(job.reward_models, others, strict=True)
+        ]
+        for lane in (self._policy, *self._lanes):
+            if processes:
+                lane.use(processes.pop(0))
+        self._is_asked = self._is_proved = False
+        self._loaded: float | None = None  # the α whose weights the policy's engine has
+        self._settled: set[float] = set()  # the α that lack no reward of an answer
+        self._running = Lanes([self._policy, *self._lanes])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._running.close()
+
+    def make(
+        self,
+        jobs: Mapping[float, GenerateJob],
+        label: str = "sweep",
+        *,
+        before: Callable[[], object] = lambda: None,
+        more: bool = False,
+    ) -> None:
+        """Generate and score what is missing of some α.
+
+        Args:
+            jobs: α → the answers that are needed, in the order in which they are made.
+            label: Of the progress bar.
+            before: Called before anything is made, if something is.
+            more: Whether further ones may be asked for.
+
+        Raises:
+            InputError: Settings or inputs are at fault.
+            EnvironmentFailure: An engine, the disk or the network failed; finished rows are kept.
+        """
+        there = 0
+        for alpha in sorted(jobs, key=lambda alpha: alpha != self._loaded):  # the one that the engine has comes first
+            one = jobs[alpha]
+            self._alpha_of[one.files.final] = alpha
+            if is_complete(one):
+                there += len(one.keys) * (1 + len(self._lanes)) - self._add_rewards(alpha)
+            else:
+                self._policy.add(one)
+        if self._running.is_over:
+            return
+        mark_unfinished(self._job.folder, self._job.first.fingerprint)
+        before()
+        if not self._is_proved:
+            self._prove(self._policy.waiting, may_switch=more or len(self._policy.waiting) > 1)
+        total = sum(len(one.keys) for one in jobs.values()) * (1 + len(self._lanes))
+        self._running.run(label, total, max(there, 0), _import_what_chooses, more=more)
+
+    def runs(self, alphas: Sequence[float]) -> list[Run]:
+        """The answers of these α and their rewards by this run's reward models, as they are on disk."""
+        return read_sources([self._source(alpha) for alpha in alphas], self._job.config.dataset)
+
+    def _source(self, alpha: float) -> Source:
+        answers = self._job.job_of(alpha)
+        files = tuple(file.final for file in self.rewards[alpha])
+        return Source(answers.name, answers.name, answers.task.name, answers.files.final, files)
+
+    @property
+    def known(self) -> Row:
+        """What is known of the pair and of the switch in this run."""
+        pair = {"suits": self._inspected.suits, "verdict": self._inspected.verdict} if self._inspected else None
+        return {name: said for name, said in (("pair", pair), ("switch", self.switch)) if said is not None}
+
+    def _prove(self, waiting: Sequence[RowJob], *, may_switch: bool) -> None:
+        """Before rows depend on it: see that the policy's engine can go from one α to the next."""
+        if not waiting or not may_switch:
+            return
+        self._is_proved = True
+        first = self._job.job_of(self._alpha_of[waiting[0].files.final])
+        self._inspected = self._inspected or inspect_pair(self._job.config)
+        proof = prove(lambda: self._new_policy(waiting[0]), first, self._inspected)
+        seconds = {"start_seconds": proof.start_seconds, "switch_seconds": proof.switch_seconds}
+        known = {key: round(value, 3) for key, value in seconds.items() if value is not None}
+        self.switch = {"proved": proof.proved, "reason": proof.reason, **known}
+        if proof.worker is not None:
+            self._policy.take_over(proof.worker)
+        if proof.proved:
+            log.info("switching α in the live engine: %s", proof.reason)
+        else:
+            log.warning("%s; so the engine is started for each α", proof.reason)
+            self._policy.stays = False
+
+    def _new_policy(self, first: RowJob) -> Worker:
+        """A process for a proof; the one that comes after it imports its engine meanwhile."""
+        worker = self._policy.new_worker(first)
+        if not self._is_asked:
+            self._is_asked = True
+            self._policy.preload(self._job.first.verb, self._job.first.engine)
+        return worker
+
+    def _pass_on(self, made: RowJob) -> None:
+        """Hand an α's answers to the reward models."""
+        alpha = self._alpha_of[made.files.final]
+        self.generated += [] if alpha in self.generated else [alpha]
+        self._loaded = alpha
+        self._settled.discard(alpha)
+        speed = made.files.look().meta["tokens_per_second"]
+        log.info("α = %r: %d answers, %.0f tokens/s", alpha, len(made.keys), speed)
+        self._add_rewards(alpha)
+
+    def _add_rewards(self, alpha: float) -> int:
+        """Queue the rewards that an α lacks, and say how many rows they are."""
+        if alpha in self._settled:
+            return 0
+        with quiet(logging.WARNING):
+            jobs = self._job.scoring(alpha, self._first_rewards)
+            self._first_rewards = self._first_rewards or jobs
+            missing = [job for job in jobs if not is_complete(job)]
+        self.rewards[alpha] = [job.files for job in jobs]
+        for job in missing:
+            self._lanes[job.number].add(job)
+        self._settled.add(alpha)  # or will be, before its next answers are asked for
+        return sum(len(job.keys) for job in missing)
+
+
+def _import_what_chooses() -> None:
+    """While engines start: what is needed at the end takes seconds to import."""
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.special"):
+        import_module(name)
+
+
+def _say(scored: RowJob) -> None:
+    """What a reward model thinks of an α, as soon as it is known."""
+    meta = scored.files.look().meta
+    if isinstance(scored, ScoreJob) and meta.get("mean") is not None:
+        spread = "" if meta["standard_error"] is None else f" ± {meta['standard_error']:.3g}"
+        figure = f"{meta['mean']:.4g}{spread} of {meta['n']:,} answers"
+        log.info("%s: mean reward %s by %s", scored.config.name, figure, scored.location.label)

@@ -1,0 +1,301 @@
+"""The plan of a sweep, made from headers, prompts and small files: a job per α, and where each engine runs.
+
+What is scored is planned when its answers are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from expo.checkpoint.folder import Location, find_folder
+from expo.checkpoint.hub import locate
+from expo.config import ScoreConfig, SweepConfig
+from expo.config.sweep import REWARD
+from expo.engines import GENERATORS, find_engine
+from expo.engines.torch_tools import find_device, gpu_bytes, own_dtype, visible_gpus
+from expo.errors import EnvironmentFailure, InputError
+from expo.files import Row
+from expo.rows import is_complete
+from expo.theta.pair import ThetaPlan
+from expo.verbs.generate import GenerateJob, plan as plan_generate
+from expo.verbs.score import ReadyModel, ScoreJob, find_reward_models, plan as plan_score
+from expo.verbs.sweep.placement import Model, Place, as_told, on_cpu, on_gpus
+from expo.verbs.sweep.race_plan import RacePlan, plan_race
+from expo.verbs.sweep.record import earlier_alphas
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a weight."""
+SHARED_SEEDS = (
+    "--seed-mode shared: answers to different prompts have the same random numbers and are not independent, as "
+    "intervals and p take them to be; --seed-mode row gives each row its own"
+)
+MORE_TOKENS = 1.25
+"""A conversation's tokens for the reward model over those for the policy, at most as a rule."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Everything a sweep will do."""
+
+    config: SweepConfig
+    folder: Path
+    jobs: dict[float, GenerateJob]
+    """α → its answers: α = 0 first, then in the order in which they are made."""
+    reward_models: tuple[ReadyModel, ...]
+    places: tuple[Place, ...]
+    """Of the policy, and of each reward model."""
+    race: RacePlan | None = None
+    """With `--search race`."""
+
+    def job_of(self, alpha: float) -> GenerateJob:
+        """The answers of an α to all prompts; it is planned now where it has not been.
+
+        Raises:
+            InputError: Its prompts have another date than those of α = 0.
+        """
+        if alpha not in self.jobs:
+            self.jobs[alpha] = _plan_alpha(self.config, alpha, self.folder, self.first, self.places[0])
+            _require_same_prompts(self.first, self.jobs[alpha])
+        return self.jobs[alpha]
+
+    @property
+    def begins_with(self) -> Mapping[float, GenerateJob]:
+        """The answers that are needed first: all of them, or in a race those to its first slice."""
+        if self.race is None:
+            return self.jobs
+        return {alpha: job.of(self.race.first_ids) for alpha, job in self.jobs.items()}
+
+    @property
+    def first(self) -> GenerateJob:
+        """The job of α = 0."""
+        return self.jobs[0.0]
+
+    @cached_property
+    def to_generate(self) -> dict[float, GenerateJob]:
+        """The α whose first answers are not all there.
+
+        Raises:
+            InputError: An output was made with other settings, and `--overwrite` is not given.
+        """
+        return {alpha: job for alpha, job in self.begins_with.items() if not is_complete(job)}
+
+    def scoring(self, alpha: float, like: Sequence[ScoreJob] = (), folder: Path | None = None) -> list[ScoreJob]:
+        """The jobs of the reward models for an α whose answers are there.
+
+        Args:
+            alpha: The α.
+            like: Those of another α, whose engines and dates these are to have.
+            folder: Where the answers are, if not in the sweep's folder.
+
+        Raises:
+            InputError: There are none, or none to score.
+        """
+        device = device_in(self.places[1], self.config.reward_device)
+        with flags_of_sweep(reward=True):
+            first = plan_score(
+                _score_config(self.config, self.job_of(alpha), str(folder or self.folder), device=device), like
+            )
+        room = int(MORE_TOKENS * self.first.setup.context_length)
+        return [job.with_room(room, self.places[1 + job.number].gpu_share) for job in (first, *first.further)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know of how answers are sampled."""
+        shared = self.config.seed_mode == "shared" and self.config.temperature != 0
+        return [SHARED_SEEDS] if shared else []
+
+    @property
+    def rows(self) -> int:
+        """The answers of one α."""
+        return len(self.first.keys)
+
+    def describe(self) -> Row:
+        """The plan as plain data."""
+        labels = ["policy", *(f"reward model {model.location.label}" for model in self.reward_models)]
+        engines = [self.first.engine, *(model.engine for model in self.reward_models)]
+        return {
+            "sft": str(theta_of(self.first).sft.path),
+            "dpo": str(theta_of(self.first).dpo.path),
+            "alphas": ", ".join(map(repr, self.jobs)),
+            **({"race": self.race.settings} if self.race else {}),
+            "task": self.first.task.name,
+            "rows_per_alpha": self.rows,
+            "engines": [
+                {"for": label, "engine": engine, "on": str(place), "bytes": place.nbytes}
+                for label, engine, place in zip(labels, engines, self.places, strict=True)
+            ],
+            "output": str(self.folder),
+        }
+
+
+def plan(config: SweepConfig) -> SweepPlan:
+    """Decide everything that can be decided before an answer is there; nothing is written.
+
+    Raises:
+        InputError: The pair, the task, a reward model or a setting is at fault.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    folder = folder_of(config)
+    engine, _ = find_engine({name: spec for name, spec in GENERATORS.items() if "local" in spec.can}, config.engine)
+    with flags_of_sweep():
+        first = plan_generate(config.generating(0.0, str(folder), engine=engine))
+    with flags_of_sweep(reward=True):
+        models = tuple(find_reward_models(_score_config(config, first, str(folder))))
+    places = _places(first, models)
+    judges = [model.location.label for model in models]
+    race = plan_race(config, first.prompts, judges) if config.search == "race" else None
+    there = earlier_alphas(folder, first.fingerprint, race.settings if race else None, overwrite=config.overwrite)
+    found = SweepPlan(config, folder, {}, models, places, race)
+    for alpha in [0.0, *sorted({*config.alphas, *there} - {0.0}, key=lambda alpha: (alpha < 0, alpha))]:
+        found.jobs[alpha] = _plan_alpha(config, alpha, folder, first, places[0])
+        _require_same_prompts(found.first, found.jobs[alpha])
+    for note in found.notes:
+        log.warning("%s", note)
+    return found
+
+
+def _plan_alpha(config: SweepConfig, alpha: float, folder: Path, like: GenerateJob, place: Place) -> GenerateJob:
+    """The answers of an α, with the engine and the template's date of another."""
+    changes: dict[str, object] = {"engine": like.engine, "device": device_in(place, config.device)}
+    if place.gpus and "tensor_parallel" in like.spec.can:
+        changes["tensor_parallel"] = len(place.gpus)
+    moment = like.date.moment if like.date else None
+    with quiet(logging.CRITICAL), flags_of_sweep():
+        job = plan_generate(config.generating(alpha, str(folder), **changes), moment)
+    return job.with_gpu_share(place.gpu_share)
+
+
+def _require_same_prompts(first: GenerateJob, other: GenerateJob) -> None:
+    """Refuse α whose prompts have another date than those of α = 0: their answers are not to the same questions.
+
+    Raises:
+        InputError: They have.
+    """
+    if first.date != other.date and [one.prompt_ids for one in first.requests] != [
+        one.prompt_ids for one in other.requests
+    ]:
+        raise InputError(
+            f"the chat template writes a date into prompts, and {first.files.final} and {other.files.final} have "
+            "different ones: move one of them away, or begin anew with --overwrite"
+        )
+
+
+def folder_of(config: SweepConfig) -> Path:
+    """Where a sweep writes.
+
+    Raises:
+        InputError: There is no such DPO model.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    return Path(config.output or Path("sweeps") / find_model(config.dpo).name)
+
+
+def find_model(model: str) -> Location:
+    """A model of the pair: a folder, or of the hub."""
+    return find_folder(model) or locate(model)
+
+
+def _score_config(config: SweepConfig, answers: GenerateJob, folder: str, **changes: object) -> ScoreConfig:
+    """The settings of `expo score` for an α's answers; the questions of mtbench are not in its outputs."""
+    questions = {"dataset": config.dataset} if answers.task.by_id else {}
+    return config.scoring(answers.name, folder, **questions, **changes)
+
+
+def device_in(place: Place, device: str) -> str:
+    """`--device` for a process that sees only the GPUs of its place."""
+    return "cuda" if place.gpus and device.startswith("cuda:") else device
+
+
+def theta_of(job: GenerateJob) -> ThetaPlan:
+    """The θ(α) that answers."""
+    if job.setup.theta is None:
+        raise InputError(f"{job.name} is no θ(α), and a sweep is of a pair")
+    return job.setup.theta
+
+
+SAID_OTHERWISE = {"name": "output", "output-dir": "output"}
+"""Flags of `expo generate` and `expo score` → what they are in a sweep."""
+SAID_OF_REWARDS = {
+    field.name.removeprefix(REWARD).replace("_", "-"): field.name.replace("_", "-")
+    for field in fields(SweepConfig)
+    if field.name.startswith(REWARD) and field.name != "reward_model"
+}
+"""The same, of flags that are the policy's in a sweep."""
+
+
+@contextmanager
+def flags_of_sweep(*, reward: bool = False) -> Iterator[None]:
+    """Have errors of `expo generate` and `expo score` name the flags as `expo sweep` has them.
+
+    Args:
+        reward: Whether a reward model's flags are meant.
+    """
+    try:
+        yield
+    except (InputError, EnvironmentFailure) as error:
+        raise type(error)(in_sweep(str(error), reward=reward)) from error
+
+
+def in_sweep(message: str, *, reward: bool) -> str:
+    """A message with the flags that a sweep has."""
+    table = {**SAID_OTHERWISE, **(SAID_OF_REWARDS if reward else {})}
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", lambda flag: f"--{table.get(flag[1], flag[1])}", message)
+
+
+@contextmanager
+def quiet(least: int) -> Iterator[None]:
+    """Without messages below a level: planning the first α has said them."""
+    root = logging.getLogger("expo")
+    level = root.level
+    root.setLevel(max(level, least))
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def _places(first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, ...]:
+    """Where the policy and each reward model run, as the settings and the sizes say."""
+    policy = Model(
+        _loaded_bytes(first.model.path, first.config.dtype, theta_of(first).pair.nbytes),
+        spreads="tensor_parallel" in first.spec.can,
+        tensor_parallel=first.config.tensor_parallel,
+    )
+    rewards = [
+        Model(
+            _loaded_bytes(model.body, model.config.dtype, _weights_bytes(model.body)),
+            spreads="tensor_parallel" in model.spec.can,
+            tensor_parallel=model.config.tensor_parallel,
+        )
+        for model in models
+    ]
+    gpus, devices = visible_gpus(), [first.config.device, *(model.config.device for model in models)]
+    for number, device in enumerate(devices):
+        with flags_of_sweep(reward=number > 0):
+            find_device(device, prefer_gpu=True)
+    if not gpus or set(devices) == {"cpu"}:
+        return tuple(on_cpu(policy, rewards, psutil.virtual_memory().available))
+    if set(devices) <= {"auto", "cuda"}:
+        return tuple(on_gpus(policy, rewards, gpus, gpu_bytes()))
+    return tuple(as_told(policy, rewards, devices, gpus, gpu_bytes()))
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _loaded_bytes(folder: Path, dtype: str, stored: int) -> int:
+    """What weights take in the data type that they run in."""
+    own = own_dtype(folder)
+    runs_in = own if dtype == "auto" else dtype
+    return stored * BYTES.get(runs_in, 4) // BYTES.get(own, 4)
