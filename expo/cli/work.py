@@ -66,7 +66,7 @@ def _end() -> NoReturn:
 def _preload(verb: str, engine: str) -> None:
     """Import a verb and an engine; whatever is wrong with them, the first job says."""
     with suppress(Exception):
-        import_module(f"expo.{verb}")
+        import_module(f"expo.verbs.{verb}")
         spec = {"generate": GENERATORS, "score": SCORERS}[verb][engine]
         spec.load()
         spec.call("preload")
@@ -90,6 +90,6 @@ def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:
         name: tuple(value) if isinstance(value, list) else value for name, value in job["settings"].items()
     }
     kind: Any = COMMANDS[job["verb"]]
-    verb = import_module(f"expo.{job['verb']}")
+    verb = import_module(f"expo.verbs.{job['verb']}")
     result = verb.run(kind(**settings), keeper, **job["options"])
     return PARTLY_FAILED if result.failed else 0
