@@ -1,8 +1,9 @@
-"""Progress on stderr: bars on a terminal; in a log file nothing, or one line per minute while rows are generated."""
+"""Progress on stderr: bars on a terminal and in a notebook; in a log file nothing, or a line per minute of rows."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,11 +24,17 @@ class Progress(Protocol):
         """The work has ended."""
 
 
+def _disabled() -> bool | None:
+    """Whether bars are off, as tqdm takes it: None is where stderr is no terminal; but in a notebook they are on."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return False if shell is not None and "IPKernelApp" in shell.config else None
+
+
 def bytes_bar(total: int, label: str, *, shown: bool = True) -> Progress:
     """A bar in bytes, with GB/s and the time left; never drawn where `shown` is false."""
     from tqdm import tqdm
 
-    off = None if shown else True
+    off = _disabled() if shown else True
     bar: Progress = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=off)
     return bar
 
@@ -36,7 +43,7 @@ def rows_bar(total: int, label: str, initial: int = 0) -> Progress:
     """A bar in rows, with rows/s and the time left."""
     from tqdm import tqdm
 
-    bar: Progress = tqdm(total=total, desc=label, unit="row", initial=initial, dynamic_ncols=True, disable=None)
+    bar: Progress = tqdm(total=total, desc=label, unit="row", initial=initial, dynamic_ncols=True, disable=_disabled())
     return bar
 
 
@@ -93,5 +100,5 @@ def rows_progress(label: str, total: int, initial: int = 0) -> RowsProgress:
     from tqdm import tqdm
 
     layout = "{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {remaining} left{postfix}"
-    bar = tqdm(total=total, desc=label, initial=initial, bar_format=layout, dynamic_ncols=True, disable=None)
+    bar = tqdm(total=total, desc=label, initial=initial, bar_format=layout, dynamic_ncols=True, disable=_disabled())
     return RowsProgress(bar, total, initial)

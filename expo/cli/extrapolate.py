@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from expo.cli.command import Command, Shown
@@ -12,7 +10,7 @@ from expo.config import ExtrapolateConfig
 from expo.theta.rules import RULES
 
 if TYPE_CHECKING:
-    from expo.verbs.extrapolate import Written
+    from expo.verbs.extrapolate import Extrapolated
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +21,13 @@ EXAMPLES = (
 )
 
 
-def show(outputs: Sequence[Written]) -> Shown:
+def show(outputs: Extrapolated) -> Shown:
     """The outputs' paths; the status of each is logged."""
     for output in outputs:
         log.info("α = %r: %s: %s", output.alpha, output.status, output.path)
         if output.pushed:
             log.info("α = %r: pushed: %s", output.alpha, output.pushed.url)
-    data = {"outputs": [dataclasses.asdict(output) for output in outputs]}
-    return Shown(data, "\n".join(str(output.path) for output in outputs))
+    return Shown(outputs.describe(), "\n".join(str(output.path) for output in outputs))
 
 
 COMMAND = Command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ PAIR = frozenset({"sft", "dpo", "alpha"})
 def show(result: Generated) -> Shown:
     """Where the output is."""
     log.info("%s: %d rows", result.status, result.rows)
-    return Shown(dataclasses.asdict(result), result.output, result.failed, result.reason, result.can_retry)
+    return Shown(result.describe(), result.output, result.failed, result.reason, result.can_retry)
 
 
 def not_meant(levels: Levels) -> frozenset[str]:

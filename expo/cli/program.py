@@ -31,6 +31,7 @@ from expo.cli.failures import EXPECTED, clean, exit_code_of, fail, say
 from expo.errors import PARTLY_FAILED, Stopped
 from expo.files import shown
 from expo.orphans import VARIABLE, end_with_parent
+from expo.process import set_environment
 from expo.settings import Setting, flag, settings_of
 
 if TYPE_CHECKING:
@@ -41,14 +42,6 @@ Config = TypeVar("Config", bound=config.CommandConfig)
 INTERRUPTED = 130
 
 log = logging.getLogger("expo")
-
-PROCESS_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin make an engine on a CPU ten times slower
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TOKENIZERS_PARALLELISM": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
-"""Set before torch is loaded, which then reads it; existing values are kept."""
 
 GC_OBJECTS = 20_000
 """Allocations between garbage collections; the default, 700, costs a seventh of the time of engine imports."""
@@ -374,8 +367,7 @@ def _usage_error(error: typer.TyperException) -> int:
 
 def main() -> None:
     """The `expo` program."""
-    for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
-        os.environ.setdefault(name, value)
+    set_environment(**({} if sys.stderr.isatty() else NO_BARS))
     gc.set_threshold(GC_OBJECTS)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal's encoding lacks

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from expo.cli.command import Command, Levels, Shown
 from expo.config import ScoreConfig
@@ -34,19 +33,12 @@ def show(result: Scored) -> Shown:
             log.info("%s%s: mean reward %.4f%s over %d rows", of, one.status, one.mean, error, one.n)
     first_failed = next((one for one in results if one.failed), result)
     return Shown(
-        data=as_json(result),
+        data=result.describe(),
         text="\n".join(str(one.rewards) for one in results),
         failed=sum(one.failed for one in results),
         reason=first_failed.reason,
         can_retry=any(one.can_retry for one in results),
     )
-
-
-def as_json(result: Scored) -> dict[str, Any]:
-    """The result as plain data; those of further reward models under `further`, where there are any."""
-    data = dataclasses.asdict(result)
-    further = [as_json(one) for one in result.further]
-    return {key: value for key, value in data.items() if key != "further"} | ({"further": further} if further else {})
 
 
 def not_meant(levels: Levels) -> frozenset[str]:

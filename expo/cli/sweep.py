@@ -36,8 +36,7 @@ def show(result: Swept) -> Shown:
     log.info("%s: %s", result.status, result.file)
     if result.checkpoint is not None:
         log.info("θ(%r): %s", result.record["best_alpha"], result.checkpoint)
-    data = {**result.record, "status": result.status, "file": result.file, "checkpoint": result.checkpoint}
-    return Shown(data, result.text, result.failed, result.reason, result.can_retry)
+    return Shown(result.describe(), result.text, result.failed, result.reason, result.can_retry)
 
 
 COMMAND = Command(

@@ -10,13 +10,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from expo.checkpoint.places import Place
 from expo.errors import listed
+from expo.output.frames import frame
 from expo.stats.changes import cosine_distance, relative_change
 from expo.theta.pair_checks import UNRELATED_CHANGE
 from expo.theta.plan import Overlap, Segment
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Suits = Literal["likely", "suspect", "identical", "mismatched"]
 
@@ -255,6 +259,13 @@ class Inspection:
             and {**dataclasses.asdict(both.vocabulary), "compared": both.vocabulary.common},
             "picture": None if self.picture is None else str(self.picture),
         }
+
+    def to_pandas(self) -> DataFrame:
+        """A row per tensor: `name`, `layer`, `module`, `shape`, dtypes, `relative` = ‖Δ‖/‖θ_sft‖, `cosine`, norms."""
+        return frame(one.describe() for one in self.tensors)
+
+    def __str__(self) -> str:
+        return self.text()
 
     def text(self) -> str:
         """A table with a row per module, the mismatches, and the verdict."""

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from expo.disk import Background, reading_ahead
 from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
+from expo.output.frames import frame
 from expo.output.manifest import Origin, card, delta_figures, manifest, vocabulary_rows
 from expo.output.publish import Destination, Pushed, find_destinations, make_repository, push
 from expo.output.writer import (
@@ -52,6 +53,8 @@ from expo.theta.pair_checks import check_change
 from expo.theta.plan import PairPlan, ShardPlan, index_json
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from expo.theta.stream import Combiner  # imports torch, which planning does without
 
 FORMAT = 1
@@ -129,8 +132,43 @@ class Written:
     pushed: Pushed | None = None
     """Where it is on the hub, if it was pushed."""
 
+    def __fspath__(self) -> str:
+        return str(self.path)
 
-def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
+    def describe(self) -> Row:
+        """The output as plain data."""
+        return asdict(self)
+
+
+class Extrapolated(tuple[Written, ...]):
+    """The result of a run: an output per α, in the order in which they were asked for."""
+
+    __slots__ = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder, where there is one α.
+
+        Raises:
+            InputError: There are several.
+        """
+        if len(self) > 1:
+            raise InputError(f"there are {len(self)} checkpoints, one for each α: take the path of one, as in [0].path")
+        return self[0].path
+
+    def describe(self) -> Row:
+        """The outputs as plain data."""
+        return {"outputs": [one.describe() for one in self]}
+
+    def to_pandas(self) -> DataFrame:
+        """A row per α: `alpha`, `path`, `status`, and where it was pushed."""
+        return frame(one.describe() for one in self)
+
+
+def run(config: ExtrapolateConfig) -> Extrapolated:
     """Write every α's checkpoint that is not complete.
 
     Raises:
@@ -146,7 +184,7 @@ def run(config: ExtrapolateConfig) -> tuple[Written, ...]:
             make_repository(output.destination, private=config.private)
     if job.todo:
         _execute(job)
-    return tuple(map(_written, job.outputs))
+    return Extrapolated(map(_written, job.outputs))
 
 
 def _written(output: Output) -> Written:

@@ -7,9 +7,11 @@ compares them (`figures.py`), and `verdict.py` and `text.py` say it in words and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from expo.config import CompareConfig
 from expo.files import Row
+from expo.output.frames import frame
 from expo.verbs.compare.comparison import compare
 from expo.verbs.compare.figures import Comparison
 from expo.verbs.compare.finding import Source, find_sources
@@ -18,6 +20,9 @@ from expo.verbs.compare.reading import read_sources
 from expo.verbs.compare.run import Run
 from expo.verbs.compare.text import as_markdown, as_text
 from expo.verbs.compare.verdict import verdicts
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,24 @@ class Compared:
     text: str
     """The tables, for a terminal or in markdown."""
 
+    def __str__(self) -> str:
+        return self.text
+
     def describe(self) -> Row:
         """As plain data, with the contract's names."""
         return {**self.comparison.describe(), "verdicts": verdicts(self.comparison)}
+
+    def to_pandas(self) -> DataFrame:
+        """A row per reward model and run, the baseline first: the figures of `describe` but for subsets and flips."""
+        described = self.comparison.describe()
+        return frame(
+            (
+                {"reward_model": table["reward_model"], **model}
+                for table in (described, *described["further"])
+                for model in table["models"]
+            ),
+            leave_out=("subsets", "flips", "flip_rows"),
+        )
 
 
 def plan(config: CompareConfig) -> ComparePlan:

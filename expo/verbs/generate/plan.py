@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.engines import (
@@ -19,7 +20,8 @@ from expo.engines import (
 )
 from expo.engines.switching import Reply, probe_prompts
 from expo.errors import InputError
-from expo.files import texts_sha256
+from expo.files import Row, read_rows, texts_sha256
+from expo.output.frames import frame
 from expo.parts import read_part
 from expo.rows import EngineKeeper, kept_or_own, plan_to_run, run as run_job
 from expo.rows.dates import find_date
@@ -29,6 +31,9 @@ from expo.tasks import find_task, load_prompts
 from expo.verbs.generate.job import GenerateJob
 from expo.verbs.generate.model import find_model, require_server
 from expo.verbs.generate.requests import RequestBuilder, require_one_system_message
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ class Generated:
     """Why the first failed row failed."""
     can_retry: bool = False
     """Whether the same command tries failed rows again, which may help."""
+
+    def __fspath__(self) -> str:
+        return str(self.output)
+
+    def describe(self) -> Row:
+        """The result as plain data."""
+        return asdict(self)
+
+    def to_pandas(self) -> DataFrame:
+        """A row per row of the output file, with its fields: those of the task's format."""
+        return frame(read_rows(self.output))
 
 
 def run(

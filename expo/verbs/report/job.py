@@ -66,6 +66,9 @@ class Report:
     notes: tuple[str, ...]
     figures: tuple[Path, ...]
 
+    def __fspath__(self) -> str:
+        return str(self.page)
+
     def describe(self) -> Row:
         """The report as plain data."""
         return {

@@ -6,6 +6,7 @@ durable as it comes, and writes the final files in output order. The loop that r
 """
 
 from expo.verbs.score.job import ScoreJob
-from expo.verbs.score.plan import ReadyModel, Scored, find_reward_models, plan, run
+from expo.verbs.score.plan import ReadyModel, find_reward_models, plan, run
+from expo.verbs.score.result import Scored
 
 __all__ = ["ReadyModel", "ScoreJob", "Scored", "find_reward_models", "plan", "run"]

@@ -36,13 +36,13 @@ from expo.parts import read_part
 from expo.rows import EngineKeeper, plan_to_run, run as run_job
 from expo.rows.dates import TemplateDate, find_date
 from expo.rows.files import RowFiles
-from expo.rows.job import Done
 from expo.settings import Fingerprint, absent_values, recorded, require_same
 from expo.tasks import Conversation, Task, find_task, read_conversations
 from expo.verbs.score.engine import choose_engine, reward_fingerprint
 from expo.verbs.score.implicit import AnswerRow, ImplicitJob, answer_span
 from expo.verbs.score.job import ScoreJob
 from expo.verbs.score.known import with_recipe
+from expo.verbs.score.result import Scored, scored
 from expo.verbs.score.rows import ScoreRow, encode_answered, score_rows
 from expo.verbs.score.scorers import ScoredBy, files_of, find_scorers
 
@@ -53,26 +53,6 @@ AnyTokenizer = TypeVar("AnyTokenizer", bound=ChatTokenizer)
 AnyRow = TypeVar("AnyRow", bound=ScoreRow)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The result of one reward model."""
-
-    rewards: Path
-    meta: Path
-    status: str
-    """"written" or "already complete"."""
-    n: int
-    mean: float | None
-    standard_error: float | None
-    failed: int
-    reason: str | None = None
-    """Why the first failed row failed."""
-    can_retry: bool = False
-    """Whether the same command tries failed rows again, which may help."""
-    further: tuple[Scored, ...] = ()
-    """Of the first: the results of the run's further reward models, in order."""
 
 
 def run(
@@ -102,14 +82,8 @@ def run(
     scorers = find_scorers(config, answers.task, only)
     jobs = [plan_to_run(partial(_job, answers, scorer, moment), config) for scorer in scorers]
     _require_different(jobs)
-    first, *further = [_scored(run_job(job.with_room(room, gpu_share), keeper)) for job in jobs]
+    first, *further = [scored(run_job(job.with_room(room, gpu_share), keeper)) for job in jobs]
     return replace(first, further=tuple(further))
-
-
-def _scored(done: Done) -> Scored:
-    meta, files = done.meta, done.job.files
-    n, mean, error = meta.get("n", meta["rows"] - meta["failed"]), meta.get("mean"), meta.get("standard_error")
-    return Scored(files.final, files.meta, done.status, n, mean, error, meta["failed"], done.reason, done.can_retry)
 
 
 def plan(config: ScoreConfig, like: Sequence[ScoreJob] = ()) -> ScoreJob:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expo import __version__
 from expo.arguments import shown
 from expo.checkpoint.folder import refuse_inside
 from expo.config import PAIR_SETTINGS, ExtrapolateConfig, SweepConfig
 from expo.files import Row, json_text, write_atomic
+from expo.output.frames import frame
 from expo.output.sweeps import PICTURE, RECORD
 from expo.settings import require_same
 from expo.stats.resampling import LEVEL, RESAMPLES
@@ -29,6 +30,9 @@ from expo.verbs.sweep.picture import picture
 from expo.verbs.sweep.plan import SweepPlan, find_model, folder_of, theta_of
 from expo.verbs.sweep.record import EQUAL, digest, is_current, is_of_equal_models, made_from, plain, read_record
 from expo.verbs.sweep.text import as_text
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 TRANSIENT = ("overwrite", "dry_run", "output", "write")
 """Settings of how a run is executed, not of what it finds."""
@@ -53,6 +57,35 @@ class Swept:
     """How many rows failed."""
     reason: str | None = None
     can_retry: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __fspath__(self) -> str:
+        return str(self.file.parent)
+
+    @property
+    def best_alpha(self) -> float:
+        """The chosen α; 0 where none is better than DPO."""
+        return float(self.record["best_alpha"])
+
+    @property
+    def verdict(self) -> str:
+        """Why, in a sentence."""
+        return str(self.record["verdict"])
+
+    @property
+    def picture(self) -> Path:
+        """The curve over α."""
+        return self.file.with_name(PICTURE)
+
+    def describe(self) -> Row:
+        """As plain data: sweep.json, and where things are."""
+        return {**self.record, "status": self.status, "file": self.file, "checkpoint": self.checkpoint}
+
+    def to_pandas(self) -> DataFrame:
+        """A row per α, with the figures that it has in sweep.json."""
+        return frame(self.record["alphas"])
 
 
 def conclude(job: SweepPlan, made: Making, raced: Raced | None, started: float) -> Swept:

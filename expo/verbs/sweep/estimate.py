@@ -17,7 +17,8 @@ from expo.config import SweepConfig
 from expo.files import Row
 from expo.output.findings import Inspection
 from expo.rows import RowJob, missing_rows
-from expo.verbs.generate import GenerateJob, plan as plan_generate
+from expo.verbs.generate import GenerateJob
+from expo.verbs.generate.plan import plan as plan_generate
 from expo.verbs.score import ScoreJob
 from expo.verbs.sweep.lanes import Lane, Lanes, environment_of
 from expo.verbs.sweep.pair import inspect_pair, is_one_model

@@ -25,8 +25,10 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
 from expo.rows import is_complete
 from expo.theta.pair import ThetaPlan
-from expo.verbs.generate import GenerateJob, plan as plan_generate
-from expo.verbs.score import ReadyModel, ScoreJob, find_reward_models, plan as plan_score
+from expo.verbs.generate import GenerateJob
+from expo.verbs.generate.plan import plan as plan_generate
+from expo.verbs.score import ReadyModel, ScoreJob, find_reward_models
+from expo.verbs.score.plan import plan as plan_score
 from expo.verbs.sweep.placement import Model, Place, as_told, on_cpu, on_gpus
 from expo.verbs.sweep.race_plan import RacePlan, plan_race
 from expo.verbs.sweep.record import earlier_alphas
