@@ -169,6 +169,16 @@ def test_the_unit_is_the_baseline_s_standard_deviation():
         assert standardized_difference(1.0, constant) is None
 
 
+def test_one_row_that_differs_in_both_says_nothing_of_equal_length():
+    """A line goes through all points: no rounding error is an interval that lies above 0."""
+    y, x = np.zeros(16), np.zeros(16)
+    y[9], x[9] = 0.30078125, 7.0
+    for scale in (1.0, 1e-9, 1e9):
+        line = at_zero(scale * y, x, np.arange(16))
+        assert (line.intercept, line.interval) == (0.0, (0.0, 0.0))
+    assert at_zero(y + 0.1, x, np.arange(16)).intercept == pytest.approx(0.1)
+
+
 # --- two reward models ----------------------------------------------------------------------------------------------
 
 

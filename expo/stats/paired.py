@@ -10,6 +10,9 @@ import numpy as np
 from expo.stats.means import Floats, Interval, Whole, clustered_mean_and_standard_error
 from expo.stats.resampling import LEVEL
 
+ROUNDING = 1e-12
+"""Of the largest of the numbers that go in, what may be nothing but their rounding."""
+
 
 def standardized_difference(difference: float, baseline: Floats) -> float | None:
     """A mean difference in standard deviations of the baseline's rewards: Glass's Δ = difference / s_baseline.
@@ -27,7 +30,7 @@ def standardized_difference(difference: float, baseline: Floats) -> float | None
     """
     spread = float(np.std(baseline, ddof=1)) if len(baseline) > 1 else 0.0
     scale = float(np.abs(baseline).max(initial=0.0))
-    return difference / spread if spread > 1e-12 * scale else None
+    return difference / spread if spread > ROUNDING * scale else None
 
 
 def win_rate(differences: Floats, clusters: Whole, *, level: float = LEVEL) -> tuple[float | None, Interval | None]:
@@ -99,7 +102,7 @@ def at_zero(
         x are 0 the line is flat.
     """
     scale = float(np.abs(others).max(initial=0.0))
-    if not len(differences) or (scale and np.ptp(others) <= 1e-12 * scale):
+    if not len(differences) or (scale and np.ptp(others) <= ROUNDING * scale):
         return None
     powers = min(3 if curved else 2, len(np.unique(others)))
     x = np.stack([(others / (scale or 1.0)) ** power for power in range(powers)], axis=1)  # (n, k)
@@ -107,12 +110,13 @@ def at_zero(
     fitted = inverse @ (x.T @ differences)
     slope = float(fitted[1] / scale) if scale else None
     error = _robust_error(x, differences - x @ fitted, inverse, clusters)
-    intercept = float(fitted[0])
+    noise = ROUNDING * float(np.abs(differences).max())  # of a line through all points, whose interval would be noise
+    intercept = float(fitted[0]) if abs(fitted[0]) > noise else 0.0
     if error is None:
         return Line(intercept, slope, None, None)
     from scipy.special import stdtrit
 
-    half = float(stdtrit(len(np.unique(clusters)) - 1, (1 + level) / 2)) * error
+    half = float(stdtrit(len(np.unique(clusters)) - 1, (1 + level) / 2)) * (error if error > noise else 0.0)
     return Line(intercept, slope, error, (intercept - half, intercept + half))
 
 
