@@ -117,7 +117,7 @@ def extrapolate(
         rule: Formula that makes θ(α), by its name.
         alpha_for: Give matching tensors an α of their own; repeatable, the first match wins.
         exclude: Copy matching tensors from DPO, whatever alpha_for says; repeatable.
-        missing: Tensors that one side lacks: refuse the pair, or copy DPO's own and go without SFT's.
+        missing: Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.
         vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy
             DPO's others.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
@@ -288,16 +288,17 @@ def generate(
 
     Args:
         model: The model: a directory, hub id, or id@revision; for openai, its name on the server.
-        sft: Instead of model, θ(α) made while the engine loads: the SFT checkpoint θ_sft.
+        sft: The SFT checkpoint θ_sft: instead of model, θ(α) is made while the engine loads.
         dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
         alpha: Extrapolation strength α.
-        name: Name of the output and its generator. [default: the model's, or <DPO name>-ExPO-a<A>]
-        base_url: URL of the openai engine's server, whose API key is read from OPENAI_API_KEY.
+        name: Name of the output files, and of the generator in them. [default: the model's, or <DPO
+            name>-ExPO-a<A>]
+        base_url: URL of the server (openai); its API key is read from OPENAI_API_KEY.
         concurrency: Maximum number of concurrent requests (openai).
         rule: Formula that makes θ(α), by its name.
         alpha_for: Give matching tensors an α of their own; repeatable, the first match wins.
         exclude: Copy matching tensors from DPO, whatever alpha_for says; repeatable.
-        missing: Tensors that one side lacks: refuse the pair, or copy DPO's own and go without SFT's.
+        missing: Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.
         vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy
             DPO's others.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
@@ -415,15 +416,14 @@ def score(
         name: Name of the output to score, as given to or chosen by `expo generate`.
         outputs: The file to score, if it is not outputs_<task>/<name>.
         dataset: Read mtbench's questions from a local file or another hub dataset.
-        reward_model: A reward model, which has one label: a directory, hub id, or id@revision;
-            repeatable: each further one writes NAME@<its name>.jsonl. [default: weqweasdas/RM-
-            Mistral-7B]
+        reward_model: A reward model with one label: a directory, hub id, or id@revision; repeatable:
+            each further one writes NAME@<its name>.jsonl. [default: weqweasdas/RM-Mistral-7B]
         implicit_reward: Score with the implicit reward β(log π_dpo − log π_sft) of dpo over sft; beside
             reward models it writes NAME@implicit.jsonl.
-        sft: Of the implicit reward: the SFT checkpoint π_sft.
-        dpo: Of the implicit reward: the checkpoint π_dpo trained from it, whose tokenizer and chat
-            template count.
-        beta: Of the implicit reward: β, which all rewards are multiplied by.
+        sft: The SFT checkpoint π_sft (implicit reward).
+        dpo: The checkpoint π_dpo trained from it, whose tokenizer and chat template are used (implicit
+            reward).
+        beta: β, the scale of the implicit reward.
         engine: Engine that runs the reward model; auto is vLLM on a GPU where it is installed and expo
             has tested the architecture, else transformers, and goes on with the engine of the output
             that is there.
@@ -490,14 +490,13 @@ def compare(
         InputError: A run is missing or damaged, or they cannot be paired.
 
     Args:
-        flips: How many of the rows that a model loses, and wins, by the most to name.
+        flips: Number of rows to name that a model wins, and loses, by the most.
         markdown: Print the table in GitHub's markdown.
         runs: Two or more runs: names, output files or reward files. The first is the baseline.
         task: The runs' task, as given to generate. [default: found by the names]
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
         dataset: Read mtbench's questions from a local file or another hub dataset.
-        intersect: Use only the rows that all runs have, and name the others, where their prompts
-            differ.
+        intersect: Where the runs' prompts differ, use the rows that all have, and name the others.
         dry_run: Print the plan and write nothing.
     """
 
@@ -509,13 +508,15 @@ def sweep(
     alpha: float | Iterable[float] = (),
     with_sft: bool = False,
     search: Literal["grid", "race"] = "grid",
+    task: str | PathLike[str] = "ultrafeedback",
+    output: str | PathLike[str] | None = None,
+    any_pair: bool = False,
+    write: bool = False,
     slice: int | None = None,
     confirm: float = 0.3,
     confidence: float = 0.95,
     indifference: float = 0.05,
     refine: bool = False,
-    task: str | PathLike[str] = "ultrafeedback",
-    output: str | PathLike[str] | None = None,
     reward_model: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     reward_engine: str | PathLike[str] = "auto",
     reward_device: str | PathLike[str] = "auto",
@@ -526,8 +527,6 @@ def sweep(
     reward_max_length: int | None = None,
     reward_chat_template: str | PathLike[str] | None = None,
     reward_bos: Literal["auto", "template", "none"] = "auto",
-    any_pair: bool = False,
-    write: bool = False,
     rule: str | PathLike[str] = "linear",
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
@@ -567,13 +566,15 @@ def sweep(
     alpha: float | Iterable[float] = (),
     with_sft: bool = False,
     search: Literal["grid", "race"] = "grid",
+    task: str | PathLike[str] = "ultrafeedback",
+    output: str | PathLike[str] | None = None,
+    any_pair: bool = False,
+    write: bool = False,
     slice: int | None = None,
     confirm: float = 0.3,
     confidence: float = 0.95,
     indifference: float = 0.05,
     refine: bool = False,
-    task: str | PathLike[str] = "ultrafeedback",
-    output: str | PathLike[str] | None = None,
     reward_model: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     reward_engine: str | PathLike[str] = "auto",
     reward_device: str | PathLike[str] = "auto",
@@ -584,8 +585,6 @@ def sweep(
     reward_max_length: int | None = None,
     reward_chat_template: str | PathLike[str] | None = None,
     reward_bos: Literal["auto", "template", "none"] = "auto",
-    any_pair: bool = False,
-    write: bool = False,
     rule: str | PathLike[str] = "linear",
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
@@ -638,18 +637,21 @@ def sweep(
         sft: The SFT checkpoint θ_sft: a directory, hub id, or id@revision.
         dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
         alpha: A candidate for α; repeatable. α = 0 is always part of it. [default: 0.1 0.2 0.3 0.4 0.5]
-        with_sft: Measure θ_sft, which is α = −1, as a reference.
-        search: grid: every α answers every prompt; race: α that fall behind answer no more, and the
-            best one is tested on prompts set aside, at half the cost or less.
-        slice: Prompts of a race's first slice, and of those added. [default: a tenth, 10 or more]
-        confirm: Share of the prompts set aside to confirm what a race finds.
-        confidence: Probability that a race drops no α that does as well as those it falls behind.
-        indifference: A race ends when this little is expected to be lost by taking its leader, in
-            standard deviations of the paired difference.
-        refine: Let a race add α between the leader and its neighbours, and beyond.
+        with_sft: Also measure SFT itself, which is α = −1, for reference.
+        search: grid: every α answers every prompt; race: α that fall behind are dropped, and the best
+            is tested on prompts set aside, for half of the tokens or fewer.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output: Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default:
             sweeps/<DPO name>]
+        any_pair: Sweep the pair even if `expo inspect` finds it unsuited.
+        write: Write the checkpoint of the chosen α at the end.
+        slice: Prompts of its first look, and added for each further one. [default: a tenth, at least
+            10]
+        confirm: Share of the prompts that is set aside to confirm what it finds.
+        confidence: Probability that it drops no α that is as good as those it seems to fall behind.
+        indifference: End it when taking its leader is expected to lose less than this, in standard
+            deviations of the paired difference.
+        refine: Let it add α between the leader and its neighbours, and beyond the ends.
         reward_model: A reward model: a directory, hub id, or id@revision; repeatable: the first
             decides, and each further one must see the gain, too. [default: weqweasdas/RM-Mistral-7B]
         reward_engine: Engine that runs the reward model; auto as in `expo score`.
@@ -661,12 +663,10 @@ def sweep(
         reward_max_length: Maximum conversation length of the reward model, in tokens.
         reward_chat_template: Jinja file to use instead of the reward model's own chat template.
         reward_bos: As bos of `expo score`.
-        any_pair: Sweep a pair that `expo inspect` finds unsuited, too.
-        write: Write the checkpoint of the chosen α at the end.
         rule: Formula that makes θ(α), by its name.
         alpha_for: Give matching tensors an α of their own; repeatable, the first match wins.
         exclude: Copy matching tensors from DPO, whatever alpha_for says; repeatable.
-        missing: Tensors that one side lacks: refuse the pair, or copy DPO's own and go without SFT's.
+        missing: Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.
         vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy
             DPO's others.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
@@ -744,8 +744,7 @@ def report(
         task: The runs' task, as given to generate. [default: found by the names]
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
         dataset: Read mtbench's questions from a local file or another hub dataset.
-        intersect: Use only the rows that all runs have, and name the others, where their prompts
-            differ.
+        intersect: Where the runs' prompts differ, use the rows that all have, and name the others.
         dry_run: Print the plan and write nothing.
     """
 

@@ -66,6 +66,15 @@ def _settings_of(kind: type) -> Mapping[str, Setting]:
     return MappingProxyType({name: hints[name].__metadata__[0] for name in dict.fromkeys(written)})
 
 
+def headings_of(kind: type) -> Mapping[str, str]:
+    """Under which heading each setting of a config class is listed: that of the class which defines it (`HEADING`)."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__:
+        heading = "Options" if base is kind else getattr(base, "HEADING", "")
+        found = {**dict.fromkeys(inspect.get_annotations(base), heading), **found}
+    return found
+
+
 def flag(name: str) -> str:
     """A setting that is an option, as the command line spells it."""
     return f"--{name.replace('_', '-')}"

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 import typer
 from helpers import Result, environment, expo_command, run_expo
 
-from expo import __version__
+from expo import __version__, config
 from expo.cli import program as cli
 from expo.errors import EnvironmentFailure, InputError, Stopped
+from expo.settings import flag, headings_of, settings_of
 
 HEAVY = ("torch", "transformers", "vllm", "openai", "datasets", "scipy", "matplotlib")
 ALL_COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -74,6 +76,25 @@ def test_help_imports_nothing_heavy_and_shows_an_example(command: list[str]) -> 
     examples = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("expo ")]
     assert examples, "help ends with commands that run"
     assert all(words[1] in (command or COMMANDS) for words in examples)
+
+
+@pytest.mark.parametrize("command", list(config.COMMANDS))
+def test_help_lists_each_option_once_under_the_heading_of_its_class(
+    command: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    kind = config.COMMANDS[command]
+    under, heading = {}, ""
+    for line in run(command, "--help").stdout.partition("Examples:")[0].splitlines():
+        heading = line.rstrip(":") if line.endswith(":") and not line.startswith(" ") else heading
+        for spelled in re.findall(r"^  (--[a-z-]+)", line):
+            assert under.setdefault(spelled, heading) == heading, spelled
+    wanted = {
+        flag(name): heading for name, heading in headings_of(kind).items() if not settings_of(kind)[name].positional
+    }
+    assert wanted.keys() - under.keys() <= {"--rule"}  # while there is only one
+    assert [one for one in wanted if under.get(one, wanted[one]) != wanted[one]] == []
+    assert {under[one] for one in under.keys() - wanted.keys()} == {"All commands"}
 
 
 def test_module_and_script_are_the_same_program() -> None:

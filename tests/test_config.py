@@ -21,6 +21,7 @@ from expo.config import (
     SweepConfig,
 )
 from expo.errors import InputError
+from expo.verbs.extrapolate import Extrapolated
 
 RECIPE = """
 [recipe]
@@ -43,7 +44,7 @@ def resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ex
     (tmp_path / "recipes" / "Known.toml").write_text(RECIPE)
     monkeypatch.setattr(recipes, "FOLDER", tmp_path / "recipes")
     seen: list[ExtrapolateConfig] = []
-    monkeypatch.setattr("expo.verbs.extrapolate.run", lambda settings: seen.append(settings) or ())
+    monkeypatch.setattr("expo.verbs.extrapolate.run", lambda settings: seen.append(settings) or Extrapolated())
 
     def run(*args: str, toml: str | None = None) -> ExtrapolateConfig:
         if toml is not None:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from expo import __version__, config, config_files, recipes as known_recipes
 from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, sweep, work
@@ -32,7 +33,7 @@ from expo.errors import PARTLY_FAILED, Stopped
 from expo.files import shown
 from expo.orphans import VARIABLE, end_with_parent
 from expo.process import set_environment
-from expo.settings import Setting, flag, settings_of
+from expo.settings import Setting, flag, headings_of, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -161,6 +162,28 @@ def _option(
     return Annotated[kind, typer.Option(spelling, *setting.flags, **text)], default
 
 
+def under_headings(command: Command) -> type[TyperCommand]:
+    """A command whose help lists its options under the headings of its config class."""
+    headings = headings_of(command.config)
+
+    class UnderHeadings(TyperCommand):
+        def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click
+            groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+            for param in self.get_params(ctx):
+                record = param.get_help_record(ctx)
+                if record is None:
+                    continue
+                is_argument = param.param_type_name == "argument"
+                heading = "Arguments" if is_argument else headings.get(str(param.name), config.CommandConfig.HEADING)
+                groups.setdefault(heading, []).append((str(param.metavar), record[1]) if is_argument else record)
+            for heading, records in groups.items():
+                if records:
+                    with formatter.section(heading):
+                        formatter.write_dl(records)
+
+    return UnderHeadings
+
+
 def given_names(ctx: typer.Context) -> Levels:
     """The settings given by flags, the command's own table, `[common]` and the recipe, in order of precedence."""
     flags = {name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith(".COMMANDLINE")}
@@ -258,8 +281,9 @@ def _short(value: object) -> object:
 app = typer.Typer(
     name="expo",
     help="ExPO model extrapolation: θ(α) = θ_dpo + α(θ_dpo − θ_sft), a better-aligned model without training.",
-    epilog="\b\nexpo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1"
-    "\nexpo recipes",
+    epilog="\b\nExamples:"
+    "\n  expo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1"
+    "\n  expo recipes --show zephyr-7b-beta\n  expo sweep --help",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -285,16 +309,16 @@ def _root(
 
 
 COMMANDS = {
+    "inspect": inspect,
+    "sweep": sweep,
     "extrapolate": extrapolate,
     "generate": generate,
     "score": score,
     "compare": compare,
     "report": report,
-    "sweep": sweep,
-    "inspect": inspect,
 }
 for name, module in COMMANDS.items():
-    app.command(name, epilog=module.EXAMPLES)(options_of(module.COMMAND))
+    app.command(name, cls=under_headings(module.COMMAND), epilog=module.EXAMPLES)(options_of(module.COMMAND))
 
 
 @app.command("recipes", epilog=recipes.EXAMPLES)
@@ -307,7 +331,7 @@ def _recipes(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the known models with their SFT checkpoint, α and source."""
+    """List the pairs known by name, with their α, and the known reward models."""
     print_result(recipes.show(names, show), as_json=as_json)
 
 

@@ -31,7 +31,7 @@ def show(report: Report) -> Shown:
 COMMAND = Command(
     config=ReportConfig,
     verb="expo.verbs.report",
-    help="Write one HTML page about two or more runs: who wins, by how much, is it only longer, and where.",
+    help="Write one HTML page about runs: who wins, by how much, is it only longer, and where.",
     examples=EXAMPLES,
     show=show,
     takes_recipe=False,

@@ -42,7 +42,7 @@ def show(result: Swept) -> Shown:
 COMMAND = Command(
     config=SweepConfig,
     verb="expo.verbs.sweep",
-    help="Find the best α: answers of every θ(α) from one live engine, scored by a reward model, compared by prompt.",
+    help="Find the best α: one live engine answers with every θ(α), a reward model scores.",
     examples=EXAMPLES,
     show=show,
     choices={

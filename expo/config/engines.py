@@ -32,6 +32,8 @@ BatchTokens: TypeAlias = Annotated[
 class EngineConfig(CommonConfig):
     """How a model is run over prompts or conversations."""
 
+    HEADING = "The engine"
+
     limit: Annotated[
         int | None, Setting("Use only the first N prompts; a larger limit later extends the run.", metavar="N")
     ] = None

@@ -50,6 +50,8 @@ Workers: TypeAlias = Annotated[
 class CommandConfig:
     """What every command with settings shares."""
 
+    HEADING = "All commands"
+
     dry_run: Annotated[bool, Setting("Print the plan and write nothing.")] = False
 
 
@@ -65,6 +67,8 @@ class CommonConfig(CommandConfig):
 @dataclass(frozen=True, kw_only=True)
 class PairConfig:
     """How θ_sft and θ_dpo are combined, beside α."""
+
+    HEADING = "How the pair is combined"
 
     rule: Annotated[str, changes_weights("Formula that makes θ(α), by its name.", absent="linear")] = "linear"
     alpha_for: Annotated[
@@ -82,7 +86,7 @@ class PairConfig:
     missing: Annotated[
         Missing,
         changes_weights(
-            "Tensors that one side lacks: refuse the pair, or copy DPO's own and go without SFT's.", absent="error"
+            "Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.", absent="error"
         ),
     ] = "error"
     vocab: Annotated[

@@ -35,6 +35,8 @@ DEFAULT_BETA = 0.1
 class RowsConfig(EngineConfig):
     """What the commands that work row by row share."""
 
+    HEADING = "Output, and parallel work"
+
     task: Annotated[
         str,
         Setting(
@@ -94,7 +96,7 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
     sft: Annotated[
         str | None,
         Setting(
-            "Instead of --model, θ(α) made while the engine loads: the SFT checkpoint θ_sft.",
+            "The SFT checkpoint θ_sft: instead of --model, θ(α) is made while the engine loads.",
             metavar="SFT",
             needs="local",
         ),
@@ -112,13 +114,14 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
     name: Annotated[
         str | None,
         Setting(
-            "Name of the output and its generator. [default: the model's, or <DPO name>-ExPO-a<A>]", metavar="NAME"
+            "Name of the output files, and of the generator in them. [default: the model's, or <DPO name>-ExPO-a<A>]",
+            metavar="NAME",
         ),
     ] = None
     base_url: Annotated[
         str | None,
         Setting(
-            "URL of the openai engine's server, whose API key is read from OPENAI_API_KEY.",
+            "URL of the server (openai); its API key is read from OPENAI_API_KEY.",
             metavar="URL",
             needs="server",
         ),
@@ -194,7 +197,7 @@ class ScoreConfig(RowsConfig):
     reward_model: Annotated[
         tuple[str, ...],
         Setting(
-            "A reward model, which has one label: a directory, hub id, or id@revision; repeatable: each further one "
+            "A reward model with one label: a directory, hub id, or id@revision; repeatable: each further one "
             f"writes NAME@<its name>.jsonl. [default: {DEFAULT_REWARD_MODEL}]",
             metavar="RM",
         ),
@@ -206,16 +209,16 @@ class ScoreConfig(RowsConfig):
             "writes NAME@implicit.jsonl."
         ),
     ] = False
-    sft: Annotated[str | None, Setting("Of the implicit reward: the SFT checkpoint π_sft.", metavar="SFT")] = None
+    sft: Annotated[str | None, Setting("The SFT checkpoint π_sft (implicit reward).", metavar="SFT")] = None
     dpo: Annotated[
         str | None,
         Setting(
-            "Of the implicit reward: the checkpoint π_dpo trained from it, whose tokenizer and chat template count.",
+            "The checkpoint π_dpo trained from it, whose tokenizer and chat template are used (implicit reward).",
             metavar="DPO",
             flags=("--aligned",),
         ),
     ] = None
-    beta: Annotated[float, Setting("Of the implicit reward: β, which all rewards are multiplied by.")] = DEFAULT_BETA
+    beta: Annotated[float, Setting("β, the scale of the implicit reward.", metavar="B")] = DEFAULT_BETA
     engine: Annotated[
         str,
         Setting(

@@ -16,6 +16,8 @@ MAX_FLIPS = 1_000_000
 class RunsConfig(CommandConfig):
     """Which runs are read, and what for."""
 
+    HEADING = "The runs"
+
     runs: Annotated[
         tuple[str, ...],
         Setting("Two or more runs: names, output files or reward files. The first is the baseline.", metavar="RUN",
@@ -30,7 +32,7 @@ class RunsConfig(CommandConfig):
         str | None, Setting("Read mtbench's questions from a local file or another hub dataset.", metavar="PATH|ID")
     ] = None
     intersect: Annotated[
-        bool, Setting("Use only the rows that all runs have, and name the others, where their prompts differ.")
+        bool, Setting("Where the runs' prompts differ, use the rows that all have, and name the others.")
     ] = False
 
     def __post_init__(self) -> None:
@@ -51,9 +53,9 @@ class RunsConfig(CommandConfig):
 class CompareConfig(RunsConfig):
     """`expo compare`: paired comparison of runs on the prompts they share."""
 
-    flips: Annotated[
-        int, Setting("How many of the rows that a model loses, and wins, by the most to name.", metavar="N")
-    ] = 10
+    flips: Annotated[int, Setting("Number of rows to name that a model wins, and loses, by the most.", metavar="N")] = (
+        10
+    )
     markdown: Annotated[bool, Setting("Print the table in GitHub's markdown.")] = False
 
     def __post_init__(self) -> None:

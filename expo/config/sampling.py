@@ -19,6 +19,8 @@ DEFAULT_TEMPERATURE = 0.7
 class SamplingConfig(EngineConfig):
     """How a policy answers prompts."""
 
+    HEADING = "Prompts and sampling"
+
     engine: Annotated[
         str, Setting("Inference engine; auto is vLLM where it is installed and can run, else transformers.")
     ] = "auto"
@@ -34,21 +36,28 @@ class SamplingConfig(EngineConfig):
         float | None,
         changes_rows(
             f"Sampling temperature; 0 is greedy decoding. [default: {DEFAULT_TEMPERATURE}; mtbench: by category]",
+            metavar="T",
             absent=None,
         ),
     ] = None
     top_k: Annotated[
         int,
         changes_rows(
-            "Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).", absent=50
+            "Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).",
+            metavar="K",
+            absent=50,
         ),
     ] = 50
     top_p: Annotated[
-        float, changes_rows("Sample from the most likely tokens of this total probability.", absent=0.9)
+        float, changes_rows("Sample from the most likely tokens of this total probability.", metavar="P", absent=0.9)
     ] = 0.9
-    presence_penalty: Annotated[float, changes_rows("Presence penalty on generated tokens.", absent=0.1)] = 0.1
-    frequency_penalty: Annotated[float, changes_rows("Frequency penalty on generated tokens.", absent=0.1)] = 0.1
-    seed: Annotated[int, changes_rows("Seed of all random numbers.", absent=42)] = 42
+    presence_penalty: Annotated[
+        float, changes_rows("Presence penalty on generated tokens.", metavar="X", absent=0.1)
+    ] = 0.1
+    frequency_penalty: Annotated[
+        float, changes_rows("Frequency penalty on generated tokens.", metavar="X", absent=0.1)
+    ] = 0.1
+    seed: Annotated[int, changes_rows("Seed of all random numbers.", metavar="N", absent=42)] = 42
     seed_mode: Annotated[
         SeedMode,
         changes_rows(

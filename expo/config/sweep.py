@@ -20,60 +20,45 @@ GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
 SFT_ALPHA = -1.0
 """The α of θ_sft itself."""
 
-OF_RACE = ("slice", "confirm", "confidence", "indifference", "refine")
-"""The settings that only a race has."""
-
 REWARD = "reward_"
 """Prefix of the reward model's settings, which `expo score` has without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(PairConfig, SamplingConfig):
-    """`expo sweep`: find the α whose answers a reward model prefers, with one engine for all of them."""
+class RaceConfig:
+    """The settings that only a race has."""
 
-    sft: Sft
-    dpo: Dpo
-    alpha: Annotated[
-        tuple[float, ...],
-        Setting(
-            "A candidate for α; repeatable. α = 0 is always part of it. [default: 0.1 0.2 0.3 0.4 0.5]", metavar="A"
-        ),
-    ] = ()
-    with_sft: Annotated[bool, Setting("Measure θ_sft, which is α = −1, as a reference.")] = False
-    search: Annotated[
-        Search,
-        Setting(
-            "grid: every α answers every prompt; race: α that fall behind answer no more, and the best one is tested "
-            "on prompts set aside, at half the cost or less."
-        ),
-    ] = "grid"
+    HEADING = "A race (--search race)"
+
     slice: Annotated[
         int | None,
-        Setting("Prompts of a race's first slice, and of those added. [default: a tenth, 10 or more]", metavar="N"),
+        Setting(
+            "Prompts of its first look, and added for each further one. [default: a tenth, at least 10]", metavar="N"
+        ),
     ] = None
     confirm: Annotated[
-        float, Setting("Share of the prompts set aside to confirm what a race finds.", metavar="SHARE")
+        float, Setting("Share of the prompts that is set aside to confirm what it finds.", metavar="SHARE")
     ] = 0.3
     confidence: Annotated[
-        float, Setting("Probability that a race drops no α that does as well as those it falls behind.", metavar="P")
+        float, Setting("Probability that it drops no α that is as good as those it seems to fall behind.", metavar="P")
     ] = 0.95
     indifference: Annotated[
         float,
         Setting(
-            "A race ends when this little is expected to be lost by taking its leader, in standard deviations of the "
-            "paired difference.",
+            "End it when taking its leader is expected to lose less than this, in standard deviations of the paired "
+            "difference.",
             metavar="SD",
         ),
     ] = 0.05
-    refine: Annotated[bool, Setting("Let a race add α between the leader and its neighbours, and beyond.")] = False
-    task: Annotated[
-        str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
-    ] = "ultrafeedback"
-    output: Annotated[
-        str | None,
-        Setting("Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default: sweeps/<DPO name>]",
-                metavar="DIR"),
-    ] = None  # fmt: skip
+    refine: Annotated[bool, Setting("Let it add α between the leader and its neighbours, and beyond the ends.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig:
+    """Who scores: `expo score`'s settings, with a prefix."""
+
+    HEADING = "The reward model"
+
     reward_model: Annotated[
         tuple[str, ...],
         Setting(
@@ -104,7 +89,37 @@ class SweepConfig(PairConfig, SamplingConfig):
         str | None, Setting("Jinja file to use instead of the reward model's own chat template.", metavar="FILE")
     ] = None
     reward_bos: Annotated[Bos, Setting("As --bos of `expo score`.")] = "auto"
-    any_pair: Annotated[bool, Setting("Sweep a pair that `expo inspect` finds unsuited, too.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
+    """`expo sweep`: find the α whose answers a reward model prefers, with one engine for all of them."""
+
+    sft: Sft
+    dpo: Dpo
+    alpha: Annotated[
+        tuple[float, ...],
+        Setting(
+            "A candidate for α; repeatable. α = 0 is always part of it. [default: 0.1 0.2 0.3 0.4 0.5]", metavar="A"
+        ),
+    ] = ()
+    with_sft: Annotated[bool, Setting("Also measure SFT itself, which is α = −1, for reference.")] = False
+    search: Annotated[
+        Search,
+        Setting(
+            "grid: every α answers every prompt; race: α that fall behind are dropped, and the best is tested on "
+            "prompts set aside, for half of the tokens or fewer."
+        ),
+    ] = "grid"
+    task: Annotated[
+        str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
+    ] = "ultrafeedback"
+    output: Annotated[
+        str | None,
+        Setting("Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default: sweeps/<DPO name>]",
+                metavar="DIR"),
+    ] = None  # fmt: skip
+    any_pair: Annotated[bool, Setting("Sweep the pair even if `expo inspect` finds it unsuited.")] = False
     write: Annotated[bool, Setting("Write the checkpoint of the chosen α at the end.")] = False
 
     def __post_init__(self) -> None:
@@ -147,7 +162,7 @@ class SweepConfig(PairConfig, SamplingConfig):
 
     def _require_race_settings(self) -> None:
         if self.search != "race":
-            given = next((one for one in fields(self) if one.name in OF_RACE and _is_given(self, one)), None)
+            given = next((one for one in fields(RaceConfig) if _is_given(self, one)), None)
             require(
                 given is None,
                 f"--{given.name if given else ''} is a setting of --search race: add that, or leave it out",
