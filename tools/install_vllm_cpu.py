@@ -7,6 +7,7 @@ without its dependencies, and these are installed from its metadata without thos
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,10 @@ def install(*words: str) -> None:
     """Install with uv, or else pip; end with what it said if it fails (else it only lists what was left out)."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
     uv = ["uv", "pip", "install", "-q", "--no-compile-bytecode", "--python", sys.executable]
-    command = [*(uv if shutil.which("uv") else pip), "-c", str(CONSTRAINTS), *words]
+    has_uv = os.environ.get("EXPO_INSTALLER", "uv") == "uv" and shutil.which("uv")
+    further = os.environ.get("UV_CONSTRAINT", "").split() if has_uv else []  # else -c would replace them
+    constraints = [word for file in (str(CONSTRAINTS), *further) for word in ("-c", file)]
+    command = [*(uv if has_uv else pip), *constraints, *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
