@@ -90,14 +90,14 @@ def _positional(config: type[CommandConfig], words: list[object], settings: dict
 
 
 def _value(config: type[CommandConfig], name: str, value: object, hint: Any) -> Any:  # noqa: ANN401 - types
-    """A value of a setting's type: paths as text, numpy's numbers as Python's, one of several as a tuple of one."""
+    """A value of a setting's type: paths as text, numpy's numbers as Python's, one or none of several as a tuple."""
     from pydantic import TypeAdapter, ValidationError
 
     plain = _plain(value)
     if isinstance(plain, Iterable) and not isinstance(plain, str | bytes):
         plain = tuple(map(_plain, plain))
     elif get_origin(hint) is tuple:
-        plain = (plain,)
+        plain = () if plain is None else (plain,)
     try:
         return TypeAdapter(hint).validate_python(plain)
     except ValidationError as error:

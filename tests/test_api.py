@@ -162,6 +162,12 @@ def test_what_is_wrong_is_said(call: Callable[[], object], error: type[Exception
         call()
 
 
+def test_one_of_several_values_may_be_given_as_it_is_and_none_of_them_is_none() -> None:
+    pair = {"sft": "s", "dpo": "d"}
+    for given, alpha in [(0.5, (0.5,)), ([0.5, 1], (0.5, 1.0)), (np.array([0.5, 1]), (0.5, 1.0)), (None, ())]:
+        assert read_settings(config.SweepConfig, (), {**pair, "alpha": given}).alpha == alpha
+
+
 def test_runs_are_words_a_list_or_named() -> None:
     for words, named in [(("a", "b"), {}), ((["a", Path("b")],), {}), ((), {"runs": ["a", "b"]})]:
         assert read_settings(config.CompareConfig, words, named).runs == ("a", "b")
