@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,10 +38,12 @@ from helpers import (
     write,
     write_checkpoint,
 )
+from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import given, settings, strategies as st
 from made_inputs import on_real_inputs_too
 from safetensors import safe_open
 
+from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.theta import stream
@@ -272,6 +275,34 @@ def test_the_card_names_the_pair_and_keeps_the_licence(pair: Pair, tmp_path: Pat
     assert "α = 0.3" in body
     assert "expo extrapolate --sft sft --dpo dpo --alpha 0.3" in body
     assert str(tmp_path) not in card
+
+
+def test_the_hub_takes_the_card(pair: Pair, tmp_path: Path) -> None:
+    """Its metadata survives huggingface_hub's reader, and says what the hub shows as a merge."""
+    write(pair, tmp_path / "out", 0.3)
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert isinstance(data, ModelCardData)
+    assert data.library_name == "transformers"
+    assert data.tags[:2] == ["merge", "expo"]
+    assert (data.base_model, data.get("base_model_relation")) == (
+        None,
+        None,
+    )  # folders: nothing that the hub could link
+
+
+def test_the_cards_command_runs_again_where_it_ran(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From paths below the working folder, with a name that a shell would split."""
+    monkeypatch.chdir(tmp_path)
+    Path("my models").mkdir()
+    inputs = [Path("my models") / folder.name for folder in pair]
+    for folder, link in zip(pair, inputs, strict=True):
+        folder.rename(link)
+    write((f"./{inputs[0]}", inputs[1]), tmp_path / "out", 0.3, alpha_for=("norm=0.0",))
+    command = (tmp_path / "out" / "README.md").read_text().split("```sh\n")[1].split("\n```")[0]
+    assert "--sft 'my models/sft'" in command
+    assert cli.run(shlex.split(command)[1:]) == 0
+    again = tmp_path / "checkpoints" / "dpo-ExPO-a0.3"
+    assert without_clock(tree(again)) == without_clock(tree(tmp_path / "out"))
 
 
 def test_nonfinite_outputs_still_give_valid_json(pair: Pair, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import huggingface_hub
 import pytest
 from helpers import UNHURRIED, Result, read_checkpoint_tensors
 from hub_server import WRITER, FakeHub, read_folder
-from huggingface_hub import constants, errors
+from huggingface_hub import ModelCard, constants, errors
 
 from expo.checkpoint.hub import locate
 from expo.errors import EnvironmentFailure, InputError
@@ -271,6 +271,8 @@ def test_a_pair_from_the_hub(
     assert (manifest["config"]["sft"], manifest["config"]["dpo"]) == ("org/sft", "org/dpo@v1")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"--sft org/sft@{sft} --dpo org/dpo@{dpo}" in card
+    said = ModelCard(card).data.to_dict()
+    assert (said["base_model"], said["base_model_relation"]) == (["org/dpo", "org/sft"], "merge")
     assert "newer" not in (tmp_path / "out" / "config.json").read_text()
 
     for offline, asks in (("0", True), ("1", False)):

@@ -43,7 +43,7 @@ def model_card(
         base_model=hub_ids or None,
         base_model_relation="merge" if hub_ids else None,
         library_name="transformers",
-        tags=["expo", "model-extrapolation", "alignment"],
+        tags=["merge", "expo", "model-extrapolation", "alignment"],
         **(licence(dpo.path) or (licence(sft.path) if is_adapter else {})),
     )
     kind, origin = "", f"Config, tokenizer and chat template are those of {dpo.label}."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from expo import __version__
 from expo.arguments import shown
@@ -117,8 +119,20 @@ def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> st
 
 
 def _command(origin: Origin, alpha: float) -> str:
-    """The command that reproduces this output from the same revisions, whatever else the run wrote."""
+    """The command that reproduces this output from the same revisions, whatever else the run wrote.
+
+    A folder is spelled as it was given where that is a path below the working folder, from which the command can then
+    be run again; else by its name, since a published card should not show where files lie on a machine.
+    """
     names = (*changing(ExtrapolateConfig, "weights"), "allow_pickle")
-    sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else one.name for one in (origin.sft, origin.dpo))
+    given = ((origin.sft, origin.config.sft), (origin.dpo, origin.config.dpo))
+    sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else _below(text) or one.name for one, text in given)
     settings = {name: getattr(origin.config, name) for name in names}
     return shown("extrapolate", ExtrapolateConfig(sft=sft, dpo=dpo, alpha=(alpha,), **settings))
+
+
+def _below(path: str | Path | None) -> str | None:
+    """The path, if it is relative and stays below the working folder."""
+    plain = Path(os.path.normpath(path)) if path else Path()
+    inside = plain.parts and not plain.is_absolute() and plain.parts[0] not in ("..", "~")
+    return plain.as_posix() if inside else None
