@@ -28,6 +28,7 @@ from typer.core import TyperCommand
 from expo import __version__, config, config_files, recipes as known_recipes
 from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, sweep, work
 from expo.cli.command import Command, Levels, Shown
+from expo.cli.completion import completing
 from expo.cli.failures import EXPECTED, clean, exit_code_of, fail, say
 from expo.errors import PARTLY_FAILED, Stopped
 from expo.files import shown
@@ -82,6 +83,11 @@ def _set_debug(debug: bool) -> bool:
     return debug
 
 
+def all_recipes() -> list[str]:
+    """The names of recipes, those of reward models last."""
+    return [*known_recipes.names(), *known_recipes.reward_model_names()]
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -95,7 +101,12 @@ ConfigOption = Annotated[
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="NAME", is_eager=True, callback=_use_recipe, help="Use the settings of a known model."
+        "--recipe",
+        metavar="NAME",
+        is_eager=True,
+        callback=_use_recipe,
+        autocompletion=completing(known_recipes.names),
+        help="Use the settings of a known model.",
     ),
 ]
 DebugOption = Annotated[
@@ -154,6 +165,7 @@ def _option(
     text: dict[str, Any] = {"metavar": setting.metavar, "help": setting.help}
     if choices is not None:
         text |= {"metavar": "|".join(choices), "hidden": len(choices) == 1}
+        text["autocompletion"] = completing(lambda: choices)
     if get_origin(kind) is tuple:
         kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
     if setting.positional:
@@ -285,7 +297,6 @@ app = typer.Typer(
     "\n  expo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1"
     "\n  expo recipes --show zephyr-7b-beta\n  expo sweep --help",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -323,10 +334,18 @@ for name, module in COMMANDS.items():
 
 @app.command("recipes", epilog=recipes.EXAMPLES)
 def _recipes(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these recipes.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", autocompletion=completing(all_recipes), help="Only these recipes."),
+    ] = None,
     show: Annotated[
         str | None,
-        typer.Option("--show", metavar="NAME", help="Print one in full: pair, α, source, published scores, commands."),
+        typer.Option(
+            "--show",
+            metavar="NAME",
+            autocompletion=completing(all_recipes),
+            help="Print one in full: pair, α, source, published scores, commands.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
