@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs what is too long for CI: every test at its full size, the smoke runs of the three evaluations, damaged headers,
-# the demo with its training, and a race beside a grid. A step that fails does not stop the others; the summary names
+# Runs what is too long for CI: every test at its full size, the wheel in empty environments, the oldest and newest
+# versions, the smoke runs of the three evaluations, damaged headers, the demo with its training, a race beside a grid. A step that fails does not stop the others; the summary names
 # it, and the exit code is 1. WORK (default: a new folder in /tmp) keeps what the steps write.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,6 +17,10 @@ step() { # NAME COMMAND…
 
 make_environment # the commands below are its own; `tests/run.sh` adds what tests need
 step "tests at full size" env EXPO_TEST_FULL=1 bash tests/run.sh
+step "the wheel in an empty environment, by pip" bash tools/check_wheel.sh pip "$work"
+step "the wheel in an empty environment, by uv" bash tools/check_wheel.sh uv "$work"
+step "the oldest versions" env WORK="$work" bash tools/check_versions.sh oldest
+step "the newest versions" env WORK="$work" bash tools/check_versions.sh newest
 step "AlpacaEval" bash scripts/alpaca_eval.sh --smoke --output-dir "$work"
 step "MT-Bench" bash scripts/mt_bench.sh --smoke --output-dir "$work"
 step "Open LLM Leaderboard" bash scripts/open_llm_leaderboard.sh --smoke --output-dir "$work"
