@@ -12,6 +12,16 @@ from collections.abc import Iterable
 PARTLY_FAILED = 3
 """The exit code of a finished run with rows that failed and are marked."""
 
+EXIT_CODES = {
+    0: "done, or already complete",
+    1: "the environment failed (I/O, disk, memory, engine, network); the same command may work later",
+    2: "the usage or an input is at fault, whenever it is noticed",
+    PARTLY_FAILED: "finished, but some rows failed and are marked; the same command tries them again",
+    130: "stopped by SIGINT; the same command goes on",
+    143: "stopped by SIGTERM; the same command goes on",
+}
+"""Every exit code, and what it means."""
+
 
 class ExpoError(Exception):
     """Base class of all errors that expo raises on purpose."""

@@ -255,7 +255,7 @@ def test_the_document_has_the_figures_of_the_released_files() -> None:
 IN_DOCUMENT = {
     "alpaca_eval_released": "### AlpacaEval 2.0, released models",
     "alpaca_eval_controlled": "### AlpacaEval 2.0, DPO on part of the data",
-    "open_llm_leaderboard": "### Open LLM Leaderboard",
+    "open_llm_leaderboard": "### Open LLM Leaderboard, released files",
 }
 """The headings of the tables in docs/reproduction.md."""
 
@@ -273,10 +273,10 @@ def documented_cells(heading: str) -> list[list[str]]:
 
 def test_the_document_has_the_published_figures_of_the_recipes() -> None:
     shown = {name: [str(cell) for cell in row] for name, row in published("mt_bench", 2).items()}
-    assert dict(zip(tables.RELEASED, documented_cells("### MT-Bench"), strict=True)) == shown
+    assert dict(zip(tables.RELEASED, documented_cells("### MT-Bench, published scores"), strict=True)) == shown
     rewards = {name.strip("`"): score for _data, name, score in documented_cells("## DPO on part of the data")[1:]}
     assert {name: [name, score] for name, score in rewards.items()} == published("reward", 2)
-    means = {row[0]: [row[0], row[-1]] for row in documented_cells("### Open LLM Leaderboard")}
+    means = {row[0]: [row[0], row[-1]] for row in documented_cells("### Open LLM Leaderboard, released files")}
     assert means == published("open_llm_leaderboard", 2)
 
 
