@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import helpers
 import made_inputs
@@ -242,3 +244,24 @@ def _tokenizer():
     fast.add_special_tokens({"additional_special_tokens": special[3:]})
     fast.chat_template = helpers.CHAT_TEMPLATE
     return fast
+
+
+def chromium() -> str | None:
+    """Where a browser is."""
+    named = os.environ.get("EXPO_TEST_CHROMIUM")
+    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A chromium; a module that uses it has the mark xdist_group("browser"), so that few are started."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed; tests/run.sh installs it"
+    )
+    program = chromium()
+    if program is None:
+        pytest.skip("no chromium here; tests/run.sh installs Debian's, or name one in EXPO_TEST_CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()

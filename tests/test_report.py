@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,26 +44,6 @@ HOSTILE = [
     "   ",
     "x" * 1_000_000,
 ]
-
-
-def chromium() -> str | None:
-    """Where a browser is."""
-    named = os.environ.get("EXPO_TEST_CHROMIUM")
-    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed; tests/run.sh installs it"
-    )
-    program = chromium()
-    if program is None:
-        pytest.skip("no chromium here; tests/run.sh installs Debian's, or name one in EXPO_TEST_CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 Show = Callable[..., Any]
