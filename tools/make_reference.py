@@ -40,7 +40,7 @@ GROUPS = {
 
 CHANGES = {"nothing": "", "rows": "rows", "batches": "rows, if the engine pads", "weights": "weights"}
 TYPES = {str: "text", int: "integer", float: "number", bool: "switch", Path: "file"}
-UNSET: tuple[object, ...] = (None, inspect.Parameter.empty, (), False)
+UNSET: tuple[object, ...] = (None, (), False)
 """Defaults that a help text explains, where there is anything to say."""
 
 
@@ -175,7 +175,7 @@ def options_of(command: Any) -> Iterator[Option]:  # noqa: ANN401 - typer's
         yield Option(
             group=_group(config, name),
             spelling=_spelling(name, kind, info),
-            kind=_kind(kind),
+            kind=_values(kind, info.metavar),
             default=default,
             help=_cell(help_text + _engines(command.name, setting)),
             changes="" if setting is None else CHANGES[setting.changes],
@@ -192,11 +192,17 @@ def _group(config: type | None, name: str) -> str:
 
 def _spelling(name: str, kind: object, info: Any) -> str:  # noqa: ANN401 - typer's
     if isinstance(info, ArgumentInfo):
-        return str(info.metavar or name.upper()) + ("…" if "list" in _kind(kind) else "")
+        return str(info.metavar or name.upper()) + ("…" if "repeatable" in _kind(kind) else "")
     written = (info.default, *(info.param_decls or ()))  # in an annotation, the first word is where a default may be
     flags = ", ".join(one.replace("/", " / ") for one in written if isinstance(one, str)) or flag(name)
-    value = "" if kind is bool else f" {info.metavar or '|'.join(_choices(kind)) or _kind(kind).upper()}"
-    return (flags + value).replace("|", "\\|")
+    shown = info.metavar is not None and "|" not in info.metavar
+    return f"{flags} {info.metavar}" if shown else flags
+
+
+def _values(kind: object, metavar: str | None) -> str:
+    """What it may be: its choices, or its type."""
+    words = _choices(kind) or (metavar or "").split("|")
+    return " ".join(f"`{word}`" for word in words) if len(words) > 1 else _kind(kind)
 
 
 def _choices(kind: object) -> tuple[str, ...]:
@@ -207,7 +213,7 @@ def _kind(kind: Any) -> str:  # noqa: ANN401 - a type
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(one for one in get_args(kind) if one is not type(None))
     if get_origin(kind) is list:
-        return f"list of {_kind(get_args(kind)[0])}"
+        return f"{_kind(get_args(kind)[0])}, repeatable"
     return "choice" if _choices(kind) else TYPES[kind]
 
 
@@ -218,6 +224,8 @@ def _help_and_default(help_text: str, default: object) -> tuple[str, str]:
         return help_text[: found.start()], _cell(found[1])
     if default is True:
         return help_text, "on"
+    if default is inspect.Parameter.empty:
+        return help_text, "required"
     return help_text, "" if default in UNSET else f"`{default}`"
 
 
