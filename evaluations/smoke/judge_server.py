@@ -1,7 +1,7 @@
 """A judge on a port of this machine: it speaks OpenAI's protocol, and judges by a rule that one can count.
 
 Asked by AlpacaEval, it prefers the longer answer, with probability 0.9; asked by FastChat, it rates an answer by its
-length. Requests that neither of them makes are refused.
+length. Requests that neither of them makes are refused, unless it is told how to answer them.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Judge:
     """How many questions it has been asked."""
     unsure: int = 0
     """So many of the next questions it answers with neither name and no rating."""
+    otherwise: Callable[[str], dict[str, Any]] | None = None
+    """How it answers what neither AlpacaEval nor FastChat asks."""
 
     def rule(self, body: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         """How the next question is answered."""
@@ -80,14 +82,17 @@ class Judge:
         if self.unsure:
             self.unsure -= 1
             return undecided
-        return compare if body.get("logprobs") and body.get("top_logprobs") == 5 else rate
+        if body.get("logprobs") and body.get("top_logprobs") == 5:
+            return compare
+        question = body["messages"][-1]["content"]
+        return self.otherwise if self.otherwise and not any(one.search(question) for one in RATED) else rate
 
 
 @contextmanager
-def serve(*models: str) -> Iterator[Judge]:
-    """Judge under these names until the end."""
-    judge = Judge()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"models": models, "judge": judge}))
+def serve(*models: str, port: int = 0, otherwise: Callable[[str], dict[str, Any]] | None = None) -> Iterator[Judge]:
+    """Judge under these names until the end; under any, and without a list of models, where none is given."""
+    judge = Judge(otherwise=otherwise)
+    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"models": models, "judge": judge}))
     judge.address = f"http://127.0.0.1:{server.server_port}/v1"
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -108,11 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         listed = [{"id": name, "object": "model", "root": f"made/{name}"} for name in self.models]
-        self._reply(200, {"object": "list", "data": listed} if self.path == "/v1/models" else {"error": self.path})
+        known = self.models and self.path == "/v1/models"
+        self._reply(200, {"object": "list", "data": listed} if known else {"error": self.path})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if self.path != "/v1/chat/completions" or body["model"] not in self.models:
+        if self.path != "/v1/chat/completions" or (self.models and body["model"] not in self.models):
             self._reply(404, {"error": {"message": f"no {body['model']} at {self.path}"}})
             return
         with self.counting:

@@ -1,0 +1,99 @@
+"""Run the commands that are printed in README.md, the documentation, helps and scripts, on tiny models.
+
+    python tools/run_documents.py --all
+    python tools/run_documents.py README.md docs/reproduction.md
+
+`--ci` runs the blocks that are marked `<!-- ci -->` only, as the tests do. What the names in the texts resolve to is
+in `tools/documents/stand_ins.py`, which words are added to a command in `tools/documents/shortened.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.documents.pages import PYTHON, SHELL, Block, printed
+from tools.documents.session import TAIL, Outcome, run_page, world
+
+
+def main() -> int:
+    """Run pages, and say of each command how it ended; 1 if one did not end well."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="files, such as README.md or expo/cli/sweep.py")
+    parser.add_argument("--all", action="store_true", help="every page")
+    parser.add_argument("--ci", action="store_true", help="only blocks that are marked for the tests")
+    parser.add_argument("--list", action="store_true", help="say which pages there are, and run nothing")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="a new folder that keeps what the commands write")
+    given = parser.parse_args()
+    chosen = select(given.pages, in_ci=given.ci)
+    if given.list or not (given.pages or given.all or given.ci):
+        print("\n".join(chosen))
+        return 0
+    if unknown := set(given.pages) - chosen.keys():
+        parser.error(f"nothing is run on {', '.join(sorted(unknown))}")
+    folder = (given.work or Path(tempfile.mkdtemp(prefix="expo-documents-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = run(chosen, folder)
+    print(table(outcomes))
+    if given.work is None:
+        shutil.rmtree(folder)
+    return 0 if all(one.passed for one in outcomes) else 1
+
+
+def select(pages: list[str], *, in_ci: bool = False) -> dict[str, list[Block]]:
+    """Page → its blocks that are run or written; all pages where none is named."""
+    found = {
+        page: [block for block in blocks if block.language in (SHELL, PYTHON) or block.title]
+        for page, blocks in groupby(printed(), lambda block: block.page)
+        if not pages or page in pages
+    }
+    if in_ci:
+        found = {page: [block for block in blocks if block.in_ci] for page, blocks in found.items()}
+    return {page: blocks for page, blocks in found.items() if blocks}
+
+
+def run(pages: dict[str, list[Block]], folder: Path) -> list[Outcome]:
+    """Run pages one after another; what is run is told as it ends."""
+    outcomes = []
+    with world(folder) as shared:
+        for page, blocks in pages.items():
+            for one in run_page(shared, page, blocks):
+                say(one)
+                outcomes.append(one)
+    return outcomes
+
+
+def say(one: Outcome) -> None:
+    """A line of a command that ended well; the end of its output of another."""
+    print(f"{'ok' if one.passed else 'FAILED':<7}{one.seconds:6.1f} s  {one.command}", file=sys.stderr, flush=True)
+    if not one.passed:
+        print("\n".join(f"    {line}" for line in one.output.splitlines()[-TAIL:]), file=sys.stderr, flush=True)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """What was run: page, line, command, seconds, exit code."""
+    rows = [("page", "line", "command", "seconds", "exit code")]
+    for one in outcomes:
+        command = " ".join(one.command.text.split())
+        code = f"{one.code}{'' if one.passed else ' FAILED'}{f' ({one.note})' if one.note else ''}"
+        rows.append((one.command.page, str(one.command.line), command[:90], f"{one.seconds:.1f}", code))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    ]
+    failed = sum(not one.passed for one in outcomes)
+    return "\n".join(
+        [*lines, f"{len(outcomes)} commands, {failed} failed, {sum(one.seconds for one in outcomes):.0f} s"]
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
