@@ -12,15 +12,25 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools.documents.pages import PYTHON, SHELL, Block, printed
-from tools.documents.session import TAIL, Outcome, run_page, world
+from tools.documents.session import ADDRESS, TAIL, Outcome, end, processes_of, run_page, world
+
+RECIPES = ("tulu-2-dpo-7b", "Instella-3B-Instruct", "Skywork-Reward-V2-Qwen3-0.6B")
+"""Of all recipes, whose commands differ by names: one with an α and one without, each with a flag that it needs, and a
+reward model."""
 
 
 def main() -> int:
@@ -31,6 +41,7 @@ def main() -> int:
     parser.add_argument("--ci", action="store_true", help="only blocks that are marked for the tests")
     parser.add_argument("--list", action="store_true", help="say which pages there are, and run nothing")
     parser.add_argument("--work", type=Path, metavar="DIR", help="a new folder that keeps what the commands write")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="pages at a time")
     given = parser.parse_args()
     chosen = select(given.pages, in_ci=given.ci)
     if given.list or not (given.pages or given.all or given.ci):
@@ -40,7 +51,7 @@ def main() -> int:
         parser.error(f"nothing is run on {', '.join(sorted(unknown))}")
     folder = (given.work or Path(tempfile.mkdtemp(prefix="expo-documents-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = run(chosen, folder)
+    outcomes = run(chosen, folder, given.jobs)
     print(table(outcomes))
     if given.work is None:
         shutil.rmtree(folder)
@@ -49,25 +60,50 @@ def main() -> int:
 
 def select(pages: list[str], *, in_ci: bool = False) -> dict[str, list[Block]]:
     """Page → its blocks that are run or written; all pages where none is named."""
+    recipes = {f"expo recipes --show {name}" for name in RECIPES}
     found = {
         page: [block for block in blocks if block.language in (SHELL, PYTHON) or block.title]
         for page, blocks in groupby(printed(), lambda block: block.page)
-        if not pages or page in pages
+        if (page in pages if pages else page in recipes or not page.startswith("expo recipes"))
     }
     if in_ci:
         found = {page: [block for block in blocks if block.in_ci] for page, blocks in found.items()}
     return {page: blocks for page, blocks in found.items() if blocks}
 
 
-def run(pages: dict[str, list[Block]], folder: Path) -> list[Outcome]:
-    """Run pages one after another; what is run is told as it ends."""
-    outcomes = []
-    with world(folder) as shared:
-        for page, blocks in pages.items():
-            for one in run_page(shared, page, blocks):
-                say(one)
-                outcomes.append(one)
-    return outcomes
+def run(pages: dict[str, list[Block]], folder: Path, jobs: int = 1) -> list[Outcome]:
+    """Run pages, so many at a time; what is run is told as it ends.
+
+    Pages that name ports of this machine are run by one worker, one after another.
+    """
+    waiting = {True: deque(name for name in pages if serves(pages[name])), False: deque()}
+    waiting[False].extend(name for name in pages if name not in waiting[True])
+    found: dict[str, list[Outcome]] = {name: [] for name in pages}
+
+    def work(number: int) -> None:
+        with suppress(IndexError):
+            while True:
+                queue = waiting[True] if number == 0 and waiting[True] else waiting[False]
+                page = queue.popleft()
+                for one in run_page(shared, page, pages[page]):
+                    say(one)
+                    found[page].append(one)
+
+    with world(folder) as shared, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in [pool.submit(work, number) for number in range(jobs)]:
+                done.result()
+        except BaseException:  # what is at work ends, and nothing else begins
+            for queue in waiting.values():
+                queue.clear()
+            end(processes_of(folder))
+            raise
+    return [one for outcomes in found.values() for one in outcomes]
+
+
+def serves(blocks: list[Block]) -> bool:
+    """Whether a page's text names ports, which are there once on a machine."""
+    return any(ADDRESS.search(block.text) or "vllm serve" in block.text for block in blocks)
 
 
 def say(one: Outcome) -> None:
@@ -94,6 +130,13 @@ def table(outcomes: list[Outcome]) -> str:
     )
 
 
+def stop(number: int, _frame: FrameType | None) -> NoReturn:
+    """End as by Ctrl-C, with all that was started."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tools.documents.shortened import added
+from tools.documents.shortened import ENGINE, added, with_engine
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.executable).parent
@@ -58,6 +58,14 @@ def own(name: str) -> Callable[[list[str]], int]:
         os.execv(begin[0], [*begin, *words, *more])
 
     return run
+
+
+def lm_eval(words: list[str]) -> int:
+    """lm-evaluation-harness, whose vLLM is told what a CPU needs."""
+    for place, word in enumerate(words[:-1]):
+        if word == "--model_args" and "vllm" in words:
+            words[place + 1] = with_engine(words[place + 1])
+    return own("lm_eval")(words)
 
 
 def sbatch(words: list[str]) -> int:
@@ -147,8 +155,11 @@ def vllm(words: list[str]) -> int:
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     door.bind(("127.0.0.1", port))
     os.set_inheritable(door.fileno(), True)
-    more = ["--enforce-eager", "--max-num-seqs", "8"]
-    more += [] if "--dtype" in options else ["--dtype", "float32"]
+    more = ["--max-num-seqs", "8"]
+    for name, value in ENGINE.items():
+        option = f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+        if option not in options:
+            more += [option] if isinstance(value, bool) else [option, str(value)]
     arguments = [sys.executable, str(ROOT / "tests" / "vllm_server.py"), str(door.fileno()), "--model", model]
     os.execv(sys.executable, [*arguments, *rest, *more])
 
@@ -205,7 +216,7 @@ def wheels() -> Path:
 
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
-    **{name: own(name) for name in ("expo", "python", "pytest", "lm_eval", "alpaca_eval")},
+    **{name: own(name) for name in ("expo", "python", "pytest", "alpaca_eval")},
     "sbatch": sbatch,
     "vllm": vllm,
     "pip": pip,

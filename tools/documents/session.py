@@ -29,9 +29,10 @@ from tools.documents import programs, stand_ins
 from tools.documents.answering import serve
 from tools.documents.check import words_of
 from tools.documents.pages import PYTHON, ROOT, SHELL, Block, Command, commands
+from tools.documents.shortened import VARIABLES
 
-RUN = "EXPO_DOCUMENTS_RUN"
-"""In the environment of every process that a page has started: which run of the harness it belongs to."""
+PAGE = "EXPO_DOCUMENTS_PAGE"
+"""In the environment of every process that a page has started: the page's folder."""
 LONGEST_S = 900.0
 """A command that takes longer is ended, and has failed."""
 TAIL = 40
@@ -103,8 +104,6 @@ class World:
     environment: dict[str, str]
     trio: stand_ins.Trio
     hub: Any
-    name: str
-    """In the environment of every process that a page starts."""
     done: dict[str, Command] = field(default_factory=dict)
     """Commands of `ALONE` that passed, and where."""
 
@@ -115,7 +114,6 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
     from evaluations.smoke.mt_bench import write_data
 
     models = stand_ins.trio(folder)
-    name = f"{os.getpid()}:{folder}"
     data, site, user = folder / "fastchat", folder / "site", folder / "user"
     write_data(data)
     _distributions(site)
@@ -138,21 +136,15 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
             "OPENAI_API_KEY": "sk-made-up",
             "OPENAI_BASE_URL": judge.address,
             "OPENAI_API_BASE": judge.address,
-            "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
             "HOME": str(user),
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
             "EXPO_TEST_INPUTS": str(models.sft.parents[2]),
             "EXPO_FASTCHAT_VENV": os.environ.get("EXPO_FASTCHAT_VENV", str(_fastchat())),
-            "PYTEST_ADDOPTS": "-k test_parts",
-            "STEPS": "damaged headers",
+            **VARIABLES,
             programs.JUDGE: judge.address,
             programs.DATA: str(data),
         }
-        yield World(folder, {**environment, RUN: name}, models, hub, name)
+        yield World(folder, environment, models, hub)
 
 
 def _fastchat() -> Path:
@@ -200,7 +192,7 @@ class Session:
         venv = self.folder / ".venv"
         programs.install(venv)
         path = os.pathsep.join([str(venv / "bin"), str(programs.ENVIRONMENT), os.environ["PATH"]])
-        self.environment = {**shared.environment, programs.HOME: str(shared.folder), "PATH": path}
+        self.environment = {**shared.environment, PAGE: str(self.home), programs.HOME: str(shared.folder), "PATH": path}
         self.servers: dict[int, ExitStack] = {}
         self.count = 0
 
@@ -271,7 +263,7 @@ class Session:
 
     def _end_listeners(self, port: int) -> None:
         """End what this page served on a port before."""
-        for process in processes_of(self.world):
+        for process in processes_of(self.home):
             with suppress(psutil.Error):
                 if any(one.laddr.port == port for one in process.net_connections("tcp") if one.status == "LISTEN"):
                     end([process])
@@ -295,7 +287,7 @@ class Session:
         """End what the page has started."""
         for server in self.servers.values():
             server.close()
-        end(processes_of(self.world))
+        end(processes_of(self.home))
 
 
 class Process:
@@ -352,12 +344,12 @@ class Process:
         return text.decode(errors="replace")
 
 
-def processes_of(shared: World) -> list[psutil.Process]:
-    """What pages have started and is still there."""
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """What the pages below a folder have started and is still there."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(RUN) == shared.name:
+            if (of := process.environ().get(PAGE)) and Path(of).is_relative_to(folder):
                 found.append(process)
     return found
 

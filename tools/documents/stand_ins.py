@@ -266,9 +266,13 @@ class Given:
     pages: str = "*"
 
 
-def link(side: str) -> Callable[[Path, Trio], None]:
-    """One of the models."""
-    return lambda path, models_: path.symlink_to(getattr(models_, side))
+def model(side: str) -> Callable[[Path, Trio], None]:
+    """One of the models, under a name of its own: outputs are called after it."""
+
+    def make(path: Path, models_: Trio) -> None:
+        shutil.copytree(getattr(models_, side), path)
+
+    return make
 
 
 def prompts(path: Path, _: Trio) -> None:
@@ -315,11 +319,11 @@ def turns(path: Path, _: Trio) -> None:
 
 
 FILES = (
-    *(Given(name, link("sft")) for name in ("my-sft", "SFT")),
-    *(Given(name, link("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
-    *(Given(name, link("rm")) for name in ("my-rm", "RM", "tiny-rm")),
-    Given("my-lora-adapter", link("adapter")),
-    Given("checkpoints/zephyr-7b-beta-ExPO-a0.1", link("dpo"), "expo/cli/generate.py"),
+    *(Given(name, model("sft")) for name in ("my-sft", "SFT")),
+    *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
+    *(Given(name, model("rm")) for name in ("my-rm", "RM", "tiny-rm")),
+    Given("my-lora-adapter", model("adapter")),
+    Given("checkpoints/zephyr-7b-beta-ExPO-a0.1", model("dpo"), "expo/cli/generate.py"),
     *(Given(name, prompts) for name in ("prompts.jsonl", "first200.jsonl", "p64.jsonl")),
     *(Given(name, answers) for name in ("A.json", "B.json", "C.json", "alpaca_eval.json", "zephyr-7b-dpo-full.json")),
     *(Given(name, answers) for name in ("zephyr-7b-sft-full.json", "Starling-LM-7B-beta.json")),
