@@ -263,7 +263,7 @@ class Given:
 
     name: str
     make: Callable[[Path, Trio], None]
-    pages: str = "*"
+    pages: tuple[str, ...] = ("*",)
 
 
 def model(side: str) -> Callable[[Path, Trio], None]:
@@ -292,6 +292,15 @@ def answers(path: Path, _: Trio) -> None:
     path.write_text(json.dumps(answered, indent=2))
 
 
+def answered(path: Path, _: Trio) -> None:
+    """Answers to `prompts.jsonl`, as the paper's code writes them."""
+    from demo import task
+
+    rng = random.Random(path.stem)
+    asked = task.prompts(ROWS, 11, held_out=True)
+    path.write_text("".join(json.dumps({"prompt": one, "output": task.write_answer(one, rng)}) + "\n" for one in asked))
+
+
 def run(path: Path, models_: Trio) -> None:
     """Answers, and rewards beside them as the paper's code writes them: a number a line."""
     answers(path, models_)
@@ -318,16 +327,22 @@ def turns(path: Path, _: Trio) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in answered))
 
 
+COMPARED = ("expo/cli/compare.py", "expo/cli/report.py")
 FILES = (
     *(Given(name, model("sft")) for name in ("my-sft", "SFT")),
     *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
     *(Given(name, model("rm")) for name in ("my-rm", "RM", "tiny-rm")),
     Given("my-lora-adapter", model("adapter")),
-    Given("checkpoints/zephyr-7b-beta-ExPO-a0.1", model("dpo"), "expo/cli/generate.py"),
+    Given("checkpoints/zephyr-7b-beta-ExPO-a0.1", model("dpo"), ("expo/cli/generate.py",)),
     *(Given(name, prompts) for name in ("prompts.jsonl", "first200.jsonl", "p64.jsonl")),
     *(Given(name, answers) for name in ("A.json", "B.json", "C.json", "alpaca_eval.json", "zephyr-7b-dpo-full.json")),
     *(Given(name, answers) for name in ("zephyr-7b-sft-full.json", "Starling-LM-7B-beta.json")),
-    *(Given(f"outputs_alpaca/{name}.json", run) for name in ("A", "B", "dpo", "expo", "mine", "my-model", "NAME")),
+    *(Given(f"outputs_alpaca/{name}.json", answers) for name in ("mine", "NAME")),
+    *(Given(f"outputs_alpaca/{name}.json", answers, ("expo/cli/score.py",)) for name in ("my-model", "zephyr-7b-beta")),
+    *(Given(f"outputs_alpaca/{name}.json", run) for name in ("A", "B", "dpo", "expo")),
+    *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-dpo", "zephyr-7b-dpo-ExPO-a0.3")),
+    *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-beta", "zephyr-7b-beta-ExPO-a0.1")),
+    Given("outputs_prompts/my-model.jsonl", answered, ("expo/cli/score.py",)),
     Given("outputs_mtbench/mine.jsonl", turns),
     Given("FOLDER", lambda path, _: path.symlink_to(ROOT)),
 )
@@ -335,10 +350,12 @@ FILES = (
 
 
 def named(given: Given, text: str) -> bool:
-    """Whether a text names it: its path, or, of answers, the run's rewards or its name."""
-    stem, words = Path(given.name).stem, {given.name}
-    if given.make is run:
-        words |= {f"rewards_alpaca/{stem}.jsonl", f"--name {stem}"} | ({stem} if "-" in stem else set())
+    """Whether a text names it: its path, or, of a run's answers, its rewards or its name."""
+    path, words = Path(given.name), {given.name}
+    if len(path.parts) > 1 and path.suffix:
+        words |= {f"rewards_alpaca/{path.stem}.jsonl", f"--name {path.stem}"} | (
+            {path.stem} if "-" in path.stem else set()
+        )
     return any(re.search(rf"(?<![\w./-]){re.escape(word)}(?![\w.-]|/\w)", text) for word in words)
 
 
@@ -354,7 +371,7 @@ def copy_tree(folder: Path) -> None:
 def furnish(folder: Path, page: str, text: str, models_: Trio) -> None:
     """Put what a page's text takes as given into its working directory."""
     for given in FILES:
-        if fnmatch(page, given.pages) and named(given, text) and not (folder / given.name).exists():
+        if any(fnmatch(page, one) for one in given.pages) and named(given, text) and not (folder / given.name).exists():
             (folder / given.name).parent.mkdir(parents=True, exist_ok=True)
             given.make(folder / given.name, models_)
 
