@@ -1,7 +1,7 @@
 """The command reference in docs/reference/, made of the program: its commands, settings, recipes and exit codes.
 
 `python tools/make_reference.py` writes the pages; with `--check` it writes nothing, names those that are not what the
-program says, and exits with 1. Nothing on these pages is written by hand but the titles in `GROUPS`.
+program says, and exits with 1. Nothing on these pages is written by hand.
 """
 
 from __future__ import annotations
@@ -20,23 +20,12 @@ from typer.models import ArgumentInfo
 
 from expo import recipes
 from expo.cli import program
-from expo.config import COMMANDS, EngineConfig
+from expo.config import COMMANDS, CommandConfig, EngineConfig
 from expo.engines import GENERATORS, SCORERS, EngineSpec
 from expo.errors import EXIT_CODES, PARTLY_FAILED
-from expo.settings import Setting, flag, settings_of
+from expo.settings import Setting, flag, headings_of, settings_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
-
-GROUPS = {
-    "PairConfig": "How the pair is combined",
-    "SamplingConfig": "How answers are sampled",
-    "RowsConfig": "Which rows, and which processes make them",
-    "EngineConfig": "How the model is run",
-    "RunsConfig": "Which runs are read",
-    "CommonConfig": "As in every command",
-    "CommandConfig": "As in every command",
-}
-"""Config class → the title of its settings; those of a command's own class come first, under `Options`."""
 
 CHANGES = {"nothing": "", "rows": "rows", "batches": "rows, if the engine pads", "weights": "weights"}
 TYPES = {str: "text", int: "integer", float: "number", bool: "switch", Path: "file"}
@@ -183,11 +172,11 @@ def options_of(command: Any) -> Iterator[Option]:  # noqa: ANN401 - typer's
 
 
 def _group(config: type | None, name: str) -> str:
-    if config is None or name not in settings_of(config):
-        return GROUPS["CommandConfig"] if name in program.NO_SETTINGS else "Options"
-    owner = next(base for base in config.__mro__ if name in inspect.get_annotations(base))
-    positional = settings_of(config)[name].positional
-    return "Options" if positional else GROUPS.get(owner.__name__, "Options")
+    if name in program.NO_SETTINGS:
+        return CommandConfig.HEADING
+    if config is None or settings_of(config)[name].positional:
+        return "Options"
+    return headings_of(config)[name]
 
 
 def _spelling(name: str, kind: object, info: Any) -> str:  # noqa: ANN401 - typer's
