@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
@@ -125,7 +125,8 @@ def _refusal(words: list[str], folder: Path) -> str | None:
     os.chdir(folder)
     os.environ.update(ARRAY)
     try:
-        _parse(words)
+        with redirect_stdout(io.StringIO()):
+            _parse(words)
     except typer.Exit:
         return None
     except typer.TyperException as error:

@@ -303,11 +303,11 @@ def answered(path: Path, _: Trio) -> None:
 
 def run(path: Path, models_: Trio) -> None:
     """Answers, and rewards beside them as the paper's code writes them: a number a line."""
-    answers(path, models_)
+    (answers if path.suffix == ".json" else answered)(path, models_)
     rng = random.Random(path.stem)
     rewards = path.parents[1] / path.parent.name.replace("outputs", "rewards") / f"{path.stem}.jsonl"
     rewards.parent.mkdir(parents=True, exist_ok=True)
-    rewards.write_text("".join(f"{rng.gauss(0, 1)}\n" for _ in json.loads(path.read_text())))
+    rewards.write_text("".join(f"{rng.gauss(0, 1)}\n" for _ in range(ROWS)))
 
 
 def turns(path: Path, _: Trio) -> None:
@@ -327,11 +327,13 @@ def turns(path: Path, _: Trio) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in answered))
 
 
+DOUBTED = ("docs/guides/when_it_does_not_help.md",)
 COMPARED = ("expo/cli/compare.py", "expo/cli/report.py")
 FILES = (
     *(Given(name, model("sft")) for name in ("my-sft", "SFT")),
     *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
     *(Given(name, model("rm")) for name in ("my-rm", "RM", "tiny-rm")),
+    *(Given("my-expo", model("dpo"), (page,)) for page in ("docs/guides/cluster.md",)),
     Given("my-lora-adapter", model("adapter")),
     Given("checkpoints/zephyr-7b-beta-ExPO-a0.1", model("dpo"), ("expo/cli/generate.py",)),
     *(Given(name, prompts) for name in ("prompts.jsonl", "first200.jsonl", "p64.jsonl")),
@@ -343,6 +345,7 @@ FILES = (
     *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-dpo", "zephyr-7b-dpo-ExPO-a0.3")),
     *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-beta", "zephyr-7b-beta-ExPO-a0.1")),
     Given("outputs_prompts/my-model.jsonl", answered, ("expo/cli/score.py",)),
+    *(Given(f"outputs_prompts/{name}.jsonl", run, DOUBTED) for name in ("my-dpo", "my-expo")),
     Given("outputs_mtbench/mine.jsonl", turns),
     Given("FOLDER", lambda path, _: path.symlink_to(ROOT)),
 )
