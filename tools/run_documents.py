@@ -108,9 +108,15 @@ def serves(blocks: list[Block]) -> bool:
 
 def say(one: Outcome) -> None:
     """A line of a command that ended well; the end of its output of another."""
-    print(f"{'ok' if one.passed else 'FAILED':<7}{one.seconds:6.1f} s  {one.command}", file=sys.stderr, flush=True)
+    print(f"{'ok' if one.passed else 'FAILED':<7}{one.seconds:6.1f} s  {first_line(one)}", file=sys.stderr, flush=True)
     if not one.passed:
         print("\n".join(f"    {line}" for line in one.output.splitlines()[-TAIL:]), file=sys.stderr, flush=True)
+
+
+def first_line(one: Outcome) -> str:
+    """A command, by its first line."""
+    first, _, more = str(one.command).partition("\n")
+    return first + " …" * bool(more)
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -105,9 +105,10 @@ def _is_whole(text: str) -> bool:
 
 
 def markdown() -> Iterator[Block]:
-    """README.md, CONTRIBUTING.md, the documentation, the figures' commands."""
+    """README.md, CONTRIBUTING.md, the documentation (its reference is made of the helps), the figures' commands."""
     for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "RESULTS.md"]:
-        yield from blocks(_name(path), path.read_text(encoding="utf-8"))
+        if not path.is_relative_to(ROOT / "docs" / "reference"):
+            yield from blocks(_name(path), path.read_text(encoding="utf-8"))
 
 
 def helps() -> Iterator[Block]:

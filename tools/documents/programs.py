@@ -60,6 +60,11 @@ def own(name: str) -> Callable[[list[str]], int]:
     return run
 
 
+def python(words: list[str]) -> int:
+    """The environment's interpreter, whose packages stay as they are: what is installed goes where `pip` installs."""
+    return pip(words[2:]) if words[:3] == ["-m", "pip", "install"] else own("python")(words)
+
+
 def lm_eval(words: list[str]) -> int:
     """lm-evaluation-harness, whose vLLM is told what a CPU needs."""
     for place, word in enumerate(words[:-1]):
@@ -170,11 +175,13 @@ def pip(words: list[str]) -> int:
 
 
 def uv(words: list[str]) -> int:
-    """The uv of the same environment."""
+    """The uv of the same environment, whichever other one it is told."""
     venv = Path(os.environ[HOME]) / "uv"
     if not venv.exists():
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
         subprocess.run([venv / "bin" / "python", "-m", "pip", "install", "-q", "uv"], check=True, env=online())
+    if "--python" in words:
+        del words[words.index("--python") : words.index("--python") + 2]
     within = {"VIRTUAL_ENV": str(empty().parent)}
     return subprocess.run([str(venv / "bin" / "uv"), *words], env={**online(), **within}).returncode
 
@@ -216,7 +223,7 @@ def wheels() -> Path:
 
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
-    **{name: own(name) for name in ("expo", "python", "pytest", "alpaca_eval")},
+    **{name: own(name) for name in ("expo", "pytest", "alpaca_eval")},
     "sbatch": sbatch,
     "vllm": vllm,
     "pip": pip,
