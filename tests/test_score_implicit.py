@@ -427,7 +427,7 @@ FAULTS = {
     "other ids": (other_ids, "the token 'w2' has id 7 in sft and 8 in dpo"),
     "more tokens": (resized, "sft has vectors for 70 tokens and dpo for 64: their probabilities are not of the same"),
     "an adapter": (adapted, "--sft sft is an adapter: merge it with `expo extrapolate --sft BASE"),
-    "a reward model": (other_architecture, "sft is a LlamaForSequenceClassification, a reward model, which cannot"),
+    "a reward model": (other_architecture, "sft is a reward model (LlamaForSequenceClassification), which cannot"),
 }
 
 
@@ -443,10 +443,10 @@ def test_a_pair_that_is_none_is_refused(llama_pair, outputs, tmp_path, fault, me
 
 
 USAGE = {
-    "no SFT": ("--implicit-reward --dpo d", "--implicit-reward compares --dpo with --sft: --sft is missing"),
+    "no SFT": ("--implicit-reward --dpo d", "--implicit-reward needs --sft and --dpo; missing: --sft"),
     "neither": ("--implicit-reward", "--sft and --dpo is missing"),
-    "not asked for": ("--sft s --dpo d", "--sft and --dpo are for --implicit-reward, which is not given"),
-    "β without it": ("--beta 0.3", "--beta is for --implicit-reward, which is not given"),
+    "not asked for": ("--sft s --dpo d", "--sft and --dpo need --implicit-reward"),
+    "β without it": ("--beta 0.3", "--beta needs --implicit-reward"),
     "no β": ("--implicit-reward --sft s --dpo d --beta 0", "--beta must be a positive number, not 0.0"),
     "β that is none": ("--implicit-reward --sft s --dpo d --beta nan", "--beta must be a positive number, not nan"),
 }
@@ -467,10 +467,10 @@ def test_a_template_that_writes_answered_prompts_otherwise_is_said(llama_pair, o
     (tmp_path / "t.jinja").write_text(REWRITING)
     plan = verb.plan(settings(llama_pair, tmp_path, chat_template=str(tmp_path / "t.jinja")))
     assert {row.start for row in plan.rows} == {0}
-    assert "in 17 of 17 rows the chat template writes a prompt otherwise once it is answered" in caplog.text
+    assert "in 17 of 17 rows the chat template renders the prompt differently once it has an answer" in caplog.text
     caplog.clear()
     verb.plan(settings(llama_pair, tmp_path))
-    assert "otherwise once it is answered" not in caplog.text
+    assert "differently once it has an answer" not in caplog.text
 
 
 @pytest.mark.parametrize(("words", "message"), USAGE.values(), ids=USAGE)
@@ -507,7 +507,7 @@ def test_a_lack_of_memory_halves_the_batch_and_moves_no_reward(llama_pair, outpu
 
     monkeypatch.setattr(TransformersLogProbs, "_sums", narrow)
     assert numbers(verb.run(settings(llama_pair, tmp_path)).rewards) == [close(value) for value in expected]
-    assert "out of memory: going on with batches of half the size" in caplog.text
+    assert "out of memory: continuing with batches of half the size" in caplog.text
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_said(llama_pair, outputs, tmp_path, monkeypatch):
