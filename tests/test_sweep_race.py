@@ -209,7 +209,7 @@ def test_the_rules_of_a_race_are_fixed_with_its_first_answer(raced, finished, re
         ({"alpha": (0.5, 1.0)}, "alphas"),
         ({"limit": 40}, "questions"),
     ):
-        with pytest.raises(InputError, match=f"other rules .*{named}"):
+        with pytest.raises(InputError, match=f"different rules .*{named}"):
             verb.run(raced(**changed))
 
 
@@ -247,8 +247,8 @@ def test_no_engine_is_asked_for_what_it_would_not_be_asked_again(raced, finished
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"search": "grid", "slice": 5}, "--slice is a setting of --search race"),
-        ({"search": "grid", "refine": True}, "--refine is a setting of --search race"),
+        ({"search": "grid", "slice": 5}, "--slice needs --search race"),
+        ({"search": "grid", "refine": True}, "--refine needs --search race"),
         ({"confirm": 0.0}, "--confirm"),
         ({"confirm": 0.5}, "--confirm"),
         ({"confirm": 1e-9}, "--confirm"),
