@@ -549,7 +549,10 @@ def test_a_switch_is_proved_once(pairs: dict[str, Path]) -> None:
             [[-2.0], [-1.0, told(-1.0, "-2.0"), -1.0]],
             "an engine switched to α = 4.5 answers differently from one started",
         ),
-        ([[-2.0], [-1.0, -2.0, told(-2.0, "-1.0")]], "an engine switched back to α = 0.5 answers differently from before"),
+        (
+            [[-2.0], [-1.0, -2.0, told(-2.0, "-1.0")]],
+            "an engine switched back to α = 0.5 answers differently from before",
+        ),
         (
             [[-2.0], [-1.0, told(-2.0, "-1.0"), -1.0]],
             "an engine switched to α = 4.5 still holds different values from one",

@@ -18,7 +18,7 @@ EXAMPLES = (
     "\b\nExamples:\n"
     "  expo score alpaca --name zephyr-7b-beta\n"
     "  expo score prompts.jsonl --name my-model --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1 --json\n"
-    "  expo score alpaca --name my-model --reward-model my/rm --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
+    "  expo score alpaca --name my-model --reward-model my-rm --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
     "  expo score alpaca --name my-model --implicit-reward --sft HuggingFaceH4/mistral-7b-sft-beta --dpo my-dpo"
 )
 

@@ -46,12 +46,10 @@ def model_card(
         tags=["merge", "expo", "model-extrapolation", "alignment"],
         **(licence(dpo.path) or (licence(sft.path) if is_adapter else {})),
     )
-    kind, origin = "", f"The config, tokenizer and chat template are those of {dpo.label}."
+    kind, origin = "", f"Config, tokenizer and chat template are those of {dpo.label}."
     if is_adapter:
         kind = ", a LoRA adapter merged into θ_sft"
-        origin = (
-            f"The config is that of {sft.label}, and so are the tokenizer and chat template if {dpo.label} has none."
-        )
+        origin = f"The config is that of {sft.label}; so are tokenizer and chat template where {dpo.label} has none."
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return f"""---
 {data.to_yaml()}
