@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def select(pages: list[str], *, in_ci: bool = False) -> dict[str, list[Block]]:
-    """Page → its blocks that are run or written; all pages where none is named."""
+    """Page → its blocks that are run or written (files in any case); all pages where none is named."""
     recipes = {f"expo recipes --show {name}" for name in RECIPES}
     found = {
         page: [block for block in blocks if block.language in (SHELL, PYTHON) or block.title]
@@ -67,7 +67,8 @@ def select(pages: list[str], *, in_ci: bool = False) -> dict[str, list[Block]]:
         if (page in pages if pages else page in recipes or not page.startswith("expo recipes"))
     }
     if in_ci:
-        found = {page: [block for block in blocks if block.in_ci] for page, blocks in found.items()}
+        marked = [page for page, blocks in found.items() if any(block.in_ci for block in blocks)]
+        found = {page: [one for one in found[page] if one.in_ci or one.title] for page in marked}
     return {page: blocks for page, blocks in found.items() if blocks}
 
 
