@@ -51,7 +51,7 @@ def main() -> int:
         parser.error(f"nothing is run on {', '.join(sorted(unknown))}")
     folder = (given.work or Path(tempfile.mkdtemp(prefix="expo-documents-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = run(chosen, folder, given.jobs)
+    outcomes = run(chosen, folder, given.jobs, vllm=not given.ci)
     print(table(outcomes))
     if given.work is None:
         shutil.rmtree(folder)
@@ -72,7 +72,7 @@ def select(pages: list[str], *, in_ci: bool = False) -> dict[str, list[Block]]:
     return {page: blocks for page, blocks in found.items() if blocks}
 
 
-def run(pages: dict[str, list[Block]], folder: Path, jobs: int = 1) -> list[Outcome]:
+def run(pages: dict[str, list[Block]], folder: Path, jobs: int = 1, *, vllm: bool = True) -> list[Outcome]:
     """Run pages, so many at a time; what is run is told as it ends.
 
     Pages that name ports of this machine are run by one worker, one after another.
@@ -90,7 +90,7 @@ def run(pages: dict[str, list[Block]], folder: Path, jobs: int = 1) -> list[Outc
                     say(one)
                     found[page].append(one)
 
-    with world(folder) as shared, ThreadPoolExecutor(jobs) as pool:
+    with world(folder, vllm=vllm) as shared, ThreadPoolExecutor(jobs) as pool:
         try:
             for done in [pool.submit(work, number) for number in range(jobs)]:
                 done.result()
