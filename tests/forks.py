@@ -50,7 +50,7 @@ class Fork:
             _close_all_but(pass_fds)
             sys.stdin, sys.stdout, sys.stderr = map(open, range(3), "rww")
             os.environ.clear()
-            os.environ.update(env)
+            os.environ.update({**env, "TOKENIZERS_PARALLELISM": "false"})  # its threads are not in a fork
             self.before()
             return _program(command[3:])
 

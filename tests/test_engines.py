@@ -1,4 +1,7 @@
-"""The contract of `expo.engines.Generator`, the same for every engine; the openai engine asks vLLM's own server."""
+"""The contract of `expo.engines.Generator`, the same for every engine; the openai engine asks vLLM's own server.
+
+All answer with one θ(α) that none of them was given as a checkpoint: the server loads it by the load format `expo`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from expo.engines import GENERATORS
 
 HERE = Path(__file__).parent
 ROWS = 64
+ALPHA = 0.5
 SERVER = [
     *("--max-model-len", 512, "--kv-cache-memory-bytes", 256 << 20, "--served-model-name", "tiny-dpo"),
     *("--no-enable-chunked-prefill", "--max-num-batched-tokens", 2048),  # else seeded rows end it on a CPU
@@ -27,11 +31,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def server(trained, tmp_path_factory) -> Iterator[Callable[[], str]]:
+def server(trained, plugin, tmp_path_factory) -> Iterator[Callable[[], str]]:
     """Starts vLLM's server; waits for it and gives its URL when it is called."""
     folder = tmp_path_factory.mktemp("served")
     model = opinionated(trained / "tiny-dpo", folder / "model")
-    with helpers.vllm_server(model, *SERVER, log=folder / "log") as answering:
+    keys = {"sft": str(trained / "tiny-sft"), "alpha": ALPHA}
+    theta = ["--load-format", "expo", "--model-loader-extra-config", json.dumps(keys)]
+    with helpers.vllm_server(model, *SERVER, *theta, log=folder / "log", **plugin) as answering:
         yield answering
 
 
@@ -58,7 +64,8 @@ def observed(server, trained, alpaca_data, run_warm, tmp_path_factory) -> dict[s
         "presence_penalty": 0.3,
         "frequency_penalty": 0.2,
     }
-    local = json.dumps({**settings, "model": str(trained / "tiny-dpo"), "dtype": "float32", "batch_tokens": 1200})
+    pair = {"sft": str(trained / "tiny-sft"), "dpo": str(trained / "tiny-dpo"), "alpha": ALPHA}
+    local = json.dumps({**settings, **pair, "dtype": "float32", "batch_tokens": 1200})
     stop_ids = AutoTokenizer.from_pretrained(trained / "tiny-dpo").convert_tokens_to_ids(list(task.TRAITS))
     names = sorted(GENERATORS.keys() - {"openai"})
     done = run_warm(HERE / "observe.py", local, json.dumps(stop_ids), *names)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import helpers
 import pytest
 import torch
 from made_inputs import on_real_inputs_too
@@ -16,8 +12,6 @@ from sizes import sized
 from demo.run import check
 from expo.config import ScoreConfig
 from expo.verbs import score
-
-ROOT = Path(__file__).parents[1]
 
 
 @on_real_inputs_too
@@ -76,9 +70,12 @@ def test_extrapolate_generate_score(trained, tmp_path, run_expo, run_warm):
 
 
 DEMO = """
-import shutil, sys
+import shutil, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 from demo import run
+from expo.rows import worker
+from forks import Fork
 
 def train(folder):
     for name in ("sft", "dpo", "rm"):
@@ -88,18 +85,19 @@ def train(folder):
 
 count, trained = sys.argv.pop(), sys.argv.pop()
 run.train = train
+worker.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
 run.main()
 """
-"""The demo on a trio that its trainer made before, from fewer steps."""
+"""The demo, with forks for its processes, on a trio that its trainer made before, from fewer steps."""
 
 
 @pytest.mark.slow
-def test_the_demo_shows_the_curve(trained, tmp_path):
+def test_the_demo_shows_the_curve(trained, tmp_path, run_forked):
     """It ends with an error of its own unless reward rises beyond α = 0 and falls again."""
     folder = tmp_path / "demo"
-    command = [sys.executable, "-c", DEMO, folder, trained, str(sized(ci=64, full=128))]
-    done = subprocess.run(command, cwd=ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "run.py").write_text(DEMO)
+    done = run_forked(tmp_path / "run.py", folder, trained, sized(ci=64, full=128))
+    assert done.code == 0, done.stderr
     curve = {float(line.split()[0]): float(line.split()[1]) for line in done.stdout.splitlines() if "±" in line}
     record = json.loads((folder / "sweep" / "sweep.json").read_text())
     assert [*curve] == [one["alpha"] for one in record["alphas"]] == [-1, 0, 1, 2, 4, 8]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from crashes import ended, forked
-from sizes import sized
+from sizes import FULL, sized
 from test_orphans import wait_until_gone
 from test_sweep import (  # fixtures, too
     ALPHAS,
@@ -75,9 +75,37 @@ def wait_until_no_row_is_written(folder: Path) -> None:
         wait_until_gone(holder)
 
 
+FORKED = """
+import subprocess
+from types import SimpleNamespace
+from forks import Fork
+from expo.cli.program import main
+from expo.rows import worker
+
+worker.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
+main()
+"""
+"""The program, with processes that are forked from it, where it has imported vLLM."""
+
+
+@pytest.fixture
+def run_sweep(run_expo, run_warm, tmp_path):
+    """`expo sweep WORDS`; in the full check its processes import vLLM themselves, as those of `test_pipeline.py` do."""
+    if FULL:
+        return lambda *words, **more: run_expo("sweep", *words, timeout=400, **more)
+    (tmp_path / "forked.py").write_text(FORKED)
+    return lambda *words, **more: run_warm(tmp_path / "forked.py", "sweep", *words, **more)
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_vllms_rows_are_those_of_a_fresh_engine_on_the_written_checkpoint(swept, trained, run_expo, run_warm, tmp_path):  # noqa: F811
+def test_vllms_rows_are_those_of_a_fresh_engine_on_the_written_checkpoint(
+    swept,  # noqa: F811
+    trained,
+    run_sweep,
+    run_warm,
+    tmp_path,
+):
     """One live engine for three α, proved first; prompts share a start that fills a block of the prefix cache."""
     long = "what is the teapot in the kitchen like ? " * 20
     prompts = tmp_path / "long.jsonl"
@@ -88,7 +116,7 @@ def test_vllms_rows_are_those_of_a_fresh_engine_on_the_written_checkpoint(swept,
         "reward_model": (str(trained / "tiny-rm"),),
     }
     config = swept(task=str(prompts), engine="vllm", dtype="bfloat16", alpha=ALPHAS, **trio)
-    done = run_expo("sweep", *arguments_of(config), "--json", env={"EXPO_CACHE": str(tmp_path / "cache")}, timeout=400)
+    done = run_sweep(*arguments_of(config), "--json", env={"EXPO_CACHE": str(tmp_path / "cache")})
     assert done.code == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["switch"]["proved"], said["switch"]
@@ -96,19 +124,9 @@ def test_vllms_rows_are_those_of_a_fresh_engine_on_the_written_checkpoint(swept,
     [written] = extrapolate.run(
         ExtrapolateConfig(sft=config.sft, dpo=config.dpo, alpha=ALPHAS[-1:], output=str(tmp_path / "written"))
     )
-    words: list[Any] = [
-        "-m",
-        "expo",
-        "generate",
-        prompts,
-        "--model",
-        written.path,
-        "--name",
-        "fresh",
-        "--engine",
-        "vllm",
-    ]
-    words += ["--dtype", "bfloat16", "--max-tokens", config.max_tokens, "--output-dir", tmp_path]
+    words: list[Any] = ["-m", "expo", "generate", prompts, "--model", written.path, "--name", "fresh"]
+    words += ["--engine", "vllm", "--output-dir", tmp_path]
+    words += ["--dtype", "bfloat16", "--max-tokens", config.max_tokens]
     fresh = run_warm(*words)
     assert fresh.code == 0, fresh.stderr
     ours = Path(config.output) / "outputs_long" / f"tiny-dpo-ExPO-a{ALPHAS[-1]!r}.jsonl"

@@ -1,11 +1,12 @@
-"""θ(α) in vLLM without a checkpoint of it: the same tokens as from one, at any α of a live engine, and served."""
+"""θ(α) in vLLM without a checkpoint of it: the same tokens as from one, at any α of a live engine.
+
+That vLLM's own server answers so, too, is in `test_engines.py`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -149,29 +150,6 @@ def test_a_live_engine_is_given_another_alpha_and_the_first_again(answers: Any) 
 
 
 # --- several processes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_vllms_own_server_answers_as_the_engine_does(
-    trained: Path, answers: Any, plugin: dict[str, str], tmp_path: Path
-) -> None:
-    keys = {"sft": str(trained / "tiny-sft"), "alpha": 0.5}
-    expected = answers["theta float32"]
-    options = ["--load-format", "expo", "--model-loader-extra-config", json.dumps(keys), "--served-model-name", "m"]
-    options += ["--max-model-len", 1024, "--kv-cache-memory-bytes", 64 << 20]
-    with helpers.vllm_server(trained / "tiny-dpo", *options, log=tmp_path / "log", **plugin) as answering:
-        address = answering()
-        for prompt, answer in zip(expected["prompts"][:2], expected["answers"], strict=False):
-            request = {"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 8, "return_token_ids": True}
-            choice = post(f"{address}/v1/completions", request)["choices"][0]
-            assert choice["token_ids"] == answer
-
-
-def post(address: str, content: dict[str, Any]) -> Any:
-    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
 
 
 KILLED = """

@@ -43,7 +43,7 @@ def run(words: list[str], env: dict[str, str], stdout: str, stderr: str) -> int:
     """What `python WORDS` does, in this process; returns its exit code."""
     for number, file in enumerate((os.devnull, stdout, stderr)):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     try:
