@@ -140,12 +140,17 @@ def test_the_languages_of_blocks_are_those_that_say_what_is_done_with_them() -> 
 
 
 def test_words_are_added_where_the_table_says_so() -> None:
-    places = {"judge": "http://x/v1", "data": "/data"}
-    assert shortened.added(["expo", "score", "alpaca", "--data-parallel", "8"], **places) == ["--data-parallel", "2"]
-    assert shortened.added(["expo", "score", "alpaca"], **places) == []
-    judged = ["python", "-P", "-m", "evaluations.alpaca", "zephyr-7b-beta"]
-    assert shortened.added(judged, **places) == ["--base-url", "http://x/v1"]
-    assert shortened.added([*judged, "--base-url", "y"], **places) == []
+    places = {"judge": "http://x/v1", "data": "/data", "models": "/models"}
+
+    def changed(text: str) -> str:
+        return " + ".join(" ".join(words) for words in shortened.changed(text.split(), **places))
+
+    assert changed("expo score alpaca --data-parallel=8") == "expo score alpaca --data-parallel=8 + --data-parallel 2"
+    assert changed("expo score alpaca") == "expo score alpaca + "
+    judged = "python -P -m evaluations.alpaca zephyr-7b-beta"
+    assert changed(judged) == f"{judged} + --base-url http://x/v1"
+    assert changed(f"{judged} --base-url y") == f"{judged} --base-url y + "
+    assert changed("python benchmarks/sweep.py trio large").startswith("python benchmarks/sweep.py trio + --work ")
 
 
 def test_what_a_page_names_is_there_and_nothing_else(tmp_path: Path) -> None:

@@ -131,6 +131,14 @@ def evaluations() -> Iterator[Block]:
         yield from (Block(_name(module), _line_of(module, line), SHELL, line) for line in lines)
 
 
+def benchmarks() -> Iterator[Block]:
+    """The examples in the docstrings of the benchmarks; a line with `…` or `[` is a synopsis."""
+    for module in sorted((ROOT / "benchmarks").glob("*.py")):
+        text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+        for line in re.findall(r"^    (python benchmarks/[^…\[\n]*)$", text, re.MULTILINE):
+            yield Block(_name(module), _line_of(module, line), SHELL, line)
+
+
 def script_headers() -> Iterator[Block]:
     """The examples in the comments at the top of scripts."""
     for script in sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("tools/*.sh"), *ROOT.glob("demo/*.sh")]):
@@ -151,7 +159,7 @@ def recipes() -> Iterator[Block]:
         yield Block(f"expo recipes --show {name}", 1, SHELL, text.replace("--alpha A", "--alpha 0.3"))
 
 
-PRINTED: tuple[Callable[[], Iterator[Block]], ...] = (markdown, helps, evaluations, script_headers, recipes)
+PRINTED: tuple[Callable[[], Iterator[Block]], ...] = (markdown, helps, evaluations, benchmarks, script_headers, recipes)
 """Where whole commands are printed."""
 
 

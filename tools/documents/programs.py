@@ -18,14 +18,15 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tools.documents.shortened import ENGINE, added, with_engine
+from tools.documents.shortened import ENGINE, changed, with_engine
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(sys.executable).parent
 """Of the interpreter that runs the harness: what is installed there is what runs."""
 
-JUDGE, DATA, HOME = "EXPO_DOCUMENTS_JUDGE", "EXPO_DOCUMENTS_DATA", "EXPO_DOCUMENTS_HOME"
-"""Variables that tell these programs where stand-ins are."""
+HOME = "EXPO_DOCUMENTS_HOME"
+PLACES = {name: f"EXPO_DOCUMENTS_{name.upper()}" for name in ("judge", "data", "models")}
+"""Variables that tell these programs where environments are, and stand-ins."""
 
 ACTIVATE = 'VIRTUAL_ENV="{venv}"; export VIRTUAL_ENV; PATH="$VIRTUAL_ENV/bin:$PATH"; export PATH\n'
 JUDGES = ("meta-llama/Llama-3.3-70B-Instruct", "gpt-4")
@@ -51,7 +52,8 @@ def own(name: str) -> Callable[[list[str]], int]:
     """A program of the environment, with added words."""
 
     def run(words: list[str]) -> int:
-        more = added([name, *words], judge=os.environ.get(JUDGE, ""), data=os.environ.get(DATA, ""))
+        places = {place: os.environ.get(variable, "") for place, variable in PLACES.items()}
+        (_, *words), more = changed([name, *words], **places)
         if more:
             print(f"(added: {shlex.join(more)})", file=sys.stderr, flush=True)
         begin = [sys.executable, "-m", "expo"] if name == "expo" else [str(ENVIRONMENT / name)]

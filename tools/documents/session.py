@@ -33,7 +33,7 @@ from tools.documents.shortened import VARIABLES
 
 PAGE = "EXPO_DOCUMENTS_PAGE"
 """In the environment of every process that a page has started: the page's folder."""
-LONGEST_S = 900.0
+LONGEST_S = 3600.0
 """A command that takes longer is ended, and has failed."""
 TAIL = 40
 """Lines of a failed command's output that are shown."""
@@ -131,6 +131,7 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
             "no_proxy": "127.0.0.1,localhost",
             "NO_PROXY": "127.0.0.1,localhost",
         }
+        places = {"judge": judge.address, "data": str(data), "models": str(models.sft.parent)}
         environment |= {
             "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
             "OPENAI_API_KEY": "sk-made-up",
@@ -141,8 +142,7 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
             "EXPO_TEST_INPUTS": str(models.sft.parents[2]),
             "EXPO_FASTCHAT_VENV": os.environ.get("EXPO_FASTCHAT_VENV", str(_fastchat())),
             **VARIABLES,
-            programs.JUDGE: judge.address,
-            programs.DATA: str(data),
+            **{programs.PLACES[name]: place for name, place in places.items()},
         }
         yield World(folder, environment, models, hub)
 

@@ -2,7 +2,7 @@
 
 This, with `VARIABLES`, is all by which what is run differs from what is printed. Names need no line here:
 `stand_ins.py` makes them resolve. `{judge}` is the address of a judge of this machine, `{data}` a copy of FastChat's
-data, and `{engine}` what vLLM is told (`ENGINE`).
+data, `{models}` the folder of the tiny trio, and `{engine}` what vLLM is told (`ENGINE`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Added:
     """Only where this option or word is given."""
     lacking: str | None = None
     """Only where this option is not given."""
+    without: str | None = None
+    """A word that is taken away."""
 
 
 VARIABLES = {
@@ -43,13 +45,15 @@ VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM imports itself anew in each of its processes
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "PYTEST_ADDOPTS": "-k test_parts",  # all tests are a step of their own in tools/full_check.sh
+    "PYTEST_ADDOPTS": "-k 'test_parts or test_gpu'",  # all tests are a step of their own in tools/full_check.sh
     "STEPS": "damaged headers",  # of tools/full_check.sh, which is what runs these commands
 }
 """What the environment of all commands says."""
 
 TWO_CORES = "two cores carry two engines, and a word more of parallelism is the same code"
 SIZE = "hours of a benchmark are its counts; one round of the smallest size runs every line of it"
+PAIR = "--pair {models}/tiny-sft {models}/tiny-dpo"
+REWARDS = "--reward-model {models}/tiny-rm --prompts {models}/held_out_prompts.json"
 JUDGE = "the paper's judge costs money; one of this machine answers the same requests by a rule"
 
 ADDED = (
@@ -62,14 +66,19 @@ ADDED = (
     Added("python -m evaluations.leaderboard", "--model-args {engine}", "a CPU has no room for vLLM's defaults"),
     Added("python benchmarks/extrapolate.py", "--work expo-bench --pair 1b --rounds 1 --paper 0", SIZE),
     Added("python benchmarks/page_offset.py", "--file expo-bench/dpo-1b/model-00001-of-00005.safetensors", SIZE),
+    Added("python benchmarks/memory.py", "--work expo-memory --largest 0.3", SIZE),
+    Added("python benchmarks/gpu.py", "--work expo-gpu", SIZE),
     Added("python benchmarks/fuzz_headers.py", "--count 500", SIZE),
     Added("python benchmarks/generate.py", "--rounds 1 --limit 8 --max-tokens 8", SIZE),
+    Added("python benchmarks/loading.py", "--work expo-loading --rounds 1", SIZE),
     Added("python benchmarks/score.py", "--rounds 1 --limit 8", SIZE),
     Added("python benchmarks/coverage.py", "--simulations 4 --prompts 30", SIZE),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
     Added("python benchmarks/pipeline.py", "--limit 8 --max-tokens 8", SIZE),
-    Added("python benchmarks/race.py race", "--replays 1 --prompts 60 --kinds flat", SIZE),
-    Added("python benchmarks/race.py null", "--replays 1 --nulls 2 --prompts 60 --kinds flat", SIZE),
+    Added("python benchmarks/switch.py", f"--work expo-switch --rounds 1 {PAIR}", SIZE),
+    Added("python benchmarks/sweep.py", f"--work expo-sweep --rounds 1 --limit 4 --n 1 --max-tokens 8 {PAIR}", SIZE),
+    Added("python benchmarks/sweep.py", f"--alpha 0.5 {REWARDS}", SIZE, without="large"),
+    Added("python benchmarks/race.py", "--work expo-race --replays 1 --nulls 2 --prompts 60 --kinds flat", SIZE),
 )
 
 
@@ -80,22 +89,14 @@ def with_engine(model_args: str) -> str:
     return ",".join([*(f"{name}={value}" for name, value in ENGINE.items()), model_args])
 
 
-def added(words: list[str], **places: str) -> list[str]:
-    """The words that are added to a command."""
-    found: list[str] = []
+def changed(words: list[str], **places: str) -> tuple[list[str], list[str]]:
+    """The words of a command that stay, and those that are added."""
+    added, gone = [], []
+    plain, options = [word for word in words if word != "-P"], {word.partition("=")[0] for word in words}
     for one in ADDED:
         begin = one.begin.split()
-        options = {word.partition("=")[0] for word in words}
-        fits = words[: len(begin)] == begin or _without_flags(words)[: len(begin)] == begin
-        if (
-            fits
-            and (one.having is None or one.having in options)
-            and (one.lacking is None or one.lacking not in options)
-        ):
-            found += one.words.format(engine=json.dumps(ENGINE, separators=(",", ":")), **places).split()
-    return found
-
-
-def _without_flags(words: list[str]) -> list[str]:
-    """A command without the interpreter's own switch (`python -P -m …`)."""
-    return [word for word in words if word != "-P"]
+        fits = plain[: len(begin)] == begin and (one.having is None or one.having in options)
+        if fits and (one.lacking is None or one.lacking not in options):
+            added += one.words.format(engine=json.dumps(ENGINE, separators=(",", ":")), **places).split()
+            gone.append(one.without)
+    return [word for word in words if word not in gone], added

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -329,6 +330,34 @@ def turns(path: Path, _: Trio) -> None:
 
 DOUBTED = ("docs/guides/when_it_does_not_help.md",)
 COMPARED = ("expo/cli/compare.py", "expo/cli/report.py")
+
+
+def trained(path: Path, models_: Trio) -> None:
+    """What the demo leaves: its trio, and prompts."""
+    path.mkdir()
+    for name in ("sft", "dpo", "rm"):
+        shutil.copytree(getattr(models_, name), path / name)
+    prompts(path / "prompts.jsonl", models_)
+
+
+def swept(path: Path, models_: Trio) -> None:
+    """The folder of a finished sweep with two samples of each prompt."""
+    asked = path.with_name(f"{path.name}.jsonl")
+    prompts(asked, models_)
+    words = ["--sft", models_.sft, "--dpo", models_.dpo, "--reward-model", models_.rm, "--task", asked]
+    words += ["--alpha", 1, "--alpha", 2, "--n", 2, "--max-tokens", 16, "--engine", "transformers", "--output", path]
+    command = [sys.executable, "-m", "expo", "sweep", *map(str, words)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def mergekit(path: Path, _: Trio) -> None:
+    """In the place of another environment's program: it copies the model that its settings name first."""
+    first = r"""$(sed -n 's/.*model: "\([^"]*\)".*/\1/p' "$1" | head -n 1)"""
+    path.write_text(f'#!/bin/sh\nmkdir -p "$2"\ncp "{first}"/* "$2"\n')
+    path.chmod(0o755)
+
+
+RESULTS = ("benchmarks/RESULTS.md", "benchmarks/race.py")
 FILES = (
     *(Given(name, model("sft")) for name in ("my-sft", "SFT")),
     *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
@@ -347,6 +376,9 @@ FILES = (
     Given("outputs_prompts/my-model.jsonl", answered, ("expo/cli/score.py",)),
     *(Given(f"outputs_prompts/{name}.jsonl", run, DOUBTED) for name in ("my-dpo", "my-expo")),
     Given("outputs_mtbench/mine.jsonl", turns),
+    *(Given(name, swept, RESULTS) for name in ("own", "shared", "grid")),
+    Given("demo-output", trained, RESULTS),
+    Given("mergekit/bin/mergekit-yaml", mergekit),
     Given("FOLDER", lambda path, _: path.symlink_to(ROOT)),
 )
 """What is in a page's working directory before its first command, where its text names it or the run of that name."""
