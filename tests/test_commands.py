@@ -171,6 +171,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory):
     """What pages share: a hub, a judge, the trained trio; vLLM is not there, so that nothing waits for its start."""
     with session.world(tmp_path_factory.mktemp("documents"), vllm=False) as made:
         yield made
+        assert session.refused(made) == []
 
 
 @pytest.mark.slow

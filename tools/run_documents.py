@@ -25,7 +25,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools.documents.pages import PYTHON, SHELL, Block, printed
-from tools.documents.session import ADDRESS, TAIL, Outcome, end, processes_of, run_page, world
+from tools.documents.session import ADDRESS, TAIL, Outcome, end, processes_of, refused, run_page, world
 
 RECIPES = ("tulu-2-dpo-7b", "Instella-3B-Instruct", "Skywork-Reward-V2-Qwen3-0.6B")
 """Of all recipes, whose commands differ by names: one with an α and one without, each with a flag that it needs, and a
@@ -81,13 +81,11 @@ def run(pages: dict[str, list[Block]], folder: Path, jobs: int = 1, *, vllm: boo
     found: dict[str, list[Outcome]] = {name: [] for name in pages}
 
     def work(number: int) -> None:
-        with suppress(IndexError):
-            while True:
-                queue = waiting[True] if number == 0 and waiting[True] else waiting[False]
-                page = queue.popleft()
-                for one in run_page(shared, page, pages[page]):
-                    say(one)
-                    found[page].append(one)
+        while queue := (number == 0 and waiting[True]) or waiting[False]:
+            page = queue.popleft()
+            for one in run_page(shared, page, pages[page]):
+                say(one)
+                found[page].append(one)
 
     with world(folder, vllm=vllm) as shared, ThreadPoolExecutor(jobs) as pool:
         try:
@@ -98,6 +96,7 @@ def run(pages: dict[str, list[Block]], folder: Path, jobs: int = 1, *, vllm: boo
                 queue.clear()
             end(processes_of(folder))
             raise
+        found["the hub"] = refused(shared)
     return [one for outcomes in found.values() for one in outcomes]
 
 

@@ -19,7 +19,7 @@ EXAMPLES = (
     "  expo score alpaca --name zephyr-7b-beta\n"
     "  expo score prompts.jsonl --name my-model --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1 --json\n"
     "  expo score alpaca --name my-model --reward-model my-rm --reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
-    "  expo score alpaca --name my-model --implicit-reward --sft HuggingFaceH4/mistral-7b-sft-beta --dpo my-dpo"
+    "  expo score alpaca --name my-dpo --implicit-reward --sft my-sft --dpo my-dpo"
 )
 
 

@@ -226,8 +226,10 @@ def wheels() -> Path:
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     **{name: own(name) for name in ("expo", "pytest", "alpaca_eval")},
-    "sbatch": sbatch,
+    "python": python,
+    "lm_eval": lm_eval,
     "vllm": vllm,
+    "sbatch": sbatch,
     "pip": pip,
     "uv": uv,
 }

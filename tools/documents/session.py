@@ -384,16 +384,15 @@ def end(processes: Sequence[psutil.Process]) -> None:
 def run_page(shared: World, page: str, blocks: Sequence[Block]) -> Iterator[Outcome]:
     """Run a page's blocks in their order."""
     session = Session(shared, page, "\n".join(block.text for block in blocks))
-    before = len(shared.hub.unexpected)
     try:
         for block in blocks:
             yield from session.run(block)
     finally:
         session.close()
-    if unknown := shared.hub.unexpected[before:]:
-        yield Outcome(
-            Command(page, 1, "(the hub of this machine)"),
-            1,
-            0.0,
-            "it was asked for what it does not know:\n" + "\n".join(unknown),
-        )
+
+
+def refused(shared: World) -> list[Outcome]:
+    """What the hub was asked and does not know, as a command that failed."""
+    unknown = "\n".join(sorted(set(shared.hub.unexpected)))
+    command = Command("tests/hub_server.py", 1, "(the hub of this machine, asked for what it does not know)")
+    return [Outcome(command, 1, 0.0, unknown)] if unknown else []

@@ -14,8 +14,8 @@ from typing import Any
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
-    "max_model_len": 1024,
-    "max_num_batched_tokens": 1024,
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 4096,
     "enable_chunked_prefill": False,
 }
 """What vLLM is told where it is not expo that starts it: a CPU has no room for the defaults of a GPU, and what is
@@ -43,6 +43,7 @@ VARIABLES = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines sit on one core
     "VLLM_CPU_KVCACHE_SPACE": "1",  # in GB; vLLM would take nearly all memory
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM imports itself anew in each of its processes
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # tiny models were made for 2,048 tokens, the size of an answer
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "PYTEST_ADDOPTS": "-k 'test_parts or test_gpu'",  # all tests are a step of their own in tools/full_check.sh

@@ -369,7 +369,10 @@ FILES = (
     *(Given(name, answers) for name in ("A.json", "B.json", "C.json", "alpaca_eval.json", "zephyr-7b-dpo-full.json")),
     *(Given(name, answers) for name in ("zephyr-7b-sft-full.json", "Starling-LM-7B-beta.json")),
     *(Given(f"outputs_alpaca/{name}.json", answers) for name in ("mine", "NAME")),
-    *(Given(f"outputs_alpaca/{name}.json", answers, ("expo/cli/score.py",)) for name in ("my-model", "zephyr-7b-beta")),
+    *(
+        Given(f"outputs_alpaca/{name}.json", answers, ("expo/cli/score.py",))
+        for name in ("my-model", "my-dpo", "zephyr-7b-beta")
+    ),
     *(Given(f"outputs_alpaca/{name}.json", run) for name in ("A", "B", "dpo", "expo")),
     *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-dpo", "zephyr-7b-dpo-ExPO-a0.3")),
     *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-beta", "zephyr-7b-beta-ExPO-a0.1")),
