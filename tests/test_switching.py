@@ -158,7 +158,7 @@ def test_parameters_that_a_reload_of_vllm_gave_no_weights_are_known(of_vllm: Any
 def test_a_reload_of_vllm_that_gave_a_parameter_no_weights_is_refused(of_vllm: Any) -> None:
     refused = of_vllm["llama"]["refused"]
     assert refused["closed"]
-    assert refused["reason"].startswith(f"vLLM's reload left parameters with old weights): {NORM}; ")
+    assert refused["reason"].startswith(f"vLLM's reload left parameters with old weights: {NORM}; ")
 
 
 # --- in place -----------------------------------------------------------------------------------------------------
