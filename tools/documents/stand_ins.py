@@ -328,6 +328,7 @@ def turns(path: Path, _: Trio) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in answered))
 
 
+SCORED = ("expo/cli/score.py",)
 DOUBTED = ("docs/guides/when_it_does_not_help.md",)
 COMPARED = ("expo/cli/compare.py", "expo/cli/report.py")
 
@@ -369,14 +370,11 @@ FILES = (
     *(Given(name, answers) for name in ("A.json", "B.json", "C.json", "alpaca_eval.json", "zephyr-7b-dpo-full.json")),
     *(Given(name, answers) for name in ("zephyr-7b-sft-full.json", "Starling-LM-7B-beta.json")),
     *(Given(f"outputs_alpaca/{name}.json", answers) for name in ("mine", "NAME")),
-    *(
-        Given(f"outputs_alpaca/{name}.json", answers, ("expo/cli/score.py",))
-        for name in ("my-model", "my-dpo", "zephyr-7b-beta")
-    ),
+    *(Given(f"outputs_alpaca/{name}.json", answers, SCORED) for name in ("my-model", "my-dpo", "zephyr-7b-beta")),
     *(Given(f"outputs_alpaca/{name}.json", run) for name in ("A", "B", "dpo", "expo")),
     *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-dpo", "zephyr-7b-dpo-ExPO-a0.3")),
     *(Given(f"outputs_alpaca/{name}.json", run, COMPARED) for name in ("zephyr-7b-beta", "zephyr-7b-beta-ExPO-a0.1")),
-    Given("outputs_prompts/my-model.jsonl", answered, ("expo/cli/score.py",)),
+    Given("outputs_prompts/my-model.jsonl", answered, SCORED),
     *(Given(f"outputs_prompts/{name}.jsonl", run, DOUBTED) for name in ("my-dpo", "my-expo")),
     Given("outputs_mtbench/mine.jsonl", turns),
     *(Given(name, swept, RESULTS) for name in ("own", "shared", "grid")),
@@ -404,6 +402,7 @@ def copy_tree(folder: Path) -> None:
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
 
 
 def furnish(folder: Path, page: str, text: str, models_: Trio) -> None:
