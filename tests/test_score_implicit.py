@@ -241,7 +241,7 @@ def test_what_is_cut_is_marked_and_an_answer_that_is_gone_has_no_reward(llama_pa
     assert lost == [n for n, (q, _) in enumerate([*ROWS, *AWKWARD]) if 4 + len(q.split()) >= 8]
     assert all(rows[number]["truncated"] and rows[number]["answer_tokens"] == 0 for number in lost)
     assert [error["row"] for error in meta["errors"]] == lost
-    assert meta["errors"][0]["reason"] == "its prompt alone fills the 8 tokens that are read"
+    assert meta["errors"][0]["reason"] == "its prompt alone fills the maximum length of 8 tokens"
     assert meta["truncated"] == sum(row["truncated"] for row in rows) > len(lost)
     assert meta["failed"] == len(lost)
     kept = [n for n, row in enumerate(rows) if row["truncated"] and row["reward"] is not None]
@@ -425,7 +425,7 @@ def adapted(folder: Path) -> None:
 
 FAULTS = {
     "other ids": (other_ids, "the token 'w2' has id 7 in sft and 8 in dpo"),
-    "more tokens": (resized, "sft has vectors for 70 tokens and dpo for 64: their probabilities are not of the same"),
+    "more tokens": (resized, "sft has vectors for 70 tokens and dpo for 64: their probabilities are of different"),
     "an adapter": (adapted, "--sft sft is an adapter: merge it with `expo extrapolate --sft BASE"),
     "a reward model": (other_architecture, "sft is a reward model (LlamaForSequenceClassification), which cannot"),
 }

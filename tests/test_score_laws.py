@@ -131,7 +131,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_said(reward, tmp_path, cap
     assert numbers(result.rewards) == pytest.approx(rewards_alone(reward, ROWS, 8), abs=2e-6)
     caplog.clear()
     verb.plan(settings(reward, tmp_path, max_length=60))
-    assert "have a prompt of" not in caplog.text
+    assert "have a prompt that" not in caplog.text
 
 
 REFUSING = "{% if 'w50' in messages[0].content %}{{ raise_exception('no w50 here') }}{% endif %}" + CHAT_TEMPLATE

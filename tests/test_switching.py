@@ -539,7 +539,7 @@ def test_a_switch_is_proved_once(pairs: dict[str, Path]) -> None:
     assert (cold.ended, live.ended) == (True, False)
     again, _ = proved_by(pairs["phi3"])
     assert (again.proved, again.worker) == (True, None)
-    assert again.reason.startswith("proved before")
+    assert again.reason.startswith("tested before")
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ WITHIN = "equal weights and tokens, log probabilities within 0.0625"
         ),
         (["c", "b", "c", "c"], "an engine switched back to α = 0.5 holds different values from before in w"),
         ([PACKED] * 4, "the engine's weights cannot be compared with those of a newly started one"),
-        (["b"] * 4, "α = 0.5 and α = 4.5 give the same weights, so that a switch cannot be seen"),
+        (["b"] * 4, "α = 0.5 and α = 4.5 give the same weights, so a switch cannot be seen"),
     ],
 )
 def test_within_the_bound_of_a_gpu_weights_decide(
