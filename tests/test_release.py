@@ -28,7 +28,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("dist")
     _hatchling("sdist", folder, ROOT)
     with tarfile.open(folder / f"{NAME}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which 3.11.2 lacks
+        archive.extractall(folder)
     _hatchling("wheel", folder, folder / NAME)
     return folder / f"{NAME}.tar.gz", folder / f"{NAME}-py3-none-any.whl"
 

@@ -149,7 +149,7 @@ def test_so_it_does_where_the_output_or_a_part_is_unfinished(tmp_path, outputs, 
 
 def test_settings_of_vllm_are_refused_with_transformers(reward_model, outputs, tmp_path):  # noqa: F811
     for given in ({"engine_arg": ("a=1",)}, {"tensor_parallel": 2}):
-        with pytest.raises(InputError, match="works only with the vllm engine, and this run uses transformers"):
+        with pytest.raises(InputError, match="is for the vllm engine, and this run uses transformers"):
             verb.plan(settings(reward_model, tmp_path, **given))
 
 

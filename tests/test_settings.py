@@ -124,7 +124,7 @@ def test_fingerprints_are_equal_where_they_say_the_same(now: dict, old: dict | N
     if same:
         require_same("m.json", old, new)
     elif old is not None:
-        with pytest.raises(InputError, match="was made with a different"):
+        with pytest.raises(InputError, match="was made with another"):
             require_same("m.json", old, new)
 
 

@@ -350,7 +350,7 @@ def _recipes(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List known pairs with their α, and known reward models."""
+    """List the pairs known by name, with their α, and the known reward models."""
     print_result(recipes.show(names, show), as_json=as_json)
 
 
