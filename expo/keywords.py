@@ -153,7 +153,7 @@ def argument_type(config: type[CommandConfig], name: str) -> str:
 
 def _written(hint: Any) -> str:  # noqa: ANN401 - a type
     text = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-    return str(text).replace("str", "str | PathLike[str]")
+    return re.sub(r"\bstr\b", "str | PathLike[str]", str(text))
 
 
 def arguments_of(config: type[CommandConfig]) -> str:

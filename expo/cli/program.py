@@ -105,7 +105,7 @@ RecipeOption = Annotated[
         metavar="NAME",
         is_eager=True,
         callback=_use_recipe,
-        autocompletion=completing(known_recipes.names),
+        autocompletion=completing(all_recipes),
         help="Use the settings of a known model.",
     ),
 ]
