@@ -17,9 +17,9 @@ from inspect import Parameter, Signature
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from expo.config import CommandConfig
+from expo.cpus import QUIET_THREADS
 from expo.errors import InputError
 from expo.files import shown
-from expo.process import set_environment
 from expo.settings import settings_of, spelling
 
 C = TypeVar("C", bound=CommandConfig)
@@ -39,7 +39,8 @@ def takes(config: type[C]) -> Callable[[Callable[[C], Any]], Callable[..., Any]]
         @functools.wraps(verb)
         def call(*words: object, **settings: object) -> Any:  # noqa: ANN401 - the verb's result
             asked = read_settings(config, words, settings)
-            set_environment()
+            for variable, wanted in QUIET_THREADS.items():
+                os.environ.setdefault(variable, wanted)
             if asked.dry_run:
                 return import_module(f"expo.verbs.{verb.__name__}").plan(asked).describe()
             return verb(asked)

@@ -6,6 +6,7 @@ import copy
 import doctest
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,20 @@ def test_importing_the_package_loads_nothing() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines() == ["['expo']", "[] compare"]
+
+
+def test_a_call_changes_nothing_of_the_process_that_a_fork_of_it_would_suffer_from(pair: Path) -> None:
+    """As `TOKENIZERS_PARALLELISM=true`: a fork of a process with tokenizers then waits for threads that it lacks."""
+    code = (
+        "import os; before = dict(os.environ); import expo;"
+        "expo.extrapolate(sft='sft', dpo='dpo', alpha=0.3, output='out', fsync=False);"
+        "print(sorted(set(os.environ) - set(before)))"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TOKENIZERS", "OMP_WAIT"))}
+    told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    added = set(json.loads(told.stdout.replace("'", '"')))
+    assert "OMP_WAIT_POLICY" in added
+    assert not {name for name in added if name.startswith(("TOKENIZERS", "HF_"))}
 
 
 def test_an_unknown_name_is_no_attribute() -> None:

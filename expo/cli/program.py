@@ -30,10 +30,10 @@ from expo.cli import compare, extrapolate, generate, inspect, recipes, report, s
 from expo.cli.command import Command, Levels, Shown
 from expo.cli.completion import completing
 from expo.cli.failures import EXPECTED, clean, exit_code_of, fail, say
+from expo.cpus import QUIET_THREADS
 from expo.errors import PARTLY_FAILED, Stopped
 from expo.files import shown
 from expo.orphans import VARIABLE, end_with_parent
-from expo.process import set_environment
 from expo.settings import Setting, flag, headings_of, settings_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ Config = TypeVar("Config", bound=config.CommandConfig)
 INTERRUPTED = 130
 
 log = logging.getLogger("expo")
+
+PROCESS_ENVIRONMENT = {
+    **QUIET_THREADS,
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "true",  # here alone: in another's process a fork would wait for threads it lacks
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Set before torch is loaded, which then reads it; existing values are kept."""
 
 GC_OBJECTS = 20_000
 """Allocations between garbage collections; the default, 700, costs a seventh of the time of engine imports."""
@@ -410,7 +418,8 @@ def _usage_error(error: typer.TyperException) -> int:
 
 def main() -> None:
     """The `expo` program."""
-    set_environment(**({} if sys.stderr.isatty() else NO_BARS))
+    for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
+        os.environ.setdefault(name, value)
     gc.set_threshold(GC_OBJECTS)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal's encoding lacks
