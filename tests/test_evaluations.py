@@ -19,7 +19,6 @@ import chat_server
 import pytest
 import yaml
 from made_inputs import real
-from sizes import FULL
 from test_openai import wait_until
 from test_orphans import wait_until_gone
 
@@ -39,47 +38,19 @@ needs_alpaca_eval = pytest.mark.skipif(find_spec("alpaca_eval") is None, reason=
 # --- from end to end -----------------------------------------------------------------------------------------------
 
 
-def smoke(program: list[str], folder: Path) -> list[str]:
+def smoke(module: str, folder: Path) -> list[str]:
     """Run a smoke from another folder than the checkout's, and return what it checked."""
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *program]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"evaluations.{module}", "--smoke"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return [line for line in done.stderr.splitlines() if line.startswith("checked: ")]
 
 
-FORKING = """
-import os, sys
-from pathlib import Path
-import warm
-from evaluations import alpaca, pairs
-
-MODULES = {"expo": "expo", "alpaca_eval": "alpaca_eval.main"}
-begun, own = set(), pairs.run
-
-def run(command, *, env=None, accept=(0,), log=None, **more):
-    program = command[0]
-    if program not in begun:
-        begun.add(program)
-        if program == "alpaca_eval":
-            return own(command, env=env, accept=accept, log=log, **more)
-    import alpaca_eval.main, transformers.models.llama.modeling_llama
-    log = Path(log or os.devnull)
-    words = ["-m", MODULES[program], *command[1:]]
-    code = warm.in_a_fork(words=words, env=dict(env or os.environ), stdout=str(log), stderr=str(log))
-    pairs._require(code, program, accept, log.read_text() if log.is_file() else "")
-
-pairs.run = run
-sys.exit(alpaca.main(["--smoke"]))
-"""
-"""The smoke; but for AlpacaEval's first command, those that it runs are forks which have imported everything."""
-
-
 @pytest.mark.slow
 @needs_alpaca_eval
 def test_alpaca_eval_from_end_to_end(tmp_path):
-    program = ["-m", "evaluations.alpaca", "--smoke"] if FULL else ["-c", FORKING]
-    checked = smoke(program, tmp_path)
+    checked = smoke("alpaca", tmp_path)
     assert sum("win rate" in line and "as counted" in line for line in checked) == 2
     assert any("asks for what is missing, and no more" in line for line in checked)
 
@@ -92,7 +63,7 @@ needs_fastchat = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_fastchat
 def test_mt_bench_from_end_to_end(tmp_path):
-    checked = smoke(["-m", "evaluations.mt_bench", "--smoke"], tmp_path)
+    checked = smoke("mt_bench", tmp_path)
     assert sum("as counted" in line for line in checked) == 3
     assert sum("FastChat's table says" in line for line in checked) == 3
 
