@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
-
+from evaluations.web import httpx
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import name_problem
 

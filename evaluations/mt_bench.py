@@ -16,11 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-import httpx
-
 from evaluations import judge as judges, pairs, results
 from evaluations.judge import Judge
 from evaluations.results import Column, Result
+from evaluations.web import httpx
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 from expo.files import Row, hash_file, read_rows, write_atomic
 
@@ -147,7 +146,7 @@ def fetch_data(place: str, output_dir: Path) -> Path:
 
 def _fetched(address: str) -> bytes:
     try:
-        content = httpx.get(address, timeout=60, follow_redirects=True).raise_for_status().content
+        content: bytes = httpx.get(address, timeout=60, follow_redirects=True).raise_for_status().content
         for line in content.splitlines():
             json.loads(line)
         return content

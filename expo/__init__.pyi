@@ -109,20 +109,20 @@ def extrapolate(
         workers: Number of threads. [default: the CPU count, at most 4]
         max_shard_size: Maximum size of an output file, such as 500MB or 5GB; keep preserves the DPO
             shard layout.
-        verify: Checksum all weights: record the inputs' sums, and check finished outputs against their
-            manifest.
+        verify: Checksum all weights: record the inputs' checksums, and check finished outputs against
+            their manifest.
         fsync: Flush every file to disk before it gets its final name.
         push_to_hub: Upload the finished output to this model repository; may contain {alpha}.
-        private: Make that repository private if it does not exist yet.
-        rule: Formula that makes θ(α), by its name.
-        alpha_for: Give matching tensors an α of their own; repeatable, the first match wins.
-        exclude: Copy matching tensors from DPO, whatever alpha_for says; repeatable.
-        missing: Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.
-        vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy
-            DPO's others.
+        private: Create that repository as private, if it does not exist yet.
+        rule: Name of the formula that makes θ(α).
+        alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
+        exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
+        missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
+        vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the rows both have and
+            copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
-        overwrite: Replace an output made with other settings, once the new one is complete.
+        overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
 
@@ -173,7 +173,7 @@ def inspect(
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         workers: Number of threads. [default: the CPU count, at most 4]
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
-        overwrite: Replace an output made with other settings, once the new one is complete.
+        overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
 
@@ -288,22 +288,22 @@ def generate(
 
     Args:
         model: The model: a directory, hub id, or id@revision; for openai, its name on the server.
-        sft: The SFT checkpoint θ_sft: instead of model, θ(α) is made while the engine loads.
+        sft: The SFT checkpoint θ_sft. With dpo and alpha, the engine loads θ(α) instead of model.
         dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
         alpha: Extrapolation strength α.
         name: Name of the output files, and of the generator in them. [default: the model's, or <DPO
             name>-ExPO-a<A>]
         base_url: URL of the server (openai); its API key is read from OPENAI_API_KEY.
         concurrency: Maximum number of concurrent requests (openai).
-        rule: Formula that makes θ(α), by its name.
-        alpha_for: Give matching tensors an α of their own; repeatable, the first match wins.
-        exclude: Copy matching tensors from DPO, whatever alpha_for says; repeatable.
-        missing: Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.
-        vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy
-            DPO's others.
+        rule: Name of the formula that makes θ(α).
+        alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
+        exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
+        missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
+        vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the rows both have and
+            copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
-        engine: Inference engine; auto is vLLM where it is installed and can run, else transformers.
+        engine: Inference engine; auto is vLLM if it is installed and can run, else transformers.
         dataset: Read the task's prompts from a local file or another hub dataset.
         system: System message put before every prompt.
         n: Number of samples per prompt.
@@ -311,18 +311,18 @@ def generate(
             CPU: at most 2,048).
         temperature: Sampling temperature; 0 is greedy decoding. [default: 0.7; mtbench: by category]
         top_k: Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).
-        top_p: Sample from the most likely tokens of this total probability.
+        top_p: Sample from the most likely tokens that together have this probability.
         presence_penalty: Presence penalty on generated tokens.
         frequency_penalty: Frequency penalty on generated tokens.
         seed: Seed of all random numbers.
         seed_mode: row: each row has a seed of its own, the same for every model and α; shared: every
-            request has seed.
+            request uses seed.
         max_tokens: Maximum number of new tokens per answer.
         stop_token_id: Additional token id that ends an answer; repeatable.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
         data_parallel: Number of processes that share the rows, each with an engine and GPUs of its own.
-        part: Do the i-th of N parts of the rows (from 0); slurm takes both from the array job.
+        part: Run only part i of N of the rows, counted from 0; slurm takes i and N from the array job.
         join: Check that all N parts are finished and join them.
         limit: Use only the first N prompts; a larger limit later extends the run.
         device: Device of the transformers engine.
@@ -330,9 +330,10 @@ def generate(
             transformers on a CPU without bfloat16 arithmetic.
         chat_template: Jinja file to use instead of the model's own chat template.
         trust_remote_code: Run Python code that comes with the model.
-        engine_arg: Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.
+        engine_arg: Argument passed on to the engine; VALUE is read as JSON if it is valid JSON;
+            repeatable.
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
-        overwrite: Replace an output made with other settings, once the new one is complete.
+        overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
 
@@ -417,26 +418,25 @@ def score(
         outputs: The file to score, if it is not outputs_<task>/<name>.
         dataset: Read mtbench's questions from a local file or another hub dataset.
         reward_model: A reward model with one label: a directory, hub id, or id@revision; repeatable:
-            each further one writes NAME@<its name>.jsonl. [default: weqweasdas/RM-Mistral-7B]
-        implicit_reward: Score with the implicit reward β(log π_dpo − log π_sft) of dpo over sft; beside
-            reward models it writes NAME@implicit.jsonl.
+            each one after the first writes NAME@<its name>.jsonl. [default: weqweasdas/RM-Mistral-7B]
+        implicit_reward: Score with the implicit reward β(log π_dpo − log π_sft) of dpo over sft;
+            alongside reward models, it writes NAME@implicit.jsonl.
         sft: The SFT checkpoint π_sft (implicit reward).
-        dpo: The checkpoint π_dpo trained from it, whose tokenizer and chat template are used (implicit
-            reward).
+        dpo: The DPO checkpoint π_dpo trained from it; its tokenizer and chat template are used
+            (implicit reward).
         beta: β, the scale of the implicit reward.
-        engine: Engine that runs the reward model; auto is vLLM on a GPU where it is installed and expo
-            has tested the architecture, else transformers, and goes on with the engine of the output
-            that is there.
+        engine: Engine that runs the reward model; auto is vLLM on a GPU if it is installed and expo has
+            tested the architecture, else transformers; an existing output keeps its engine.
         batch_tokens: Token budget of one batch of the transformers engine, padding included (score on a
             CPU: at most 2,048).
-        max_length: Maximum conversation length in tokens; longer ones lose their end. [default: its
-            recipe's, else its own]
-        bos: template: rows begin as the chat template gives them; none: without its BOS token, for
-            reward models that were trained so; auto: as the model's recipe says, else template.
+        max_length: Maximum conversation length in tokens; longer ones are cut at the end. [default: the
+            recipe's, else the model's]
+        bos: template: rows begin as the chat template writes them; none: its BOS token is dropped, for
+            reward models trained without it; auto: as the reward model's recipe says, else template.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
         data_parallel: Number of processes that share the rows, each with an engine and GPUs of its own.
-        part: Do the i-th of N parts of the rows (from 0); slurm takes both from the array job.
+        part: Run only part i of N of the rows, counted from 0; slurm takes i and N from the array job.
         join: Check that all N parts are finished and join them.
         limit: Use only the first N prompts; a larger limit later extends the run.
         device: Device of the transformers engine.
@@ -444,9 +444,10 @@ def score(
             transformers on a CPU without bfloat16 arithmetic.
         chat_template: Jinja file to use instead of the model's own chat template.
         trust_remote_code: Run Python code that comes with the model.
-        engine_arg: Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.
+        engine_arg: Argument passed on to the engine; VALUE is read as JSON if it is valid JSON;
+            repeatable.
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
-        overwrite: Replace an output made with other settings, once the new one is complete.
+        overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
 
@@ -490,13 +491,13 @@ def compare(
         InputError: A run is missing or damaged, or they cannot be paired.
 
     Args:
-        flips: Number of rows to name that a model wins, and loses, by the most.
-        markdown: Print the table in GitHub's markdown.
+        flips: How many of each model's biggest wins and losses to list.
+        markdown: Print the tables as GitHub Markdown.
         runs: Two or more runs: names, output files or reward files. The first is the baseline.
-        task: The runs' task, as given to generate. [default: found by the names]
+        task: The runs' task, as given to `expo generate`. [default: found from the runs]
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
         dataset: Read mtbench's questions from a local file or another hub dataset.
-        intersect: Where the runs' prompts differ, use the rows that all have, and name the others.
+        intersect: If the runs' prompts differ, use the rows that all runs have, and list the rest.
         dry_run: Print the plan and write nothing.
     """
 
@@ -636,42 +637,44 @@ def sweep(
     Args:
         sft: The SFT checkpoint θ_sft: a directory, hub id, or id@revision.
         dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
-        alpha: A candidate for α; repeatable. α = 0 is always part of it. [default: 0.1 0.2 0.3 0.4 0.5]
+        alpha: A candidate for α; repeatable. α = 0 is always measured as well. [default: 0.1 0.2 0.3
+            0.4 0.5]
         with_sft: Also measure SFT itself, which is α = −1, for reference.
         search: grid: every α answers every prompt; race: α that fall behind are dropped, and the best
-            is tested on prompts set aside, for half of the tokens or fewer.
+            one is tested on prompts set aside, for at most half of the tokens.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output: Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default:
             sweeps/<DPO name>]
         any_pair: Sweep the pair even if `expo inspect` finds it unsuited.
         write: Write the checkpoint of the chosen α at the end.
-        slice: Prompts of its first look, and added for each further one. [default: a tenth, at least
-            10]
-        confirm: Share of the prompts that is set aside to confirm what it finds.
-        confidence: Probability that it drops no α that is as good as those it seems to fall behind.
-        indifference: End it when taking its leader is expected to lose less than this, in standard
-            deviations of the paired difference.
-        refine: Let it add α between the leader and its neighbours, and beyond the ends.
+        slice: Prompts in the race's first look, and added at each later one. [default: a tenth, at
+            least 10]
+        confirm: Share of the prompts set aside to confirm the α that the race finds.
+        confidence: Probability that the race drops no α that is as good as the one it trails.
+        indifference: End the race once choosing its leader is expected to lose less than this, in
+            standard deviations of the paired difference.
+        refine: Let the race add α between the leader and its neighbours, and beyond the ends.
         reward_model: A reward model: a directory, hub id, or id@revision; repeatable: the first
-            decides, and each further one must see the gain, too. [default: weqweasdas/RM-Mistral-7B]
+            decides, and each of the others must see the gain as well. [default: weqweasdas/RM-
+            Mistral-7B]
         reward_engine: Engine that runs the reward model; auto as in `expo score`.
-        reward_device: Device of the reward model with transformers.
-        reward_dtype: Data type that the reward model runs in.
+        reward_device: Device of the reward model (transformers).
+        reward_dtype: Data type the reward model runs in.
         reward_engine_arg: Argument passed to the reward model's engine; repeatable.
-        reward_tensor_parallel: Number of GPUs of the reward model (vllm). [default: as the plan says]
-        reward_batch_tokens: Token budget of a batch of rewards.
+        reward_tensor_parallel: Number of GPUs for the reward model (vllm). [default: as dry_run shows]
+        reward_batch_tokens: Token budget of one batch of the reward model.
         reward_max_length: Maximum conversation length of the reward model, in tokens.
         reward_chat_template: Jinja file to use instead of the reward model's own chat template.
-        reward_bos: As bos of `expo score`.
-        rule: Formula that makes θ(α), by its name.
-        alpha_for: Give matching tensors an α of their own; repeatable, the first match wins.
-        exclude: Copy matching tensors from DPO, whatever alpha_for says; repeatable.
-        missing: Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.
-        vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy
-            DPO's others.
+        reward_bos: Like bos of `expo score`.
+        rule: Name of the formula that makes θ(α).
+        alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
+        exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
+        missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
+        vocab: Vocabularies of different sizes: refuse the pair, or extrapolate the rows both have and
+            copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
-        engine: Inference engine; auto is vLLM where it is installed and can run, else transformers.
+        engine: Inference engine; auto is vLLM if it is installed and can run, else transformers.
         dataset: Read the task's prompts from a local file or another hub dataset.
         system: System message put before every prompt.
         n: Number of samples per prompt.
@@ -679,12 +682,12 @@ def sweep(
             CPU: at most 2,048).
         temperature: Sampling temperature; 0 is greedy decoding. [default: 0.7; mtbench: by category]
         top_k: Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).
-        top_p: Sample from the most likely tokens of this total probability.
+        top_p: Sample from the most likely tokens that together have this probability.
         presence_penalty: Presence penalty on generated tokens.
         frequency_penalty: Frequency penalty on generated tokens.
         seed: Seed of all random numbers.
         seed_mode: row: each row has a seed of its own, the same for every model and α; shared: every
-            request has seed.
+            request uses seed.
         max_tokens: Maximum number of new tokens per answer.
         stop_token_id: Additional token id that ends an answer; repeatable.
         limit: Use only the first N prompts; a larger limit later extends the run.
@@ -693,9 +696,10 @@ def sweep(
             transformers on a CPU without bfloat16 arithmetic.
         chat_template: Jinja file to use instead of the model's own chat template.
         trust_remote_code: Run Python code that comes with the model.
-        engine_arg: Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.
+        engine_arg: Argument passed on to the engine; VALUE is read as JSON if it is valid JSON;
+            repeatable.
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
-        overwrite: Replace an output made with other settings, once the new one is complete.
+        overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
 
@@ -737,14 +741,14 @@ def report(
         EnvironmentFailure: Writing failed.
 
     Args:
-        output: The page.
-        figures: Write the page's figures to this folder too, as PNG and SVG.
+        output: The page to write.
+        figures: Also write the page's figures to this folder, as PNG and SVG.
         overwrite: Replace files that expo report did not write.
         runs: Two or more runs: names, output files or reward files. The first is the baseline.
-        task: The runs' task, as given to generate. [default: found by the names]
+        task: The runs' task, as given to `expo generate`. [default: found from the runs]
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
         dataset: Read mtbench's questions from a local file or another hub dataset.
-        intersect: Where the runs' prompts differ, use the rows that all have, and name the others.
+        intersect: If the runs' prompts differ, use the rows that all runs have, and list the rest.
         dry_run: Print the plan and write nothing.
     """
 

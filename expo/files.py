@@ -145,7 +145,7 @@ def read_small(file: Path) -> bytes:
     with open_file(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > MAX_TEXT_BYTES:
-            raise InputError(f"{file} has {size} bytes, more than any such file should have: is it what its name says?")
+            raise InputError(f"{file} has {size} bytes, more than any such file should have: is it the right file?")
         try:
             return stream.read(MAX_TEXT_BYTES)
         except OSError as error:

@@ -215,7 +215,7 @@ def header_fingerprint(path: Path, lines: Sequence[Row]) -> Row:
     """
     fingerprint = lines[0].get("fingerprint")
     if not isinstance(fingerprint, dict):
-        raise InputError(f"{path} is damaged: remove it to start anew")
+        raise InputError(f"{path} is damaged: remove it to start over")
     return fingerprint
 
 

@@ -70,7 +70,7 @@ def read_settings(config: type[C], words: Iterable[object], settings: dict[str, 
         if name not in known:
             near = get_close_matches(name, known, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{name!r} is no setting of {config.__name__}{meant}")
+            raise TypeError(f"{name!r} is not a setting of {config.__name__}{meant}")
     hints = get_type_hints(config)
     return config(**{name: _value(config, name, value, hints[name]) for name, value in given.items()})
 
@@ -86,7 +86,7 @@ def _positional(config: type[CommandConfig], words: list[object], settings: dict
     if get_origin(get_type_hints(config)[name]) is tuple:
         return {name: words[0] if len(words) == 1 and isinstance(words[0], list | tuple) else words}
     if len(words) > 1:
-        raise TypeError(f"one argument, {name!r}, is given without its name, not {len(words)}")
+        raise TypeError(f"only {name!r} may be given without its name, but {len(words)} arguments are")
     return {name: words[0]}
 
 

@@ -171,7 +171,7 @@ def require_same(what: Path | str, old: Row, new: Row, *, advice: str = "--overw
         before, now = old.get(key, absent.get(key)), new.get(key, absent.get(key))
         if before != now:
             shown = "" if isinstance(now, dict) or isinstance(before, dict) else f" ({before!r} then, {now!r} now)"
-            raise InputError(f"{what} was made with another {key.replace('_', '-')}{shown}; {advice}")
+            raise InputError(f"{what} was made with a different {key.replace('_', '-')}{shown}; {advice}")
 
 
 # --- checks: each refuses a value that is out of its range in one line that names the flag ----------------------------

@@ -436,7 +436,7 @@ def test_names_that_a_wrapper_changed_are_read_without_it(
     right = merged(AutoModelForCausalLM.from_pretrained(sft), dpo, tmp_path / "merged")
     edit(dpo, lambda tensors: {place(name): tensor for name, tensor in tensors.items()})
     law(load_file(sft / "model.safetensors"), right, run(sft, dpo, tmp_path / "out"))
-    assert "contain what a wrapper of training added; it is left out" in caplog.text
+    assert "contain a training wrapper's prefix, which is dropped" in caplog.text
 
 
 def test_names_that_mean_several_tensors_or_one_tensor_twice_are_refused(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_card_and_manifest_name_it_and_a_rerun_is_complete(pair: Pair, tmp_path:
     assert json.loads(expo(pair, *arguments, "--json").stdout)["outputs"][0]["status"] == "already complete"
     refused = expo(pair, *arguments[:-2])
     assert refused.code == 2
-    assert "was made with another rule" in refused.stderr
+    assert "was made with a different rule" in refused.stderr
 
 
 def test_outputs_of_the_linear_rule_are_as_before_there_were_others(pair: Pair, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_outputs_of_the_linear_rule_are_as_before_there_were_others(pair: Pair, 
     assert "rule" not in manifest["fingerprint"]
     assert manifest["rule"] == "linear"
     assert "\nθ(α) = θ_dpo + α (θ_dpo − θ_sft), with α = 0.5\n" in card
-    with pytest.raises(InputError, match="made with another rule"):
+    with pytest.raises(InputError, match="made with a different rule"):
         write(pair, tmp_path / "out", rule="clipped")
 
 
@@ -168,7 +168,7 @@ def test_transformers_answers_as_on_the_written_checkpoint(llama_pair: Pair, tmp
     assert (
         json.loads((tmp_path / "outputs_questions/dpo-ExPO-a8.0.meta.json").read_text())["config"]["rule"] == "clipped"
     )
-    with pytest.raises(InputError, match="made with another rule"):
+    with pytest.raises(InputError, match="made with a different rule"):
         rows(**of_pair)
 
 

@@ -126,9 +126,9 @@ def test_the_command_line_knows_it(llama_pair, task, tmp_path, capsys):
 
 
 def test_settings_of_other_engines_are_refused(llama_pair, task):
-    with pytest.raises(InputError, match="--base-url is for the openai engine, and this run uses dice"):
+    with pytest.raises(InputError, match="--base-url works only with the openai engine, and this run uses dice"):
         generate.plan(settings(llama_pair[1], task, base_url="http://localhost:1/v1"))
-    with pytest.raises(InputError, match="--engine-arg is for the vllm engine"):
+    with pytest.raises(InputError, match="--engine-arg works only with the vllm engine"):
         generate.plan(settings(llama_pair[1], task, engine_arg=("a=1",)))
 
 

@@ -151,9 +151,13 @@ def test_a_dry_run_gives_the_plan_and_writes_nothing(pair: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: expo.extrapolate(sft="s", dpo="d", alhpa=0.3), TypeError, "'alhpa' is no setting .* mean 'alpha'"),
+        (lambda: expo.extrapolate(sft="s", dpo="d", alhpa=0.3), TypeError, "'alhpa' is not a setting .* mean 'alpha'"),
         (lambda: expo.extrapolate("s", "d", alpha=0.3), TypeError, "settings are given by name"),
-        (lambda: expo.generate("a", "b", model="m"), TypeError, "one argument, 'task', is given without its name"),
+        (
+            lambda: expo.generate("a", "b", model="m"),
+            TypeError,
+            "only 'task' may be given without its name, but 2 arguments are",
+        ),
         (lambda: expo.generate("a", task="b", model="m"), TypeError, "'task' is given twice"),
         (lambda: expo.extrapolate(sft="s", dpo="d", alpha="much"), expo.InputError, "^--alpha: .*number.*'much'"),
         (lambda: expo.extrapolate(sft="s", dpo="d", alpha=float("nan")), expo.InputError, "finite"),

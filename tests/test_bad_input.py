@@ -173,21 +173,23 @@ REFUSED: dict[str, Bad] = {
         "out/expo.json is not valid JSON", lambda root: output(root, expo_json="{"), ("--overwrite", *GOOD)
     ),
     "output is a file": Bad("out is a file; choose another --output", lambda root: (root / "out").write_text("x")),
-    "output is SFT": Bad("is or lies inside the input {root}/sft", args=("--alpha", "1", "--output", SFT)),
+    "output is SFT": Bad("the output {root}/sft is the input {root}/sft or", args=("--alpha", "1", "--output", SFT)),
     "output is DPO, overwriting": Bad(
-        "inside the input {root}/dpo", args=("--alpha", "1", "--output", DPO, "--overwrite")
+        "is the input {root}/dpo or lies inside it", args=("--alpha", "1", "--output", DPO, "--overwrite")
     ),
-    "output is inside DPO": Bad("inside the input {root}/dpo", args=("--alpha", "1", "--output", f"{DPO}/new/out")),
+    "output is inside DPO": Bad(
+        "is the input {root}/dpo or lies inside it", args=("--alpha", "1", "--output", f"{DPO}/new/out")
+    ),
     "output is inside by ..": Bad(
-        "inside the input {root}/dpo", args=("--alpha", "1", "--output", "{root}/x/../dpo/out")
+        "is the input {root}/dpo or lies inside it", args=("--alpha", "1", "--output", "{root}/x/../dpo/out")
     ),
     "output is inside by a link": Bad(
-        "inside the input {root}/dpo",
+        "is the input {root}/dpo or lies inside it",
         lambda root: (root / "link").symlink_to(root / "dpo"),
         ("--alpha", "1", "--output", "{root}/link/out"),
     ),
     "one of several outputs is inside": Bad(
-        "many-0.2 is or lies inside the input {root}/sft",
+        "the output {root}/many-0.2 is the input {root}/sft or lies inside it",
         lambda root: (root / "many-0.2").symlink_to(root / "sft"),
         ("--alpha", "0.1", "--alpha", "0.2", "--output", "{root}/many-{{alpha}}"),
     ),
@@ -480,7 +482,7 @@ REFUSED: dict[str, Bad] = {
         lambda root: raw_safetensors(root / "dpo/model-00002-of-00002.safetensors", {"norm": BF16}, bytes(16)),
     ),
     "model.safetensors beside an index": Bad(
-        "has both model.safetensors and model.safetensors.index.json, which does not list it",
+        "has both model.safetensors and model.safetensors.index.json, and the index does not list it",
         lambda root: shutil.copy(root / "sft/model.safetensors", root / "dpo"),
     ),
     # --- the pair
@@ -635,7 +637,7 @@ WARNED: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "a total_size that is no number": ("says total_size '5'", lambda root: index(root, metadata={"total_size": "5"})),
     "an index that puts a tensor into another shard": (
-        "index.json: places 1 tensors in other shards than they are in ('norm' …): following the shards",
+        "index.json: lists 1 tensors in the wrong shard ('norm' …): following the shards",
         lambda root: reindex(root, "norm", "model-00002-of-00002.safetensors"),
     ),
     "an index that leaves out a tensor": (

@@ -255,13 +255,13 @@ REFUSED = {
     "--system": (
         [{"prompt": "w1"}, {"prompt": "w2"}],
         {"system": "w5"},
-        r"ignores messages with role 'system' \(row 0 and 1 more\): drop --system, use roles that it writes "
+        r"ignores messages with role 'system' \(row 0 and 1 more\): drop --system, use roles that it renders "
         r"\(user, assistant\), or pass a --chat-template",
     ),
     "some rows": (
         [{"prompt": "w1"}, {"messages": [message("system", "w5"), message("user", "w1")]}, {"prompt": "w2"}],
         {},
-        r"ignores messages with role 'system' \(row 1\): use roles that it writes \(user, assistant\)",
+        r"ignores messages with role 'system' \(row 1\): use roles that it renders \(user, assistant\)",
     ),
     "other names of roles": ([{"messages": TURNS}], {}, r"ignores messages with role 'human', 'gpt' \(row 0\)"),
     "developer": (

@@ -103,13 +103,13 @@ DISAGREEMENTS = {
         {"1": {"a": 1}, "2": {"b": 2, "c": 3}},
         {**IN_ORDER, "c": "1"},
         {"a": 1, "b": 2, "c": 3},
-        "places 1 tensors in other shards than they are in ('c' …): following the shards",
+        "lists 1 tensors in the wrong shard ('c' …): following the shards",
     ),
     "two tensors in each other's shard": Disagreement(
         {"1": {"a": 1}, "2": {"b": 2}},
         {"a": "2", "b": "1"},
         {"a": 1, "b": 2},
-        "places 2 tensors in other shards than they are in ('a' …): following the shards",
+        "lists 2 tensors in the wrong shard ('a' …): following the shards",
     ),
     "a tensor that the index leaves out": Disagreement(
         {"1": {"a": 1, "c": 3}, "2": {"b": 2}},
@@ -139,7 +139,7 @@ DISAGREEMENTS = {
         {"1": {"a": 1}, "2": {"a": 0, "b": 2}},
         IN_ORDER,
         "tensor 'a' is in more than one shard (model-1.F, model-2.F); the index says model-1.F, and loaders take it "
-        "from model-2.F: remove the copies that are not meant",
+        "from model-2.F: remove the stray copies",
     ),
     "copies that the index does not list": Disagreement(
         {"1": {"a": 1, "c": 0}, "2": {"b": 2, "c": 3}}, IN_ORDER, "(model-1.F, model-2.F); the index does not list it"

@@ -314,7 +314,7 @@ def test_a_reward_model_that_not_all_have_is_left_aside() -> None:
     first, second = random_runs()
     found = compare([first, replace(second, rewards={RM: second.rewards[RM]})])
     assert [table.key for table in found.tables] == [RM]
-    assert found.notes == (f"rewards by {OTHER} are left aside: not all runs have them",)
+    assert found.notes == (f"rewards by {OTHER} are ignored: not all runs have them",)
 
 
 def test_rewards_of_different_reward_models_are_refused() -> None:
@@ -340,7 +340,7 @@ def test_cut_conversations_are_counted() -> None:
     first, second = random_runs()
     found = compare([first, replace(second, scorings={RM: Scoring(RM, None, truncated=frozenset({0, 3}))})])
     assert found.describe()["models"][1]["truncated"] == 2
-    assert f"B: 2 of 60 conversations were cut at the longest that is read by {RM}" in found.notes
+    assert f"B: 2 of 60 conversations were cut at the maximum length by {RM}" in found.notes
 
 
 def test_without_rewards_lengths_are_compared() -> None:
@@ -505,7 +505,7 @@ def test_words_can_stand_in_a_config_file(folder: Path, run: Callable[..., Resul
         (["A"], "compare takes two or more runs, not 1: a baseline, and what to compare with it"),
         ([], "compare takes two or more runs, not 0"),
         (["A", "A"], "are the same run"),
-        (["A", "D"], "no outputs and no rewards of D"),
+        (["A", "D"], "no outputs or rewards of D"),
         (["A", "B", "--flips", "-1"], "--flips must be 0"),
         (["A", "short"], "A and short answer different prompts: 38 rows only in A: 2, 3, 4 and 35 more"),
         (["A", "alone"], f"cannot be compared: A by {RM}, {OTHER}; alone by strange/rm@c0ffee"),

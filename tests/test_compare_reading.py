@@ -165,7 +165,7 @@ def test_rows_that_were_not_scored_say_so(tmp_path: Path) -> None:
     write_rewards(write_outputs(tmp_path, "A", ROWS), [1.0, 2.0])
     (run,) = read_runs(["A"], output_dir=str(tmp_path))
     assert run.rewards[RM] == (1.0, 2.0, None)
-    assert run.scorings[RM].reasons == {2: "A.jsonl does not rate it"}
+    assert run.scorings[RM].reasons == {2: "A.jsonl does not score it"}
 
 
 def test_failed_and_truncated_rows_are_known(tmp_path: Path) -> None:
@@ -214,13 +214,13 @@ def _replace(old: str, new: str):
 DAMAGES = {
     "another count": ("rewards_prompts/A.jsonl", lambda file: file.write_text("1.0\n"), "hold different rewards"),
     "another value": ("rewards_prompts/A.jsonl", _replace("3.0", "3.5"), "hold different rewards"),
-    "no number": ("rewards_prompts/A.jsonl", _replace("3.0", '"3.0"'), "line 3 is no reward .*: '3.0'"),
-    "true": ("rewards_prompts/A.jsonl", _replace("3.0", "true"), "line 3 is no reward .*: True"),
+    "no number": ("rewards_prompts/A.jsonl", _replace("3.0", '"3.0"'), "line 3 is not a reward .*: '3.0'"),
+    "true": ("rewards_prompts/A.jsonl", _replace("3.0", "true"), "line 3 is not a reward .*: True"),
     "empty": ("rewards_prompts/A.jsonl", lambda file: file.write_text(""), "contains no rewards"),
     "twice": ("rewards_prompts/A.rows.jsonl", _replace('"id": "1"', '"id": "0"'), "names a row twice"),
     "no id": ("rewards_prompts/A.rows.jsonl", _replace('"id": "1"', '"id": 1'), "has no id, sample and turn"),
     "meta": ("rewards_prompts/A.meta.json", lambda file: file.write_text("{"), "is not valid JSON.*move it away"),
-    "answers": ("outputs_prompts/A.jsonl", _replace("because", "no"), "rates other answers .* score` again"),
+    "answers": ("outputs_prompts/A.jsonl", _replace("because", "no"), "does not score the answers .* score` again"),
     "per row": ("outputs_prompts/A.meta.json", _replace('"id": ["0", ', '"id": ['), "does not belong to A.jsonl"),
     "no rows": ("outputs_prompts/A.jsonl", lambda file: file.write_text(""), "contains no rows"),
 }
@@ -237,18 +237,18 @@ def test_a_file_that_does_not_fit_is_refused(two: Path, name: str, damage, messa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["A", "BB"], r"no outputs and no rewards of BB for any task in .*; did you mean B\?"),
+        (["A", "BB"], r"no outputs or rewards of BB for any task in .*; did you mean B\?"),
         (["A", "A"], "A and A are the same run"),
         (["A", "{}/outputs_prompts/A.jsonl"], "are the same run .*: leave one out"),
         (["{}/rewards_prompts/A.jsonl", "A"], "are the same run .*: leave one out"),
         (["A", "{}/outputs_prompts/AA.jsonl"], r"no such file: .*; did you mean A.jsonl\?"),
         (["A", "{}"], "is a folder: give a file in it, or names with --output-dir"),
         (["{}/outputs_alpaca/C.json", "{}/outputs_prompts/A.jsonl"], "different tasks .*: alpaca .* and prompts"),
-        (["{}/outputs_alpaca/C.json", "A"], "no outputs and no rewards of A for the task alpaca"),
-        (["A", "C"], "different tasks cannot be paired: A is there for prompts and C for alpaca"),
-        (["{}/strange.json"], "is no output file: its rows have 'foo', and no output beside a prompt"),
+        (["{}/outputs_alpaca/C.json", "A"], "no outputs or rewards of A for the task alpaca"),
+        (["A", "C"], "different tasks cannot be paired: A exists for prompts and C for alpaca"),
+        (["{}/strange.json"], "is not an output file: its rows have 'foo', but no output with a prompt"),
         (["{}/empty.json"], "empty.json contains no rows"),
-        (["{}/numbers.jsonl"], "holds rewards alone, outside of a folder rewards_<task>: pass --task"),
+        (["{}/numbers.jsonl"], "contains only rewards and is not in a folder rewards_<task>: pass --task"),
         (["D", "D"], "D is not finished for prompts: `expo generate prompts` continues it"),
     ],
 )
@@ -264,7 +264,7 @@ def test_words_that_mean_nothing_together(two: Path, words: list[str], message: 
 def test_a_name_of_two_tasks_needs_the_task(two: Path) -> None:
     for name in "AB":
         write_outputs(two, name, ROWS, task="alpaca")
-    with pytest.raises(InputError, match="A is there for alpaca and prompts: pass --task"):
+    with pytest.raises(InputError, match="A exists for alpaca and prompts: pass --task"):
         read_runs(["A", "B"], output_dir=str(two))
     for task, read in (("alpaca", "alpaca"), ("prompts", "prompts"), ("some/prompts.jsonl", "prompts")):
         assert {run.task for run in read_runs(["A", "B"], output_dir=str(two), task=task)} == {read}

@@ -216,7 +216,7 @@ OUT_OF_RANGE = [
     (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": (0.0, -0.0)}, "given more than once"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "device": "cuda:x"}, "--device"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "missing": "skip"}, "--missing must be one of error, copy-dpo, not 'skip'"),
-    (ExtrapolateConfig, {**EXTRAPOLATE, "private": True}, "--private is for --push-to-hub, which is missing"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "private": True}, "--private needs --push-to-hub"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "push_to_hub": "x"}, "must be a hub id such as me/my-model, not 'x'"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "push_to_hub": "./a/b"}, "must be a hub id such as me/my-model, not './a/b'"),
     (
@@ -250,8 +250,8 @@ OUT_OF_RANGE = [
     (GenerateConfig, {**GENERATE, "max_tokens": 0}, "--max-tokens must be positive"),
     (GenerateConfig, {**GENERATE, "n": 0}, "--n must be positive"),
     (GenerateConfig, {**GENERATE, "name": "../x"}, "--name '../x' is not a plain file name"),
-    (InspectConfig, {**INSPECT, "output": "x.jpg"}, "--output is a picture (.png, .svg, .pdf), not 'x.jpg'"),
-    (InspectConfig, {**INSPECT, "output": "folder"}, "--output is a picture"),
+    (InspectConfig, {**INSPECT, "output": "x.jpg"}, "--output must be a picture (.png, .svg, .pdf), not 'x.jpg'"),
+    (InspectConfig, {**INSPECT, "output": "folder"}, "--output must be a picture"),
     (InspectConfig, {**INSPECT, "device": "gpu"}, "--device must be auto, cpu, cuda or cuda:N, not 'gpu'"),
     (InspectConfig, {**INSPECT, "workers": 0}, "--workers must be positive, not 0"),
     (ScoreConfig, {**SCORE, "name": "a/b"}, "--name 'a/b' is not a plain file name"),
@@ -266,7 +266,7 @@ OUT_OF_RANGE = [
     (CompareConfig, {"runs": ("a",)}, "compare takes two or more runs, not 1: a baseline, and what to compare with it"),
     (CompareConfig, {"runs": ("a", "")}, "RUN is empty"),
     (CompareConfig, {"runs": ("a", "\udcff")}, "RUN '\\udcff' is not UTF-8"),
-    (ReportConfig, {**COMPARE, "output": "r.json"}, "--output is a page, which ends in .html, not 'r.json'"),
+    (ReportConfig, {**COMPARE, "output": "r.json"}, "--output must end in .html, not 'r.json'"),
     (ReportConfig, {**COMPARE, "figures": ""}, "--figures is empty"),
     (CompareConfig, {**COMPARE, "flips": -1}, "--flips must be 0 to 1000000, not -1"),
 ]

@@ -142,7 +142,7 @@ OTHERS = [({"seed": 1}, "seed"), ({"top_k": 3}, "top-k"), ({"system": "w9"}, "sy
 def test_what_differs_is_named_and_not_the_date(model, clock, change, name):
     generate.run(settings(model))
     clock.moment = SECOND
-    with pytest.raises(InputError, match=f"was made with another {name} "):
+    with pytest.raises(InputError, match=f"was made with a different {name} "):
         generate.run(settings(model, **change))
     generate.run(settings(model, **change, overwrite=True))
     assert meta_of(model)["fingerprint"]["template_date"] == SECOND
@@ -173,7 +173,7 @@ def test_an_output_without_a_date_gets_no_rows_of_another(model, clock):
     before = sorted(path.name for path in (model.parent / "outputs_q").iterdir())
     for change in ({}, {"part": "0/2"}):
         with pytest.raises(
-            InputError, match=r"did not record the date .*; --overwrite makes all of them with one date"
+            InputError, match=r"did not record the date .*; --overwrite makes all rows again with one date"
         ):
             generate.run(settings(model, **change))
     assert before == sorted(path.name for path in (model.parent / "outputs_q").iterdir())
@@ -199,7 +199,7 @@ def test_an_output_of_another_template_is_refused_as_that(model, clock):
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     generate.run(settings(model))
     (model / "chat_template.jinja").write_text(DATED)
-    with pytest.raises(InputError, match=r"was made with another (chat-template|model)"):
+    with pytest.raises(InputError, match=r"was made with a different (chat-template|model)"):
         generate.run(settings(model))
 
 

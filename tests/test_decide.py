@@ -65,11 +65,11 @@ def test_a_tensor_with_an_alpha_of_its_own_is_the_same_as_with_that_alpha_for_al
         ({"alpha_for": (("nothing", 1.0),)}, r"--alpha-for 'nothing' matches no tensor$"),
         (
             {"alpha_for": (("attn", 1.0), (r"0\.attn", 2.0))},
-            r"--alpha-for '0\\\.attn' matches no tensor that earlier patterns left",
+            r"--alpha-for '0\\\.attn' matches no tensor beyond those of earlier patterns",
         ),
         (
             {"exclude": ("norm",), "alpha_for": (("norm", 1.0),)},
-            r"--alpha-for 'norm' matches no tensor that earlier",
+            r"--alpha-for 'norm' matches no tensor beyond those of earlier",
         ),
     ],
 )

@@ -37,7 +37,7 @@ ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "a hidden copy does not count": ([".trash/model.safetensors", "model.gguf"], "it has GGUF weights (model.gguf)"),
     "the hub's cache": (
         ["models--org--name/snapshots/abc/model.safetensors", "models--org--name/refs/main"],
-        "it is a part of the hub's cache; give org/name, or {model}/models--org--name/snapshots/abc",
+        "it is part of the hub cache; give org/name, or {model}/models--org--name/snapshots/abc",
     ),
     # --- sharded training states
     "FSDP": (
@@ -78,11 +78,11 @@ ELSEWHERE: dict[str, tuple[list[str], str]] = {
     "Meta's, below": (["original/consolidated.00.pth"], "Meta's own format (original/consolidated.00.pth)"),
     "TensorFlow": (
         ["tf_model.h5"],
-        "it has TensorFlow's weights (tf_model.h5); load them with a version of transformers",
+        "it has TensorFlow weights (tf_model.h5); load them with transformers 4",
     ),
-    "Flax": (["flax_model.msgpack"], "it has Flax's weights (flax_model.msgpack); load them with a version of"),
+    "Flax": (["flax_model.msgpack"], "it has Flax weights (flax_model.msgpack); load them with transformers 4"),
     "NeMo": (["model.nemo"], "it has a NeMo archive (model.nemo)"),
-    "MLX": (["weights.npz"], "it has MLX's weights (weights.npz); give the checkpoint they were converted from"),
+    "MLX": (["weights.npz"], "it has MLX weights (weights.npz); give the checkpoint they were converted from"),
     "ONNX": (["onnx/model.onnx"], "it has an ONNX model (onnx/model.onnx)"),
     "Lightning": (["epoch=1.ckpt"], "it has a trainer's checkpoint (epoch=1.ckpt); load it into the model and"),
     "nothing": ([], "it is empty; is the path right"),

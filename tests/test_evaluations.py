@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -19,6 +20,8 @@ import chat_server
 import pytest
 import yaml
 from made_inputs import real
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from test_openai import wait_until
 from test_orphans import wait_until_gone
 
@@ -33,6 +36,49 @@ from expo.files import json_lines, read_rows
 ROOT = Path(__file__).parents[1]
 GPT4 = Judge(mt_bench.PAPER, mt_bench.PAPER, "http://localhost:1/v1")
 needs_alpaca_eval = pytest.mark.skipif(find_spec("alpaca_eval") is None, reason="alpaca_eval is not installed")
+
+
+# --- what the scripts need -----------------------------------------------------------------------------------------
+
+WITHOUT = """
+import runpy, sys
+blocked, sys.argv = set(sys.argv[1].split()), [sys.argv[2], "--help"]
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+def base_install(name: str, extras: frozenset[str], found: set[tuple[str, str]]) -> set[str]:
+    """The distributions that pip brings along with one and its extras; `found` has those that are followed already."""
+    for extra in {"", *extras}:
+        if (name, extra) in found:
+            continue
+        found.add((name, extra))
+        for one in map(Requirement, metadata.requires(name) or ()):
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                base_install(canonicalize_name(one.name), frozenset(one.extras), found)
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("module", ["alpaca", "mt_bench", "leaderboard", "tables"])
+def test_a_script_says_what_it_does_with_nothing_but_the_base_install(module: str) -> None:
+    there = base_install("llm-expo", frozenset(), set())
+    places = metadata.packages_distributions()
+    others = [top for top, owners in places.items() if not there & {canonicalize_name(one) for one in owners}]
+    command = [sys.executable, "-c", WITHOUT, " ".join(others), f"evaluations.{module}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pytest" in others
+    assert "transformers" not in others
+    assert done.stdout.startswith("usage: ")
 
 
 # --- from end to end -----------------------------------------------------------------------------------------------

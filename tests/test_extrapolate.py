@@ -442,14 +442,14 @@ def test_only_new_alphas_are_made(pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"alpha": (0.7,)}, r"another alpha \(0.5 then, 0.7 now\)"),
-        ({"dtype": "float32"}, r"another dtype \('auto' then, 'float32' now\)"),
-        ({"exclude": ("norm",)}, r"another exclude \(\[\] then, \['norm'\] now\)"),
-        ({"missing": "copy-dpo"}, r"another missing \('error' then, 'copy-dpo' now\)"),
-        ({"allow_nonfinite": True}, r"another allow-nonfinite \(False then, True now\)"),
-        ({"alpha_for": ("norm=2",)}, r"another alpha-for \(\[\] then, \['norm=2'\] now\)"),
-        ({"max_shard_size": "1KB"}, r"another max-shard-size \('keep' then, '1KB' now\)"),
-        ({"vocab": "common"}, r"another vocab \('error' then, 'common' now\)"),
+        ({"alpha": (0.7,)}, r"a different alpha \(0.5 then, 0.7 now\)"),
+        ({"dtype": "float32"}, r"a different dtype \('auto' then, 'float32' now\)"),
+        ({"exclude": ("norm",)}, r"a different exclude \(\[\] then, \['norm'\] now\)"),
+        ({"missing": "copy-dpo"}, r"a different missing \('error' then, 'copy-dpo' now\)"),
+        ({"allow_nonfinite": True}, r"a different allow-nonfinite \(False then, True now\)"),
+        ({"alpha_for": ("norm=2",)}, r"a different alpha-for \(\[\] then, \['norm=2'\] now\)"),
+        ({"max_shard_size": "1KB"}, r"a different max-shard-size \('keep' then, '1KB' now\)"),
+        ({"vocab": "common"}, r"a different vocab \('error' then, 'common' now\)"),
     ],
 )
 def test_other_settings_are_refused_by_name(pair: Pair, tmp_path: Path, settings: dict, named: str) -> None:
@@ -467,7 +467,7 @@ def test_other_settings_are_refused_by_name(pair: Pair, tmp_path: Path, settings
 def test_changed_inputs_are_refused_by_name(pair: Pair, tmp_path: Path, side: str) -> None:
     write(pair, tmp_path / "out")
     os.utime(next((tmp_path / side).glob("*.safetensors")), ns=(0, 0))
-    with pytest.raises(InputError, match=f"another {side}; --overwrite"):
+    with pytest.raises(InputError, match=f"a different {side}; --overwrite"):
         write(pair, tmp_path / "out")
 
 

@@ -200,7 +200,7 @@ def count_rows(monkeypatch) -> list:
 def test_other_settings_are_refused_unless_overwritten(llama_pair, prompt_file, tmp_path, change):
     old = verb.run(settings(llama_pair[1], prompt_file, tmp_path)).output.read_bytes()
     key = next(iter(change)).replace("_", "-")
-    with pytest.raises(InputError, match=f"made with another {key} "):
+    with pytest.raises(InputError, match=f"made with a different {key} "):
         verb.run(settings(llama_pair[1], prompt_file, tmp_path, **change))
     assert (tmp_path / "outputs_questions" / "dpo.jsonl").read_bytes() == old
     fresh = verb.run(settings(llama_pair[1], prompt_file, tmp_path / "fresh", **change))
@@ -211,7 +211,7 @@ def test_other_settings_are_refused_unless_overwritten(llama_pair, prompt_file, 
 def test_other_prompts_are_refused(llama_pair, prompt_file, tmp_path):
     verb.run(settings(llama_pair[1], prompt_file, tmp_path))
     write_rows(prompt_file, [{"prompt": "w1"}])
-    with pytest.raises(InputError, match="another dataset-sha256"):
+    with pytest.raises(InputError, match="a different dataset-sha256"):
         verb.run(settings(llama_pair[1], prompt_file, tmp_path))
 
 
@@ -401,7 +401,7 @@ BAD = [
     ({"model": "/no/such/model"}, "no such directory: /no/such/model"),
     ({"dataset": "/no/such.json"}, "no such prompt file"),
     ({"chat_template": "/no/such.jinja"}, "chat template /no/such.jinja cannot be read"),
-    ({"engine_arg": ("x=1",)}, "--engine-arg is for the vllm engine"),
+    ({"engine_arg": ("x=1",)}, "--engine-arg works only with the vllm engine"),
     ({"system": "w1", "chat_template": "refusing"}, "refuses the prompts: no system here"),
 ]
 
@@ -465,7 +465,7 @@ def test_an_output_inside_an_input_is_refused(llama_pair, prompt_file, tmp_path,
     (tmp_path / "link").symlink_to(llama_pair[1])
     pair = {"model": None, "sft": str(llama_pair[0]), "dpo": str(llama_pair[1]), "alpha": 0.5}
     changes = pair if source == "pair" else {}
-    with pytest.raises(InputError, match=r"lies inside the input .*; choose another --output-dir"):
+    with pytest.raises(InputError, match=r" or lies inside it; choose another --output-dir"):
         verb.plan(replace(settings(llama_pair[1], prompt_file, tmp_path / "link" / "out"), **changes))
 
 
@@ -543,7 +543,7 @@ def test_a_temperature_near_0_is_vllms_lowest(llama_pair, prompt_file, tmp_path)
 
 def test_a_reward_model_cannot_generate(trained, prompt_file, tmp_path):
     with pytest.raises(
-        InputError, match="tiny-rm is a LlamaForSequenceClassification, a reward model, which cannot generate"
+        InputError, match=r"tiny-rm is a reward model \(LlamaForSequenceClassification\), which cannot generate"
     ):
         verb.run(settings(trained / "tiny-rm", prompt_file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -566,7 +566,7 @@ def lacking(model: Path, copy: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_in_the_plan(llama_pair, prompt_file, tmp_path, engine, name):
     model = lacking(llama_pair[1], tmp_path / "half", name)
-    with pytest.raises(InputError, match=f"half lacks {name}, which LlamaForCausalLM reads: random weights would ans"):
+    with pytest.raises(InputError, match=f"half lacks {name}, which LlamaForCausalLM reads: it would answer"):
         verb.plan(settings(model, prompt_file, tmp_path, engine=engine))
     assert not (tmp_path / "outputs_questions").exists()
 
@@ -574,7 +574,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_in_the_plan(llama_pair, pro
 def test_missing_weights_that_only_loading_shows_are_refused(llama_pair, prompt_file, tmp_path, monkeypatch):
     model = lacking(llama_pair[1], tmp_path / "half", "lm_head.weight")
     monkeypatch.setattr("expo.verbs.generate.model.require_whole", lambda *_, **__: None)
-    with pytest.raises(InputError, match=r"half lacks lm_head.weight: random weights would answer"):
+    with pytest.raises(InputError, match=r"half lacks lm_head.weight: it would answer with random weights"):
         verb.run(settings(model, prompt_file, tmp_path))
 
 

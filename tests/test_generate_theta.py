@@ -66,9 +66,9 @@ def test_a_rerun_is_complete_and_another_alpha_or_rule_is_refused(llama_pair, ta
         ({"exclude": ("norm",)}, "exclude"),
         ({"vocab": "common"}, "vocab"),
     ):
-        with pytest.raises(InputError, match=f"made with another {named} "):
+        with pytest.raises(InputError, match=f"made with a different {named} "):
             run(**change)
-    with pytest.raises(InputError, match="made with another"):
+    with pytest.raises(InputError, match="made with a different"):
         verb.run(settings(task, name="mine", model=str(llama_pair[1])))
 
 
@@ -225,11 +225,17 @@ def test_the_same_weights_twice_are_refused(llama_pair, task, tmp_path):
     ("given", "message"),
     [
         ({}, "no model given: pass --model, or --sft, --dpo and --alpha"),
-        ({"sft": "s"}, "θ(α) is made from --sft, --dpo and --alpha: --dpo, --alpha is missing"),
-        ({"sft": "s", "dpo": "d"}, "--alpha is missing"),
-        ({"model": "m", "alpha": 0.3}, "--model and --alpha are two models: give --model, or --sft, --dpo and --alpha"),
-        ({"model": "m", "exclude": ("a",)}, "--exclude is for --sft, --dpo and --alpha, not for --model"),
-        ({"model": "m", "allow_pickle": True}, "--allow-pickle is for --sft, --dpo and --alpha"),
+        ({"sft": "s"}, "θ(α) needs --sft, --dpo and --alpha; missing: --dpo, --alpha"),
+        ({"sft": "s", "dpo": "d"}, "missing: --alpha"),
+        (
+            {"model": "m", "alpha": 0.3},
+            "--model and --alpha cannot be combined: give either --model, or --sft, --dpo and --alpha",
+        ),
+        (
+            {"model": "m", "exclude": ("a",)},
+            "--exclude cannot be combined with --model, only with --sft, --dpo and --alpha",
+        ),
+        ({"model": "m", "allow_pickle": True}, "--allow-pickle cannot be combined with --model"),
         ({"sft": "s", "dpo": "d", "alpha": float("inf")}, "--alpha must be a finite number, not inf"),
         ({"sft": "s", "dpo": "d", "alpha": 1e39}, "--alpha 1e+39 exceeds the range of float32"),
         ({"sft": "s", "dpo": "d", "alpha": 1.0, "alpha_for": ("a",)}, "--alpha-for must be REGEX=A"),
@@ -300,4 +306,4 @@ def test_what_counts_most_decides_what_answers(resolve, flags: str, toml: str, e
 
 def test_a_flag_for_each_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["generate", "alpaca", "--model", "m", "--alpha", "0.5", "--recipe", "zephyr-7b-beta"]) == 2
-    assert "--model and --alpha are two models" in capsys.readouterr().err
+    assert "--model and --alpha cannot be combined" in capsys.readouterr().err

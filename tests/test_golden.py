@@ -20,11 +20,11 @@ NOBODY = "http://127.0.0.1:9/v1"
 DESCRIPTIONS = ("README.md", "expo.json", ".meta.json")
 """Files that say how an output was made: when, with which versions, in today's words."""
 REFUSED = {
-    "data type": ("alpha", "--dtype float16", "another dtype ('auto' then, 'float16' now)"),
-    "seed": ("limited", "--seed 8", "another seed (42 then, 8 now)"),
-    "theta": ("theta", "--alpha 0.2 --name dpo-ExPO-a0.3", "another alpha (0.3 then, 0.2 now)"),
-    "engine argument": ("vllm", "--engine-arg max_num_seqs=5", "another engine-arg"),
-    "length": ("mtbench", "--max-length 9", "another max-length (None then, 9 now)"),
+    "data type": ("alpha", "--dtype float16", "a different dtype ('auto' then, 'float16' now)"),
+    "seed": ("limited", "--seed 8", "a different seed (42 then, 8 now)"),
+    "theta": ("theta", "--alpha 0.2 --name dpo-ExPO-a0.3", "a different alpha (0.3 then, 0.2 now)"),
+    "engine argument": ("vllm", "--engine-arg max_num_seqs=5", "a different engine-arg"),
+    "length": ("mtbench", "--max-length 9", "a different max-length (None then, 9 now)"),
 }
 """Output, what is given otherwise, and what the refusal says."""
 
@@ -70,7 +70,7 @@ def test_rows_of_shared_seeds_are_no_rows_of_their_own_seeds(name: str, folder, 
     shutil.copytree(GOLDEN / "finished" / name, folder / "finished" / name)
     before = tree(folder)
     assert run(FINISHED[name].commands[-1], "finished", name) == 2
-    assert "another seed-mode ('shared' then, 'row' now)" in capsys.readouterr().err
+    assert "a different seed-mode ('shared' then, 'row' now)" in capsys.readouterr().err
     assert tree(folder) == before
 
 
@@ -78,7 +78,7 @@ def test_inputs_written_since_are_others(folder, capsys):
     shutil.copytree(GOLDEN / "finished" / "alpha", folder / "finished" / "alpha")
     os.utime(folder / "inputs" / "sft" / "model.safetensors")
     assert run(FINISHED["alpha"].commands[0], "finished", "alpha") == 2
-    assert "another sft" in capsys.readouterr().err
+    assert "a different sft" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -106,7 +106,7 @@ def test_what_was_begun_otherwise_is_refused(folder, capsys):
     shutil.copytree(GOLDEN / "unfinished" / "generate", folder / "unfinished" / "generate")
     before, case = tree(folder), UNFINISHED["generate"]
     assert run(f"{case.command} --top-p 0.8 {case.now}", "unfinished", "generate") == 2
-    assert "another top-p (0.9 then, 0.8 now)" in capsys.readouterr().err
+    assert "a different top-p (0.9 then, 0.8 now)" in capsys.readouterr().err
     assert tree(folder) == before
 
 

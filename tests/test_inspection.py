@@ -358,7 +358,7 @@ def test_what_expo_did_not_write_is_left_alone(tmp_path: Path, overwrite: bool) 
 @pytest.mark.parametrize("folder", ["sft", "dpo/deeper", "link"])
 def test_no_picture_inside_an_input(tmp_path: Path, folder: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "sft")
-    with pytest.raises(InputError, match="is or lies inside the input"):
+    with pytest.raises(InputError, match=r"the output .* is the input .* or lies inside it"):
         inspect(tmp_path, *random_pair({"w": (4,)}), output=str(tmp_path / folder / "x.png"))
     assert not list(tmp_path.rglob("*.png"))
 
@@ -373,11 +373,11 @@ def sides(pair: tuple[Path, Path]) -> tuple[object, ...]:
 def test_the_table_on_stdout_the_rest_on_stderr(pair: tuple[Path, Path], tmp_path: Path) -> None:
     result = run_expo(*sides(pair))
     lines = result.stdout.splitlines()
-    assert (result.code, result.stderr) == (0, "expo: --output FILE.png draws it, layer by module\n")
+    assert (result.code, result.stderr) == (0, "expo: --output FILE.png plots ‖Δ‖ by layer and module\n")
     assert [line.split(" ")[0] for line in lines] == ["module", "a", "b", "norm", "total", "", "likely:"]
     drawn = run_expo(*sides(pair), "--output", tmp_path / "x.svg")
     assert (drawn.code, drawn.stdout) == (0, result.stdout)
-    assert drawn.stderr == f"expo: drawn: {tmp_path}/x.svg\n"
+    assert drawn.stderr == f"expo: picture: {tmp_path}/x.svg\n"
 
 
 def test_json_is_one_object_and_a_suspect_pair_ends_in_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -393,7 +393,7 @@ def test_json_is_one_object_and_a_suspect_pair_ends_in_0(tmp_path: Path, capsys:
     ("args", "code", "line"),
     [
         (["--dpo", "./no/such"], 2, "expo: error: no such directory: ./no/such"),
-        (["--output", "x.jpeg"], 2, "expo: error: --output is a picture (.png, .svg, .pdf), not 'x.jpeg'"),
+        (["--output", "x.jpeg"], 2, "expo: error: --output must be a picture (.png, .svg, .pdf), not 'x.jpeg'"),
         (["--workers", "0"], 2, "expo: error: --workers must be positive, not 0"),
         (
             ["--output", "/proc/no/x.png"],

@@ -252,9 +252,9 @@ def test_a_damaged_part_is_named_and_made_again(run, out, harm, message):
 def test_parts_of_other_settings_are_refused_naming_the_setting(run, out, prompt_file):  # noqa: F811
     run("0/2", seed=1)
     run("1/2", seed=2)
-    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with another seed \(1 then, 2 now\)"):
+    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with a different seed \(1 then, 2 now\)"):
         run(join=2, seed=2)
-    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with another seed .*--overwrite replaces it"):
+    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with a different seed .*--overwrite replaces it"):
         run("0/2", seed=2)
     run("0/2", seed=2, overwrite=True)
     whole = run(folder="whole", seed=2).output.read_bytes()
@@ -265,7 +265,7 @@ def test_parts_of_other_prompts_are_refused(run, out, prompt_file):  # noqa: F81
     run("0/2")
     write_rows(prompt_file, [{"prompt": "w1"}, {"prompt": "w2"}])
     run("1/2")
-    with pytest.raises(InputError, match=r"0-of-2\.jsonl was made with another dataset-sha256"):
+    with pytest.raises(InputError, match=r"0-of-2\.jsonl was made with a different dataset-sha256"):
         run(join=2)
 
 
@@ -282,7 +282,7 @@ def test_a_run_is_not_cut_otherwise_half_way(run, out):
 def test_an_output_of_other_settings_is_refused_by_each_part_unless_overwritten(run, out):
     old = run(seed=1).output.read_bytes()
     for way in ({"part": "0/2"}, {"join": 2}):
-        with pytest.raises(InputError, match=r"m.jsonl was made with another seed \(1 then, 2 now\)"):
+        with pytest.raises(InputError, match=r"m.jsonl was made with a different seed \(1 then, 2 now\)"):
             run(seed=2, **way)
     for index in range(2):
         run(f"{index}/2", seed=2, overwrite=True)

@@ -256,7 +256,7 @@ def test_questions_that_are_refused(llama_pair, tmp_path, questions, message):
 def test_another_category_or_id_is_another_data_set(llama_pair, tmp_path):
     verb.run(settings(llama_pair[1], tmp_path / "a", QUESTIONS[:2]))
     for change in ({"category": "math"}, {"question_id": 7}):
-        with pytest.raises(InputError, match="another dataset-sha256"):
+        with pytest.raises(InputError, match="a different dataset-sha256"):
             verb.run(settings(llama_pair[1], tmp_path / "a", [{**QUESTIONS[0], **change}, QUESTIONS[1]]))
 
 

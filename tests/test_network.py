@@ -41,15 +41,15 @@ REFUSED = {
     "no such file": (
         HERE,
         {"SSL_CERT_FILE": "/no/ca.pem"},
-        "SSL_CERT_FILE names no file: /no/ca.pem; correct or unset",
+        "SSL_CERT_FILE is not a file: /no/ca.pem; correct or unset",
     ),
-    "a folder": (THERE, {"SSL_CERT_FILE": "/tmp"}, "SSL_CERT_FILE names no file: /tmp"),
+    "a folder": (THERE, {"SSL_CERT_FILE": "/tmp"}, "SSL_CERT_FILE is not a file: /tmp"),
     "no certificates": (
         THERE,
         {"SSL_CERT_FILE": __file__},
-        "SSL_CERT_FILE=.* cannot be used: it holds no certificates",
+        "SSL_CERT_FILE=.* cannot be used: it contains no certificates",
     ),
-    "no such folder": (THERE, {"SSL_CERT_DIR": "/no/certs"}, "SSL_CERT_DIR names no folder: /no/certs"),
+    "no such folder": (THERE, {"SSL_CERT_DIR": "/no/certs"}, "SSL_CERT_DIR is not a folder: /no/certs"),
 }
 
 

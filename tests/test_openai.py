@@ -441,9 +441,9 @@ ENDS = {
     "no JSON": (
         reply(200, b"<html>log in</html>"),
         EnvironmentFailure,
-        r"returned no JSON object but <html>log in.*/v1\?",
+        r"did not return a JSON object but <html>log in.*/v1\?",
     ),
-    "too deep": (reply(200, b"[" * 200_000), EnvironmentFailure, r"returned no JSON object but \[\["),
+    "too deep": (reply(200, b"[" * 200_000), EnvironmentFailure, r"did not return a JSON object but \[\["),
     "no seed": (error(400, "Unknown parameter: 'seed'"), InputError, "rejects seed: .*this server cannot be used"),
 }
 
@@ -489,7 +489,7 @@ def test_a_dead_proxy_is_named(generate, monkeypatch):
     ("given", "message"),
     [
         ({"ALL_PROXY": "socks://a:9/"}, "ALL_PROXY=socks://a:9/ cannot be used"),
-        ({"SSL_CERT_FILE": "/no/ca.pem"}, "SSL_CERT_FILE names no file: /no/ca.pem"),
+        ({"SSL_CERT_FILE": "/no/ca.pem"}, "SSL_CERT_FILE is not a file: /no/ca.pem"),
         ({"HTTPS_PROXY": "socks://a:9/"}, None),
         ({"ALL_PROXY": "socks://a:9/", "NO_PROXY": "127.0.0.1"}, None),
     ],
@@ -512,14 +512,17 @@ def test_variables_that_cannot_be_used(generate, server, monkeypatch, given, mes
 
 REFUSED = [
     ({"base_url": None}, "--engine openai needs the server's --base-url"),
-    ({"engine": "transformers"}, "--base-url is for the openai engine, and this run uses transformers"),
-    ({"engine": "transformers", "base_url": None, "concurrency": 2}, "--concurrency is for the openai engine"),
-    ({"engine_arg": ("x=1",)}, "--engine-arg is for the vllm engine, and this run uses openai"),
-    ({"chat_template": "x"}, "--chat-template is for the vllm and transformers engines, and this run uses openai"),
-    ({"dtype": "float32"}, "--dtype is for"),
-    ({"device": "cpu"}, "--device is for"),
-    ({"tensor_parallel": 2}, "--tensor-parallel is for"),
-    ({"trust_remote_code": True}, "--trust-remote-code is for"),
+    ({"engine": "transformers"}, "--base-url works only with the openai engine, and this run uses transformers"),
+    ({"engine": "transformers", "base_url": None, "concurrency": 2}, "--concurrency works only with the openai engine"),
+    ({"engine_arg": ("x=1",)}, "--engine-arg works only with the vllm engine, and this run uses openai"),
+    (
+        {"chat_template": "x"},
+        "--chat-template works only with the vllm and transformers engines, and this run uses openai",
+    ),
+    ({"dtype": "float32"}, "--dtype works only with"),
+    ({"device": "cpu"}, "--device works only with"),
+    ({"tensor_parallel": 2}, "--tensor-parallel works only with"),
+    ({"trust_remote_code": True}, "--trust-remote-code works only with"),
     ({"model": "../"}, "no output name can be derived from --model '../'; pass --name"),
     ({"concurrency": 0}, "--concurrency must be positive"),
     *(
@@ -542,7 +545,7 @@ def test_another_url_is_the_same_model_and_another_name_is_not(generate, server)
     generate(limit=4, name="mine")
     assert generate(name="mine", base_url=server.url.replace("127.0.0.1", "localhost")).rows == 8
     assert len(server.asked) == 8
-    with pytest.raises(InputError, match=r"made with another model \('org/name' then, 'other' now\)"):
+    with pytest.raises(InputError, match=r"made with a different model \('org/name' then, 'other' now\)"):
         generate(name="mine", model="other")
 
 

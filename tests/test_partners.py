@@ -130,7 +130,7 @@ def test_the_output_of_a_wrapped_model_has_its_own_names_and_layout(
     wrapped = write_checkpoint(tmp_path / "wrapped", renamed(dpo, before(prefix)), shards=shards)
     sides = write_checkpoint(tmp_path / "sft", sft), write_checkpoint(tmp_path / "dpo", dpo, shards=shards)
     assert expo((sides[0], wrapped), "--alpha", 0.5, "--output", tmp_path / "out").code == 0
-    assert f"23 of 23 names in wrapped have parts that are no model's: {prefix}" in caplog.text
+    assert f"23 of 23 tensor names in wrapped contain a training wrapper's prefix: {prefix}" in caplog.text
     assert expo(sides, "--alpha", 0.5, "--output", tmp_path / "plain").code == 0
     made, plain = (tree(tmp_path / name) for name in ("out", "plain"))
     files = [name for name in plain if "safetensors" in name]
@@ -268,14 +268,14 @@ REFUSED: dict[str, tuple[Layout, Layout, str]] = {
     "a wrapped and a plain copy": (
         dict,
         lambda tensors: {**tensors, f"_orig_mod.{UP}": tensors[UP].clone()},
-        "dpo has a tensor with and without a wrapper's name, such as _orig_mod",
+        "dpo has a tensor both with and without a wrapper's prefix, such as _orig_mod",
     ),
     "an adapter beside the weights": (
         dict,
         lambda tensors: {
             name.replace("up_proj", "up_proj.base_layer"): tensor for name, tensor in tensors.items()
         },
-        "dpo holds an adapter beside the weights .*base_layer.*merge_and_unload",
+        "dpo contains an unmerged adapter .*base_layer.*merge_and_unload",
     ),
 }  # fmt: skip
 

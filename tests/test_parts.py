@@ -90,9 +90,12 @@ def test_an_environment_without_a_part_is_refused(environment, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"part": "0/2", "join": 2}, "--part and --join do not go together: join when all parts are made"),
-        ({"part": "0/2", "data_parallel": 2}, "--part and --data-parallel do not go together: it makes and joins"),
-        ({"join": 2, "data_parallel": 2}, "--join and --data-parallel do not go together"),
+        ({"part": "0/2", "join": 2}, "--part and --join cannot be combined: join once all parts are finished"),
+        (
+            {"part": "0/2", "data_parallel": 2},
+            "--part and --data-parallel cannot be combined: --data-parallel makes and joins",
+        ),
+        ({"join": 2, "data_parallel": 2}, "--join and --data-parallel cannot be combined"),
         ({"join": 0}, "--join must be 1 to 10000 parts, not 0"),
         ({"data_parallel": 0}, "--data-parallel must be 1 to 10000 parts, not 0"),
     ],

@@ -240,7 +240,7 @@ def test_a_rerun_knows_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_bin(pair[0], {**sft, "v": sft["v"] + 1})
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert file.stat().st_size == status.st_size
-    with pytest.raises(InputError, match="another sft"):
+    with pytest.raises(InputError, match="a different sft"):
         write(pair, tmp_path / "out")
 
 

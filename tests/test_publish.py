@@ -174,7 +174,7 @@ def test_another_output_replaces_the_pushed_one_on_request(
     hub.forget_requests()
     refused = push()
     assert (refused.code, writes(hub), finished.exists()) == (2, [], False)
-    assert refused.stderr.startswith("expo: error: me/model was made with another dpo; --overwrite replaces it")
+    assert refused.stderr.startswith("expo: error: me/model was made with a different dpo; --overwrite replaces it")
 
     write(pair, tmp_path)
     assert push("--overwrite").code == 0

@@ -332,7 +332,7 @@ internlm2-chat-7b
   α             0.5
   source        Zheng et al. 2025 (arXiv 2404.16792)
                 https://arxiv.org/abs/2404.16792
-  note          stops at token 92542 too
+  note          answers also stop at token 92542
   settings      --stop-token-id 92542
   needs         --trust-remote-code, which runs the code that comes with the model
 

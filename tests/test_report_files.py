@@ -114,7 +114,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
 REFUSED: dict[str, tuple[Sequence[str], str]] = {
     "no run": ((), "report takes two or more runs, or the folder of a sweep with its sweep.json, not none"),
     "one run": (("{dpo}",), "report takes two or more runs"),
-    "not a page": (("{dpo}", "{expo}", "--output", "{folder}/r.jsonl"), "--output is a page, which ends in .html"),
+    "not a page": (("{dpo}", "{expo}", "--output", "{folder}/r.jsonl"), "--output must end in .html"),
     "a folder": (("{dpo}", "{expo}", "--output", "{folder}/folder.html"), "is a folder; name a file in it"),
     "figures in a file": (("{dpo}", "{expo}", "--figures", "{dpo}"), "is a file, not a folder"),
     "an empty sweep": (("{folder}/sweep",), "lists no alphas"),
@@ -281,13 +281,13 @@ def test_what_is_missing_is_said() -> None:
     rows[1] = RunRow(rows[1].key, "1", "p", (), "", None, 0, "error")
     found = notes(align([whole, Run("m1", "task", tuple(rows), other.rewards)], [RM]))
     assert found == [
-        "Lengths are in characters: no count of tokens is there for m1.",
-        "m1: 1 of 300 answers is cut at the limit of tokens.",
-        "m1: 1 of 300 answers is empty, since generating failed.",
+        "Lengths are in characters: there are no token counts for m1.",
+        "m1: 1 of 300 answers is cut at the token limit.",
+        "m1: 1 of 300 answers is empty, because generating failed.",
     ]
     rows = [RunRow(row.key, row.id, "", (), None, None, None, None) for row in whole.rows]
     alone = [replace(run, rows=tuple(rows)) for run in (whole, other)]
-    assert notes(align(alone, [RM])) == ["The answers' texts are not there: these are files of rewards."]
+    assert notes(align(alone, [RM])) == ["The answers' texts are missing: these are reward files."]
 
 
 def test_numbers_and_texts() -> None:

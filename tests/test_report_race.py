@@ -107,7 +107,7 @@ def test_a_row_per_look_says_who_was_dropped_on_what_evidence(made: MadeRace, pa
             p = f"p = {one.p:.4f}" if one.p > 0.0001 else "p ≤ 0.0001"
             assert f"{one.lead.standardized:.2f} sd below α = {one.behind:g}, {p}" in row
         assert all(f"{alpha:g}" in row for alpha in (look.leader, *look.added, *look.means))
-    assert f"The race ends here: {looks[-1].ends}." in section(page, "race")
+    assert f"The race ends here: {html.escape(looks[-1].ends)}." in section(page, "race")
 
 
 def test_the_confirmation_is_told_with_its_prompts(made: MadeRace, page: str) -> None:

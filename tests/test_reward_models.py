@@ -247,7 +247,7 @@ def test_pairs_with_unknown_token_types_are_refused(tmp_path):
         single="[CLS]:0 $A:0", pair="[CLS]:1 $A:0 [SEP]:1 $B:0 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     tokenizer.save_pretrained(model)
-    with pytest.raises(InputError, match=r"marks text pairs with token types \[.*\]: not known"):
+    with pytest.raises(InputError, match=r"marks text pairs with token types \[.*\], which expo does not support"):
         PairTokenizer(model, trust_remote_code=False)
 
 
@@ -410,7 +410,7 @@ BAD_ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[Path], None], str]] = {
     "a factor of another base": (
         {},
         lambda rm: edit(rm, lambda t: {**t, A_FACTOR: torch.zeros(48, 4)}, "adapter_model.safetensors"),
-        rf"the adapter rm does not fit base: {A_FACTOR} is \[48, 4\], and would be \[32, 4\]",
+        rf"the adapter rm does not fit base: {A_FACTOR} is \[48, 4\], not \[32, 4\]",
     ),
     "a tensor too many": (
         {},
@@ -422,17 +422,17 @@ BAD_ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[Path], None], str]] = {
     "another method": (
         {},
         lambda rm: change(rm / "adapter_config.json", peft_type="PROMPT_TUNING"),
-        "rm is a PROMPT_TUNING adapter, and only LORA adapters are merged",
+        "rm is a PROMPT_TUNING adapter, and expo merges only LORA adapters",
     ),
     "no base": (
         {},
         lambda rm: change(rm / "adapter_config.json", base_model_name_or_path=None),
-        r"rm is an adapter whose adapter_config.json names no base model: write it there",
+        r"rm is an adapter whose adapter_config.json names no base model: set base_model_name_or_path there",
     ),
     "a base that is gone": (
         {},
         lambda rm: change(rm / "adapter_config.json", base_model_name_or_path="/gone/base"),
-        r"the base of the adapter rm is not found: no such directory: /gone/base; write where it is as base_model_name",
+        r"the base of the adapter rm is not found: no such directory: /gone/base; set base_model_name",
     ),
     "no weights": (
         {},
@@ -442,7 +442,7 @@ BAD_ADAPTERS: dict[str, tuple[dict[str, Any], Callable[[Path], None], str]] = {
     "a base that lacks a tensor": (
         {},
         lambda rm: edit(rm.parent / "base", lambda t: {n: x for n, x in t.items() if "norm.weight" not in n}),
-        r"base lacks model\..*norm.weight .*random weights would score",
+        r"base lacks model\..*norm.weight .*would score with random weights",
     ),
 }
 
@@ -483,7 +483,7 @@ def test_the_fingerprint_covers_the_adapter_and_its_base(llama_pair, outputs, tm
     assert verb.run(settings(model, tmp_path)).status == "already complete"
     file = "adapter_model.safetensors" if side == "rm" else "model.safetensors"
     edit(tmp_path / side, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()}, file)
-    with pytest.raises(InputError, match="another reward-model"):
+    with pytest.raises(InputError, match="a different reward-model"):
         score(model, tmp_path)
 
 
@@ -588,7 +588,7 @@ BAD_HEADS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a body that lacks a tensor": (
         lambda t: {name: tensor for name, tensor in t.items() if "layers.1.mlp.up_proj" not in name},
-        r"rm lacks model.layers.1.mlp.up_proj.weight, .*random weights would score",
+        r"rm lacks model.layers.1.mlp.up_proj.weight, .*would score with random weights",
     ),
     "no head": (
         lambda t: {name: tensor for name, tensor in t.items() if "v_head" not in name},
@@ -695,7 +695,7 @@ BAD_CODE = {
     "not trusted": (
         ("LlamaForRewardModelWithGating", GATED, CLASSIFIES),
         {},
-        "rm is a LlamaForRewardModelWithGating, which comes with Python code of its own: .* pass --trust-remote-code",
+        "rm is a LlamaForRewardModelWithGating, which comes with its own Python code: .* pass --trust-remote-code",
     ),
     "no end token": (
         ("InternLM2ForRewardModel", ENDED, ANY),
@@ -714,7 +714,7 @@ def test_code_that_cannot_run_is_refused_in_the_plan(llama_pair, outputs, tmp_pa
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (SHY, "rm gives SimpleNamespace without logits: expo does not know how its reward is got"),
+        (SHY, "rm gives SimpleNamespace without logits: expo does not know which output is its reward"),
         (MANY, "3 numbers|3 lab"),
     ],
 )
@@ -763,7 +763,7 @@ def reward_model(llama_pair, tmp_path_factory) -> Path:
     return make_reward_model(tmp_path_factory.mktemp("rm") / "rm", llama_pair[1], labels=1, pad_id=2)
 
 
-CONSTANT = r"rm gives the reward 0.25 to all of (8|14) different token sequences: .*kept in .m.*--overwrite"
+CONSTANT = r"rm gives the same reward, 0.25, to all (8|14) different token sequences: .*kept in .m.*--overwrite"
 
 
 @pytest.mark.parametrize(("rows", "is_refused"), [(8, True), (7, False)])
@@ -818,13 +818,13 @@ def test_rewards_of_an_interrupted_run_count(reward_model, outputs, tmp_path, mo
 
 
 def test_parts_are_judged_and_what_they_make_together_is(reward_model, outputs, tmp_path, stuck):
-    with pytest.raises(InputError, match=r"to all of 14 different .*kept in \.0-of-1\.journal"):
+    with pytest.raises(InputError, match=r"to all 14 different .*kept in \.0-of-1\.journal"):
         score(reward_model, tmp_path, part="0/1")
     shutil.rmtree(tmp_path / "rewards_q")
     for number in range(2):
         verb.run(settings(reward_model, tmp_path, part=f"{number}/2"))
     before = sorted(file.name for file in (tmp_path / "rewards_q").rglob("*"))
-    with pytest.raises(InputError, match=r"to all of 14 different .*kept in their parts"):
+    with pytest.raises(InputError, match=r"to all 14 different .*kept in their parts"):
         score(reward_model, tmp_path, join=2)
     assert sorted(file.name for file in (tmp_path / "rewards_q").rglob("*")) == before
 
@@ -832,7 +832,7 @@ def test_parts_are_judged_and_what_they_make_together_is(reward_model, outputs, 
 def test_a_model_whose_head_is_zero_is_found_out(reward_model, outputs, tmp_path):
     shutil.copytree(reward_model, tmp_path / "rm")
     edit(tmp_path / "rm", lambda tensors: tensors.update({"score.weight": torch.zeros(1, 32)}))
-    with pytest.raises(InputError, match=r"rm gives the reward -?0\.0 to all of 14 different token sequences"):
+    with pytest.raises(InputError, match=r"rm gives the same reward, -?0\.0, to all 14 different token sequences"):
         score(tmp_path / "rm", tmp_path)
 
 
@@ -914,7 +914,7 @@ def test_bos_is_in_the_fingerprint_only_where_it_is_left_out(reward_model, outpu
     assert "bos" not in verb.plan(settings(reward_model, tmp_path)).fingerprint
     result = verb.run(settings(reward_model, tmp_path))
     assert verb.run(settings(reward_model, tmp_path, bos="template")).status == "already complete"
-    with pytest.raises(InputError, match="another bos"):
+    with pytest.raises(InputError, match="a different bos"):
         verb.run(settings(reward_model, tmp_path, bos="none"))
     without = verb.run(settings(reward_model, tmp_path, bos="none", overwrite=True))
     meta = json.loads(without.meta.read_text())

@@ -202,9 +202,9 @@ def test_a_json_line_is_one_line_that_reads_back(value):
 
 
 def test_the_setting_that_differs_is_named():
-    with pytest.raises(InputError, match=r"out was made with another max-tokens \(5 then, 6 now\); --overwrite"):
+    with pytest.raises(InputError, match=r"out was made with a different max-tokens \(5 then, 6 now\); --overwrite"):
         require_same(Path("out"), {"max_tokens": 5, "n": 1}, {"max_tokens": 6, "n": 1})
-    with pytest.raises(InputError, match="another model;"):
+    with pytest.raises(InputError, match="a different model;"):
         require_same(Path("out"), {"model": {"size": 1}}, {"model": {"size": 2}})
     require_same(Path("out"), {"a": [1]}, {"a": [1]})
 

@@ -167,7 +167,7 @@ def test_complete_is_left_alone_more_rows_extend_and_other_outputs_are_refused(
     with pytest.raises(InputError, match="made from different rows; --overwrite replaces it"):
         verb.run(settings(reward_model, tmp_path))
     assert verb.run(settings(reward_model, tmp_path, overwrite=True)).status == "written"
-    with pytest.raises(InputError, match="another max-length"):
+    with pytest.raises(InputError, match="a different max-length"):
         verb.run(settings(reward_model, tmp_path, max_length=7))
 
 
@@ -246,7 +246,7 @@ def test_lengths_that_are_not_known_are_scored(reward_model, outputs, tmp_path):
 
 NAN = "row 2: the reward model gives it no finite number"
 UNSCORED = {
-    "no answer": ("error", [0.5], "row 2: m.jsonl has no answer to score, since generating it failed", {}),
+    "no answer": ("error", [0.5], "row 2: m.jsonl has no answer to score, because generating it failed", {}),
     "not a number": ("stop", [math.nan], NAN, {}),
     "infinite": ("stop", [-math.inf], NAN, {}),
     "not a number in bfloat16": ("stop", [math.nan], f"{NAN}; --dtype float32 may give one", {"dtype": "bfloat16"}),
@@ -271,7 +271,7 @@ def test_why_a_row_has_no_reward(reward_model, outputs, tmp_path, monkeypatch, f
 
 
 def test_an_output_that_is_or_lies_in_an_input_is_refused(reward_model, outputs, tmp_path):
-    with pytest.raises(InputError, match=r"lies inside the input .*; choose another --output-dir"):
+    with pytest.raises(InputError, match=r" or lies inside it; choose another --output-dir"):
         verb.plan(settings(reward_model, reward_model / "out", outputs=str(outputs)))
     mine = tmp_path / "rewards_q" / "m.rows.jsonl"
     mine.parent.mkdir()
@@ -514,7 +514,7 @@ def test_missing_weights_that_only_loading_shows_are_refused(llama_pair, reward_
     shutil.copytree(llama_pair[1], model)
     shutil.copy(reward_model / "config.json", model / "config.json")
     monkeypatch.setattr(coverage, "require_reward_weights", lambda *_, **__: True)
-    with pytest.raises(InputError, match=r"headless lacks score.weight: random weights would score"):
+    with pytest.raises(InputError, match=r"headless lacks score.weight: it would score with random weights"):
         verb.run(settings(model, tmp_path))
 
 

@@ -88,7 +88,7 @@ def test_batch_tokens_are_in_no_fingerprint_and_older_ones_that_have_them_mean_t
     for recorded in (60, 16384, None):
         edit_fingerprint(first.meta, batch_tokens=recorded)
         assert verb.run(settings(reward_model, tmp_path, batch_tokens=7)).status == "already complete"
-        with pytest.raises(InputError, match="another max-length"):
+        with pytest.raises(InputError, match="a different max-length"):
             verb.run(settings(reward_model, tmp_path, max_length=5))
 
 
@@ -97,7 +97,7 @@ def test_rewards_of_a_head_in_bfloat16_are_refused_by_name(reward_model, outputs
     assert json.loads(made.meta.read_text())["fingerprint"]["head_dtype"] == "float32"
     assert verb.run(settings(reward_model, tmp_path, dtype="bfloat16")).status == "already complete"
     edit_fingerprint(made.meta, head_dtype=None)
-    with pytest.raises(InputError, match=r"another head-dtype \('bfloat16' then, 'float32' now\)"):
+    with pytest.raises(InputError, match=r"a different head-dtype \('bfloat16' then, 'float32' now\)"):
         verb.run(settings(reward_model, tmp_path, dtype="bfloat16"))
 
 
@@ -129,7 +129,7 @@ def test_auto_goes_on_with_the_engine_of_the_output_that_is_there(tmp_path, outp
     assert json.loads(made.meta.read_text())["engine"] == "transformers"
     edit_fingerprint(made.meta, engine="vllm")
     assert verb.run(settings(model, tmp_path)).status == "already complete"
-    with pytest.raises(InputError, match=r"another engine \('vllm' then, 'transformers' now\)"):
+    with pytest.raises(InputError, match=r"a different engine \('vllm' then, 'transformers' now\)"):
         verb.run(settings(model, tmp_path, engine="transformers"))
     assert verb.plan(settings(model, tmp_path, overwrite=True)).engine == "transformers"
 
@@ -149,7 +149,7 @@ def test_so_it_does_where_the_output_or_a_part_is_unfinished(tmp_path, outputs, 
 
 def test_settings_of_vllm_are_refused_with_transformers(reward_model, outputs, tmp_path):  # noqa: F811
     for given in ({"engine_arg": ("a=1",)}, {"tensor_parallel": 2}):
-        with pytest.raises(InputError, match="is for the vllm engine, and this run uses transformers"):
+        with pytest.raises(InputError, match="works only with the vllm engine, and this run uses transformers"):
             verb.plan(settings(reward_model, tmp_path, **given))
 
 
@@ -161,7 +161,7 @@ def test_a_head_with_a_bias_is_refused_before_any_engine_starts(tmp_path, output
     tensors = load_file(model / "model.safetensors")
     save_file({**tensors, "score.bias": torch.ones(1)}, model / "model.safetensors", {"format": "pt"})
     for engine in ("transformers", "vllm", "auto"):
-        with pytest.raises(InputError, match=r"rm has score\.bias, which LlamaForSequenceClassification has no place"):
+        with pytest.raises(InputError, match=r"rm has score\.bias, which LlamaForSequenceClassification would ignore"):
             verb.plan(settings(model, tmp_path, engine=engine))
 
 

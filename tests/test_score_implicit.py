@@ -241,7 +241,7 @@ def test_what_is_cut_is_marked_and_an_answer_that_is_gone_has_no_reward(llama_pa
     assert lost == [n for n, (q, _) in enumerate([*ROWS, *AWKWARD]) if 4 + len(q.split()) >= 8]
     assert all(rows[number]["truncated"] and rows[number]["answer_tokens"] == 0 for number in lost)
     assert [error["row"] for error in meta["errors"]] == lost
-    assert meta["errors"][0]["reason"] == "its prompt alone fills the 8 tokens that are read"
+    assert meta["errors"][0]["reason"] == "its prompt alone fills the maximum length of 8 tokens"
     assert meta["truncated"] == sum(row["truncated"] for row in rows) > len(lost)
     assert meta["failed"] == len(lost)
     kept = [n for n, row in enumerate(rows) if row["truncated"] and row["reward"] is not None]
@@ -264,7 +264,7 @@ def test_files_and_figures(llama_pair, outputs, tmp_path):
     assert (meta["dpo"], meta["sft"]) == ({"name": "dpo", "revision": None}, {"name": "sft", "revision": None})
     assert (meta["beta"], meta["revision"], meta["n"], meta["rows_this_run"]) == (0.2, None, 17, 17)
     assert meta["mean"] == pytest.approx(sum(numbers(result.rewards)) / 17)
-    with pytest.raises(InputError, match=r"another beta \(0.2 then, 0.1 now\)"):
+    with pytest.raises(InputError, match=r"a different beta \(0.2 then, 0.1 now\)"):
         verb.run(settings(llama_pair, tmp_path))
     assert verb.run(settings(llama_pair, tmp_path, beta=0.2)).status == "already complete"
 
@@ -425,9 +425,9 @@ def adapted(folder: Path) -> None:
 
 FAULTS = {
     "other ids": (other_ids, "the token 'w2' has id 7 in sft and 8 in dpo"),
-    "more tokens": (resized, "sft has vectors for 70 tokens and dpo for 64: their probabilities are not of the same"),
+    "more tokens": (resized, "sft has vectors for 70 tokens and dpo for 64: their probabilities are of different"),
     "an adapter": (adapted, "--sft sft is an adapter: merge it with `expo extrapolate --sft BASE"),
-    "a reward model": (other_architecture, "sft is a LlamaForSequenceClassification, a reward model, which cannot"),
+    "a reward model": (other_architecture, "sft is a reward model (LlamaForSequenceClassification), which cannot"),
 }
 
 
@@ -443,10 +443,10 @@ def test_a_pair_that_is_none_is_refused(llama_pair, outputs, tmp_path, fault, me
 
 
 USAGE = {
-    "no SFT": ("--implicit-reward --dpo d", "--implicit-reward compares --dpo with --sft: --sft is missing"),
-    "neither": ("--implicit-reward", "--sft and --dpo is missing"),
-    "not asked for": ("--sft s --dpo d", "--sft and --dpo are for --implicit-reward, which is not given"),
-    "β without it": ("--beta 0.3", "--beta is for --implicit-reward, which is not given"),
+    "no SFT": ("--implicit-reward --dpo d", "--implicit-reward needs --sft and --dpo; missing: --sft"),
+    "neither": ("--implicit-reward", "missing: --sft, --dpo"),
+    "not asked for": ("--sft s --dpo d", "--sft and --dpo need --implicit-reward"),
+    "β without it": ("--beta 0.3", "--beta needs --implicit-reward"),
     "no β": ("--implicit-reward --sft s --dpo d --beta 0", "--beta must be a positive number, not 0.0"),
     "β that is none": ("--implicit-reward --sft s --dpo d --beta nan", "--beta must be a positive number, not nan"),
 }
@@ -467,10 +467,10 @@ def test_a_template_that_writes_answered_prompts_otherwise_is_said(llama_pair, o
     (tmp_path / "t.jinja").write_text(REWRITING)
     plan = verb.plan(settings(llama_pair, tmp_path, chat_template=str(tmp_path / "t.jinja")))
     assert {row.start for row in plan.rows} == {0}
-    assert "in 17 of 17 rows the chat template writes a prompt otherwise once it is answered" in caplog.text
+    assert "in 17 of 17 rows the chat template renders the prompt differently once it has an answer" in caplog.text
     caplog.clear()
     verb.plan(settings(llama_pair, tmp_path))
-    assert "otherwise once it is answered" not in caplog.text
+    assert "differently once it has an answer" not in caplog.text
 
 
 @pytest.mark.parametrize(("words", "message"), USAGE.values(), ids=USAGE)
@@ -489,7 +489,7 @@ def test_a_pair_that_common_names_is_for_the_implicit_reward_alone(llama_pair, o
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["over"] == str(llama_pair[0])
     (tmp_path / "c.toml").write_text(f"[score]\n{names}")
     assert cli.run(list(map(str, [*words, "--reward-model", model]))) == 2
-    assert "--sft and --dpo are for --implicit-reward" in capsys.readouterr().err
+    assert "--sft and --dpo need --implicit-reward" in capsys.readouterr().err
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def test_a_lack_of_memory_halves_the_batch_and_moves_no_reward(llama_pair, outpu
 
     monkeypatch.setattr(TransformersLogProbs, "_sums", narrow)
     assert numbers(verb.run(settings(llama_pair, tmp_path)).rewards) == [close(value) for value in expected]
-    assert "out of memory: going on with batches of half the size" in caplog.text
+    assert "out of memory: continuing with batches of half the size" in caplog.text
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_said(llama_pair, outputs, tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_said(reward, tmp_path, cap
         result = verb.run(settings(reward, tmp_path, max_length=8))
     without = sum(4 + len(prompt.split()) >= 8 for prompt, _ in ROWS)
     words = (
-        f"{without} of 14 rows have a prompt of 8 tokens or more, the most that is read: their answers are not scored"
+        f"{without} of 14 rows have a prompt that fills the maximum length of 8 tokens: their answers are not scored"
     )
     assert words in caplog.text
     rows = [json.loads(line) for line in (tmp_path / "rewards_q" / "m.rows.jsonl").read_text().splitlines()]
@@ -131,7 +131,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_said(reward, tmp_path, cap
     assert numbers(result.rewards) == pytest.approx(rewards_alone(reward, ROWS, 8), abs=2e-6)
     caplog.clear()
     verb.plan(settings(reward, tmp_path, max_length=60))
-    assert "have a prompt of" not in caplog.text
+    assert "have a prompt that" not in caplog.text
 
 
 REFUSING = "{% if 'w50' in messages[0].content %}{{ raise_exception('no w50 here') }}{% endif %}" + CHAT_TEMPLATE
@@ -154,7 +154,7 @@ def test_a_row_that_failed_since_the_template_refused_it_does_not_keep_the_other
         result = verb.run(config)
         for one in (result, *result.further):
             assert (one.n, one.failed) == (3, 1)
-            assert one.reason == "row 2: m.jsonl has no answer to score, since generating it failed"
+            assert one.reason == "row 2: m.jsonl has no answer to score, because generating it failed"
             assert [reward is None for reward in numbers(one.rewards)] == [False, False, True, False]
 
 

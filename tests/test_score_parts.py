@@ -75,7 +75,7 @@ def test_what_is_missing_or_of_other_outputs_is_refused(reward_model, outputs, t
         verb.run(settings(reward_model, tmp_path, join=2))
     with pytest.raises(InputError, match="has parts of 2"):
         verb.run(settings(reward_model, tmp_path))
-    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with another max-length \(None then, 7 now\)"):
+    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with a different max-length \(None then, 7 now\)"):
         verb.run(settings(reward_model, tmp_path, part="0/2", max_length=7))
     write_outputs(tmp_path, [("w1", f"w{number}") for number in range(14)])
     verb.run(settings(reward_model, tmp_path, part="1/2"))

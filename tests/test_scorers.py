@@ -348,7 +348,7 @@ def test_out_of_memory_halves_the_batches_and_goes_on(tmp_path, error, caplog):
     failed = [tokens for tokens in tried if tokens > 130]
     assert 1 < len(failed) < 5, "each try is half as large"
     assert tried[: len(failed)] == failed, "and none that large is tried again"
-    assert f"out of memory: going on with batches of at most {failed[-1] // 2} tokens" in caplog.text
+    assert f"out of memory: continuing with batches of at most {failed[-1] // 2} tokens" in caplog.text
     tried.clear()
     helpers.rewards(scorer, rows)
     assert max(tried) <= 130, "what was learnt stays"

@@ -85,9 +85,9 @@ def test_a_new_setting_never_makes_old_outputs_made_with_other_settings(
         file.write_text(json.dumps(manifest | {"fingerprint": fingerprint}))
         for kind in (ExtrapolateConfig, WithBlend):
             assert [one.status for one in extrapolate.run(kind(**about))] == ["already complete"]
-        with pytest.raises(InputError, match=r"another blend \('none' then, 'cubic' now\)"):
+        with pytest.raises(InputError, match=r"a different blend \('none' then, 'cubic' now\)"):
             extrapolate.run(WithBlend(**about, blend="cubic"))
-        with pytest.raises(InputError, match=r"another dtype \('auto' then, 'float16' now\)"):
+        with pytest.raises(InputError, match=r"a different dtype \('auto' then, 'float16' now\)"):
             extrapolate.run(ExtrapolateConfig(**about, dtype="float16"))
 
 
@@ -100,7 +100,7 @@ def test_the_seed_mode_of_old_outputs_depends_on_the_engine() -> None:
     config = GenerateConfig(task="alpaca", model="m")
     assert absent_values(config, "rows")["seed_mode"] == "shared"
     assert [GENERATORS[name].absent for name in ("vllm", "openai", "transformers")] == [{}, {}, {"seed_mode": "row"}]
-    with pytest.raises(InputError, match=r"another seed-mode \('shared' then, 'row' now\)"):
+    with pytest.raises(InputError, match=r"a different seed-mode \('shared' then, 'row' now\)"):
         require_same("m.json", {}, Fingerprint(recorded(config, "rows"), absent_values(config, "rows")))
 
 
@@ -124,7 +124,7 @@ def test_fingerprints_are_equal_where_they_say_the_same(now: dict, old: dict | N
     if same:
         require_same("m.json", old, new)
     elif old is not None:
-        with pytest.raises(InputError, match="was made with another"):
+        with pytest.raises(InputError, match="was made with a different"):
             require_same("m.json", old, new)
 
 

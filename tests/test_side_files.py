@@ -136,14 +136,14 @@ def test_weights_that_look_like_a_tokenizer_by_name(
 ) -> None:
     (tmp_path / "best.model").write_bytes(head + bytes(100))
     assert side_files(tmp_path) == []
-    assert caplog.messages == [f"{tmp_path}/best.model is a pickle, and so no tokenizer; not copied"]
+    assert caplog.messages == [f"{tmp_path}/best.model is a pickle, not a tokenizer; not copied"]
 
 
 # --- what DPO lacks -----------------------------------------------------------------------------------------------
 
 TOKENIZER = {"tokenizer.json": "{}", "tokenizer_config.json": "{}", "chat_template.jinja": "x"}
 NO_TOKENIZER = "dpo has no tokenizer (tokenizer.json or tokenizer.model): the output will have none; to use SFT's: "
-NO_CONFIG = "dpo has no config.json: the output will have none; if SFT's fits it: "
+NO_CONFIG = "dpo has no config.json: the output will have none; to use SFT's, if it fits: "
 
 LACKING: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[str]]] = {
     "nothing": (TOKENIZER, TOKENIZER, [], []),

@@ -120,6 +120,17 @@ def test_no_two_pages_have_one_title() -> None:
     assert len(set(titles)) == len(titles)
 
 
+def test_messages_that_are_quoted_are_the_programs() -> None:
+    """What stands in quotes in headings and in bold; `…` is what the program fills in."""
+    text = prose("docs/troubleshooting.md")
+    quoted = [*re.findall(r"^## \"(.+)\"$", text, re.MULTILINE), *re.findall(r"\*\*\"(.+?)\"\*\*", text)]
+    pieces = [piece.strip(" ,:") for one in quoted for piece in one.split("…")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "expo").rglob("*.py")))
+    sources = re.sub(r"\"\s*\n\s*f?\"", "", sources).replace("{name}", "vllm")
+    assert len(quoted) >= 8
+    assert [piece for piece in pieces if piece not in sources] == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     def targets(entries: list[Any]) -> Iterator[str]:
         for entry in entries:

@@ -426,7 +426,7 @@ def test_answers_are_not_scored_under_the_names_of_others(job, scoring):
     whole.files.meta.write_bytes(older)
     for limited in ({}, {"limit": 2}):
         with pytest.raises(
-            InputError, match=r"m\.meta\.json is about other prompts than m\.jsonl has: `expo generate`"
+            InputError, match=r"m\.meta\.json is about different prompts from those in m\.jsonl: `expo generate`"
         ):
             scoring(**limited)
     whole.files.meta.write_bytes(newer)

@@ -226,8 +226,8 @@ def test_where_a_switch_is_not_proved_an_engine_is_started_for_each_alpha(swept,
     other = swept(output=config.output + "-other")
     verb.run(other)
     assert rows_of(Path(other.output)) == right
-    assert "still holds other values than one started there" in caplog.text
-    assert "the engine is started for each α" in caplog.text
+    assert "still holds different values from one started there" in caplog.text
+    assert "starting a new engine for each α instead" in caplog.text
     assert engines.read_text().count("TransformersGenerator __init__") == 2 + 3
     assert record_of(Path(other.output))["switch"]["proved"] is False
 
@@ -429,7 +429,7 @@ def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeyp
     [
         ({"alpha": (0.0,)}, "--alpha 0 leaves nothing to choose: give an α above 0"),
         ({"alpha": (-0.5,)}, "--alpha -0.5 leaves nothing to choose"),
-        ({"alpha_for": ("norm=0.5",)}, "--alpha-for norm=0.5 would change α = 0 as well"),
+        ({"alpha_for": ("norm=0.5",)}, "--alpha-for norm=0.5 would also change α = 0"),
         ({"reward_device": "gpu"}, "--reward-device must be auto"),
         ({"reward_engine": "openai"}, "--reward-engine must be one of"),
         ({"alpha": (0.3, 0.3)}, "--alpha 0.3 is given more than once"),
@@ -496,7 +496,7 @@ def test_only_the_reward_models_that_are_given_judge(swept, reward_model, llama_
     other = make_reward_model(tmp_path / "second", llama_pair[1], labels=1, pad_id=3)
     verb.run(swept(reward_model=(str(reward_model), str(other))))
     assert verb.run(swept()).record["further"] == []
-    assert "second judged before and does not now" in caplog.text
+    assert "second judged this sweep before and does not now" in caplog.text
     assert verb.run(swept(alpha=(1.0,))).record["further"] == []
     again = verb.run(swept(temperature=0.3, overwrite=True))  # rewards of the old answers are left, and in no figure
     assert again.record["further"] == []
@@ -517,7 +517,7 @@ def test_what_is_wrong_with_a_reward_model_is_said_before_it_costs_anything(
         config, message = swept(reward_model=(str(bare),)), "--reward-chat-template FILE"
     elif fault == "another length":
         verb.run(swept(limit=4))
-        config, message = swept(reward_max_length=16), "made with another max-length"
+        config, message = swept(reward_max_length=16), "made with a different max-length"
     else:
         verb.run(swept(limit=4))
         other = make_reward_model(tmp_path / "second", reward_model, labels=1, pad_id=3)

@@ -287,7 +287,10 @@ def test_without_candidates_nothing_is_chosen() -> None:
 @pytest.mark.parametrize(
     ("gains", "says"),
     [
-        ({0.1: 0.5, 0.5: 1.0}, "The highest α tried, 0.5, has the highest mean: the curve may rise, try larger α."),
+        (
+            {0.1: 0.5, 0.5: 1.0},
+            "The highest α tried, 0.5, has the highest mean: the curve may still rise; try larger α.",
+        ),
         ({0.5: 1.0, 1.0: 0.5}, "The mean is highest at α = 0.5 and falls beyond it."),
         ({0.5: 1.0, 1.0: -1.0, 2.0: -2.0}, "falls beyond it; α = 1 and 2 are significantly worse than DPO."),
         ({0.5: -1.0}, "none that was tried scores higher. α = 0.5 is significantly worse than DPO."),

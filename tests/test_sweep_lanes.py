@@ -212,7 +212,7 @@ def test_a_process_that_does_not_end_by_itself_is_killed_and_the_next_lane_start
         lane.add(jobs[0])
     run(first, second)
     assert codes == [-signal.SIGKILL]
-    assert "a lane: its process does not end by itself, and is killed" in caplog.messages
+    assert "a lane: its process does not exit by itself and is killed" in caplog.messages
 
 
 @pytest.mark.parametrize(("code", "kind"), [(1, EnvironmentFailure), (2, InputError)])

@@ -209,7 +209,7 @@ def test_the_rules_of_a_race_are_fixed_with_its_first_answer(raced, finished, re
         ({"alpha": (0.5, 1.0)}, "alphas"),
         ({"limit": 40}, "questions"),
     ):
-        with pytest.raises(InputError, match=f"other rules .*{named}"):
+        with pytest.raises(InputError, match=f"different rules .*{named}"):
             verb.run(raced(**changed))
 
 
@@ -220,7 +220,7 @@ def test_a_grid_makes_a_race_whole_and_no_race_begins_where_rows_were_compared(r
     assert "race" not in ours
     for alpha, file in outputs_of(config).items():
         assert file.read_bytes() == outputs_of(whole)[alpha].read_bytes()
-    with pytest.raises(InputError, match="compared already"):
+    with pytest.raises(InputError, match="already compared its rows"):
         verb.run(config)
 
 
@@ -247,8 +247,8 @@ def test_no_engine_is_asked_for_what_it_would_not_be_asked_again(raced, finished
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"search": "grid", "slice": 5}, "--slice is a setting of --search race"),
-        ({"search": "grid", "refine": True}, "--refine is a setting of --search race"),
+        ({"search": "grid", "slice": 5}, "--slice needs --search race"),
+        ({"search": "grid", "refine": True}, "--refine needs --search race"),
         ({"confirm": 0.0}, "--confirm"),
         ({"confirm": 0.5}, "--confirm"),
         ({"confirm": 1e-9}, "--confirm"),
@@ -266,7 +266,7 @@ def test_settings_that_a_race_refuses(raced, changed, message):
 def test_the_plan_of_a_race_says_what_it_takes_at_most(raced, processes, capsys):  # noqa: F811
     plan = plan_with_cost(raced()).describe()
     cli.print_plan(plan, as_json=False)
-    assert "half of the tokens of the grid" in capsys.readouterr().out
+    assert "half of the grid's tokens" in capsys.readouterr().out
     assert plan["at_most"]
     assert plan["rows_to_generate"] == 2 * QUESTIONS * 5 // 2
     assert plan["race"]["confirmation"] == round(0.3 * QUESTIONS)

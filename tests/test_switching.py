@@ -158,7 +158,7 @@ def test_parameters_that_a_reload_of_vllm_gave_no_weights_are_known(of_vllm: Any
 def test_a_reload_of_vllm_that_gave_a_parameter_no_weights_is_refused(of_vllm: Any) -> None:
     refused = of_vllm["llama"]["refused"]
     assert refused["closed"]
-    assert refused["reason"].startswith(f"vLLM's reload left parameters without the weights of θ(α): {NORM}; ")
+    assert refused["reason"].startswith(f"vLLM's reload left parameters with old weights: {NORM}; ")
 
 
 # --- in place -----------------------------------------------------------------------------------------------------
@@ -271,20 +271,20 @@ def test_prompts_fit_the_context_and_are_always_the_same() -> None:
     ("changed", "bound", "words"),
     [
         ({}, 0.0, None),
-        ({"token_ids": (1, 3)}, 0.0, "token 2 after prompt 2 is 3 against 2"),
-        ({"token_ids": (1, 3), "log_probs": (-1.0, -4.0)}, 1.0, "token 2 after prompt 2 is 3 against 2"),
+        ({"token_ids": (1, 3)}, 0.0, "token 2 after prompt 2 is 3 instead of 2"),
+        ({"token_ids": (1, 3), "log_probs": (-1.0, -4.0)}, 1.0, "token 2 after prompt 2 is 3 instead of 2"),
         ({"token_ids": (3, 2), "log_probs": (-1.25, -9.0)}, 0.25, None),  # two tokens as likely: other prompts follow
         ({"log_probs": (-1.0, -2.25)}, 0.0, "the log probability of token 2 after prompt 2 differs by 0.25"),
         ({"log_probs": (-1.0, -2.25)}, 0.25, None),
         ({"log_probs": (-1.0, math.nan)}, 1.0, "the log probability of token 2 after prompt 2 differs by nan"),
-        ({"token_ids": (1,), "log_probs": (-1.0,)}, 0.0, "1 tokens after prompt 2 against 2"),
+        ({"token_ids": (1,), "log_probs": (-1.0,)}, 0.0, "1 tokens after prompt 2 instead of 2"),
     ],
 )
 def test_a_difference_in_words(changed: dict[str, Any], bound: float, words: str | None) -> None:
     answers = [Probed((5,), (-0.5,)), Probed((1, 2), (-1.0, -2.0))]
     other = [answers[0], dataclasses.replace(answers[1], **changed)]
     assert difference(other, answers, bound) == words
-    assert difference(answers[:1], answers, bound) == "1 answers against 2"
+    assert difference(answers[:1], answers, bound) == "1 answers instead of 2"
 
 
 def test_a_reply_is_handed_on_exactly(tmp_path: Path) -> None:
@@ -539,32 +539,41 @@ def test_a_switch_is_proved_once(pairs: dict[str, Path]) -> None:
     assert (cold.ended, live.ended) == (True, False)
     again, _ = proved_by(pairs["phi3"])
     assert (again.proved, again.worker) == (True, None)
-    assert again.reason.startswith("proved before")
+    assert again.reason.startswith("tested before")
 
 
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
-        ([[-2.0], [-1.0, told(-1.0, "-2.0"), -1.0]], "an engine switched to α = 4.5 does not answer as one started"),
-        ([[-2.0], [-1.0, -2.0, told(-2.0, "-1.0")]], "an engine switched back to α = 0.5 does not answer as before"),
-        ([[-2.0], [-1.0, told(-2.0, "-1.0"), -1.0]], "an engine switched to α = 4.5 still holds other values than one"),
+        (
+            [[-2.0], [-1.0, told(-1.0, "-2.0"), -1.0]],
+            "an engine switched to α = 4.5 answers differently from one started",
+        ),
+        (
+            [[-2.0], [-1.0, -2.0, told(-2.0, "-1.0")]],
+            "an engine switched back to α = 0.5 answers differently from before",
+        ),
+        (
+            [[-2.0], [-1.0, told(-2.0, "-1.0"), -1.0]],
+            "an engine switched to α = 4.5 still holds different values from one",
+        ),
         (
             [[-2.0], [-1.0, -2.0, told(-1.0, "-2.0")]],
-            "an engine switched back to α = 0.5 holds other values than bef",
+            "an engine switched back to α = 0.5 holds different values from bef",
         ),
         (
             [[-2.0], [-1.0, told(-2.0, pid=8, opened=True), told(-1.0, pid=8)]],
-            "the engine was not switched but started",
+            "the engine was restarted instead of switched",
         ),
-        ([[-2.0], [-1.0, -2.0, told(-1.0, pid=8)]], "the engine was not switched but started anew"),
-        ([[-2.0], [-1.0, told(-2.0, opened=True), told(-1.0, opened=True)]], "the engine was not switched"),
+        ([[-2.0], [-1.0, -2.0, told(-1.0, pid=8)]], "the engine was restarted instead of switched"),
+        ([[-2.0], [-1.0, told(-2.0, opened=True), told(-1.0, opened=True)]], "the engine was restarted instead"),
         ([[REFUSED], [REFUSED]], "no engine starts at α = 1.5: it refuses"),
-        ([[REFUSED], [math.nan]], "at α = 1.5 some log probabilities are no numbers"),
+        ([[REFUSED], [math.nan]], "at α = 1.5 some log probabilities are not finite"),
         ([[dataclasses.replace(told(-2.0), held=[])], [-1.0, -2.0, -1.0]], "the engine's weights cannot be compared"),
         ([[-1.0], [-1.0, -1.0, -1.0]], "α = 0.5 and α = 4.5 give the same answers"),
         ([[-2.0], [-1.0, DEAD]], "switching from α = 0.5 to 4.5 and back fails: it died"),
-        ([[math.nan], [math.nan]], "at α = 1.5 some log probabilities are no numbers"),
-        ([[-2.0], [math.nan, -2.0, math.nan]], "at α = 0.5 some log probabilities are no numbers"),
+        ([[math.nan], [math.nan]], "at α = 1.5 some log probabilities are not finite"),
+        ([[-2.0], [math.nan, -2.0, math.nan]], "at α = 0.5 some log probabilities are not finite"),
     ],
 )
 def test_a_switch_that_is_not_proved_leaves_no_process_and_no_verdict(
@@ -584,10 +593,13 @@ WITHIN = "equal weights and tokens, log probabilities within 0.0625"
     ("held", "reason"),
     [
         (["c", "b", "c", "b"], None),
-        (["c", "b", "b", "b"], "an engine switched to α = 4.5 still holds other values than one started there in w"),
-        (["c", "b", "c", "c"], "an engine switched back to α = 0.5 holds other values than before in w"),
-        ([PACKED] * 4, "the engine's weights cannot be compared with those of one started anew"),
-        (["b"] * 4, "α = 0.5 and α = 4.5 give the same weights, so that a switch cannot be seen"),
+        (
+            ["c", "b", "b", "b"],
+            "an engine switched to α = 4.5 still holds different values from one started there in w",
+        ),
+        (["c", "b", "c", "c"], "an engine switched back to α = 0.5 holds different values from before in w"),
+        ([PACKED] * 4, "the engine's weights cannot be compared with those of a newly started one"),
+        (["b"] * 4, "α = 0.5 and α = 4.5 give the same weights, so a switch cannot be seen"),
     ],
 )
 def test_within_the_bound_of_a_gpu_weights_decide(

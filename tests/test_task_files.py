@@ -98,7 +98,8 @@ REFUSED = {
     "an image in the messages": (
         "q.jsonl",
         json.dumps({"prompt": "a", "messages": [USER]}) + "\n" + json.dumps({"prompt": "a", "messages": [IMAGE]}),
-        "row 1 of {} has a messages column whose turn 0 contains 'image_url': only text is asked; leave the row out",
+        "row 1 of {} has a messages column whose turn 0 contains 'image_url': only text is supported; leave the row "
+        "out",
     ),
     "an image in the prompt": (
         "q.jsonl",
@@ -135,7 +136,7 @@ REFUSED = {
     "an answer last in the prompt": (
         "q.jsonl",
         json.dumps({"prompt": [USER, ASSISTANT]}),
-        "row 0 of {} has a prompt of messages that end with a turn of role 'assistant'; the last is the user's",
+        "row 0 of {} has a prompt of messages that end with a turn of role 'assistant'; the last must be the user's",
     ),
     "half of a surrogate pair in a part": (
         "q.jsonl",
@@ -157,7 +158,7 @@ REFUSED = {
     "the assistant's turn last": (
         "q.jsonl",
         json.dumps({"messages": [USER]}) + "\n" + json.dumps({"messages": [USER, ASSISTANT]}),
-        "row 1 of {} has messages that end with a turn of role 'assistant'; the last is the user's",
+        "row 1 of {} has messages that end with a turn of role 'assistant'; the last must be the user's",
     ),
     "a git-lfs pointer": ("q.parquet", "version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
     "a web page": ("q.json", "<!DOCTYPE html><html>", "is a web page"),

@@ -180,7 +180,7 @@ def test_engine_arguments_that_would_let_another_model_answer_are_refused(fake, 
     for key in ("model", "load_format", "model_loader_extra_config", "kv_transfer_config"):
         given = replace(config, engine_arg=(f"{key}=other",), **pair)
         if key == "model" or source == "pair":
-            with pytest.raises(InputError, match=f"--engine-arg {key} would let another model answer"):
+            with pytest.raises(InputError, match=f"--engine-arg {key} would run a different model"):
                 verb.plan(given)
         else:
             assert backend.engine_arguments(verb.plan(given).setup)[key] == "other"
@@ -230,6 +230,6 @@ def test_a_missing_vllm_names_the_command_that_installs_it(config, monkeypatch):
 def test_a_vllm_that_cannot_be_imported_is_one_line(fake, config, monkeypatch):
     fake()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(EnvironmentFailure, match=r"vLLM cannot be imported: .*; install it again") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"vLLM cannot be imported: .*; reinstall it") as caught:
         verb.run(config)
     one_line(caught.value)

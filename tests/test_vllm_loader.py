@@ -209,5 +209,5 @@ def test_a_switch_whose_process_is_killed_ends_with_one_line(
 
 def test_without_the_entry_point_vllms_other_processes_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "entry_points", lambda **_: ())
-    with pytest.raises(EnvironmentFailure, match="cannot find expo's loader: install expo again"):
+    with pytest.raises(EnvironmentFailure, match="cannot find expo's loader: reinstall expo"):
         vllm._make_loader_known({"tensor_parallel_size": 2})

@@ -61,7 +61,12 @@ def test_each_worker_has_gpus_of_its_own(engine, count, values, gpus, groups):
         ),
         ("vllm", {}, GPUS[:1], "--data-parallel 2 with --tensor-parallel 1 needs 2 GPUs, and there are 1"),
         ("transformers", {"device": "cuda:1"}, GPUS, "leave out --device"),
-        ("other", {}, GPUS, "--data-parallel is for engines that run here, and this run uses other"),
+        (
+            "other",
+            {},
+            GPUS,
+            "--data-parallel works only with engines that run on this machine, and this run uses other",
+        ),
     ],
 )
 def test_what_cannot_be_dealt_out_is_refused(engine, values, gpus, message):

@@ -214,9 +214,9 @@ def test_an_input_error_leaves_the_old_output_as_it_was(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, ONE)
-    with pytest.raises(InputError, match=r"another alpha \(1 then, 2 now\)"):
+    with pytest.raises(InputError, match=r"a different alpha \(1 then, 2 now\)"):
         is_complete(tmp_path, TWO, overwrite=False)
-    with pytest.raises(InputError, match=r"another dtype \('auto' then, 'float32' now\)"):
+    with pytest.raises(InputError, match=r"a different dtype \('auto' then, 'float32' now\)"):
         is_complete(tmp_path, {**ONE, "dtype": "float32"}, overwrite=False)
     assert not is_complete(tmp_path, TWO, overwrite=True)
 
@@ -224,7 +224,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_other_settings_are_refused_for_unfinished_outputs_too(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         begin(tmp_path, ONE, "a")
-    with pytest.raises(InputError, match="another alpha"):
+    with pytest.raises(InputError, match="a different alpha"):
         is_complete(tmp_path, TWO, overwrite=False)
     assert not is_complete(tmp_path, TWO, overwrite=True)
     with StagedOutput(tmp_path, TWO) as staged:
@@ -300,7 +300,7 @@ def test_weights_are_compared_by_their_checksums_where_those_are_given(
     (tmp_path / "expo.json").write_text(json.dumps(manifest))
     assert is_complete(tmp_path, ONE, overwrite=False, weights=weights)
     other = {**weights, "dpo": {"a": "3"}}
-    with pytest.raises(InputError, match=r"different weights of dpo \(a has another checksum\); --overwrite rebuilds"):
+    with pytest.raises(InputError, match=r"different weights of dpo \(a has a different checksum\); --overwrite"):
         is_complete(tmp_path, ONE, overwrite=False, weights=other)
     assert not is_complete(tmp_path, ONE, overwrite=True, weights=other)
     for odd in ([], {"sft": None, "dpo": {"xxh3": ["a"]}}):

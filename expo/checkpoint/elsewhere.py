@@ -37,8 +37,8 @@ class Kind:
     that, as a command names them."""
 
 
-ZERO = "DeepSpeed's weights, divided among processes ({file})"
-JAX_OR_TENSORFLOW = "load them with a version of transformers before 5 and write them with `save_pretrained`"
+ZERO = "DeepSpeed weights, split across processes ({file})"
+JAX_OR_TENSORFLOW = "load them with transformers 4 and write them with `save_pretrained`"
 
 KINDS = (
     Kind("*zero_to_fp32.py", ZERO, "`python {at}/zero_to_fp32.py {at} {at} --safe_serialization` puts them together"),
@@ -47,15 +47,15 @@ KINDS = (
         ZERO,
         "DeepSpeed's `zero_to_fp32.py {top} {top} --safe_serialization` puts them together",
     ),
-    Kind("*.distcp", "FSDP's sharded weights ({file})", "`accelerate merge-weights {at} {top}` puts them together"),
+    Kind("*.distcp", "sharded FSDP weights ({file})", "`accelerate merge-weights {at} {top}` puts them together"),
     Kind(
         "*model_world_size_*_rank_*.pt",
-        "verl's sharded weights ({file})",
+        "sharded verl weights ({file})",
         "`python -m verl.model_merger merge --backend fsdp --local_dir {at} --target_dir {at}` puts them together",
     ),
     Kind(
         "*pytorch_model_fsdp.bin",
-        "FSDP's whole state dict ({file})",
+        "a whole FSDP state dict ({file})",
         "`mv {at}/pytorch_model_fsdp.bin {at}/pytorch_model.bin`, and --allow-pickle reads it",
     ),
     Kind(
@@ -72,14 +72,14 @@ KINDS = (
     Kind(
         "*.gguf",
         "GGUF weights ({file})",
-        "give the checkpoint they were made from; transformers reads them with `gguf_file=`, and `save_pretrained` "
-        "writes them as safetensors, with what quantization has lost",
+        "give the checkpoint they were made from, or load them in transformers with `gguf_file=` and write them as "
+        "safetensors with `save_pretrained`, which does not undo the quantization",
     ),
-    Kind("*tf_model*.h5", "TensorFlow's weights ({file})", JAX_OR_TENSORFLOW),
-    Kind("*flax_model*.msgpack", "Flax's weights ({file})", JAX_OR_TENSORFLOW),
-    Kind("*.ckpt.index", "TensorFlow's weights ({file})", JAX_OR_TENSORFLOW),
-    Kind("*.nemo", "a NeMo archive ({file})", "NeMo's export to Hugging Face's format converts it"),
-    Kind("weights*.npz", "MLX's weights ({file})", "give the checkpoint they were converted from"),
+    Kind("*tf_model*.h5", "TensorFlow weights ({file})", JAX_OR_TENSORFLOW),
+    Kind("*flax_model*.msgpack", "Flax weights ({file})", JAX_OR_TENSORFLOW),
+    Kind("*.ckpt.index", "TensorFlow weights ({file})", JAX_OR_TENSORFLOW),
+    Kind("*.nemo", "a NeMo archive ({file})", "convert it with NeMo's export to the Hugging Face format"),
+    Kind("weights*.npz", "MLX weights ({file})", "give the checkpoint they were converted from"),
     Kind("*.onnx", "an ONNX model ({file})", "give the checkpoint it was exported from"),
     Kind(
         "model-?????-of-?????.safetensors",
@@ -91,7 +91,7 @@ KINDS = (
         "shards without their index ({file})",
         "download pytorch_model.bin.index.json too, or write the model again with `save_pretrained`",
     ),
-    Kind("adapter_model.bin", "an adapter as a pickle ({file})", "load it with peft and save it again as safetensors"),
+    Kind("adapter_model.bin", "a pickled adapter ({file})", "load it with peft and save it again as safetensors"),
     Kind(
         "adapter_model.*",
         "an adapter's weights ({file}) without its adapter_config.json",
@@ -133,7 +133,7 @@ def elsewhere(names: Iterable[str], place: str) -> str | None:
                 at, top = (os.path.normpath(f"{place}/{file.parent}{up}") for up in ("", "/.."))
                 words = {"file": name, "at": at, "top": top}
                 return f"it has {kind.what}; {kind.step}".format(**words)
-    return None if found else "it is empty; is the path right, and was everything downloaded?"
+    return None if found else "it is empty; is the path right, and is the download complete?"
 
 
 def _checkpoints_below(names: Sequence[str]) -> list[PurePosixPath]:
@@ -147,7 +147,7 @@ def _give(below: Sequence[PurePosixPath], place: str) -> str:
     last = below[-1]
     cached = re.fullmatch(r"(?:.*/)?models--([^/]+?)--([^/]+)/snapshots/[^/]+", f"{Path(place).resolve()}/{last}")
     if cached:
-        return f"it is a part of the hub's cache; give {cached[1]}/{cached[2]}, or {place}/{last}"
+        return f"it is part of the hub cache; give {cached[1]}/{cached[2]}, or {place}/{last}"
     others = f" (the last of {len(below)} such folders)" if len(below) > 1 else ""
     return f"its folder {last} is a checkpoint; give {place}/{last}{others}"
 

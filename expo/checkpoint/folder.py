@@ -88,7 +88,9 @@ def refuse_inside(output: Path, *inputs: Location, flag: str = "--output") -> No
     for location in inputs:
         source = location.path.resolve()
         if source == resolved or source in resolved.parents:
-            raise InputError(f"the output {output} is or lies inside the input {location.path}; choose another {flag}")
+            raise InputError(
+                f"the output {output} is the input {location.path} or lies inside it; choose another {flag}"
+            )
 
 
 def find_folder(model: str) -> Location | None:
@@ -161,7 +163,8 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
         raise InputError(_no_weights(path, present, weights))
     if weights.single in present and weights.single not in names:
         raise InputError(
-            f"{path} has both {weights.single} and {weights.index}, which does not list it: remove the stale one"
+            f"{path} has both {weights.single} and {weights.index}, and the index does not list it: remove the stale "
+            "one"
         )
     shards = tuple(weights.read_shard(path / name) for name in names)
     if index is not None:
@@ -222,7 +225,7 @@ def require_generator(path: Path) -> None:
     """
     for architecture in read_config(path).get("architectures") or []:
         if str(architecture).endswith("ForSequenceClassification"):
-            raise InputError(f"{path.name} is a {architecture}, a reward model, which cannot generate")
+            raise InputError(f"{path.name} is a reward model ({architecture}), which cannot generate")
     if (path / PARTIAL_FOLDER).exists():
         raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")
 
@@ -261,7 +264,7 @@ def _as_loaders_read(index: Path, shards: tuple[Shard, ...], weight_map: dict[st
     moved = [name for name, found in files.items() if name not in copied and weight_map.get(name, found[0]) != found[0]]
     unlisted = [name for name in files if name not in weight_map]
     for names, disagreement in (
-        (moved, "places %d tensors in other shards than they are in (%s …): following the shards, as loaders do"),
+        (moved, "lists %d tensors in the wrong shard (%s …): following the shards, as loaders do"),
         (copied, "%d tensors are in more than one shard (%s …): taking them from where the index places them"),
         (unlisted, "does not list %d tensors of its shards (%s …): reading them, as loaders do"),
     ):
@@ -279,7 +282,7 @@ def _refuse_ambiguous(
             said = f"the index says {weight_map[name]}" if name in weight_map else "the index does not list it"
             raise InputError(
                 f"{index.parent}: tensor {shown(name)} is in more than one shard ({', '.join(found)}); {said}, and "
-                f"loaders take it from {' or '.join(sorted(taken))}: remove the copies that are not meant"
+                f"loaders take it from {' or '.join(sorted(taken))}: remove the stray copies"
             )
     absent = [name for name in weight_map if name not in files]
     if absent:

@@ -96,9 +96,9 @@ def _problem(proxy: Proxy) -> ExpoError | None:
     try:
         _ = parts.port
     except ValueError:
-        return InputError(f"{given}: its port is no number; correct or unset it")
+        return InputError(f"{given}: its port is not a number; correct or unset it")
     if parts.scheme.startswith("socks") and find_spec("socksio") is None:
-        return MissingExtra(f"{given}: SOCKS needs a package, pip install socksio; or unset it")
+        return MissingExtra(f"{given}: SOCKS needs the socksio package: pip install socksio, or unset it")
     return None
 
 
@@ -106,14 +106,14 @@ def _require_certificates(url: str) -> None:
     file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if file:
         if not Path(file).is_file():
-            raise InputError(f"SSL_CERT_FILE names no file: {file}; correct or unset it")
+            raise InputError(f"SSL_CERT_FILE is not a file: {file}; correct or unset it")
         try:
             ssl.create_default_context(cafile=file)
         except OSError as error:
-            reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+            reason = "it contains no certificates" if isinstance(error, ssl.SSLError) else error.strerror
             raise InputError(f"SSL_CERT_FILE={file} cannot be used: {reason}; correct or unset it") from error
     elif folder and url.startswith("https:") and not any(Path(part).is_dir() for part in folder.split(os.pathsep)):
-        raise InputError(f"SSL_CERT_DIR names no folder: {folder}; correct or unset it")
+        raise InputError(f"SSL_CERT_DIR is not a folder: {folder}; correct or unset it")
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def _is_copyable(entry: Path) -> bool:
     if head.startswith(LFS_POINTER):
         raise InputError(f"{entry} is a git-lfs pointer: run `git lfs pull`, or remove it")
     if is_pickle := head.startswith(PICKLES):
-        log.warning("%s is a pickle, and so no tokenizer; not copied", entry)
+        log.warning("%s is a pickle, not a tokenizer; not copied", entry)
     return not is_pickle
 
 
@@ -170,7 +170,7 @@ def warn_of_missing(sft: Location, dpo: Location, names: Collection[str], output
     target = output if dpo.hub_id else dpo.path
     if CONFIG_FILE in of_sft and CONFIG_FILE not in names:
         copy = _copy_command([CONFIG_FILE], sft.path, target)
-        log.warning("%s has no config.json: the output will have none; if SFT's fits it: %s", dpo.label, copy)
+        log.warning("%s has no config.json: the output will have none; to use SFT's, if it fits: %s", dpo.label, copy)
     if _has_vocabulary(of_sft) and not _has_vocabulary(names):
         files = [name for name in of_sft if _matches(name, (*TOKENIZERS, *TEMPLATES))]
         copy = _copy_command(files, sft.path, target)

@@ -162,7 +162,7 @@ def require_same_ids(sft: Path, dpo: Path, rows: int) -> None:
     problem = _problem(difference, sft.name, dpo.name, rows)
     if problem:
         raise InputError(
-            f"{problem}, so their probabilities are not of the same tokens; use the SFT model that DPO was trained from"
+            f"{problem}, so their probabilities are of different tokens; use the SFT model that DPO was trained from"
         )
     _warn(difference, sft, dpo)
 
@@ -194,7 +194,7 @@ def require_same_tokens(sft: Path, dpo: Path, common: int = 0, *, needed: bool =
             "--exclude the embedding and the head to copy them from DPO"
         )
     if problem:
-        log.warning("%s; the embedding and the head are DPO's", problem)
+        log.warning("%s; the embedding and the head are copied from DPO", problem)
     _warn(difference, sft, dpo)
 
 

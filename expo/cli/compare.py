@@ -31,7 +31,7 @@ def show(result: Compared) -> Shown:
 COMMAND = Command(
     config=CompareConfig,
     verb="expo.verbs.compare",
-    help="Compare runs on the prompts they share: RUN is a name, an output file or a reward file.",
+    help="Compare runs on the prompts they share. RUN is a name, an output file or a reward file.",
     examples=EXAMPLES,
     show=show,
     takes_recipe=False,

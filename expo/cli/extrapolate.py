@@ -33,7 +33,7 @@ def show(outputs: Extrapolated) -> Shown:
 COMMAND = Command(
     config=ExtrapolateConfig,
     verb="expo.verbs.extrapolate",
-    help="Write θ(α) as a checkpoint, streaming both inputs in constant memory.",
+    help="Write θ(α) as a checkpoint. Both inputs are streamed, in constant memory.",
     examples=EXAMPLES,
     show=show,
     choices={"rule": RULES},

@@ -56,7 +56,7 @@ def not_meant(levels: Levels) -> frozenset[str]:
 COMMAND = Command(
     config=GenerateConfig,
     verb="expo.verbs.generate",
-    help="Answer the prompts of a task, or of a file, with a model or with θ(α).",
+    help="Answer a task's prompts with a model or with θ(α).",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *GENERATORS), "rule": RULES},

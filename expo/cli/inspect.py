@@ -22,14 +22,14 @@ EXAMPLES = (
 
 def show(found: Inspection) -> Shown:
     """The findings; the picture's path is logged."""
-    log.info("%s", f"drawn: {found.picture}" if found.picture else "--output FILE.png draws it, layer by module")
+    log.info("%s", f"picture: {found.picture}" if found.picture else "--output FILE.png plots ‖Δ‖ by layer and module")
     return Shown(found.describe(), found.text())
 
 
 COMMAND = Command(
     config=InspectConfig,
     verb="expo.verbs.inspect",
-    help="Measure ‖θ_dpo − θ_sft‖ per layer and module, and judge whether ExPO suits the pair.",
+    help="Judge whether ExPO suits a pair. Measures ‖θ_dpo − θ_sft‖ per layer and module.",
     examples=EXAMPLES,
     show=show,
 )

@@ -358,7 +358,7 @@ def _recipes(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the pairs known by name, with their α, and the known reward models."""
+    """List known pairs with their α, and known reward models."""
     print_result(recipes.show(names, show), as_json=as_json)
 
 

@@ -31,7 +31,8 @@ def show(report: Report) -> Shown:
 COMMAND = Command(
     config=ReportConfig,
     verb="expo.verbs.report",
-    help="Write one HTML page about runs: who wins, by how much, is it only longer, and where.",
+    help="Write an HTML page that compares runs. RUN is a name, an output file or a reward file, or the folder of one "
+    "sweep. The page shows which model wins, by how much, on which rows, and whether its answers are only longer.",
     examples=EXAMPLES,
     show=show,
     takes_recipe=False,

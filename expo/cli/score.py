@@ -51,8 +51,8 @@ def not_meant(levels: Levels) -> frozenset[str]:
 COMMAND = Command(
     config=ScoreConfig,
     verb="expo.verbs.score",
-    help="Score generated answers with a reward model: raw logits, one per row. With several, the JSON object is the "
-    "first one's, and those of the others are in its list `further`.",
+    help="Score answers with a reward model. Rewards are raw logits, one per row. With several reward models, --json "
+    "prints the result of the first, which lists those of the others as `further`.",
     examples=EXAMPLES,
     show=show,
     choices={"engine": ("auto", *SCORERS)},

@@ -22,9 +22,9 @@ EXAMPLES = (
     "--reward-model sfairXC/FsfairX-LLaMA3-RM-v0.1\n"
     "  expo sweep --sft my-sft --dpo my-dpo --alpha 0.5 --alpha 1 --alpha 2 --with-sft --task prompts.jsonl --n 4 "
     "--reward-model my-rm --output my-sweep --write\n"
-    "\n\b\nThe same for half of the tokens or less, with what is found confirmed on prompts set aside:\n"
+    "\n\b\nFor at most half of the tokens, with the α that is found confirmed on prompts set aside:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --search race --refine\n"
-    "\n\b\nWhat it would cost, measured with a few rows:\n"
+    "\n\b\nWhat a sweep would cost, measured on a few rows:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --dry-run"
 )
 
@@ -42,7 +42,7 @@ def show(result: Swept) -> Shown:
 COMMAND = Command(
     config=SweepConfig,
     verb="expo.verbs.sweep",
-    help="Find the best α: one live engine answers with every θ(α), a reward model scores.",
+    help="Find the best α. One engine answers with every θ(α), and a reward model scores the answers.",
     examples=EXAMPLES,
     show=show,
     choices={

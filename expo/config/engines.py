@@ -57,7 +57,7 @@ class EngineConfig(CommonConfig):
     engine_arg: Annotated[
         tuple[str, ...],
         changes_rows(
-            "Argument passed to the engine unchanged, VALUE as JSON if it is JSON; repeatable.",
+            "Argument passed on to the engine; VALUE is read as JSON if it is valid JSON; repeatable.",
             metavar="KEY=VALUE",
             absent=(),
             needs="engine_arg",

@@ -59,9 +59,9 @@ class CommandConfig:
 class CommonConfig(CommandConfig):
     """What every command that writes something shares."""
 
-    overwrite: Annotated[bool, Setting("Replace an output made with other settings, once the new one is complete.")] = (
-        False
-    )
+    overwrite: Annotated[
+        bool, Setting("Replace an output made with different settings, once the new one is complete.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +70,33 @@ class PairConfig:
 
     HEADING = "How the pair is combined"
 
-    rule: Annotated[str, changes_weights("Formula that makes θ(α), by its name.", absent="linear")] = "linear"
+    rule: Annotated[str, changes_weights("Name of the formula that makes θ(α).", absent="linear")] = "linear"
     alpha_for: Annotated[
         tuple[str, ...],
         changes_weights(
-            "Give matching tensors an α of their own; repeatable, the first match wins.", metavar="REGEX=A", absent=()
+            "Use another α for tensors whose names match; repeatable, the first match wins.",
+            metavar="REGEX=A",
+            absent=(),
         ),
     ] = ()
     exclude: Annotated[
         tuple[str, ...],
         changes_weights(
-            "Copy matching tensors from DPO, whatever --alpha-for says; repeatable.", metavar="REGEX", absent=()
+            "Copy tensors whose names match from DPO, whatever --alpha-for says; repeatable.",
+            metavar="REGEX",
+            absent=(),
         ),
     ] = ()
     missing: Annotated[
         Missing,
         changes_weights(
-            "Tensors that only one side has: refuse the pair, or copy DPO's and leave out SFT's.", absent="error"
+            "Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.", absent="error"
         ),
     ] = "error"
     vocab: Annotated[
         Vocab,
         changes_weights(
-            "Vocabularies of different sizes: refuse the pair, or extrapolate the common rows and copy DPO's others.",
+            "Vocabularies of different sizes: refuse the pair, or extrapolate the rows both have and copy DPO's rest.",
             absent="error",
         ),
     ] = "error"
@@ -172,13 +176,15 @@ class ExtrapolateConfig(PairConfig, CommonConfig):
     ] = "keep"
     verify: Annotated[
         bool,
-        Setting("Checksum all weights: record the inputs' sums, and check finished outputs against their manifest."),
+        Setting(
+            "Checksum all weights: record the inputs' checksums, and check finished outputs against their manifest."
+        ),
     ] = False
     fsync: Annotated[bool, Setting("Flush every file to disk before it gets its final name.")] = True
     push_to_hub: Annotated[
         str | None, Setting("Upload the finished output to this model repository; may contain {alpha}.", metavar="ID")
     ] = None
-    private: Annotated[bool, Setting("Make that repository private if it does not exist yet.")] = False
+    private: Annotated[bool, Setting("Create that repository as private, if it does not exist yet.")] = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -199,7 +205,7 @@ class ExtrapolateConfig(PairConfig, CommonConfig):
         _ = self.max_shard_bytes  # read once, so that it is checked
         require_device(self.device)
         require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
-        require(self.push_to_hub is not None or not self.private, "--private is for --push-to-hub, which is missing")
+        require(self.push_to_hub is not None or not self.private, "--private needs --push-to-hub")
         require_repositories(self.repositories, inputs=(self.sft, self.dpo))
 
     @property
@@ -238,6 +244,6 @@ class InspectConfig(CommonConfig):
             InputError: A value is out of its range; the message names the flag.
         """
         known = self.output is None or Path(self.output).suffix.lower() in PICTURE_SUFFIXES
-        require(known, f"--output is a picture ({', '.join(PICTURE_SUFFIXES)}), not {self.output!r}")
+        require(known, f"--output must be a picture ({', '.join(PICTURE_SUFFIXES)}), not {self.output!r}")
         require_device(self.device)
         require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")

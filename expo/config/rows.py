@@ -35,7 +35,7 @@ DEFAULT_BETA = 0.1
 class RowsConfig(EngineConfig):
     """What the commands that work row by row share."""
 
-    HEADING = "Output, and parallel work"
+    HEADING = "Output and parallel runs"
 
     task: Annotated[
         str,
@@ -50,7 +50,8 @@ class RowsConfig(EngineConfig):
     part: Annotated[
         str | None,
         Setting(
-            "Do the i-th of N parts of the rows (from 0); slurm takes both from the array job.", metavar="i/N|slurm"
+            "Run only part i of N of the rows, counted from 0; slurm takes i and N from the array job.",
+            metavar="i/N|slurm",
         ),
     ] = None
     join: Annotated[int | None, Setting("Check that all N parts are finished and join them.", metavar="N")] = None
@@ -74,9 +75,11 @@ class RowsConfig(EngineConfig):
             *(["--data-parallel"] if self.data_parallel != 1 else []),
         ]
         by_itself = (
-            "it makes and joins the parts itself" if "--data-parallel" in given else "join when all parts are made"
+            "--data-parallel makes and joins the parts itself"
+            if "--data-parallel" in given
+            else "join once all parts are finished"
         )
-        require(len(given) < 2, f"{' and '.join(given)} do not go together: {by_itself}")
+        require(len(given) < 2, f"{' and '.join(given)} cannot be combined: {by_itself}")
         for flag_given, count in (("--data-parallel", self.data_parallel), ("--join", self.join)):
             known = count is None or 1 <= count <= MAX_PARTS
             require(known, f"{flag_given} must be 1 to {MAX_PARTS} parts, not {count}")
@@ -96,7 +99,7 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
     sft: Annotated[
         str | None,
         Setting(
-            "The SFT checkpoint θ_sft: instead of --model, θ(α) is made while the engine loads.",
+            "The SFT checkpoint θ_sft. With --dpo and --alpha, the engine loads θ(α) instead of --model.",
             metavar="SFT",
             needs="local",
         ),
@@ -148,13 +151,16 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
         if self.model is None:
             lacking = ", ".join(name for name in pair if name not in given)
             require(bool(given), "no model given: pass --model, or --sft, --dpo and --alpha")
-            require(not lacking, f"θ(α) is made from --sft, --dpo and --alpha: {lacking} is missing")
+            require(not lacking, f"θ(α) needs --sft, --dpo and --alpha; missing: {lacking}")
         else:
             rules = [flag(name) for name in PAIR_SETTINGS if getattr(self, name) != getattr(PairConfig, name)]
             require(
-                not given, f"--model and {', '.join(given)} are two models: give --model, or --sft, --dpo and --alpha"
+                not given,
+                f"--model and {', '.join(given)} cannot be combined: give either --model, or --sft, --dpo and --alpha",
             )
-            require(not rules, f"{', '.join(rules)} is for --sft, --dpo and --alpha, not for --model")
+            require(
+                not rules, f"{', '.join(rules)} cannot be combined with --model, only with --sft, --dpo and --alpha"
+            )
         _ = self.theta  # made once, so that it is checked
 
     @property
@@ -177,7 +183,7 @@ def checked_reward_models(models: tuple[str, ...]) -> tuple[str, ...]:
         require_text("--reward-model", model)
         require(bool(model.strip()), f"--reward-model {model!r} names no model")
     again = repeated(each)
-    require(again is None, f"--reward-model {again} is given twice; each reward model scores once")
+    require(again is None, f"--reward-model {again} is given twice: give each reward model once")
     return each
 
 
@@ -197,7 +203,7 @@ class ScoreConfig(RowsConfig):
     reward_model: Annotated[
         tuple[str, ...],
         Setting(
-            "A reward model with one label: a directory, hub id, or id@revision; repeatable: each further one "
+            "A reward model with one label: a directory, hub id, or id@revision; repeatable: each one after the first "
             f"writes NAME@<its name>.jsonl. [default: {DEFAULT_REWARD_MODEL}]",
             metavar="RM",
         ),
@@ -205,15 +211,15 @@ class ScoreConfig(RowsConfig):
     implicit_reward: Annotated[
         bool,
         Setting(
-            "Score with the implicit reward β(log π_dpo − log π_sft) of --dpo over --sft; beside reward models it "
-            "writes NAME@implicit.jsonl."
+            "Score with the implicit reward β(log π_dpo − log π_sft) of --dpo over --sft; alongside reward models, "
+            "it writes NAME@implicit.jsonl."
         ),
     ] = False
     sft: Annotated[str | None, Setting("The SFT checkpoint π_sft (implicit reward).", metavar="SFT")] = None
     dpo: Annotated[
         str | None,
         Setting(
-            "The checkpoint π_dpo trained from it, whose tokenizer and chat template are used (implicit reward).",
+            "The DPO checkpoint π_dpo trained from it; its tokenizer and chat template are used (implicit reward).",
             metavar="DPO",
             flags=("--aligned",),
         ),
@@ -222,15 +228,16 @@ class ScoreConfig(RowsConfig):
     engine: Annotated[
         str,
         Setting(
-            "Engine that runs the reward model; auto is vLLM on a GPU where it is installed and expo has tested the "
-            "architecture, else transformers, and goes on with the engine of the output that is there."
+            "Engine that runs the reward model; auto is vLLM on a GPU if it is installed and expo has tested the "
+            "architecture, else transformers; an existing output keeps its engine."
         ),
     ] = "auto"
     batch_tokens: BatchTokens = 16384
     max_length: Annotated[
         int | None,
         changes_rows(
-            "Maximum conversation length in tokens; longer ones lose their end. [default: its recipe's, else its own]",
+            "Maximum conversation length in tokens; longer ones are cut at the end. [default: the recipe's, else the "
+            "model's]",
             metavar="N",
             absent=None,
         ),
@@ -238,8 +245,8 @@ class ScoreConfig(RowsConfig):
     bos: Annotated[
         Bos,
         changes_rows(
-            "template: rows begin as the chat template gives them; none: without its BOS token, for reward models that "
-            "were trained so; auto: as the model's recipe says, else template.",
+            "template: rows begin as the chat template writes them; none: its BOS token is dropped, for reward models "
+            "trained without it; auto: as the reward model's recipe says, else template.",
             absent="template",
         ),
     ] = "auto"
@@ -267,11 +274,11 @@ class ScoreConfig(RowsConfig):
         if not self.implicit_reward:
             given = [name for name, value in sides.items() if value is not None]
             given += ["--beta"] if self.beta != DEFAULT_BETA else []
-            verb = "is" if len(given) == 1 else "are"
-            require(not given, f"{' and '.join(given)} {verb} for --implicit-reward, which is not given")
+            verb = "needs" if len(given) == 1 else "need"
+            require(not given, f"{' and '.join(given)} {verb} --implicit-reward")
             return
         lacking = [name for name, value in sides.items() if value is None]
-        require(not lacking, f"--implicit-reward compares --dpo with --sft: {' and '.join(lacking)} is missing")
+        require(not lacking, f"--implicit-reward needs --sft and --dpo; missing: {', '.join(lacking)}")
         require(math.isfinite(self.beta) and self.beta > 0, f"--beta must be a positive number, not {self.beta}")
 
     @property

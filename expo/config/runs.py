@@ -25,14 +25,14 @@ class RunsConfig(CommandConfig):
     ] = ()  # fmt: skip
     task: Annotated[
         str | None,
-        Setting("The runs' task, as given to generate. [default: found by the names]", metavar="TASK"),
+        Setting("The runs' task, as given to `expo generate`. [default: found from the runs]", metavar="TASK"),
     ] = None
     output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
     dataset: Annotated[
         str | None, Setting("Read mtbench's questions from a local file or another hub dataset.", metavar="PATH|ID")
     ] = None
     intersect: Annotated[
-        bool, Setting("Where the runs' prompts differ, use the rows that all have, and name the others.")
+        bool, Setting("If the runs' prompts differ, use the rows that all runs have, and list the rest.")
     ] = False
 
     def __post_init__(self) -> None:
@@ -53,10 +53,8 @@ class RunsConfig(CommandConfig):
 class CompareConfig(RunsConfig):
     """`expo compare`: paired comparison of runs on the prompts they share."""
 
-    flips: Annotated[int, Setting("Number of rows to name that a model wins, and loses, by the most.", metavar="N")] = (
-        10
-    )
-    markdown: Annotated[bool, Setting("Print the table in GitHub's markdown.")] = False
+    flips: Annotated[int, Setting("How many of each model's biggest wins and losses to list.", metavar="N")] = 10
+    markdown: Annotated[bool, Setting("Print the tables as GitHub Markdown.")] = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -74,9 +72,9 @@ class CompareConfig(RunsConfig):
 class ReportConfig(RunsConfig):
     """`expo report`: one page about runs on the prompts they share."""
 
-    output: Annotated[str, Setting("The page.", metavar="FILE.html")] = "report.html"
+    output: Annotated[str, Setting("The page to write.", metavar="FILE.html")] = "report.html"
     figures: Annotated[
-        str | None, Setting("Write the page's figures to this folder too, as PNG and SVG.", metavar="DIR")
+        str | None, Setting("Also write the page's figures to this folder, as PNG and SVG.", metavar="DIR")
     ] = None
     overwrite: Annotated[bool, Setting("Replace files that expo report did not write.")] = False
 
@@ -88,4 +86,4 @@ class ReportConfig(RunsConfig):
         """
         super().__post_init__()
         is_page = Path(self.output).suffix.lower() in (".html", ".htm")
-        require(is_page, f"--output is a page, which ends in .html, not {self.output!r}")
+        require(is_page, f"--output must end in .html, not {self.output!r}")

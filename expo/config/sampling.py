@@ -22,7 +22,7 @@ class SamplingConfig(EngineConfig):
     HEADING = "Prompts and sampling"
 
     engine: Annotated[
-        str, Setting("Inference engine; auto is vLLM where it is installed and can run, else transformers.")
+        str, Setting("Inference engine; auto is vLLM if it is installed and can run, else transformers.")
     ] = "auto"
     dataset: Annotated[
         str | None, Setting("Read the task's prompts from a local file or another hub dataset.", metavar="PATH|ID")
@@ -49,7 +49,10 @@ class SamplingConfig(EngineConfig):
         ),
     ] = 50
     top_p: Annotated[
-        float, changes_rows("Sample from the most likely tokens of this total probability.", metavar="P", absent=0.9)
+        float,
+        changes_rows(
+            "Sample from the most likely tokens that together have this probability.", metavar="P", absent=0.9
+        ),
     ] = 0.9
     presence_penalty: Annotated[
         float, changes_rows("Presence penalty on generated tokens.", metavar="X", absent=0.1)
@@ -61,7 +64,7 @@ class SamplingConfig(EngineConfig):
     seed_mode: Annotated[
         SeedMode,
         changes_rows(
-            "row: each row has a seed of its own, the same for every model and α; shared: every request has --seed.",
+            "row: each row has a seed of its own, the same for every model and α; shared: every request uses --seed.",
             absent="shared",
         ),
     ] = "row"

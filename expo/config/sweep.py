@@ -28,29 +28,32 @@ REWARD = "reward_"
 class RaceConfig:
     """The settings that only a race has."""
 
-    HEADING = "A race (--search race)"
+    HEADING = "The race (--search race)"
 
     slice: Annotated[
         int | None,
         Setting(
-            "Prompts of its first look, and added for each further one. [default: a tenth, at least 10]", metavar="N"
+            "Prompts in the race's first look, and added at each later one. [default: a tenth, at least 10]",
+            metavar="N",
         ),
     ] = None
     confirm: Annotated[
-        float, Setting("Share of the prompts that is set aside to confirm what it finds.", metavar="SHARE")
+        float, Setting("Share of the prompts set aside to confirm the α that the race finds.", metavar="SHARE")
     ] = 0.3
     confidence: Annotated[
-        float, Setting("Probability that it drops no α that is as good as those it seems to fall behind.", metavar="P")
+        float, Setting("Probability that the race drops no α that is as good as the one it trails.", metavar="P")
     ] = 0.95
     indifference: Annotated[
         float,
         Setting(
-            "End it when taking its leader is expected to lose less than this, in standard deviations of the paired "
-            "difference.",
+            "End the race once choosing its leader is expected to lose less than this, in standard deviations of the "
+            "paired difference.",
             metavar="SD",
         ),
     ] = 0.05
-    refine: Annotated[bool, Setting("Let it add α between the leader and its neighbours, and beyond the ends.")] = False
+    refine: Annotated[
+        bool, Setting("Let the race add α between the leader and its neighbours, and beyond the ends.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,8 @@ class RewardsConfig:
     reward_model: Annotated[
         tuple[str, ...],
         Setting(
-            "A reward model: a directory, hub id, or id@revision; repeatable: the first decides, and each further one "
-            f"must see the gain, too. [default: {DEFAULT_REWARD_MODEL}]",
+            "A reward model: a directory, hub id, or id@revision; repeatable: the first decides, and each of the "
+            f"others must see the gain as well. [default: {DEFAULT_REWARD_MODEL}]",
             metavar="RM",
         ),
     ] = ()
@@ -71,24 +74,24 @@ class RewardsConfig:
         str, Setting("Engine that runs the reward model; auto as in `expo score`.", metavar="auto|vllm|transformers")
     ] = "auto"
     reward_device: Annotated[
-        str, Setting("Device of the reward model with transformers.", metavar="auto|cpu|cuda[:i]")
+        str, Setting("Device of the reward model (transformers).", metavar="auto|cpu|cuda[:i]")
     ] = "auto"
-    reward_dtype: Annotated[Dtype, Setting("Data type that the reward model runs in.")] = "auto"
+    reward_dtype: Annotated[Dtype, Setting("Data type the reward model runs in.")] = "auto"
     reward_engine_arg: Annotated[
         tuple[str, ...],
         Setting("Argument passed to the reward model's engine; repeatable.", metavar="KEY=VALUE"),
     ] = ()
     reward_tensor_parallel: Annotated[
-        int | None, Setting("Number of GPUs of the reward model (vllm). [default: as the plan says]", metavar="N")
+        int | None, Setting("Number of GPUs for the reward model (vllm). [default: as --dry-run shows]", metavar="N")
     ] = None
-    reward_batch_tokens: Annotated[int, Setting("Token budget of a batch of rewards.", metavar="N")] = 16384
+    reward_batch_tokens: Annotated[int, Setting("Token budget of one batch of the reward model.", metavar="N")] = 16384
     reward_max_length: Annotated[
         int | None, Setting("Maximum conversation length of the reward model, in tokens.", metavar="N")
     ] = None
     reward_chat_template: Annotated[
         str | None, Setting("Jinja file to use instead of the reward model's own chat template.", metavar="FILE")
     ] = None
-    reward_bos: Annotated[Bos, Setting("As --bos of `expo score`.")] = "auto"
+    reward_bos: Annotated[Bos, Setting("Like --bos of `expo score`.")] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +103,16 @@ class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
     alpha: Annotated[
         tuple[float, ...],
         Setting(
-            "A candidate for α; repeatable. α = 0 is always part of it. [default: 0.1 0.2 0.3 0.4 0.5]", metavar="A"
+            "A candidate for α; repeatable. α = 0 is always measured as well. [default: 0.1 0.2 0.3 0.4 0.5]",
+            metavar="A",
         ),
     ] = ()
     with_sft: Annotated[bool, Setting("Also measure SFT itself, which is α = −1, for reference.")] = False
     search: Annotated[
         Search,
         Setting(
-            "grid: every α answers every prompt; race: α that fall behind are dropped, and the best is tested on "
-            "prompts set aside, for half of the tokens or fewer."
+            "grid: every α answers every prompt; race: α that fall behind are dropped, and the best one is tested on "
+            "prompts set aside, for at most half of the tokens."
         ),
     ] = "grid"
     task: Annotated[
@@ -137,14 +141,14 @@ class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
         twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
         require(twice is None, f"--alpha {twice} is given more than once")
         only = f"--alpha {' '.join(f'{alpha:g}' for alpha in self.alpha)}"
-        require(max(self.alphas) > 0, f"{only} leaves nothing to choose: give an α above 0, with which 0 is compared")
+        require(max(self.alphas) > 0, f"{only} leaves nothing to choose: give an α above 0 to compare with 0")
         require_choice("--search", self.search, Search)
         self._require_race_settings()
         moved = next((f"{pattern}={alpha:g}" for pattern, alpha in self.alphas_for if alpha), None)
         require(
             moved is None,
-            f"--alpha-for {moved} would change α = 0 as well, which is DPO itself in a sweep: tensors can be held at "
-            "DPO's (PATTERN=0), and `expo extrapolate --alpha-for` writes any other mix",
+            f"--alpha-for {moved} would also change α = 0, which in a sweep is DPO itself: use PATTERN=0 to keep "
+            "tensors as DPO has them, or `expo extrapolate --alpha-for` for any other mix",
         )
         object.__setattr__(self, "reward_model", checked_reward_models(self.reward_model))
         require_choice("--reward-dtype", self.reward_dtype, Dtype)
@@ -165,7 +169,7 @@ class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
             given = next((one for one in fields(RaceConfig) if _is_given(self, one)), None)
             require(
                 given is None,
-                f"--{given.name if given else ''} is a setting of --search race: add that, or leave it out",
+                f"--{given.name if given else ''} needs --search race: add it, or leave this out",
             )
             return
         require(self.slice is None or self.slice > 1, f"--slice must be 2 prompts or more, not {self.slice}")
@@ -181,7 +185,7 @@ class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
         candidates = [alpha for alpha in self.alphas if alpha > 0]
         require(
             len(candidates) > 1 or self.refine,
-            f"α = {candidates[0]:g} alone needs no race: give a further --alpha, or --refine, or --search grid",
+            f"α = {candidates[0]:g} alone needs no race: give another --alpha, --refine, or --search grid",
         )
 
     @property

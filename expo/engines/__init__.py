@@ -385,7 +385,9 @@ def require_fitting(engines: Mapping[str, EngineSpec], config: RowsConfig, engin
         if setting.needs not in (None, *can) and getattr(config, name) != defaults[name]:
             able = [other for other, its in engines.items() if setting.needs in its.can]
             plural = "s" if len(able) > 1 else ""
-            raise InputError(f"{flag(name)} is for the {' and '.join(able)} engine{plural}, and this run uses {engine}")
+            raise InputError(
+                f"{flag(name)} works only with the {' and '.join(able)} engine{plural}, and this run uses {engine}"
+            )
 
 
 def _load(place: str) -> Any:  # noqa: ANN401 - a class or function, whose type the callers know

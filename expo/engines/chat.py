@@ -200,8 +200,8 @@ class ChatTokenizer:
         drop = "drop --system, " if system_flag and "system" in roles else ""
         raise InputError(
             f"the chat template of {self._model} ignores messages with role {', '.join(map(repr, roles))} (row "
-            f"{next(iter(rows))}{more}): {drop}use roles that it writes ({', '.join(known_roles(render))}), or pass a "
-            "--chat-template that writes them"
+            f"{next(iter(rows))}{more}): {drop}use roles that it renders ({', '.join(known_roles(render))}), or pass a "
+            "--chat-template that renders them"
         )
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str | None:
@@ -273,7 +273,7 @@ def configured_stop_ids(model: Path, rows: int | None) -> list[int]:
         configured = read_config(model).get("eos_token_id")
     ids, end = _as_list(configured), UNLIMITED if rows is None else rows
     for bad in (one for one in ids if type(one) is not int):
-        raise InputError(f"{file} has eos_token_id {shown(bad)}, which is no token id: correct it there")
+        raise InputError(f"{file} has eos_token_id {shown(bad)}, which is not a token id: correct it there")
     return [number for number in ids if 0 <= number < end]
 
 

@@ -150,7 +150,7 @@ ADVICE = {
     **dict.fromkeys(LENGTH_FIELDS, "choose another --max-tokens"),
     "top_p": "choose another --top-p, such as 1",
     "temperature": "choose another --temperature, such as 1",
-    "seed": "every request has one (--seed), so that this server cannot be used",
+    "seed": "expo sends one with every request, so this server cannot be used",
     "presence_penalty": "--presence-penalty 0 omits it",
     "frequency_penalty": "--frequency-penalty 0 omits it",
     "model": "choose another --model",

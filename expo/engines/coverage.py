@@ -91,9 +91,7 @@ def require_whole(model: Path, label: str, shapes: Shapes | None, *, trust_remot
     _require_tensors(label, found, "answer")
     bias = [name for name in found.unread if name.endswith("lm_head.bias")]
     if bias:
-        raise InputError(
-            f"{label} has {bias[0]}, which {found.architecture} has no place for: it would answer without it"
-        )
+        raise InputError(f"{label} has {bias[0]}, which {found.architecture} would ignore")
 
 
 def require_reward_model(model: Path, *, trust_remote_code: bool) -> None:
@@ -175,9 +173,7 @@ def require_reward_weights(
     _require_tensors(model.name, found, "score")
     heads = [name for name in found.unread if is_head(name)]
     if heads:
-        raise InputError(
-            f"{model.name} has {heads[0]}, which {found.architecture} has no place for: rewards would be without it"
-        )
+        raise InputError(f"{model.name} has {heads[0]}, which {found.architecture} would ignore")
     return True
 
 
@@ -188,7 +184,7 @@ def _require_head(label: str, found: Coverage) -> None:
     missing = next(filter(is_head, found.missing), None)
     if missing is not None:
         other = next(filter(is_head, found.unread), None)
-        unread = f"; {other} is no head that {found.architecture} reads" if other else ""
+        unread = f"; {other} is not a head that {found.architecture} reads" if other else ""
         raise NoHead(f"{label} has no trained score head ({missing} is not in its weights{unread})")
 
 
@@ -226,7 +222,9 @@ def require_trained(label: str, model: Any, info: Mapping[str, Any], verb: str =
     """
     untrained = missing_parameters(model, info)
     if untrained:
-        raise InputError(f"{label} lacks {untrained[0]}: random weights would {verb}; download or save it again")
+        raise InputError(
+            f"{label} lacks {untrained[0]}: it would {verb} with random weights; download or save it again"
+        )
 
 
 def is_token(pad_id: object, config: Any) -> bool:  # noqa: ANN401 - a transformers config
@@ -399,8 +397,8 @@ def _require_tensors(label: str, found: Coverage, verb: str) -> None:
     if found.missing:
         more = f" (and {len(found.missing) - 1} more)" if len(found.missing) > 1 else ""
         raise InputError(
-            f"{label} lacks {found.missing[0]}{more}, which {found.architecture} reads: random weights would {verb}; "
-            "download or save it again"
+            f"{label} lacks {found.missing[0]}{more}, which {found.architecture} reads: it would {verb} with random "
+            "weights; download or save it again"
         )
     if found.unlike:
         name, theirs, ours = found.unlike[0]
@@ -415,7 +413,7 @@ def _require_unwrapped(label: str, shapes: Shapes, missing: Collection[str] | No
     if prefix:
         raise InputError(
             f"{label} names its tensors with {prefix!r}, such as {next(name for name in shapes if prefix in name)}: "
-            f"random weights would be in their place; {SAVE_AGAIN}"
+            f"they would be replaced by random weights; {SAVE_AGAIN}"
         )
 
 

@@ -259,8 +259,8 @@ class OpenaiGenerator:
             return Failure(request, f"the server's answer is not {error.encoding.upper()} text ({where})", lasting=True)
         except (ValueError, RecursionError) as error:
             raise EnvironmentFailure(
-                f"{self._name} returned no JSON object but {reason_in(response.content.decode(errors='replace'))}; "
-                "does --base-url end in /v1?"
+                f"{self._name} did not return a JSON object but "
+                f"{reason_in(response.content.decode(errors='replace'))}; does --base-url end in /v1?"
             ) from error
         return outcome_of(request, answer)
 
@@ -325,7 +325,7 @@ def bounded_client(seconds: float) -> Any:  # noqa: ANN401 - openai.DefaultAsync
                 async with timeout(seconds):
                     response = await super().send(*args, **named)
             except TimeoutError as error:
-                raise library.ReadTimeout(f"no whole answer in {seconds:g} seconds") from error
+                raise library.ReadTimeout(f"no complete answer in {seconds:g} seconds") from error
             if response.is_closed and response.status_code == BUSY and has_no_quota(response.text):
                 response.headers["x-should-retry"] = "false"
             return response

@@ -43,7 +43,10 @@ def base_of(adapter: Location) -> Location:
     settings = read_json(adapter.path / ADAPTER_CONFIG)
     recorded, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(recorded, str) or not recorded.strip():
-        raise InputError(f"{adapter.label} is an adapter whose {ADAPTER_CONFIG} names no base model: write it there")
+        raise InputError(
+            f"{adapter.label} is an adapter whose {ADAPTER_CONFIG} names no base model: set base_model_name_or_path "
+            "there"
+        )
     name = hub_id_in_cache(recorded) or recorded
     near = [str(folder / recorded) for folder in (adapter.path, adapter.path.parent)]
     local = next((found for one in (recorded, *near) if (found := find_folder(one)) is not None), None)
@@ -53,8 +56,8 @@ def base_of(adapter: Location) -> Location:
         return locate(f"{name}@{revision}" if isinstance(revision, str) and revision else name)
     except InputError as error:
         raise InputError(
-            f"the base of the adapter {adapter.label} is not found: {error}; write where it is as "
-            f"base_model_name_or_path into {ADAPTER_CONFIG}"
+            f"the base of the adapter {adapter.label} is not found: {error}; set "
+            f"base_model_name_or_path in {ADAPTER_CONFIG} to where it is"
         ) from error
 
 
@@ -102,7 +105,7 @@ def require_adapter(adapter: Location, body: Path, *, trust_remote_code: bool) -
             require_one_row(label, name, heads[name])
             break
     if kind != "LORA":
-        raise InputError(f"{label} is a {kind} adapter, and only LORA adapters are merged: merge it with peft first")
+        raise InputError(f"{label} is a {kind} adapter, and expo merges only LORA adapters: merge it with peft first")
     if find_spec("peft") is None:
         raise MissingExtra(f"{label} is a PEFT adapter: pip install 'llm-expo[peft]' to score with it")
     _require_fit(adapter, body, shapes, trust_remote_code)
@@ -116,7 +119,7 @@ def _require_fit(adapter: Location, body: Path, shapes: Shapes, trust_remote_cod
         *(f"{name} is not in its weights" for name in expected if name not in shapes),
         *(f"{name} has no place in it" for name in shapes if name not in expected),
         *(
-            f"{name} is {list(shape)}, and would be {list(expected[name])}"
+            f"{name} is {list(shape)}, not {list(expected[name])}"
             for name, shape in shapes.items()
             if name in expected and expected[name] != shape
         ),

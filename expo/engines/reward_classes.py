@@ -104,11 +104,13 @@ def why_not_in_vllm(model: Path, *, trust_remote_code: bool) -> str | None:
         return f"expo has not compared vLLM's rewards of {name or 'a model that transformers does not know'}"
     config = reward_config(model, trust_remote_code=trust_remote_code)
     if trust_remote_code and getattr(config, "auto_map", None):
-        return f"{model.name} brings code of its own"
+        return f"{model.name} comes with its own code"
     if moves_positions(config):
-        return f"{model.name} has rotary positions that depend on a row's length, which vLLM takes from the longest"
+        return (
+            f"{model.name} has rotary positions that depend on a row's length, and vLLM uses the longest row's for all"
+        )
     if attends_forwards(config):
-        return f"{model.name} attends forwards, too"
+        return f"{model.name} also attends to later tokens"
     return None
 
 

@@ -87,8 +87,8 @@ def placement(setup: ScorerSetup, device: torch.device) -> str:
     if needed <= free:
         return str(device)
     log.info(
-        "%s needs about %.1f GB and the first GPU has %.1f GB free: its layers are spread over all GPUs (and the "
-        "host's memory, where these do not hold it)",
+        "%s needs about %.1f GB and the first GPU has %.1f GB free: its layers are spread over all GPUs (and "
+        "host memory, if it does not fit there)",
         setup.model.name,
         needed / 1e9,
         free / 1e9,
@@ -180,7 +180,9 @@ def _load_adapter(setup: ScorerSetup, place: str) -> Any:  # noqa: ANN401 - as a
     saved = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _adapter_tensors(setup.model).items()}
     untrained = [name for name in missing if name not in saved]
     if untrained:
-        raise InputError(f"{base.name} lacks {untrained[0]}: random weights would score; download or save it again")
+        raise InputError(
+            f"{base.name} lacks {untrained[0]}: it would score with random weights; download or save it again"
+        )
     _set_head(merged, {name: tensor for name, tensor in saved.items() if name.rpartition(".")[0] == SCORE})
     return merged
 
@@ -273,7 +275,8 @@ def _give_logits(folder: Path, model: Any) -> None:  # noqa: ANN401 - as above
         value = output if isinstance(output, Tensor) else getattr(output, name, None)
         if not isinstance(value, Tensor):
             raise InputError(
-                f"{folder.name} gives {type(output).__name__} without {name}: expo does not know how its reward is got"
+                f"{folder.name} gives {type(output).__name__} without {name}: expo does not know which output is its "
+                "reward"
             )
         return SimpleNamespace(logits=value.reshape(len(value), -1))
 

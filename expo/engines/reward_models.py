@@ -310,8 +310,8 @@ def _require_custom(found: RewardModel, trust_remote_code: bool) -> None:
     custom = custom_of(folder)
     if not trust_remote_code:
         raise InputError(
-            f"{found.location.label} is a {_architecture(folder)}, which comes with Python code of its own: look at "
-            "it, and pass --trust-remote-code to run it"
+            f"{found.location.label} is a {_architecture(folder)}, which comes with its own Python code: "
+            "review it, then pass --trust-remote-code to run it"
         )
     if custom is None:  # recognised by it
         return

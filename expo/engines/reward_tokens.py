@@ -171,7 +171,8 @@ class PairTokenizer(ChatTokenizer):
         separator = ids[types.index(1) - 1]
         if list(types) != token_types(ids, separator):
             raise InputError(
-                f"the tokenizer in {self._model} marks text pairs with token types {list(types)}: not known"
+                f"the tokenizer in {self._model} marks text pairs with token types {list(types)}, which expo does not "
+                "support"
             )
         return int(separator)
 

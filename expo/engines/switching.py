@@ -75,17 +75,17 @@ def difference(one: Sequence[Probed], other: Sequence[Probed], bound: float) -> 
         bound: How far log probabilities may differ, in nats; 0 asks for equal ones, and for equal tokens.
     """
     if len(one) != len(other):
-        return f"{len(one)} answers against {len(other)}"
+        return f"{len(one)} answers instead of {len(other)}"
     for number, (left, right) in enumerate(zip(one, other, strict=True), 1):
         if len(left.token_ids) != len(right.token_ids):
-            return f"{len(left.token_ids)} tokens after prompt {number} against {len(right.token_ids)}"
+            return f"{len(left.token_ids)} tokens after prompt {number} instead of {len(right.token_ids)}"
         pairs = zip(left.token_ids, right.token_ids, left.log_probs, right.log_probs, strict=True)
         for place, (token, other_token, log_prob, other_log_prob) in enumerate(pairs, 1):
             apart = 0.0 if log_prob == other_log_prob else abs(log_prob - other_log_prob)
             if token != other_token:
                 if bound and apart <= bound:
                     break
-                return f"token {place} after prompt {number} is {token} against {other_token}"
+                return f"token {place} after prompt {number} is {token} instead of {other_token}"
             if not apart <= bound:
                 return f"the log probability of token {place} after prompt {number} differs by {apart:.2g}"
     return None

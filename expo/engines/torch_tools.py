@@ -70,7 +70,7 @@ def gpu_bytes() -> int:
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise EnvironmentFailure(f"torch cannot ask the GPU for its memory: {said}")
+        raise EnvironmentFailure(f"torch cannot query the GPU's memory: {said}")
     return int(done.stdout)
 
 
@@ -192,7 +192,9 @@ def worker_environments(
         InputError: There are not GPUs enough, or the engine does not run here.
     """
     if "local" not in spec.can:
-        raise InputError(f"--data-parallel is for engines that run here, and this run uses {engine}")
+        raise InputError(
+            f"--data-parallel works only with engines that run on this machine, and this run uses {engine}"
+        )
     spreads = "tensor_parallel" in spec.can
     if not spreads and config.device.startswith("cuda:"):
         raise InputError(f"--data-parallel {count} gives each worker a GPU of its own; leave out --device")

@@ -64,7 +64,7 @@ class TransformersLogProbs:
         except (RuntimeError, MemoryError) as error:
             if len(rows) == 1 or not is_out_of_memory(error):
                 raise
-        log.warning("out of memory: going on with batches of half the size")  # here the error's tensors are gone
+        log.warning("out of memory: continuing with batches of half the size")  # here the error's tensors are gone
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         middle = len(rows) // 2

@@ -67,7 +67,7 @@ class TransformersScorer:
                 under_way.append((todo.popleft(), logits))
             elif todo:
                 self._budget = max(1, len(todo[0]) * lengths[todo[0][0]] // 2)
-                log.warning("out of memory: going on with batches of at most %d tokens", self._budget)
+                log.warning("out of memory: continuing with batches of at most %d tokens", self._budget)
                 todo = deque(self._batches(lengths, sorted(number for batch in todo for number in batch)))
             while len(under_way) > (self._ahead if todo else 0):
                 numbers, logits = under_way.popleft()

@@ -167,7 +167,7 @@ def keep_proof(key: Row, scope: Scope) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(content, indent=1) + "\n", fsync=False)
     except (ExpoError, OSError) as error:
-        log.info("the proof of the switch is not kept: %s", error)
+        log.info("the result of the switching test cannot be saved: %s", error)
 
 
 def _file(key: Row) -> Path:

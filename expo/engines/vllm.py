@@ -42,7 +42,7 @@ def _make_loader_known(arguments: dict[str, Any]) -> None:
     """
     alone = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and arguments.get("tensor_parallel_size") == 1
     if not alone and not entry_points(group="vllm.general_plugins", name=LOAD_FORMAT):
-        raise EnvironmentFailure("vLLM's other processes cannot find expo's loader: install expo again, with pip")
+        raise EnvironmentFailure("vLLM's other processes cannot find expo's loader: reinstall expo with pip")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and LOAD_FORMAT not in allowed.split(","):
         os.environ["VLLM_PLUGINS"] = f"{allowed},{LOAD_FORMAT}"
@@ -172,7 +172,7 @@ class VllmGenerator(VllmEngine):
             is_reset = self._watched(lambda: llm.reset_prefix_cache(reset_connector=True))
         if not is_reset:
             raise EnvironmentFailure(
-                "vLLM kept its cache of prompts, which is that of other weights; rerun to continue"
+                "vLLM kept a prefix cache made with other weights; rerun the same command to continue"
             )
 
 

@@ -112,8 +112,8 @@ def _require_whole(model: Any) -> None:  # noqa: ANN401 - a torch module of vLLM
     """
     from expo.errors import InputError, listed
 
-    if lacking := listed("vLLM's reload left parameters without the weights of θ(α)", _without_weights(model)):
-        raise InputError(f"{lacking[0]}; an engine that is started there has them: rerun the same command")
+    if lacking := listed("vLLM's reload left parameters with old weights", _without_weights(model)):
+        raise InputError(f"{lacking[0]}; rerun the same command, which starts an engine with new ones")
 
 
 def _without_weights(model: Any) -> list[str]:  # noqa: ANN401 - a torch module of vLLM's

@@ -116,7 +116,7 @@ def engine_arguments(setup: ScorerSetup) -> dict[str, Any]:
     given = given_arguments(config)
     for key in OWN:
         if key in given:
-            raise InputError(f"--engine-arg {key} is expo's to set: it would change what a reward is")
+            raise InputError(f"--engine-arg {key} is set by expo: changing it would change the rewards")
     # vLLM would run a float32 checkpoint in half precision, and read the labels from a config that may not say them
     return {
         **common_arguments(config, setup.model, setup.context_length, setup.gpu_share),

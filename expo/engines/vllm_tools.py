@@ -132,7 +132,7 @@ class VllmEngine:
         try:
             from vllm import LLM
         except (ImportError, RuntimeError) as error:
-            advice = "install it again (pip install 'llm-expo[vllm]'), or use --engine transformers"
+            advice = "reinstall it (pip install 'llm-expo[vllm]'), or use --engine transformers"
             raise EnvironmentFailure(f"vLLM cannot be imported: {_reason(error)}; {advice}") from error
         self.before_start(arguments)
         try:
@@ -225,9 +225,7 @@ def given_arguments(config: RowsConfig) -> dict[str, Any]:
     given = dict(_key_value(pair) for pair in config.engine_arg)
     for key in ("model", *(OF_THETA if getattr(config, "theta", None) is not None else ())):
         if key in given:
-            raise InputError(
-                f"--engine-arg {key} would let another model answer than the one the output is named after"
-            )
+            raise InputError(f"--engine-arg {key} would run a different model from the one the output is named after")
     return given
 
 

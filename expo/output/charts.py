@@ -181,7 +181,7 @@ def distributions(series: Sequence[Series]) -> Figure:
     axes.set_yticks([])
     axes.set_ylim(-len(series) + 0.95, 1)
     _no_lines_across(axes)
-    axes.set_xlabel("reward (upright line: mean)")
+    axes.set_xlabel("reward (vertical line: mean)")
     return figure
 
 

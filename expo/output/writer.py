@@ -102,7 +102,7 @@ def _read_manifest(folder: Path) -> Row | None:
         content = read_json(file) if file.is_file() else {}
     except InputError as error:
         raise InputError(
-            f"{error}; without it expo cannot tell its own files: remove {folder}, or choose another"
+            f"{error}; without it expo cannot tell which files it wrote: remove {folder}, or choose another"
         ) from error
     return content if _is_manifest(content) else None
 
@@ -128,7 +128,7 @@ def _fault(folder: Path, manifest: Row, weights: Checksums | None) -> str | None
             log.warning("%s was made without --verify: only sizes and times of %s are compared", folder, side)
         elif then != files:
             changed = sorted(name for name in {*then, *files} if then.get(name) != files.get(name))
-            return f"{folder} was made from different weights of {side} ({changed[0]} has another checksum)"
+            return f"{folder} was made from different weights of {side} ({changed[0]} has a different checksum)"
     return None
 
 

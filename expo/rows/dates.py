@@ -95,8 +95,8 @@ def _checked(moment: object, output: Path) -> str:
 
 def _closed(output: Path) -> str:
     return (
-        f"{output} was begun by an expo that did not record the date its chat template writes into prompts, so its "
-        "remaining rows cannot get the same one; --overwrite makes all of them with one date"
+        f"{output} was started by a version of expo that did not record the date its chat template writes into "
+        "prompts, so its remaining rows cannot get the same one; --overwrite makes all rows again with one date"
     )
 
 

@@ -23,7 +23,7 @@ def read_ultrafeedback(row: Row) -> Prompt:
     if first is not None:
         return Prompt(_id(row, "prompt_id"), conversation([first], "messages"))
     if not isinstance(row.get("prompt"), str):
-        raise InputError("has no messages column with a turn of the user, and no prompt column with text")
+        raise InputError("has no messages column with a user turn, and no prompt column with text")
     return Prompt(_id(row, "prompt_id"), (user(row["prompt"]),))
 
 
@@ -70,7 +70,7 @@ def _listed(value: object) -> Any:  # noqa: ANN401 - any value of a row
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"has a messages column with text that is no JSON list ({error}): save it as .jsonl"
+            f"has a messages column with text that is not a JSON list ({error}): save it as .jsonl"
         ) from error
 
 
@@ -81,12 +81,12 @@ def _answerable(turns: list[object], column: str) -> tuple[Message, ...]:
         InputError: It is not.
     """
     if not isinstance(turns[0], dict):
-        kind = "token ids" if type(turns[0]) is int else "texts" if isinstance(turns[0], str) else "no turns"
+        kind = "token ids" if type(turns[0]) is int else "texts" if isinstance(turns[0], str) else "other values"
         raise InputError(f"has a {column} column with a list of {kind}: give text, or turns with role and content")
     read = conversation(turns, column)
     if read[-1]["role"] != "user":
         what = "messages" if column == "messages" else f"a {column} of messages"
-        raise InputError(f"has {what} that end with a turn of role {read[-1]['role']!r}; the last is the user's")
+        raise InputError(f"has {what} that end with a turn of role {read[-1]['role']!r}; the last must be the user's")
     return read
 
 

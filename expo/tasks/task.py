@@ -175,7 +175,8 @@ def _turn(number: int, turn: object, column: str) -> Message:
     other = next((kind for kind in kinds if kind != "text"), None)
     if other is not None:
         raise InputError(
-            f"has a {column} column whose turn {number} contains {shown(other)}: only text is asked; leave the row out"
+            f"has a {column} column whose turn {number} contains {shown(other)}: only text is supported; leave the row "
+            "out"
         )
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     if not texts or not all(isinstance(text, str) for text in texts):

@@ -207,7 +207,7 @@ def match_patterns(dpo: Checkpoint, settings: PairSettings) -> tuple[Match, ...]
         names = tuple(name for name in free if search(name))
         if not names:
             taken = any(map(search, dpo.tensors))
-            left = " that earlier patterns left" if taken else ""
+            left = " beyond those of earlier patterns" if taken else ""
             raise InputError(f"{flag} '{pattern}' matches no tensor{left}")
         for name in names:
             del free[name]

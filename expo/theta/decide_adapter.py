@@ -77,7 +77,7 @@ def _require_vocabulary(adapter: Adapter, own: dict[str, Match], settings: PairS
     )
     raise InputError(
         f"the vocabulary of the adapter {adapter.path.name} differs in size from its base's ({shown}): pass --vocab "
-        "common to extrapolate the rows both have and copy the adapter's further ones"
+        "common to extrapolate the rows both have and copy the adapter's rest"
     )
 
 
@@ -114,7 +114,7 @@ def _warn_of_idle(matches: tuple[Match, ...], adapter: Adapter) -> None:
     changed, folder = {*adapter.low_rank, *adapter.saved}, adapter.path.name
     for match in matches:
         if changed.isdisjoint(match.names):
-            log.warning("%s '%s' matches only tensors that %s leaves alone", match.flag, match.pattern, folder)
+            log.warning("%s '%s' matches only tensors that %s does not change", match.flag, match.pattern, folder)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def unwrapped(checkpoint: Checkpoint, other: Checkpoint | None = None) -> Checkp
     theirs = other.tensors if other is not None else checkpoint.tensors
     if unmerged := [name for name in checkpoint.tensors if UNMERGED.search(name) and name not in theirs]:
         raise InputError(
-            f"{checkpoint.path.name} holds an adapter beside the weights ({unmerged[0]}): merge it first, with peft's "
+            f"{checkpoint.path.name} contains an unmerged adapter ({unmerged[0]}): merge it first, with peft's "
             "merge_and_unload, and save the result"
         )
     names = dict(zip(checkpoint.tensors, _model_names(checkpoint, other), strict=True))
@@ -95,9 +95,11 @@ def unwrapped(checkpoint: Checkpoint, other: Checkpoint | None = None) -> Checkp
     if not changed:
         return checkpoint
     if len(set(names.values())) < len(names):
-        raise InputError(f"{checkpoint.path.name} has a tensor with and without a wrapper's name, such as {changed[0]}")
+        raise InputError(
+            f"{checkpoint.path.name} has a tensor both with and without a wrapper's prefix, such as {changed[0]}"
+        )
     log.warning(
-        "%d of %d names in %s have parts that are no model's: %s is taken as %s",
+        "%d of %d tensor names in %s contain a training wrapper's prefix: %s is read as %s",
         *(len(changed), len(names), checkpoint.path.name, changed[0], names[changed[0]]),
     )
     shards = tuple(

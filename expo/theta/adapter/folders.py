@@ -42,7 +42,7 @@ def require_base(sft: Location, dpo: Location) -> None:
     trained_on = read_json(dpo.path / ADAPTER_CONFIG).get("base_model_name_or_path") if is_adapter(dpo.path) else None
     if isinstance(trained_on, str) and _is_another(trained_on, sft):
         given = sft.hub_id or sft.path
-        log.warning("%s was trained on %s, and --sft is %s: are they the same?", dpo.label, trained_on, given)
+        log.warning("%s was trained on %s, and --sft is %s: are they the same model?", dpo.label, trained_on, given)
 
 
 def hub_id_in_cache(path: str) -> str | None:

@@ -202,7 +202,7 @@ def _sort(shard: Shard, settings: Settings) -> _Named:
     if not shard.tensors:
         raise InputError(f"{file} contains no tensors; save the adapter again")
     if renamed:
-        log.warning("%s: names such as %s contain what a wrapper of training added; it is left out", file, renamed)
+        log.warning("%s: names such as %s contain a training wrapper's prefix, which is dropped", file, renamed)
     return _Named(factors, {**wrapped, **plain}, frozenset(trained))
 
 

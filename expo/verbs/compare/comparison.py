@@ -304,7 +304,7 @@ def _notes(table: Table) -> list[str]:
     """What a reader must know of the rows."""
     by = f" by {table.key}" if table.key else ""
     notes = [
-        f"{one.name}: {one.truncated} of {one.n} conversations were cut at the longest that is read{by}"
+        f"{one.name}: {one.truncated} of {one.n} conversations were cut at the maximum length{by}"
         for one in table.models
         if one.truncated
     ]

@@ -178,10 +178,10 @@ def _task_of_names(names: Sequence[str], base: Path) -> str:
     if len(common) == 1:
         return next(iter(common))
     if common:
-        raise InputError(f"{names[0]} is there for {' and '.join(sorted(common))}: pass --task")
+        raise InputError(f"{names[0]} exists for {' and '.join(sorted(common))}: pass --task")
     first, other = names[0], next(name for name in names if not found[name] & found[names[0]])
     raise InputError(
-        f"runs of different tasks cannot be paired: {first} is there for {', '.join(sorted(found[first]))} and "
+        f"runs of different tasks cannot be paired: {first} exists for {', '.join(sorted(found[first]))} and "
         f"{other} for {', '.join(sorted(found[other]))}"
     )
 
@@ -202,7 +202,7 @@ def _missing(name: str, base: Path, tasks: Sequence[str]) -> str:
             if (base / f"{kind}{task}" / f".{name}.journal.jsonl").exists():
                 return f"{name} is not finished for {task}: `expo {verb} {task}` continues it"
     what = f"the task {tasks[0]}" if len(tasks) == 1 else "any task"
-    return f"no outputs and no rewards of {name} for {what} in {base}{_nearest(name, _names(base, tasks))}"
+    return f"no outputs or rewards of {name} for {what} in {base}{_nearest(name, _names(base, tasks))}"
 
 
 def _names(base: Path, tasks: Iterable[str]) -> Iterator[str]:
@@ -217,14 +217,14 @@ def _names(base: Path, tasks: Iterable[str]) -> Iterator[str]:
 def _look(word: _Word) -> str:
     """The task of a file that others made, by its first row."""
     if word.file is None or word.rewards:
-        raise InputError(f"{word.text} holds rewards alone, outside of a folder rewards_<task>: pass --task")
+        raise InputError(f"{word.text} contains only rewards and is not in a folder rewards_<task>: pass --task")
     row = next(iter(read_rows(word.file)), None)
     if row is None:
         raise InputError(f"{word.text} contains no rows")
     task = next((task for task, columns in FORMATS.items() if columns <= row.keys()), None)
     if task is None:
         columns = ", ".join(map(shown, list(row)[:5])) or "no columns"
-        raise InputError(f"{word.text} is no output file: its rows have {columns}, and no output beside a prompt")
+        raise InputError(f"{word.text} is not an output file: its rows have {columns}, but no output with a prompt")
     return task
 
 

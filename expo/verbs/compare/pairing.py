@@ -184,9 +184,9 @@ def common_reward_models(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         _require_one_model(model, runs)
     notes = [note for model in shared for note in _different_settings(model, runs)]
     if UNKNOWN in shared:
-        notes.append("no file says which reward model gave these rewards: they are taken to be of one")
+        notes.append("no file says which reward model gave these rewards: they are assumed to come from one")
     others = sorted({model for run in runs for model in run.rewards} - set(shared))
-    return shared, [*notes, *(f"rewards by {model} are left aside: not all runs have them" for model in others)]
+    return shared, [*notes, *(f"rewards by {model} are ignored: not all runs have them" for model in others)]
 
 
 def _settings(model: str, run: Run) -> Mapping[str, Any]:

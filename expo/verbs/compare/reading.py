@@ -85,7 +85,7 @@ def _of_answers(source: Source, answers: Answers, rewards: Sequence[Rewards]) ->
 def _is_repeated(rewards: Rewards, values: Collection[str]) -> bool:
     """Whether the run has rewards of this reward model already."""
     if rewards.reward_model in values:
-        log.warning("%s is left aside: another file has the rewards of %s", rewards.path, rewards.reward_model)
+        log.warning("%s is ignored: another file has the rewards by %s", rewards.path, rewards.reward_model)
     return rewards.reward_model in values
 
 
@@ -129,10 +129,10 @@ def _rated(rewards: Rewards, answers: Answers, names: Sequence[Names], source: S
             return places
     if not source.foreign:
         raise InputError(
-            f"{rewards.path} rates other answers than {source.outputs} holds now: run `expo score` again, or move one "
-            "away"
+            f"{rewards.path} does not score the answers that are now in {source.outputs}: run `expo score` again, or "
+            "move one of them away"
         )
-    log.warning("%s rates other answers than %s: it is left aside", rewards.path, source.outputs)
+    log.warning("%s is ignored: it does not score the answers in %s", rewards.path, source.outputs)
     return None
 
 
@@ -169,7 +169,7 @@ def _placed(
         values[place] = value
     old = rewards.scoring
     reasons = {number: one.why for number, one in enumerate(answers) if one.why}
-    reasons |= dict.fromkeys(set(range(len(answers))).difference(places), f"{rewards.path.name} does not rate it")
+    reasons |= dict.fromkeys(set(range(len(answers))).difference(places), f"{rewards.path.name} does not score it")
     reasons |= {places[number]: why for number, why in old.reasons.items() if number < len(places)}
     return tuple(values), replace(old, reasons=reasons, truncated=frozenset(places[one] for one in old.truncated))
 
@@ -187,7 +187,7 @@ def _of_rewards(source: Source, rewards: Sequence[Rewards]) -> _Read:
     scorings: dict[str, Scoring] = {}
     for one in rewards:
         if one.names is None or set(one.names) - set(first.names):
-            raise InputError(f"{one.path} rates other rows than {first.path}: move one of them away")
+            raise InputError(f"{one.path} scores different rows from {first.path}: move one of them away")
         values[one.reward_model], scorings[one.reward_model] = _placed(one, _places(one, first.names, source), blank)
     rows = tuple(RunRow(RowKey(*name), name.id, "", (), None, None, None, None) for name in first.names)
     run = Run(source.name, source.task, rows, values, None, scorings)

@@ -82,7 +82,7 @@ def read_numbers(path: Path) -> list[float | None]:
         except (ValueError, RecursionError):
             value = line.decode(errors="replace")
         if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise InputError(f"{path}, line {number} is no reward (a number or null): {shown(value)}")
+            raise InputError(f"{path}, line {number} is not a reward (a number or null): {shown(value)}")
         numbers.append(None if value is None else _float(value))
     if not numbers:
         raise InputError(f"{path} contains no rewards")

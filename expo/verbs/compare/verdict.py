@@ -41,7 +41,7 @@ def verdict(table: Table, model: ModelFigures) -> str:
     """Who wins, by how much, and whether it is only longer."""
     baseline, paired = table.baseline.name, model.paired
     if paired is None or paired.difference is None:
-        nothing = f"No rewards compare {model.name} with {baseline}."
+        nothing = f"There are no rewards to compare {model.name} with {baseline}."
         return " ".join(filter(None, [nothing, _length(model)]))
     seen = f"{paired.difference:+.3g}{within(paired.interval)}, {shown_p(paired.p)}"
     if model.standardized_difference is not None:

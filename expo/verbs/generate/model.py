@@ -97,7 +97,7 @@ class Model:
         ending = self.tokenizer.ending()
         if ending is not None and ending.id not in ids:
             log.warning(
-                "the chat template ends an answer with %s, which is no stop token, so answers may run on: "
+                "the chat template ends an answer with %s, which is not a stop token, so answers may run on: "
                 "pass --stop-token-id %d",
                 ending.text,
                 ending.id,

@@ -96,7 +96,7 @@ def _differences(table: Table, ending: str, of: str) -> Chart | None:
     ]
     if not changes:
         return None
-    says = f"Lines are {INTERVAL} intervals; a line that does not cross 0 is a difference."
+    says = f"Lines are {INTERVAL} intervals; a line that does not cross 0 shows a difference."
     figure = charts.differences(changes, visible(table.baseline.name))
     return Chart(f"differences{ending}", f"Difference in reward{of}", says, figure)
 
@@ -120,7 +120,7 @@ def _alpha_curve(table: Table, ending: str, of: str, sweep: SweepRecord | None) 
         "are mean length and the share of answers that end by themselves."
     )
     if race is not None and race.confirmation is not None and not ending:
-        says += " Beside it stands what the confirmation's prompts alone say, on the same mean."
+        says += " Beside it is the result of the confirmation's prompts alone, on the same mean."
     return Chart(f"alpha{ending}", f"Reward and length against α{of}", says, figure)
 
 
@@ -204,7 +204,7 @@ def _finish_reasons(aligned: Aligned) -> Chart | None:
     known = {name: found for name, found in counts.items() if found}
     if not known:
         return None
-    says = "stop: the answer ended by itself; length: it was cut at the limit of tokens."
+    says = "stop: the answer ended by itself; length: it was cut at the token limit."
     return Chart("finish-reasons", "How answers ended", says, charts.finish_reasons(known))
 
 

@@ -24,18 +24,18 @@ def sweep_notes(sweep: SweepRecord | None) -> list[str]:
 def _lengths(aligned: Aligned) -> Iterable[str]:
     rows = [row for rows in aligned.rows for row in rows if row is not None]
     if all(row.output is None for row in rows):
-        yield "The answers' texts are not there: these are files of rewards."
+        yield "The answers' texts are missing: these are reward files."
     elif any(row.output is None for row in rows):
         names = [run.name for run in aligned.runs if any(row.output is None for row in run.rows)]
         yield f"Texts of answers are missing in {', '.join(names)}."
     if aligned.unit == "characters" and any(row.output is not None for row in rows):
         names = [run.name for run in aligned.runs if any(row.tokens is None for row in run.rows)]
-        yield f"Lengths are in characters: no count of tokens is there for {', '.join(names)}."
+        yield f"Lengths are in characters: there are no token counts for {', '.join(names)}."
 
 
 def _endings(aligned: Aligned) -> Iterable[str]:
     for run in aligned.runs:
-        for reason, what in (("length", "cut at the limit of tokens"), ("error", "empty, since generating failed")):
+        for reason, what in (("length", "cut at the token limit"), ("error", "empty, because generating failed")):
             cut = sum(row.finish_reason == reason for row in run.rows)
             if cut:
                 yield f"{run.name}: {cut:,} of {len(run.rows):,} answers {'is' if cut == 1 else 'are'} {what}."

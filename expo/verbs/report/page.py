@@ -362,5 +362,5 @@ def _checks(names: Sequence[str], best: int) -> str:
 def _footer(aligned: Aligned) -> str:
     runs = ", ".join(escaped(run.name) for run in aligned.runs)
     return (
-        f"<p>Written by <b>expo report</b> {__version__} from {len(aligned):,} rows of {runs}. It asks no network.</p>"
+        f"<p>Written by <b>expo report</b> {__version__} from {len(aligned):,} rows of {runs}. It needs no network.</p>"
     )

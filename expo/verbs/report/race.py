@@ -11,8 +11,8 @@ from expo.verbs.report.text import digits_for, escaped, number, percent, shown_i
 
 HEADS = ("Look", "Prompts", "In the race", "Leads", "Dropped", "Added", "Expected loss")
 OF_ALL = (
-    f"Of all prompts that an α and α = 0 have answered ({OF_RACE}): by some of them the race found its α, so only the "
-    "confirmation is evidence for it."
+    f"Figures cover all prompts that an α and α = 0 have answered ({OF_RACE}): the race used some of them to find its "
+    "α, so only the confirmation is evidence for it."
 )
 """What a figure of a race has to say that is not of the confirmation alone."""
 
@@ -133,18 +133,16 @@ def race_section(race: RaceRecord, drawn: str) -> str:
 
 def _lead(race: RaceRecord) -> str:
     there = (
-        ""
-        if race.questions is None
-        else f"{race.questions:,} prompts are raced on, in an order fixed before the first. "
+        "" if race.questions is None else f"The race uses {race.questions:,} prompts, in an order fixed beforehand. "
     )
     aside = "" if race.aside is None else f"{race.aside:,} others are set aside to confirm what the race finds. "
-    ended = f"It ended, since {race.ended}." if race.ended else "It is not finished: the same command continues it."
+    ended = f"It ended because {race.ended}." if race.ended else "It is not finished: the same command continues it."
     return (
-        f"{there}{aside}Each row is a look at the first of the race's prompts, which all α in the race had answered by "
-        "then, and its figures are of these alone. An α is dropped where it is worse than another one, with a p, "
-        f"simultaneous over all pairs of α in the race, of at most the look's limit δ; α = 0 never is. Expected "
-        "loss is what taking the leader then would lose, at most; sd are standard deviations of the paired difference. "
-        + ended
+        f"{there}{aside}Each row is a look at the first of the race's prompts, those that all α in the race had "
+        "answered by then, and its figures are of these alone. An α is dropped if it is worse than another one with a "
+        "p, simultaneous over all pairs of α in the race, of at most the look's limit δ; α = 0 is never dropped. "
+        "Expected loss is the most that choosing the leader at that look would lose; sd are standard deviations of the "
+        "paired difference. " + ended
     )
 
 

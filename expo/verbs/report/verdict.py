@@ -95,7 +95,7 @@ def _of_race(comparison: Comparison, sweep: SweepRecord, race: RaceRecord, best:
     about = race.candidate if race.candidate is not None else race.looks[-1].leader if race.looks else None
     best = next((place for place, one in enumerate(first.models) if place and one.alpha == about), best)
     if sweep.best_alpha is None or sweep.verdict is None:
-        said = (so_far(race), "Nothing is confirmed before the race has ended: the same command continues it.")
+        said = (so_far(race), "Nothing is confirmed until the race has ended: the same command continues it.")
         return Verdict("The race is not finished: no α is chosen yet", said, best, about_best=False)
     if not sweep.best_alpha:
         return Verdict("No α is chosen", (sweep.verdict,), best, about_best=False)
@@ -192,14 +192,14 @@ def _by_how_much(model: ModelFigures, counted: Tally, digits: int) -> str:
 def _only_longer(model: ModelFigures, baseline: ModelFigures, digits: int) -> str:
     unit = length_unit(model, baseline)
     if unit is None:
-        return "Whether it is only longer cannot be said: the answers' texts are not there."
+        return "Whether it is only longer cannot be judged: the answers' texts are missing."
     before, after = getattr(baseline, unit), getattr(model, unit)
     ratio = after / before - 1
     longer = f"{percent(abs(ratio))} {'longer' if ratio > 0 else 'shorter'}" if abs(ratio) >= 0.005 else "about as long"
     how = f"Its answers are {longer} ({number(before, 0)} → {number(after, 0)} {unit})"
     equal = model.at_equal_length
     if equal is None:
-        return f"{how}; how much of the difference that makes cannot be told from these rows."
+        return f"{how}; how much of the difference that explains cannot be estimated from these rows."
     at_equal = f"{signed(equal.difference, digits)}" + (
         f" ({shown_interval(equal.interval, digits)})" if equal.interval else ""
     )
@@ -253,4 +253,4 @@ def _lengths_only(table: Table) -> Verdict:
     unit = length_unit(*table.models)
     known = [f"{model.name} {number(getattr(model, unit), 0)}" for model in table.models] if unit else []
     sentences = (f"Mean {unit} of an answer: {', '.join(known)}.",) if known else ()
-    return Verdict("No rewards: only lengths are compared, so nobody wins", sentences, 1)
+    return Verdict("No rewards: only lengths are compared, so there is no winner", sentences, 1)

@@ -198,7 +198,7 @@ class ImplicitJob(ScoreJob):
     def _why_failed(self, row: Row) -> str:
         one = self.by_name[self.key_of(row)]
         if isinstance(one, AnswerRow) and one.is_cut_off:
-            return f"its prompt alone fills the {len(one.token_ids)} tokens that are read"
+            return f"its prompt alone fills the maximum length of {len(one.token_ids)} tokens"
         if one.failed:
             return super()._why_failed(row)
         side = self.location if row["log_prob_dpo"] is None else self.sft

@@ -152,7 +152,7 @@ class ScoreJob(RowJob):
         kept = "their parts" if in_parts else self.files.journal.name
         reward, count = next(iter(rewards.values())), len(rewards)
         raise InputError(
-            f"{self.location.label} gives the reward {reward!r} to all of {count} different "
+            f"{self.location.label} gives the same reward, {reward!r}, to all {count} different "
             "token sequences: a head or a buffer (of rotary positions, say) was lost or zeroed while it loaded; these "
             f"rows are kept in {kept} and no final file is written; try {narrow}another version of transformers, or "
             "another --engine, with --overwrite"
@@ -289,7 +289,7 @@ class ScoreJob(RowJob):
     def _why_failed(self, row: Row) -> str:
         one = self.by_name[self.key_of(row)]
         if one.failed:
-            return f"{self.outputs.name} has no answer to score, since generating it failed"
+            return f"{self.outputs.name} has no answer to score, because generating it failed"
         wider = "" if self.config.dtype == "float32" else "; --dtype float32 may give one"
         return f"the reward model gives it no finite number{wider}"
 

@@ -149,8 +149,8 @@ def _ready(scorer: ScoredBy, task: Task, config: ScoreConfig) -> ReadyModel:
     if there is not None and not config.overwrite:
         if there.get("reward_model") != fingerprint["reward_model"]:
             raise InputError(
-                f"{files.final} has the rewards of another reward model than {scorer.location.label}: give that one "
-                "first and this one after it, as a further --reward-model; --overwrite replaces its rewards"
+                f"{files.final} has rewards by a reward model other than {scorer.location.label}: give that one first "
+                "and this one as a second --reward-model; --overwrite replaces the rewards"
             )
         require_same(files.final, there, _dated(tokenizer, fingerprint, files, config)[1])
     return ReadyModel(scorer.location, found.body, engine, spec, config)
@@ -341,7 +341,7 @@ def _say_cut_prompts(rows: Sequence[ScoreRow], tokenizer: ChatTokenizer, longest
     without = sum(len(prompt) >= longest for prompt in prompts)
     if without:
         log.warning(
-            "%d of %d rows have a prompt of %d tokens or more, the most that is read: their answers are not scored",
+            "%d of %d rows have a prompt that fills the maximum length of %d tokens: their answers are not scored",
             *(without, len(rows), longest),
         )
 
@@ -396,8 +396,8 @@ def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
     ours, theirs = embedding_rows(sft.path), embedding_rows(dpo.path)
     if ours is not None and theirs is not None and ours != theirs:
         raise InputError(
-            f"{sft.label} has vectors for {ours} tokens and {dpo.label} for {theirs}: their probabilities are not of "
-            "the same tokens; use the SFT model that DPO was trained from"
+            f"{sft.label} has vectors for {ours} tokens and {dpo.label} for {theirs}: their probabilities are of "
+            "different tokens; use the SFT model that DPO was trained from"
         )
     require_same_ids(sft.path, dpo.path, theirs or UNLIMITED)
 
@@ -426,8 +426,8 @@ def _answer_rows(answers: _Answers, tokenizer: RewardTokenizer, longest: int) ->
         )
     if rewritten:
         log.warning(
-            "in %d of %d rows the chat template writes a prompt otherwise once it is answered: the part that differs "
-            "counts as the answer's; see answer_tokens, or pass another --chat-template",
+            "in %d of %d rows the chat template renders the prompt differently once it has an answer: the part that "
+            "differs counts as part of the answer; see answer_tokens, or pass another --chat-template",
             *(rewritten, len(rows)),
         )
     return tuple(rows)

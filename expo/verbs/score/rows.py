@@ -103,7 +103,7 @@ def score_rows(
     seen: set[tuple[str, int, int | None]] = set()
     for number, (conversation, row_ids) in enumerate(zip(conversations, ids, strict=True)):
         if not row_ids and not failed[number]:
-            raise InputError(f"row {number} of {outputs} has no tokens: the chat template renders nothing of it")
+            raise InputError(f"row {number} of {outputs} has no tokens: the chat template renders it as an empty text")
         kept = tokenizer.cut(row_ids, longest)
         name, sample = keys[number] if number < len(keys) else (conversation.id or str(number), 0)
         while (name, sample, conversation.turn) in seen:  # a file of others may answer a question twice
@@ -178,7 +178,7 @@ def _of_generate(outputs: Path, conversations: Sequence[Conversation]) -> tuple[
     asked = texts_sha256(one.asked for one in conversations[: len(keys)])
     if len(conversations) >= len(keys) and asked != meta.get("prompts_sha256", asked):
         raise InputError(
-            f"{file} is about other prompts than {outputs.name} has: `expo generate` finishes a run that was killed "
-            f"between the two, --dataset names the questions of mtbench, or {advice}"
+            f"{file} is about different prompts from those in {outputs.name}: `expo generate` finishes a run that was "
+            f"killed between the two, --dataset names the questions of mtbench, or {advice}"
         )
     return failed, keys

@@ -96,7 +96,7 @@ def files_of(scorer: ScoredBy, outputs: Path, task: Task, config: ScoreConfig) -
     refuse_replacing(outputs, (files.final, files.meta, rows_file(files)))
     if scorer.number and (folder / f"outputs_{task.name}" / f"{name}{task.suffix}").exists():
         raise InputError(
-            f"{files.final} is where the rewards of the output {name} belong, not those of {config.name} by a further "
+            f"{files.final} is where the rewards of the output {name} belong, not those of {config.name} by a second "
             "reward model: rename one of the two outputs"
         )
     found = files.look().fingerprint

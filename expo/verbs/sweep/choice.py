@@ -26,8 +26,8 @@ from expo.verbs.sweep.figures import AlphaFigures, Choice, Raced, Rejection
 from expo.verbs.sweep.words import race_verdict, verdict
 
 OF_RACE = (
-    "the figures of each α are of all prompts that it and α = 0 have answered, race + confirmation: by some of them "
-    "the race found its α, so only the confirmation is evidence for it"
+    "the figures of each α cover all prompts that it and α = 0 have answered, race + confirmation: the race used some "
+    "of them to find its α, so only the confirmation is evidence for it"
 )
 
 
@@ -157,7 +157,7 @@ def _rejections(
     """
     paired = model.paired
     if paired is None or paired.difference is None:
-        yield Rejection("no rewards", "it cannot be compared", "no row has a reward by it and by α = 0")
+        yield Rejection("no rewards", "it cannot be compared", "no row has a reward for both it and α = 0")
         return
     if paired.difference <= 0:
         return
@@ -202,7 +202,7 @@ def doubts(
 
 def _shown(paired: Paired | None) -> str:
     if paired is None or paired.difference is None:
-        return "no row has a reward by both"
+        return "no row has a reward for both"
     return f"{paired.difference:+.3g}{within(paired.interval)}"
 
 
@@ -211,20 +211,20 @@ def _notes_on_answers(comparison: Comparison) -> Iterator[str]:
     first = comparison.tables[0]
     ended = first.baseline.ended
     if ended is None:
-        yield "how answers ended is not known: no α is judged by whether its answers go on ending"
+        yield "how answers ended is not known: no α is judged by whether its answers still end"
     elif ended < ENDS_AT_LEAST:
         yield (
-            f"whether answers go on ending is not measurable: only {100 * ended:.0f} % of α = 0's answers end within "
+            f"whether answers still end cannot be measured: only {100 * ended:.0f} % of α = 0's answers end within "
             "--max-tokens; raise --max-tokens"
         )
     if all(model.longer is None for model in first.others):
-        yield "the lengths of the answers are not known: whether a gain is one of length alone is not judged"
+        yield "the lengths of the answers are not known: whether a gain comes from length alone is not judged"
 
 
 def _notes_on_rows(comparison: Comparison, shared_rows: int) -> Iterator[str]:
     """Which rows α are ranked by where they are not all."""
     if shared_rows < comparison.n:
         yield (
-            f"α are ranked by {shared_rows:,} of {comparison.n:,} rows, those of which α = 0 and every α above it have "
-            "a reward"
+            f"α are ranked by {shared_rows:,} of {comparison.n:,} rows, those with a reward for α = 0 and for every α "
+            "above it"
         )

@@ -107,7 +107,7 @@ def conclude(job: SweepPlan, made: Making, raced: Raced | None, started: float) 
     found = {**plain(choice.describe()), **_described(job, choice.best_alpha, made)}
     found["notes"] += job.notes
     if lost := _judges(earlier or {}) - _judges(found):
-        log.warning("%s judged before and does not now: give it as a further --reward-model", ", ".join(sorted(lost)))
+        log.warning("%s judged this sweep before and does not now: add it as a --reward-model", ", ".join(sorted(lost)))
     status = "already complete"
     record = earlier if earlier is not None and not made.generated and is_current(earlier, found) else None
     if record is None or not (job.folder / PICTURE).exists():

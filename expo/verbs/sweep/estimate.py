@@ -28,7 +28,7 @@ from expo.verbs.sweep.record import EQUAL, read_record
 from expo.verbs.sweep.switch import is_known
 
 PROBE_PROMPTS = 16
-OF_RACE = "half of the tokens of the grid: so many rows if every α answers at one length"
+OF_RACE = "half of the grid's tokens: this many rows if all answers are equally long"
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ def run(config: SweepConfig) -> Swept:
     started = time.perf_counter()
     if is_one_model(config):
         dpo = source_fingerprint(find_model(config.dpo))
-        return of_equal_models(config, {"dpo": dpo}, "SFT and DPO are the same files, and so is θ(α) for every α")
+        return of_equal_models(config, {"dpo": dpo}, "SFT and DPO are the same files, so every θ(α) is DPO")
     inspected = None
     with preloaded(config, folder_of(config)) as processes:
         job = plan(config)

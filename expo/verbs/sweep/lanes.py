@@ -198,7 +198,7 @@ class Lane:
             self._dismissed = time.monotonic()
             self._worker.dismiss()
         if self._worker.exit_code() is None and time.monotonic() - self._dismissed > STOP_SECONDS:
-            log.warning("%s: its process does not end by itself, and is killed", self.label)
+            log.warning("%s: its process does not exit by itself and is killed", self.label)
             self._worker.kill()
         return self._worker.exit_code() is not None
 

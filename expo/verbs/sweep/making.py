@@ -141,7 +141,7 @@ class Making:
         if proof.proved:
             log.info("switching α in the live engine: %s", proof.reason)
         else:
-            log.warning("%s; so the engine is started for each α", proof.reason)
+            log.warning("%s; starting a new engine for each α instead", proof.reason)
             self._policy.stays = False
 
     def _new_policy(self, first: RowJob) -> Worker:

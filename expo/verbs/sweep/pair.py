@@ -28,6 +28,6 @@ def inspect_pair(config: SweepConfig) -> Inspection:
     log.info("pair: %s: %s", found.suits, found.verdict)
     if found.suits == "suspect" and not config.any_pair:
         raise InputError(
-            f"{found.dpo} is not a pair for ExPO with {found.sft}: {found.verdict}; --any-pair sweeps it all the same"
+            f"{found.dpo} does not suit ExPO with {found.sft}: {found.verdict}; --any-pair sweeps the pair anyway"
         )
     return found

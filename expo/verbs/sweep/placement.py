@@ -139,7 +139,7 @@ def _require_enough(flag: str, model: Model, gpus: Sequence[str]) -> None:
     """Refuse a number of GPUs that are not there."""
     if (model.tensor_parallel or 1) > len(gpus):
         there = "1 is" if len(gpus) == 1 else f"{len(gpus)} are"
-        raise InputError(f"{flag} {model.tensor_parallel} needs {model.tensor_parallel} GPUs, and {there} there for it")
+        raise InputError(f"{flag} {model.tensor_parallel} needs {model.tensor_parallel} GPUs, and {there} available")
 
 
 def _apart(

@@ -36,8 +36,8 @@ from expo.verbs.sweep.record import earlier_alphas
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a weight."""
 SHARED_SEEDS = (
-    "--seed-mode shared: answers to different prompts have the same random numbers and are not independent, as "
-    "intervals and p take them to be; --seed-mode row gives each row its own"
+    "--seed-mode shared: answers to different prompts share random numbers and so are not independent, as "
+    "intervals and p assume; --seed-mode row gives each row its own"
 )
 MORE_TOKENS = 1.25
 """A conversation's tokens for the reward model over those for the policy, at most as a rule."""
@@ -188,7 +188,7 @@ def _require_same_prompts(first: GenerateJob, other: GenerateJob) -> None:
     ]:
         raise InputError(
             f"the chat template writes a date into prompts, and {first.files.final} and {other.files.final} have "
-            "different ones: move one of them away, or begin anew with --overwrite"
+            "different ones: move one of them away, or start over with --overwrite"
         )
 
 

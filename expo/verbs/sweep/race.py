@@ -215,12 +215,12 @@ class Course:
         return {alpha: look.questions for look, alphas in gone for alpha in alphas}
 
 
-ONE_LEFT = "one α is left"
+ONE_LEFT = "only one α is left"
 NONE_LEFT = "no α above 0 is left"
-ALIKE = "less than --indifference is expected to be lost by taking its leader"
+ALIKE = "choosing its leader is expected to lose less than --indifference"
 USED_UP = "its prompts are used up"
-HALF = "more would take over half of the tokens of the grid"
-NO_ROWS = "no answer has a reward by all α"
+HALF = "going on would take more than half of the grid's tokens"
+NO_ROWS = "no row has a reward for every α"
 
 
 def race(rules: Rules, alphas: Iterable[float], clusters: Whole) -> Generator[Ask, Mapping[float, Answered], Course]:

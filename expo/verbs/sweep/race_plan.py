@@ -77,7 +77,7 @@ def plan_race(config: SweepConfig, prompts: Sequence[Prompt], judges: Sequence[s
     )
     _require_enough(rules, config.confirm)
     if aside < MIN_CLUSTERS:
-        log.warning("only %d prompts are set aside: none but a large gain can be confirmed; raise --limit", aside)
+        log.warning("only %d prompts are set aside, so only a large gain can be confirmed; raise --limit", aside)
     return RacePlan(alphas, rules, order, config.seed, tuple(judges))
 
 
@@ -86,6 +86,7 @@ def _require_enough(rules: Rules, confirm: float) -> None:
     least, asked = least_questions(confirm), rules.questions + rules.confirmation
     if not rules.is_enough:
         raise InputError(
-            f"{asked} different prompts are too few for a race with --confirm {confirm:g}: of {least} there are "
-            f"{LEAST} for a first slice and {LEAST} to confirm what it finds; raise --limit, or take --search grid"
+            f"{asked} different prompts are too few for a race with --confirm {confirm:g}: it needs {least}, "
+            f"{LEAST} of them for a first slice and {LEAST} to confirm what it finds; raise --limit, or use --search "
+            "grid"
         )

@@ -15,7 +15,7 @@ from expo.settings import Fingerprint, require_same
 
 EQUAL = "identical"
 """What `expo inspect` finds where no weight differs."""
-NOT_FINISHED = "a further run of this sweep is not finished: the same command continues it"
+NOT_FINISHED = "this sweep was continued and has not finished: the same command goes on with it"
 
 
 def made_from(fingerprint: Row) -> Fingerprint:
@@ -105,14 +105,14 @@ def _require_same_race(file: Path, record: Row, race: Row) -> None:
     there = record.get("race")
     if not isinstance(there, dict) or not isinstance(there.get("settings"), dict):
         raise InputError(
-            f"{file} is of a sweep whose rows have been compared already, so that nothing is left to race for: choose "
-            "another --output, or leave out --search race"
+            f"{file} is of a sweep that has already compared its rows, which leaves nothing to race for: choose "
+            "another --output, or drop --search race"
         )
     differing = [name for name, value in plain(race).items() if there["settings"].get(name) != value]
     if differing:
         raise InputError(
-            f"{file} is of a race with other rules ({', '.join(differing)}), which are fixed before its first answer: "
-            "give the same to continue it, or another --output to begin a new one"
+            f"{file} is of a race with different rules ({', '.join(differing)}), which are fixed before its first "
+            "answer: give the same ones to continue it, or another --output to start a new one"
         )
 
 

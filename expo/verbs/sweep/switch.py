@@ -87,8 +87,8 @@ def prove(make_worker: Callable[[], Worker], first: GenerateJob, inspected: Insp
         return Proof(True, "no tensor moves with α")
     key = proof_key(first.engine, first.setup)
     if is_proved(key, scope):
-        return Proof(True, "proved before, for this architecture, data type, engine and machine")
-    log.info("proving that %s can be switched between α: one start more", first.engine)
+        return Proof(True, "tested before for this architecture, data type, engine and machine")
+    log.info("testing that %s can be switched between α: one more start", first.engine)
     with tempfile.TemporaryDirectory(prefix="expo-") as folder:
         proof = _Prover(make_worker, first, plan, scope.kinds, Path(folder) / "answers.json").prove()
     if proof.proved:
@@ -194,37 +194,37 @@ class _Prover:
             worker.end(END_SECONDS)
             if is_finite(seen.reply.answers):
                 return second, seen
-            why = f"at α = {second!r} some log probabilities are no numbers"
+            why = f"at α = {second!r} some log probabilities are not finite"
         raise _NotProved(why)
 
     def _problem(self, second: float, cold: Reply, before: Reply, switched: Reply, back: Reply) -> str | None:
         """Why this proves nothing, or the opposite; None where it is a proof."""
         live = (before, switched, back)
         if len({reply.pid for reply in live}) > 1 or [reply.opened for reply in live] != [True, False, False]:
-            return "the engine was not switched but started anew"
+            return "the engine was restarted instead of switched"
         if (unseen := self._unseen(second, cold, before)) is not None:
             return unseen
         there, again = f"an engine switched to α = {second!r}", f"an engine switched back to α = {self.alpha!r}"
         if (stale := differing(switched.held, cold.held)) is not None:
-            return f"{there} still holds other values than one started there in {stale}"
+            return f"{there} still holds different values from one started there in {stale}"
         if (stale := difference(switched.answers, cold.answers, self.bound)) is not None:
-            return f"{there} does not answer as one started there: {stale}"
+            return f"{there} answers differently from one started there: {stale}"
         if (moved := differing(back.held, before.held)) is not None:
-            return f"{again} holds other values than before in {moved}"
+            return f"{again} holds different values from before in {moved}"
         moved = difference(back.answers, before.answers, self.bound)
-        return moved and f"{again} does not answer as before: {moved}"
+        return moved and f"{again} answers differently from before: {moved}"
 
     def _unseen(self, second: float, cold: Reply, before: Reply) -> str | None:
         """Why one could not see that a switch leaves something behind; None where one can."""
         both = f"α = {self.alpha!r} and α = {second!r}"
         if not is_finite(before.answers):
-            return f"at α = {self.alpha!r} some log probabilities are no numbers"
+            return f"at α = {self.alpha!r} some log probabilities are not finite"
         if not cold.held or (self.bound and is_packed(cold.held)):
-            return "the engine's weights cannot be compared with those of one started anew"
+            return "the engine's weights cannot be compared with those of a newly started one"
         if difference(before.answers, cold.answers, self.bound) is None:
-            return f"{both} give the same answers, so that a switch cannot be seen"
+            return f"{both} give the same answers, so a switch cannot be seen"
         if self.bound and differing(before.held, cold.held) is None:
-            return f"{both} give the same weights, so that a switch cannot be seen"
+            return f"{both} give the same weights, so a switch cannot be seen"
         return None
 
     def _ask(self, worker: Worker, alpha: float) -> _Seen:

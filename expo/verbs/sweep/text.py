@@ -96,11 +96,11 @@ def _rejected(choice: Choice) -> Iterator[str]:
 def _how(choice: Choice) -> str:
     level, candidates = f"{LEVEL:.0%}".replace("%", " %"), choice.comparison.together
     if choice.raced is not None:
-        only = "the race found its α, so only the confirmation is evidence for it"
-        none = "the race looked for an α, so they are no evidence for one"
+        only = "The race used some of them to find its α, so only the confirmation is evidence for it"
+        none = "The race used them to look for an α, so they are not evidence for one"
         return (
-            f"The table is of all {OF_RACE} that an α has answered, paired with α = 0; intervals are "
-            f"{level}, simultaneous over the {candidates} α above 0. By some of these prompts "
+            f"The table covers all {OF_RACE} that an α has answered, paired with α = 0; intervals are "
+            f"{level}, simultaneous over the {candidates} α above 0. "
             f"{only if choice.raced.confirmation else none}. Wins: ties count half."
         )
     over = f", both simultaneous over the {candidates} α above 0 (max-T)" if choice.comparison.simultaneous else ""

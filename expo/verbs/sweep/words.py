@@ -48,15 +48,15 @@ def race_verdict(raced: Raced) -> str:
     out = sorted(raced.course.dropped)
     race = f"The race asked {last.questions:,} of its {rules.questions:,} prompts"
     race += f" and dropped {_joined(out)}" if out else ""
-    race += f"; it ended, since {last.ends}."
+    race += f"; it ended because {last.ends}."
     found = raced.confirmation
     if found is None or raced.candidate is None:
         if raced.passed_over:
             each = "; ".join(f"{_joined([alpha])}: {why[0].says}" for alpha, why in raced.passed_over.items())
-            return f"No α is chosen: each that is ahead of α = 0 on the race's prompts is passed over ({each}). {race}"
+            return f"No α is chosen: every α ahead of α = 0 on the race's prompts is passed over ({each}). {race}"
         return (
-            "No α is chosen: on the race's prompts none that is left is ahead of α = 0 (the paper's N/A), so that "
-            f"there is none to confirm. {race}"
+            "No α is chosen: none of those left is ahead of α = 0 on the race's prompts (the paper's N/A), so there is "
+            f"none to confirm. {race}"
         )
     alpha = shown_alpha(raced.candidate)
     figures = f"{found.difference:+.3g}{within(found.interval)} over DPO" if found.rows else "no row has a reward"
@@ -81,7 +81,7 @@ def told_look(look: Look) -> str:
         f"({shown_p(one.p)})"
         for one in look.dropped
     ]
-    said += [f"{_joined([alpha])} is dropped, too few of its answers have a reward" for alpha in look.unscored]
+    said += [f"{_joined([alpha])} is dropped: too few of its answers have a reward" for alpha in look.unscored]
     said += [f"{_joined(look.added)} {'are' if len(look.added) > 1 else 'is'} added"] if look.added else []
     said += [f"the race ends: {look.ends}"] if look.ends else []
     return "; ".join(said)
@@ -127,7 +127,7 @@ def _none(candidates: Sequence[AlphaFigures], tested: Sequence[AlphaFigures]) ->
         return "No α above 0 was tried."
     if tested:
         if any(one.passes for one in tested):
-            return "No α is chosen: no row has a reward by every α, so that they cannot be ranked."
+            return "No α is chosen: no row has a reward for every α, so they cannot be ranked."
         return (
             f"No α is chosen, though {_alphas(tested)} {_verb(tested, 'score')} significantly higher than DPO: "
             f"{unpassed(tested)}."
@@ -150,7 +150,8 @@ def _shape(alphas: Sequence[AlphaFigures], tested: Sequence[AlphaFigures]) -> st
         if any(reason for reason in peak.rejections if peak in tested):
             return ""
         return (
-            f"The highest α tried, {shown_alpha(peak.alpha)}, has the highest mean: the curve may rise, try larger α."
+            f"The highest α tried, {shown_alpha(peak.alpha)}, has the highest mean: the curve may still rise; "
+            "try larger α."
         )
     lost = [one for one in curve if one.alpha > peak.alpha and not one.gains and is_shown(one)]
     fallen = f"{_alphas(lost)} {_verb(lost, 'be')} significantly worse than DPO" if lost else ""
