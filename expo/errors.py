@@ -17,8 +17,8 @@ EXIT_CODES = {
     1: "the environment failed (I/O, disk, memory, engine, network); the same command may work later",
     2: "the usage or an input is at fault, whenever it is noticed",
     PARTLY_FAILED: "finished, but some rows failed and are marked; the same command tries them again",
-    130: "stopped by SIGINT; the same command goes on",
-    143: "stopped by SIGTERM; the same command goes on",
+    130: "stopped by SIGINT; the same command continues",
+    143: "stopped by SIGTERM; the same command continues",
 }
 """Every exit code, and what it means."""
 

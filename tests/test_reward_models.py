@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_score import ROWS, numbers, settings, write_outputs
 from torch import nn
@@ -125,7 +126,12 @@ def as_its_card_says(model: Path, pairs, **options: Any) -> list[float]:
         ]
 
 
-@pytest.mark.parametrize("case", ENCODERS)
+unread = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="transformers cannot read such a config that it wrote"
+)
+
+
+@pytest.mark.parametrize("case", [pytest.param(one, marks=unread if one == "modernbert" else ()) for one in ENCODERS])
 def test_encoders_are_given_question_and_answer_as_a_pair(outputs, tmp_path, case):
     model = encoder(case, tmp_path / "rm")
     expected = as_its_card_says(model, ROWS)

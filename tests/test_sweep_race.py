@@ -34,6 +34,7 @@ from expo.arguments import arguments_of
 from expo.cli import program as cli
 from expo.config import SweepConfig
 from expo.errors import InputError
+from expo.files import Row
 from expo.verbs import sweep as verb
 from expo.verbs.sweep.estimate import plan_with_cost
 
@@ -85,7 +86,17 @@ def finished(raced, kept: Path, engines: Path) -> Callable[[SweepConfig], SweepC
 
 
 FOUND, NOT_FOUND = 0, 1
-"""Seeds with which a race of random models has a candidate, and none."""
+"""Seeds with which a race of random models has a candidate that is confirmed, and none; with most versions of torch."""
+
+
+def first(raced, seed: int, wanted: Callable[[Row], bool]) -> SweepConfig:
+    """The settings of a finished race of which this holds: with this seed, or else with the next one."""
+    for one in (seed, *range(2, 20)):
+        config = raced(seed=one)
+        config = replace(config, output=f"{config.output}-{one}")
+        if wanted(verb.run(config).record):
+            return config
+    pytest.fail("no seed gives such a race")
 
 
 def outputs_of(config: SweepConfig) -> dict[float, Path]:
@@ -129,6 +140,8 @@ def rewards_of(output: Path) -> Path:
 
 def test_the_verdict_is_one_test_on_prompts_that_the_race_did_not_see(raced, finished):
     config = finished(raced())
+    if record_of(Path(config.output))["best_alpha"] == 0:
+        config = first(raced, 2, lambda record: record["best_alpha"] > 0)
     record = record_of(Path(config.output))
     found, race = record["confirmation"], record["race"]
     assert found["alpha"] == race["candidate"] == record["best_alpha"] > 0
@@ -145,8 +158,8 @@ def test_the_verdict_is_one_test_on_prompts_that_the_race_did_not_see(raced, fin
 
 
 def test_where_no_alpha_is_ahead_nothing_is_confirmed(raced):
-    config = raced(seed=NOT_FOUND)
-    record = verb.run(config).record
+    config = first(raced, NOT_FOUND, lambda record: record["race"]["candidate"] is None)
+    record = record_of(Path(config.output))
     assert (record["best_alpha"], record["confirmation"], record["race"]["candidate"]) == (0.0, None, None)
     asked = record["race"]["looks"][-1]["prompts"]
     assert {len(ids_of(file)) for file in outputs_of(config).values()} == {2 * asked}

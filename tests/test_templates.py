@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sizes import sized
 
-from expo.engines.templates import after_answer, asks_for_time, known_roles, left_out, read_template
+from expo.engines.templates import (
+    after_answer,
+    asks_for_time,
+    known_roles,
+    left_out,
+    read_template,
+    with_clock_of,
+)
 from expo.errors import InputError
 
 LONG = "Name three rivers in Europe and say where they end."
@@ -187,6 +197,28 @@ CLOCKS = {
 @pytest.mark.parametrize(("template", "expected"), CLOCKS.values(), ids=CLOCKS)
 def test_which_templates_ask_for_the_time(template, expected):
     assert asks_for_time(template) is expected
+
+
+HERE = settings(deadline=None, database=None, max_examples=sized(ci=60, full=1000))
+DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-", "0", "^") for letter in "aAbBcdFHIjmMpSTuUwWxXyYfzZe"]
+
+
+@HERE
+@given(
+    st.lists(st.sampled_from([*DIRECTIVES, "%%", " ", ", ", "the ", "\n", "is 100%% ", "%"])),
+    st.datetimes(min_value=datetime(1900, 1, 1)),
+    st.sampled_from(["", "\n", "  ", "\n  {% if true %}x{% endif %}\n"]),
+)
+def test_a_clock_that_stands_writes_what_strftime_does(parts: list[str], moment: datetime, begin: str) -> None:
+    said = "".join(parts).removesuffix("%")
+    text = (
+        begin + "{{ strftime_now(f) }}{% set day = strftime_now('%d') | int %} {{ day }}{{ strftime_now(format='%Y') }}"
+    )
+    variables = with_clock_of(text, moment)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers makes it
+    rendered = environment.from_string(str(variables.pop("chat_template"))).render(f=said, **variables)
+    plain = environment.from_string(begin).render() if begin.strip() else begin
+    assert rendered == f"{plain}{moment.strftime(said)} {moment.day}{moment.strftime('%Y')}"
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from expo.checkpoint.folder import CONFIG_FILE, read_config, read_json
-from expo.engines.templates import after_answer, asks_for_time, known_roles, left_out, read_template
+from expo.engines.templates import (
+    after_answer,
+    asks_for_time,
+    known_roles,
+    left_out,
+    read_template,
+    with_clock_of,
+)
 from expo.errors import InputError, first_line
 from expo.files import shown
 from expo.tasks import Message
@@ -77,7 +84,7 @@ class ChatTokenizer:
     def at(self, moment: str) -> Self:
         """The same tokenizer with its template's clock standing at a moment, in ISO 8601."""
         other = copy.copy(self)
-        other._given = {"strftime_now": datetime.fromisoformat(moment).strftime}
+        other._given = with_clock_of(self._tokenizer.get_chat_template(), datetime.fromisoformat(moment))
         return other
 
     @property

@@ -1,13 +1,16 @@
 """What a chat template does with a conversation: which messages it leaves out, whether it asks for the time.
 
-Here: reading a template's file, and judging a template by what it renders. Token ids are in `chat.py`.
+Here: reading a template's file, judging a template by what it renders, and a clock for it that stands. Token ids are in
+`chat.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from expo.errors import InputError
@@ -21,6 +24,24 @@ SURE_CHARACTERS = 16
 
 THOUGHT_END = "</think>"
 """Templates leave out what an assistant thought before its answer."""
+
+CLOCK = """\
+{%- macro strftime_now(format) -%}
+{%- set begun = namespace(directive='') -%}
+{%- for one in format -%}
+{%- set directive = begun.directive ~ one -%}
+{%- if directive in expo_moment -%}
+{{- expo_moment[directive] -}}{%- set begun.directive = '' -%}
+{%- elif directive in ('%', '%-', '%_', '%0', '%^', '%#') -%}
+{%- set begun.directive = directive -%}
+{%- else -%}
+{{- directive -}}{%- set begun.directive = '' -%}
+{%- endif -%}
+{%- endfor -%}
+{{- begun.directive -}}
+{%- endmacro %}
+"""
+"""A clock that stands: `expo_moment` has the parts of its time by their directives, with the C library's flags."""
 
 Render = Callable[[Sequence[Message]], str | None]
 """A conversation's text; None where the template rejects it."""
@@ -56,6 +77,19 @@ def _is_json(text: str) -> bool:
 def asks_for_time(template: str) -> bool:
     """Whether a template calls `strftime_now`, the one clock that transformers gives it."""
     return "strftime_now" in re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+
+
+def with_clock_of(template: str, moment: datetime) -> dict[str, object]:
+    """A template whose clock stands, and its variables, as arguments of `apply_chat_template`.
+
+    Transformers lets templates call its own clock only, and gives them plain values: so the clock is a macro before the
+    template, which puts the parts of the time in the place of their directives (`%Y`, `%-d`).
+    """
+    directives = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in string.ascii_letters]
+    return {
+        "chat_template": CLOCK + template,  # jinja drops the newline after the macro, and none of the template's
+        "expo_moment": {"%%": "%", **{directive: moment.strftime(directive) for directive in directives}},
+    }
 
 
 def left_out(messages: Sequence[Message], text: str, render: Render) -> list[int]:

@@ -15,7 +15,7 @@ from expo.settings import Fingerprint, require_same
 
 EQUAL = "identical"
 """What `expo inspect` finds where no weight differs."""
-NOT_FINISHED = "this sweep was continued and has not finished: the same command goes on with it"
+NOT_FINISHED = "this sweep was continued and has not finished: the same command continues it"
 
 
 def made_from(fingerprint: Row) -> Fingerprint:
