@@ -278,14 +278,16 @@ def test_a_file_that_may_not_be_read(
 def test_a_folder_that_may_not_be_read(
     pair: Pair, tmp_path: Path, folder: str, expo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.listdir
+    def denied(real: Callable[[object], object]) -> Callable[[object], object]:
+        def deny(path: object = ".") -> object:
+            if str(path) == str(tmp_path / folder):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return real(path)
 
-    def deny(path: object = ".") -> list[str]:
-        if str(path) == str(tmp_path / folder):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return real(path)  # type: ignore[arg-type]
+        return deny
 
-    monkeypatch.setattr(os, "listdir", deny)
+    monkeypatch.setattr(os, "listdir", denied(os.listdir))
+    monkeypatch.setattr(os, "scandir", denied(os.scandir))  # by which pathlib lists since Python 3.13
     result = expo(pair, "--alpha", "0.3", "--output", tmp_path / "out")
     assert (result.code, result.stdout) == (2, "")
     assert result.stderr == f"expo: error: {tmp_path / folder} cannot be read: Permission denied\n"
