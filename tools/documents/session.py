@@ -31,6 +31,8 @@ from tools.documents.check import words_of
 from tools.documents.pages import PYTHON, ROOT, SHELL, Block, Command, commands
 from tools.documents.shortened import VARIABLES
 
+SITE = "site"
+"""The folder of what is installed on other machines."""
 PAGE = "EXPO_DOCUMENTS_PAGE"
 """In the environment of every process that a page has started: the page's folder."""
 LONGEST_S = 3600.0
@@ -114,7 +116,7 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
     from evaluations.smoke.mt_bench import write_data
 
     models = stand_ins.trio(folder)
-    data, site, user = folder / "fastchat", folder / "site", folder / "user"
+    data, site, user = folder / "fastchat", folder / SITE, folder / "user"
     write_data(data)
     _distributions(site)
     if not vllm:
@@ -133,7 +135,6 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
         }
         places = {"judge": judge.address, "data": str(data), "models": str(models.sft.parent)}
         environment |= {
-            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
             "OPENAI_API_KEY": "sk-made-up",
             "OPENAI_BASE_URL": judge.address,
             "OPENAI_API_BASE": judge.address,
@@ -192,7 +193,9 @@ class Session:
         venv = self.folder / ".venv"
         programs.install(venv)
         path = os.pathsep.join([str(venv / "bin"), str(programs.ENVIRONMENT), os.environ["PATH"]])
-        self.environment = {**shared.environment, PAGE: str(self.home), programs.HOME: str(shared.folder), "PATH": path}
+        python_path = os.pathsep.join([str(shared.folder / SITE), str(self.folder)])  # expo is that of the page's clone
+        self.environment = {**shared.environment, PAGE: str(self.home), programs.HOME: str(shared.folder)}
+        self.environment |= {"PATH": path, "PYTHONPATH": python_path}
         self.servers: dict[int, ExitStack] = {}
         self.count = 0
 
