@@ -87,7 +87,12 @@ class Expected:
     why: str
 
 
-EXPECTED = (Expected("python benchmarks/gpu.py", 2, "torch sees no CUDA device", "it compares a GPU with the CPU"),)
+FEW = "so few prompts decide by chance; the page's figures are of many"
+EXPECTED = (
+    Expected("python benchmarks/gpu.py", 2, "torch sees no CUDA device", "it compares a GPU with the CPU"),
+    Expected("python benchmarks/race.py race", 1, "| NO |", FEW),
+    Expected("python benchmarks/race.py engines", 1, '"rows_are_the_grids": true', FEW),
+)
 
 ALONE = (
     "bash tests/run.sh",
