@@ -54,6 +54,9 @@ def extrapolate(
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    data_parallel: int = 1,
+    part: str | PathLike[str] | None = None,
+    join: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[True],
 ) -> dict[str, Any]: ...
@@ -79,6 +82,9 @@ def extrapolate(
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    data_parallel: int = 1,
+    part: str | PathLike[str] | None = None,
+    join: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
 ) -> Extrapolated:
@@ -122,6 +128,9 @@ def extrapolate(
             copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
+        data_parallel: Number of processes that share the work, each with GPUs of its own.
+        part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
+        join: Check that all N parts are finished and join them.
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
@@ -210,9 +219,6 @@ def generate(
     max_tokens: int = 2048,
     stop_token_id: int | Iterable[int] = (),
     output_dir: str | PathLike[str] = ".",
-    data_parallel: int = 1,
-    part: str | PathLike[str] | None = None,
-    join: int | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -222,6 +228,9 @@ def generate(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[True],
+    data_parallel: int = 1,
+    part: str | PathLike[str] | None = None,
+    join: int | None = None,
 ) -> dict[str, Any]: ...
 @overload
 def generate(
@@ -256,9 +265,6 @@ def generate(
     max_tokens: int = 2048,
     stop_token_id: int | Iterable[int] = (),
     output_dir: str | PathLike[str] = ".",
-    data_parallel: int = 1,
-    part: str | PathLike[str] | None = None,
-    join: int | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -268,6 +274,9 @@ def generate(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
+    data_parallel: int = 1,
+    part: str | PathLike[str] | None = None,
+    join: int | None = None,
 ) -> Generated:
     """Answer a task's prompts with a model, or with θ(α), of which nothing is then written.
 
@@ -321,9 +330,6 @@ def generate(
         stop_token_id: Additional token id that ends an answer; repeatable.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
-        data_parallel: Number of processes that share the rows, each with an engine and GPUs of its own.
-        part: Run only part i of N of the rows, counted from 0; slurm takes i and N from the array job.
-        join: Check that all N parts are finished and join them.
         limit: Use only the first N prompts; a larger limit later extends the run.
         device: Device of the transformers engine.
         dtype: Data type the model runs in; auto keeps the checkpoint's own, or is float32 for
@@ -335,6 +341,9 @@ def generate(
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
+        data_parallel: Number of processes that share the work, each with GPUs of its own.
+        part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
+        join: Check that all N parts are finished and join them.
     """
 
 @overload
@@ -354,9 +363,6 @@ def score(
     max_length: int | None = None,
     bos: Literal["auto", "template", "none"] = "auto",
     output_dir: str | PathLike[str] = ".",
-    data_parallel: int = 1,
-    part: str | PathLike[str] | None = None,
-    join: int | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -366,6 +372,9 @@ def score(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[True],
+    data_parallel: int = 1,
+    part: str | PathLike[str] | None = None,
+    join: int | None = None,
 ) -> dict[str, Any]: ...
 @overload
 def score(
@@ -384,9 +393,6 @@ def score(
     max_length: int | None = None,
     bos: Literal["auto", "template", "none"] = "auto",
     output_dir: str | PathLike[str] = ".",
-    data_parallel: int = 1,
-    part: str | PathLike[str] | None = None,
-    join: int | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -396,6 +402,9 @@ def score(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
+    data_parallel: int = 1,
+    part: str | PathLike[str] | None = None,
+    join: int | None = None,
 ) -> Scored:
     """Score answers with reward models: raw logits, one per answer.
 
@@ -435,9 +444,6 @@ def score(
             reward models trained without it; auto: as the reward model's recipe says, else template.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
-        data_parallel: Number of processes that share the rows, each with an engine and GPUs of its own.
-        part: Run only part i of N of the rows, counted from 0; slurm takes i and N from the array job.
-        join: Check that all N parts are finished and join them.
         limit: Use only the first N prompts; a larger limit later extends the run.
         device: Device of the transformers engine.
         dtype: Data type the model runs in; auto keeps the checkpoint's own, or is float32 for
@@ -449,6 +455,9 @@ def score(
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
+        data_parallel: Number of processes that share the work, each with GPUs of its own.
+        part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
+        join: Check that all N parts are finished and join them.
     """
 
 @overload

@@ -28,6 +28,7 @@ from torch import Tensor
 from expo.checkpoint.folder import read_checkpoint
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure
+from expo.output.shard import StagedShard
 from expo.theta.decide import plan_pair
 from expo.theta.plan import PairPlan, PairSettings
 from expo.theta.stream import TORCH_DTYPES, Combiner, SourceFiles
@@ -186,15 +187,15 @@ class Killed(BaseException):
 @contextmanager
 def stopped_in_shard(number: int) -> Iterator[None]:
     """The body is a run; it is stopped in the middle of its shard `number`, when its bytes are written."""
-    real, calls = extrapolate.StagedShard.finish, iter(range(number))
+    real, calls = StagedShard.finish, iter(range(number))
 
-    def finish(shard: extrapolate.StagedShard) -> str:
+    def finish(shard: StagedShard) -> str:
         if next(calls, None) is None:
             raise Killed
         return real(shard)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extrapolate.StagedShard, "finish", finish)
+        patch.setattr(StagedShard, "finish", finish)
         with pytest.raises(Killed):
             yield
 

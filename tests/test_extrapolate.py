@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -504,7 +505,8 @@ def test_verify_finds_weights_that_changed_unseen(pair: Pair, tmp_path: Path, si
 def test_verify_reads_weights_only_when_nothing_else_is_left_to_refuse(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expo.verbs.extrapolate.weights_xxh3", lambda _: pytest.fail("the weights are read"))
+    module = import_module("expo.verbs.extrapolate.plan")
+    monkeypatch.setattr(module, "weights_xxh3", lambda _: pytest.fail("the weights are read"))
     with pytest.raises(InputError, match="matches no tensor"):
         write(pair, tmp_path / "out", verify=True, exclude=("no_such",))
     (tmp_path / "out").mkdir()
@@ -656,7 +658,8 @@ def test_several_alphas_resume_together(pair: Pair, tmp_path: Path, caplog: pyte
 
 
 def test_inputs_that_change_while_they_are_read_are_noticed(pair: Pair, tmp_path: Path) -> None:
-    real = extrapolate._write_shards
+    module = import_module("expo.verbs.extrapolate.write")
+    real = module._write_shards
 
     def touching(*args: object) -> object:
         times = real(*args)
@@ -664,7 +667,7 @@ def test_inputs_that_change_while_they_are_read_are_noticed(pair: Pair, tmp_path
         return times
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extrapolate, "_write_shards", touching)
+        patch.setattr(module, "_write_shards", touching)
         with pytest.raises(InputError, match="changed while it was read"):
             write(pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -46,6 +46,7 @@ from expo.checkpoint.folder import Location, read_checkpoint, read_shard
 from expo.cli import program as cli
 from expo.config import ExtrapolateConfig
 from expo.errors import InputError
+from expo.output.shard import StagedShard
 from expo.theta import stream
 from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.adapter.tensors import read_adapter
@@ -296,15 +297,15 @@ def test_neither_workers_nor_the_number_of_alphas_change_a_bit(
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(by_hand: Pair, tmp_path: Path) -> None:
     write(by_hand, tmp_path / "whole", 0.3, 8.0)
-    finish, calls = extrapolate.StagedShard.finish, iter(range(1))
+    finish, calls = StagedShard.finish, iter(range(1))
 
-    def stop_later(shard: extrapolate.StagedShard) -> str:
+    def stop_later(shard: StagedShard) -> str:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return finish(shard)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extrapolate.StagedShard, "finish", stop_later)
+        patch.setattr(StagedShard, "finish", stop_later)
         with pytest.raises(KeyboardInterrupt):
             write(by_hand, tmp_path / "out", 0.3, 8.0)
     assert not list((tmp_path / "out").glob("*/config.json"))

@@ -35,16 +35,16 @@ CRASHES = Path(__file__).with_name("crashes.py")
 WITH_FLOCK = """
 import os, signal
 from expo.cli.program import main
-from expo.verbs import extrapolate
+from expo.output.shard import StagedShard
 
-staged, shards = extrapolate.StagedShard.finish, iter(range(100))
+staged, shards = StagedShard.finish, iter(range(100))
 
 def finish(shard):
     if next(shards) == 5:
         os.kill(os.getpid(), signal.SIGSTOP)
     return staged(shard)
 
-extrapolate.StagedShard.finish = finish
+StagedShard.finish = finish
 main()
 """
 """The program, which stops itself in its sixth shard."""

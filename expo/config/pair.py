@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from expo.config.parts import PartsConfig
 from expo.files import is_utf8, shown
 from expo.settings import (
     Setting,
@@ -142,7 +143,7 @@ class ThetaConfig(PairConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtrapolateConfig(PairConfig, CommonConfig):
+class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
     """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft)."""
 
     sft: Sft
@@ -206,6 +207,7 @@ class ExtrapolateConfig(PairConfig, CommonConfig):
         require_device(self.device)
         require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
         require(self.push_to_hub is not None or not self.private, "--private needs --push-to-hub")
+        self._require_one_way()
         require_repositories(self.repositories, inputs=(self.sft, self.dpo))
 
     @property

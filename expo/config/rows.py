@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from expo.config.engines import BatchTokens, EngineConfig
 from expo.config.pair import PAIR_SETTINGS, PairConfig, ThetaConfig
+from expo.config.parts import PartsConfig
 from expo.config.sampling import SamplingConfig
 from expo.files import repeated
-from expo.parts import MAX_PARTS, read_part
 from expo.settings import (
     Setting,
     changes_rows,
@@ -32,10 +31,10 @@ DEFAULT_BETA = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsConfig(EngineConfig):
+class RowsConfig(EngineConfig, PartsConfig):
     """What the commands that work row by row share."""
 
-    HEADING = "Output and parallel runs"
+    HEADING = "Output"
 
     task: Annotated[
         str,
@@ -44,17 +43,6 @@ class RowsConfig(EngineConfig):
         ),
     ]
     output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
-    data_parallel: Annotated[
-        int, Setting("Number of processes that share the rows, each with an engine and GPUs of its own.", metavar="N")
-    ] = 1
-    part: Annotated[
-        str | None,
-        Setting(
-            "Run only part i of N of the rows, counted from 0; slurm takes i and N from the array job.",
-            metavar="i/N|slurm",
-        ),
-    ] = None
-    join: Annotated[int | None, Setting("Check that all N parts are finished and join them.", metavar="N")] = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -64,25 +52,6 @@ class RowsConfig(EngineConfig):
         """
         super().__post_init__()
         self._require_one_way()
-        if self.part is not None:
-            object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
-
-    def _require_one_way(self) -> None:
-        """Refuse flags that each say how a run is cut up, given together."""
-        given = [
-            *(["--part"] if self.part is not None else []),
-            *(["--join"] if self.join is not None else []),
-            *(["--data-parallel"] if self.data_parallel != 1 else []),
-        ]
-        by_itself = (
-            "--data-parallel makes and joins the parts itself"
-            if "--data-parallel" in given
-            else "join once all parts are finished"
-        )
-        require(len(given) < 2, f"{' and '.join(given)} cannot be combined: {by_itself}")
-        for flag_given, count in (("--data-parallel", self.data_parallel), ("--join", self.join)):
-            known = count is None or 1 <= count <= MAX_PARTS
-            require(known, f"{flag_given} must be 1 to {MAX_PARTS} parts, not {count}")
 
 
 @dataclass(frozen=True, kw_only=True)

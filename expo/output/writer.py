@@ -3,28 +3,29 @@
 An output is built in `<folder>/.expo-partial/` under names that end in `.partial`, which no loader mistakes for
 weights. A journal there records each complete shard. When all files are complete they are renamed into the folder:
 shards first, then the manifest, the index and config.json, without which nothing loads the folder. After a kill, even
-between two renames, rerunning the command continues.
+between two renames, rerunning the command continues. A part of an output is staged in a folder of its own in there, and
+its files get their final names from there (`parts.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
-import xxhash
-
 from expo.checkpoint.folder import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
-from expo.disk import Background, preallocate
+from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, hash_file, sync, sync_folder
 from expo.journal import Journal, read_journal
+from expo.output.shard import StagedShard
+from expo.parts import Part
 from expo.settings import require_same
 
 MANIFEST_FILE = "expo.json"
@@ -34,8 +35,12 @@ LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
 
 JOURNAL_FILE = "journal.jsonl"
 SUFFIX = ".partial"
-FLUSH_BYTES = 256 << 20
-"""A file is flushed to disk each time this much of it is written, so that little is left at its end."""
+PART_FOLDER = re.compile(r"\d+-of-(\d+)")
+"""Within the staging folder, where a part's files are."""
+FINISHED = "finished"
+"""The entry of a part's journal that says that all of its shards are there, and when they were made."""
+STAGED_BY = "staged_by"
+"""The entry of a commit that says which shards are in which part's folder."""
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,11 @@ Checksums = Mapping[str, Mapping[str, str]]
 """With --verify: side → weight file → XXH3-128 of the sources, as `checkpoint.weights_xxh3` gives it."""
 
 RECORD_KEYS = {field.name for field in fields(ShardRecord)}
+
+
+def record_of(row: Row) -> ShardRecord | None:
+    """The shard that a row of a journal records; None where it says something else."""
+    return ShardRecord(**row) if row.keys() == RECORD_KEYS else None
 
 
 def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Checksums | None = None) -> bool:
@@ -92,8 +102,13 @@ def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Che
     return False
 
 
+def staging_folder(folder: Path, part: Part | None = None) -> Path:
+    """Where an output, or a part of it, is until it is complete."""
+    return folder / PARTIAL_FOLDER / (part.file_stem if part else "")
+
+
 def _read_journal(folder: Path) -> list[Row]:
-    return read_journal(folder / PARTIAL_FOLDER / JOURNAL_FILE)
+    return read_journal(staging_folder(folder) / JOURNAL_FILE)
 
 
 def _read_manifest(folder: Path) -> Row | None:
@@ -179,94 +194,6 @@ def finish_interrupted(folder: Path, fingerprint: Row) -> bool:
     return True
 
 
-class StagedShard:
-    """One output file being written; pieces arrive in any order and are written and hashed in sequence.
-
-    Args:
-        path: The staged file.
-        header: Its first bytes.
-        nbytes: Its final size; the disk space is allocated at once.
-        fsync: Whether `finish` flushes it to disk.
-        disk: Flushes what is written so far from time to time, in the background.
-
-    Raises:
-        EnvironmentFailure: The disk is full, or writing failed.
-    """
-
-    def __init__(
-        self, path: Path, header: bytes, nbytes: int, *, fsync: bool = True, disk: Background | None = None
-    ) -> None:
-        self._path = path
-        self._fsync = fsync
-        self._disk = disk if fsync else None
-        self._flushed = 0
-        self._hash = xxhash.xxh3_128()
-        self._lock = threading.Lock()
-        self._waiting: dict[int, tuple[int, memoryview, Callable[[], None]]] = {}
-        self._turn = 0
-        self._busy = False
-        with self._explained(), ExitStack() as opening:
-            self._stream: IO[bytes] = opening.enter_context(path.open("wb", buffering=0))
-            preallocate(self._stream.fileno(), nbytes)
-            self._append(0, memoryview(header))
-            opening.pop_all()
-
-    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """Take piece `number`, which belongs at `offset` in the file; `done` is called when `data` is free again.
-
-        Called from several threads. The caller with the next piece writes it and all that wait behind it.
-
-        Raises:
-            EnvironmentFailure: The disk is full, or writing failed.
-        """
-        with self._lock:
-            self._waiting[number] = (offset, data, done)
-        while (piece := self._next()) is not None:
-            offset, data, done = piece
-            with self._explained():
-                self._append(offset, data)
-            done()
-            with self._lock:
-                self._turn += 1
-                self._busy = False
-
-    def _next(self) -> tuple[int, memoryview, Callable[[], None]] | None:
-        with self._lock:
-            if self._busy or self._turn not in self._waiting:
-                return None
-            self._busy = True
-            return self._waiting.pop(self._turn)
-
-    def _append(self, offset: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._stream.fileno(), data[done:], offset + done)
-        self._hash.update(data)
-        if self._disk is not None and offset + done >= self._flushed + FLUSH_BYTES:
-            self._flushed = offset + done
-            self._disk.offer(sync, self._stream)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            message = f"writing {self._path} failed: {error.strerror}; rerun the same command to continue"
-            raise EnvironmentFailure(message) from error
-
-    def finish(self) -> str:
-        """Make the file durable, close it, and return its checksum."""
-        with self._explained():
-            if self._fsync:
-                sync(self._stream)
-            self._stream.close()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        self._stream.close()
-
-
 class StagedOutput:
     """An output folder while it is written; a context manager that holds its lock.
 
@@ -277,39 +204,49 @@ class StagedOutput:
         fingerprint: What the output is made from; files staged under another one are discarded.
         weights: With --verify: shards that were not staged from these are rebuilt.
         fsync: Whether files are flushed to disk.
+        part: Of which part the files are; None is the whole output, which alone is committed.
 
     Raises:
         InputError: Another run is writing there.
         EnvironmentFailure: The folder cannot be created or written.
     """
 
-    def __init__(self, folder: Path, fingerprint: Row, *, weights: Checksums | None = None, fsync: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Row,
+        *,
+        weights: Checksums | None = None,
+        fsync: bool = True,
+        part: Part | None = None,
+    ) -> None:
         self.folder = folder
         self._fsync = fsync
-        self._staging = folder / PARTIAL_FOLDER
-        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        self._staging = staging_folder(folder, part)
+        self._made = [parent for parent in self._staging.parents if not parent.exists()]
+        self._staged_by: dict[str, str] = {}
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
             self._journal = self._open_journal(fingerprint)
         except OSError as error:
             raise EnvironmentFailure(f"cannot write to {folder}: {error.strerror}") from error
         self._staged: list[str] = []
-        self.records = {row["shard"]: ShardRecord(**row) for row in self._recorded(weights)}
+        self.records = self._recorded(weights)
 
-    def _recorded(self, weights: Checksums | None) -> list[Row]:
-        rows: list[Row] = []
+    def _recorded(self, weights: Checksums | None) -> dict[str, ShardRecord]:
+        records: dict[str, ShardRecord] = {}
         made_from = None
         for row in self._journal.rows:
             if "weights" in row:
-                rows, made_from = [], row["weights"]
-            elif row.keys() == RECORD_KEYS:
-                rows.append(row)
+                records, made_from = {}, row["weights"]
+            elif record := record_of(row):
+                records[record.shard] = record
         if weights is None or weights == made_from:
-            return rows
+            return records
         self._journal.append([{"weights": weights}])
-        if rows:
+        if records:
             log.warning("the files staged in %s may come from other weights; rebuilding them", self.folder)
-        return []
+        return {}
 
     def _open_journal(self, fingerprint: Row) -> Journal:
         own = _own_files(_read_manifest(self.folder), _read_journal(self.folder))
@@ -328,7 +265,7 @@ class StagedOutput:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, InputError):
-            self._remove_staging()
+            self._discard()
         self._journal.close()
 
     def verify(self) -> None:
@@ -347,6 +284,15 @@ class StagedOutput:
         self.records[record.shard] = record
         self._journal.append([asdict(record)])
 
+    def finish_part(self, times: Row) -> None:
+        """Record that a part is complete, and when it was made."""
+        self._journal.append([{FINISHED: times}])
+
+    def adopt(self, record: ShardRecord, part: Part) -> None:
+        """Take a shard that a part has staged; it stays where it is until the output is committed."""
+        self.records[record.shard] = record
+        self._staged_by[record.shard] = part.file_stem
+
     def add_text(self, name: str, text: str) -> None:
         """Stage a small file."""
         with self._new_file(name) as stream:
@@ -364,7 +310,7 @@ class StagedOutput:
         return path.open("wb")
 
     def _path(self, name: str) -> Path:
-        return self._staging / (name + SUFFIX)
+        return self._staging / self._staged_by.get(name, "") / (name + SUFFIX)
 
     def commit(self) -> None:
         """Give every staged file its final name; all must be complete.
@@ -377,7 +323,7 @@ class StagedOutput:
             self._sync_staged(self._staged)
         except OSError as error:
             raise self._failure(error) from error
-        self._journal.append([{"commit": files}])
+        self._journal.append([{"commit": files, STAGED_BY: self._staged_by}])
         self.finish_commit()
 
     def finish_commit(self) -> None:
@@ -398,7 +344,8 @@ class StagedOutput:
 
     def _rename_all(self) -> None:
         rows = read_journal(self._staging / JOURNAL_FILE)
-        files = next(row["commit"] for row in rows if "commit" in row)
+        commit = next(row for row in rows if "commit" in row)
+        files, self._staged_by = commit["commit"], commit.get(STAGED_BY, {})
         started = any("removed" in row for row in rows)
         if not started:
             for name in reversed(self._in_order(rows[0]["replaces"])):
@@ -426,12 +373,24 @@ class StagedOutput:
             sync_folder(folder)
 
     def _empty_staging(self) -> None:
-        for name in _files(self._staging):
+        for name in self._own_staged():
             if not name.startswith(JOURNAL_FILE):  # its lock has its name too
                 (self._staging / name).unlink()
+
+    def _own_staged(self) -> list[str]:
+        """The files in the staging folder that are not a part's."""
+        return [name for name in _files(self._staging) if not PART_FOLDER.fullmatch(Path(name).parts[0])]
+
+    def _discard(self) -> None:
+        """Remove what this run staged; what parts have staged is theirs."""
+        if any(PART_FOLDER.fullmatch(path.name) for path in self._staging.iterdir()):
+            for name in self._own_staged():
+                (self._staging / name).unlink()
+        else:
+            self._remove_staging()
 
     def _remove_staging(self) -> None:
         shutil.rmtree(self._staging)
         for folder in self._made:
-            if not any(folder.iterdir()):
+            with suppress(OSError):  # another part has something there, or has removed it
                 folder.rmdir()

@@ -1,0 +1,189 @@
+"""What `expo extrapolate` will do, decided from headers: the outputs, the plan of the pair, and which part of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+from expo.checkpoint.folder import Location, refuse_inside, source_fingerprint, weights_xxh3
+from expo.checkpoint.side_files import warn_of_missing
+from expo.config import ExtrapolateConfig
+from expo.files import Row
+from expo.output.manifest import Origin, vocabulary_rows
+from expo.output.parts import PartState, require_same_cut, share, state_of, states_of
+from expo.output.publish import Destination, find_destinations
+from expo.output.writer import Checksums, is_complete
+from expo.parts import Part, read_part
+from expo.settings import Fingerprint, absent_values, recorded
+from expo.theta.adapter.folders import output_side_files
+from expo.theta.names import theta_name
+from expo.theta.pair import find_pair, pair_settings, plan_located
+from expo.theta.plan import PairPlan, ShardPlan
+
+FORMAT = 1
+"""Incremented when the same settings would give different bytes."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One α's output."""
+
+    alpha: float
+    folder: Path
+    fingerprint: Row
+    complete: bool
+    """Whether it, or the part of it that is asked for, already exists."""
+    destination: Destination | None
+    """Where it is pushed; None if it is not."""
+
+    def describe(self) -> Row:
+        """The output as plain data."""
+        goes = {"push_to": self.destination.repository} if self.destination else {}
+        return {"alpha": self.alpha, "path": str(self.folder), "complete": self.complete, **goes}
+
+
+@dataclass(frozen=True)
+class ExtrapolatePlan(Origin):
+    """Everything `expo extrapolate` will do."""
+
+    outputs: tuple[Output, ...]
+    side_files: dict[str, Path]
+    """Name in the outputs → the file that is copied."""
+
+    @property
+    def todo(self) -> tuple[Output, ...]:
+        """The outputs that are not complete, in the order of the pair's α."""
+        return tuple(output for output in self.outputs if not output.complete)
+
+    @property
+    def part(self) -> Part | None:
+        """The part that is asked for; None where it is the whole."""
+        return part_of(self.config)
+
+    @property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """The files that this run writes of each output."""
+        return self.pair.shards if self.part is None else share(self.pair.shards, self.part)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of these files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def states(self, output: Output, count: int) -> list[PartState]:
+        """The state of each of `count` parts of an output that has a share of it."""
+        states = states_of(output.folder, count, output.fingerprint, self.weights, overwrite=self.config.overwrite)
+        return [state for state in states if share(self.pair.shards, state.part)]
+
+    def describe(self) -> Row:
+        """The plan as plain data."""
+        pair = self.pair
+        return {
+            "sft": str(self.sft.path),
+            "dpo": str(self.dpo.path),
+            "rule": self.config.rule,
+            "outputs": [output.describe() for output in self.outputs],
+            "tensors": pair.tensor_counts(),
+            "share_copied": round(pair.copied[1], 4),
+            "patterns": [
+                {
+                    "flag": one.flag,
+                    "pattern": one.pattern,
+                    "alpha": one.alpha,
+                    "tensors": len(one.names),
+                    "names": list(one.names),
+                }
+                for one in pair.matches
+            ],
+            **vocabulary_rows(pair),
+            **({"part": str(self.part)} if self.part else {}),
+            "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in self.shards],
+            "bytes_per_output": self.nbytes,
+            "side_files": ", ".join(self.side_files),
+        }
+
+
+def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
+    """Decide everything from headers; nothing is written.
+
+    Raises:
+        InputError: The inputs do not match, or an output folder cannot be used.
+    """
+    repositories = config.repositories if config.part is None else ()  # a part is not pushed
+    destinations = find_destinations(repositories, private=config.private)
+    sft, dpo = find_pair(config)
+    folders = _output_folders(config, dpo)
+    for folder in folders:
+        refuse_inside(folder, sft, dpo)
+    sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+    outputs = tuple(
+        _plan_output(config, alpha, folder, sources, destination)
+        for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
+    )
+    pair = _plan_pair(config, sft, dpo, outputs)
+    weights = _checksums(sft, dpo) if config.verify else None  # last, since it takes long
+    verified = tuple(_verified(config, output, weights) for output in outputs)
+    if verified != outputs:
+        pair = _plan_pair(config, sft, dpo, verified)
+    files = output_side_files(sft.path, dpo.path)
+    if todo := [output for output in verified if not output.complete]:
+        warn_of_missing(sft, dpo, files.keys(), todo[0].folder)
+    return ExtrapolatePlan(config, sft, dpo, pair, weights, verified, files)
+
+
+def _plan_pair(config: ExtrapolateConfig, sft: Location, dpo: Location, outputs: Sequence[Output]) -> PairPlan:
+    todo = (output.alpha for output in outputs if not output.complete)
+    settings = pair_settings(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
+    return plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle)
+
+
+def _checksums(sft: Location, dpo: Location) -> Checksums:
+    log.info("reading %s and %s for their checksums", sft.label, dpo.label)
+    return {"sft": weights_xxh3(sft.path), "dpo": weights_xxh3(dpo.path)}
+
+
+def _verified(config: ExtrapolateConfig, output: Output, weights: Checksums | None) -> Output:
+    """The output, complete only if it was made from these weights and its own are intact."""
+    if weights is None or not output.complete:
+        return output
+    return replace(output, complete=_is_complete(config, output.folder, output.fingerprint, weights))
+
+
+def _is_complete(config: ExtrapolateConfig, folder: Path, fingerprint: Row, weights: Checksums | None = None) -> bool:
+    """Whether nothing is left to do for an output, or for the part of it that is asked for."""
+    overwrite, part = config.overwrite, part_of(config)
+    if is_complete(folder, fingerprint, overwrite=overwrite, weights=weights):
+        return True
+    require_same_cut(folder, part.count if part else config.join, overwrite=overwrite)
+    return part is not None and state_of(folder, part, fingerprint, weights, overwrite=overwrite).is_finished
+
+
+def part_of(config: ExtrapolateConfig) -> Part | None:
+    """The part that is asked for; None where it is the whole."""
+    return None if config.part is None else read_part(config.part, {})
+
+
+def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
+    if config.output is None:
+        return [Path("checkpoints") / theta_name(dpo.name, alpha) for alpha in config.alpha]
+    if "{alpha}" in config.output:
+        return [Path(config.output.replace("{alpha}", repr(alpha))) for alpha in config.alpha]
+    if len(config.alpha) == 1:
+        return [Path(config.output)]
+    return [Path(config.output) / f"alpha-{alpha!r}" for alpha in config.alpha]
+
+
+def _plan_output(
+    config: ExtrapolateConfig, alpha: float, folder: Path, sources: Row, destination: Destination | None
+) -> Output:
+    values = {"format": FORMAT, "alpha": alpha, **recorded(config, "weights"), **sources}
+    made_from = Fingerprint(values, absent_values(config, "weights"))
+    complete = _is_complete(config, folder, made_from)
+    if destination and not config.overwrite:
+        destination.require_same_output(made_from)
+    return Output(alpha, folder, made_from, complete, destination)
