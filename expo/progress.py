@@ -30,12 +30,14 @@ def _disabled() -> bool | None:
     return False if shell is not None and "IPKernelApp" in shell.config else None
 
 
-def bytes_bar(total: int, label: str, *, shown: bool = True) -> Progress:
+def bytes_bar(total: int, label: str, *, initial: int = 0, shown: bool = True) -> Progress:
     """A bar in bytes, with GB/s and the time left; never drawn where `shown` is false."""
     from tqdm import tqdm
 
     off = _disabled() if shown else True
-    bar: Progress = tqdm(total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, disable=off)
+    bar: Progress = tqdm(
+        total=total, desc=label, unit="B", initial=initial, unit_scale=True, dynamic_ncols=True, disable=off
+    )
     return bar
 
 

@@ -27,7 +27,7 @@ from made_inputs import Inputs
 from sizes import FULL
 
 from expo.cli import program as cli
-from expo.rows import worker
+from expo.rows import process
 
 
 def pytest_configure() -> None:
@@ -150,7 +150,7 @@ def _runs_by(ask: Callable[..., int], folders: pytest.TempPathFactory) -> helper
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> type[Fork]:
     """The workers of `--data-parallel` are forks of this process, which start in no time."""
     kind = type("Fork", (Fork,), {})
-    monkeypatch.setattr(worker, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": kind}))
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": kind}))
     return kind
 
 

@@ -22,7 +22,7 @@ from expo.cli import program as cli
 
 
 class Fork:
-    """`python -m expo WORDS`, as `subprocess.Popen` gives it to `expo.rows.worker`; `before` runs first in it."""
+    """`python -m expo WORDS`, as `subprocess.Popen` gives it to `expo.rows.process`; `before` runs first in it."""
 
     before: Callable[[], object] = staticmethod(lambda: None)
 

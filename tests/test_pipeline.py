@@ -74,7 +74,7 @@ import shutil, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 from demo import run
-from expo.rows import worker
+from expo.rows import process
 from forks import Fork
 
 def train(folder):
@@ -85,7 +85,7 @@ def train(folder):
 
 count, trained = sys.argv.pop(), sys.argv.pop()
 run.train = train
-worker.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
+process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
 run.main()
 """
 """The demo, with forks for its processes, on a trio that its trainer made before, from fewer steps."""

@@ -80,9 +80,9 @@ import subprocess
 from types import SimpleNamespace
 from forks import Fork
 from expo.cli.program import main
-from expo.rows import worker
+from expo.rows import process
 
-worker.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
+process.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
 main()
 """
 """The program, with processes that are forked from it, where it has imported vLLM."""

@@ -23,7 +23,8 @@ from expo.engines import GENERATORS, EngineSpec
 from expo.engines.torch_tools import worker_environments
 from expo.errors import EnvironmentFailure, InputError
 from expo.rows import EngineKeeper, workers
-from expo.rows.worker import MAX_STARTS, LineCount, Worker
+from expo.rows.files import LineCount
+from expo.rows.worker import MAX_STARTS, Worker
 from expo.rows.workers import Crew
 from expo.verbs import generate as verb
 
@@ -241,7 +242,7 @@ def test_a_worker_ends_when_the_other_end_of_its_pipe_is_gone(llama_pair, tmp_pa
     whole = verb.plan(settings(llama_pair[1], prompts, tmp_path, max_tokens=100))
     worker = Worker(whole.share(workers.all_parts(1)[0]), {})
     worker.start()
-    worker._process.stdin.close()
+    worker._process._process.stdin.close()
     worker.wait(60)
     assert worker.exit_code() == 128 + signal.SIGTERM
     worker.close()

@@ -14,7 +14,7 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 
 from expo.cli.failures import EXPECTED, exit_code_of
-from expo.config import COMMANDS
+from expo.config import COMMANDS, RowsConfig
 from expo.engines import GENERATORS, SCORERS
 from expo.errors import PARTLY_FAILED
 from expo.rows import EngineKeeper, RowJob
@@ -91,5 +91,8 @@ def _do(job: dict[str, Any], keeper: EngineKeeper) -> int:
     }
     kind: Any = COMMANDS[job["verb"]]
     verb = import_module(f"expo.verbs.{job['verb']}")
+    if not issubclass(kind, RowsConfig):
+        verb.run(kind(**settings))
+        return 0
     result = verb.run(kind(**settings), keeper, **job["options"])
     return PARTLY_FAILED if result.failed else 0

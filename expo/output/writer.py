@@ -70,6 +70,11 @@ def record_of(row: Row) -> ShardRecord | None:
     return ShardRecord(**row) if row.keys() == RECORD_KEYS else None
 
 
+def read_records(journal: Path) -> list[ShardRecord]:
+    """The complete shards that a journal records."""
+    return [record for record in map(record_of, read_journal(journal)) if record is not None]
+
+
 def is_complete(folder: Path, fingerprint: Row, *, overwrite: bool, weights: Checksums | None = None) -> bool:
     """Whether the folder already has this output; if not, check that it may be written there.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,3 +213,26 @@ def refuse_replacing(file: Path, outputs: Iterable[Path]) -> None:
     for output in outputs:
         if file.exists() and output.exists() and output.samefile(file):
             raise InputError(f"the output {output} is the input {file}; choose another --name or --output-dir")
+
+
+class LineCount:
+    """How many lines a growing file has, reading each byte once; none where there is no file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = self._lines = self._inode = 0
+
+    def __call__(self) -> int:
+        """The lines so far."""
+        try:
+            with self._path.open("rb") as stream:
+                now = os.fstat(stream.fileno())
+                if now.st_size < self._offset or now.st_ino != self._inode:
+                    self._offset, self._lines, self._inode = 0, 0, now.st_ino  # rewritten
+                stream.seek(self._offset)
+                data = stream.read()
+        except FileNotFoundError:
+            return self._lines
+        self._offset += len(data)
+        self._lines += data.count(b"\n")
+        return self._lines

@@ -7,8 +7,9 @@ the parts and the workers know of it. To add a job, write a subclass; there is n
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -17,7 +18,7 @@ from expo.config import RowsConfig
 from expo.files import Row
 from expo.parts import Part
 from expo.rows.dates import TemplateDate
-from expo.rows.files import Columns, RowFiles
+from expo.rows.files import Columns, LineCount, RowFiles
 
 Key = tuple[Any, ...]
 """Identifies a row within its output."""
@@ -167,6 +168,23 @@ class RowJob(ABC):
         """The rows that cannot be produced, marked as failed, once all others are done."""
 
     # --- producing them
+
+    @property
+    def total(self) -> int:
+        """How many rows there are."""
+        return len(self.keys)
+
+    def line(self) -> str:
+        """The job as sent to a process: the verb, every resolved setting, and which of the verb's jobs it is."""
+        part = None if self.part is None else str(self.part)
+        config = dataclasses.replace(self.config, data_parallel=1, join=None, part=part)
+        settings = {**dataclasses.asdict(config), "engine": self.engine}
+        return json.dumps({"verb": self.verb, "settings": settings, "options": self.worker_options()}) + "\n"
+
+    def counter(self) -> Callable[[], int]:
+        """What tells how many rows the journal has, each byte of which is read once."""
+        lines = LineCount(self.files.journal)
+        return lambda: max(0, lines() - 1)
 
     def worker_options(self) -> dict[str, Any]:
         """What the verb's `run` is given besides the settings, in a process that does this job or a part of it."""

@@ -1,106 +1,76 @@
-"""A process that runs row jobs for this one: how it is given them, its progress, and its last error line.
+"""A worker: a process that runs jobs for this one (`process.py`), its progress, restarts, and last error line.
 
-The protocol: jobs go to the process as lines of JSON on one pipe, and it answers on another: a line when its engine is
-open and has the job's weights, one when the job has ended. It exits when the first pipe is closed, or after a job that
-failed. So a worker given a single job exits after it, and one that stays takes the next job with its engine open. Its
-standard input is a third pipe, by which it notices that this process is gone (`expo.orphans`). `expo/cli/work.py` is
-the other end.
+A worker given a single job exits after it, and one that stays takes the next job with its engine open.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import logging
-import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any
-
-import psutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from expo.errors import EnvironmentFailure
-from expo.orphans import environment_for_child
-from expo.rows.job import RowJob
+from expo.parts import Part
+from expo.rows.process import LocalProcess, Process, work_command
 
 log = logging.getLogger(__name__)
 
-TAIL_BYTES = 1 << 16
 SEE_ABOVE = re.compile(r"See (?:root cause above|stack trace \(above\) for the root cause)")
 """How vLLM refers to what its other processes have logged."""
 LOGGED_ERROR = re.compile(r"\bERROR\b[^]]*] ((?:\w+\.)*\w+(?:Error|Exception)(?:: .*)?)$")
 MAX_STARTS = 4
 """How many times the process of one job is started in one run."""
+MAX_LOST = 20
+"""How many times a job may lose its process with the machine that it ran on."""
 
 
-class LineCount:
-    """How many lines a growing file has, reading each byte once; none where there is no file."""
+class Task(Protocol):
+    """What a worker is given to do: a row job, or a part of another verb's work."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = self._lines = self._inode = 0
+    @property
+    def part(self) -> Part | None:
+        """Which part of the whole it is."""
 
-    def __call__(self) -> int:
-        """The lines so far."""
-        try:
-            with self._path.open("rb") as stream:
-                now = os.fstat(stream.fileno())
-                if now.st_size < self._offset or now.st_ino != self._inode:
-                    self._offset, self._lines, self._inode = 0, 0, now.st_ino  # rewritten
-                stream.seek(self._offset)
-                data = stream.read()
-        except FileNotFoundError:
-            return self._lines
-        self._offset += len(data)
-        self._lines += data.count(b"\n")
-        return self._lines
+    @property
+    def total(self) -> int:
+        """How much it is, in rows or bytes."""
 
+    def line(self) -> str:
+        """The job as sent to a process: one line of JSON."""
 
-def job_line(job: RowJob) -> str:
-    """A job as sent to a process: the verb, every resolved setting, and which of the verb's jobs it is."""
-    part = None if job.part is None else str(job.part)
-    config = dataclasses.replace(job.config, data_parallel=1, join=None, part=part)
-    settings = {**dataclasses.asdict(config), "engine": job.engine}
-    return json.dumps({"verb": job.verb, "settings": settings, "options": job.worker_options()}) + "\n"
+    def counter(self) -> Callable[[], int]:
+        """What tells how much of it is finished, as far as this process can see."""
 
 
 class Worker:
     """A process, which can be restarted, and the job it runs.
 
     Args:
-        job: Its first job, a part of the run; None if that is not known yet.
+        job: The first job of the run; None if that is not known yet.
         environment: Added to this process's environment: its GPUs, its threads.
         kept: How many of the job's rows the whole output already has.
         stays: Whether it waits for another job after finishing one.
     """
 
-    job: RowJob
+    job: Task
 
-    def __init__(
-        self, job: RowJob | None, environment: Mapping[str, str], kept: int = 0, *, stays: bool = False
-    ) -> None:
+    def __init__(self, job: Task | None, environment: Mapping[str, str], kept: int = 0, *, stays: bool = False) -> None:
         self.stays = stays
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
-        self._jobs: IO[bytes] | None = None
-        self._replies: IO[bytes] | None = None
+        self._process: Process | None = None
         self._has_opened = False
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         if job is not None:
             self.take(job, kept)
 
-    def take(self, job: RowJob, kept: int = 0) -> None:
+    def take(self, job: Task, kept: int = 0) -> None:
         """Accept a job; `start` begins it."""
         self.job = job
         self.starts = 0
+        self.losses = 0
         self._kept = kept
-        self._lines = LineCount(job.files.journal)
+        self._count = job.counter()
         self._rows_at_start = 0
         self._reply: int | None = None
 
@@ -113,53 +83,46 @@ class Worker:
         self.starts += 1
         self._rows_at_start = self.rows()
         self._reply = None
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._process.exit_code() is not None:
             self._spawn()
-        with contextlib.suppress(BrokenPipeError):  # it has already exited; its exit code says why
-            if self._jobs is not None:
-                self._jobs.write(job_line(self.job).encode())
-                self._jobs.flush()
+        if self._process is not None:
+            self._process.send(self.job.line())
         if not self.stays:
             self.dismiss()
 
     def _spawn(self, *words: str) -> None:
-        """Start the process in its own session: a Ctrl-C reaches it only through its parent."""
-        self._close_pipes()
         self._has_opened = False
-        self._log.seek(0)
-        self._log.truncate()
-        jobs, to_jobs = os.pipe()
-        replies, to_replies = os.pipe()
-        self._process = subprocess.Popen(
-            [*self.command(jobs, to_replies), *words],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            env=environment_for_child({**os.environ, **self._environment}),
-            start_new_session=True,
-            pass_fds=(jobs, to_replies),
-        )
-        os.close(jobs)
-        os.close(to_replies)
-        os.set_blocking(replies, False)
-        self._jobs, self._replies = os.fdopen(to_jobs, "wb"), os.fdopen(replies, "rb")
+        if self._process is not None:
+            self._process.kill()
+            self._process.close()
+        self._process = self.new_process(words)
+
+    def new_process(self, words: Sequence[str]) -> Process:
+        """Start a process, with these words after its command line."""
+        return LocalProcess(self.command, words, self._environment)
 
     def command(self, jobs: int, replies: int) -> list[str]:
         """The command line; the arguments are the descriptors of its two pipes."""
-        debug = ["--debug"] if log.isEnabledFor(logging.DEBUG) else []
-        return [sys.executable, "-m", "expo", *debug, "work", f"--jobs={jobs}", f"--replies={replies}"]
+        return work_command(jobs, replies, debug=log.isEnabledFor(logging.DEBUG))
 
     def rows(self) -> int:
         """The number of finished rows, as far as this process knows."""
-        return min(len(self.job.keys), max(0, self._lines() - 1) + self._kept)
+        return min(self.job.total, self._count() + self._kept)
 
     def has_come_further(self) -> bool:
         """Whether a row has been finished since the last start."""
         return self.rows() > self._rows_at_start
 
     def may_restart(self, code: int) -> bool:
-        """Whether to start a job again that ended so: not one that failed before its first row, as it would again."""
-        return self.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or self.has_come_further())
+        """Whether to start a job again that ended so: not one that failed before its first row, as it would again.
+
+        That its machine was lost says nothing about the job.
+        """
+        if self._process is not None and self._process.lost is not None:
+            self.losses += 1
+            return self.losses <= MAX_LOST
+        starts = self.starts - self.losses
+        return starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or self.has_come_further())
 
     def outcome(self) -> int | None:
         """The exit code of the job, or of the process if it died without a reply; None while the job runs.
@@ -167,10 +130,9 @@ class Worker:
         A process whose job failed may still be there: it closes its engine, and then ends.
         """
         exit_code = self.exit_code()
-        while self._reply is None and self._replies is not None and (line := self._replies.readline()):
-            said = json.loads(line)
+        for said in self._process.replies() if self._process is not None and self._reply is None else ():
             self._has_opened = self._has_opened or "ready" in said
-            self._reply = said.get("exit_code")
+            self._reply = said.get("exit_code", self._reply)
         return exit_code if self._reply is None else self._reply
 
     @property
@@ -180,21 +142,18 @@ class Worker:
 
     def exit_code(self) -> int | None:
         """The exit code of the process; None while it runs."""
-        return self._process.poll() if self._process else None
+        return self._process.exit_code() if self._process else None
 
     def memory_bytes(self) -> int:
         """What the process, and those it started, have in memory; 0 where there is none."""
-        if self._process is None:
-            return 0
-        with contextlib.suppress(psutil.Error):
-            own = psutil.Process(self._process.pid)
-            return sum(one.memory_info().rss for one in (own, *own.children(recursive=True)))
-        return 0
+        return self._process.memory_bytes() if self._process else 0
 
     def last_error_line(self) -> str:
         """Why a job failed: the error line of its process, if there is one, or how the process ended."""
+        if self._process is None or self._process.lost is not None:
+            return (self._process and self._process.lost) or "not started"
         code = self._reply or self.exit_code() or 0
-        tail = self._tail()
+        tail = self._process.tail()
         log.debug("what the process printed last:\n%s", tail)
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -203,29 +162,23 @@ class Worker:
         said = (errors or lines or [f"exit code {code}"])[-1]
         return re.sub(r"\s+", " ", _with_cause(said, lines))
 
-    def _tail(self) -> str:
-        """The end of the process's output; where it writes, which it shares with this process, is left alone."""
-        number = self._log.fileno()
-        start = max(0, os.fstat(number).st_size - TAIL_BYTES)
-        return os.pread(number, TAIL_BYTES, start).decode(errors="replace")
-
     def ask_to_stop(self) -> None:
         """Ask the process to stop cleanly."""
-        if self._process and self._process.poll() is None:
+        if self._process:
             self._process.terminate()
 
     def wait(self, seconds: float) -> None:
         """Wait for the process to exit."""
         if self._process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
+            self._process.wait(seconds)
 
     def dismiss(self) -> None:
         """Let the process exit after its current job."""
-        _close(self._jobs)
+        if self._process:
+            self._process.dismiss()
 
     def end(self, seconds: float) -> None:
-        """Let the process give back what its engine holds and exit, kill it if that takes longer, and close the log."""
+        """Let the process give back what its engine holds and exit, kill it if that takes longer, and close it."""
         self.dismiss()
         self.wait(seconds)
         self.kill()
@@ -234,27 +187,15 @@ class Worker:
     def kill(self) -> None:
         """Kill the process and any it started: an engine's subprocesses may hold GPU memory."""
         if self._process:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._close_pipes()
-
-    def _close_pipes(self) -> None:
-        for pipe in (self._jobs, self._replies, self._process.stdin if self._process else None):
-            _close(pipe)
+            self._process.kill()
 
     def close(self) -> None:
-        """Close the log; the process has exited."""
-        self._log.close()
+        """Let go of the process, which has exited."""
+        if self._process:
+            self._process.close()
 
 
 def _with_cause(said: str, lines: Sequence[str]) -> str:
     """An error line, with the last error that vLLM logged in place of a reference to it."""
     causes = [found[1].rstrip(".") for line in lines if (found := LOGGED_ERROR.search(line))]
     return SEE_ABOVE.sub(lambda _: causes[-1], said) if causes else said
-
-
-def _close(pipe: IO[Any] | None) -> None:
-    if pipe is not None:
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()

@@ -7,10 +7,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import Protocol
 
 from expo.errors import PARTLY_FAILED, EnvironmentFailure, InputError
 from expo.parts import all_parts
-from expo.progress import rows_bar
+from expo.progress import Progress, rows_bar
 from expo.rows.job import Done, RowJob
 from expo.rows.loop import left_of
 from expo.rows.parts import is_finished, join_parts, require_same_cut
@@ -23,6 +24,13 @@ STOP_SECONDS = 30.0
 FINISHED = (0, PARTLY_FAILED)
 
 log = logging.getLogger(__name__)
+
+
+class MakeBar(Protocol):
+    """Makes a progress bar."""
+
+    def __call__(self, total: int, label: str, *, initial: int) -> Progress:
+        """The bar, which begins at `initial`."""
 
 
 def run_in_processes(whole: RowJob) -> Done:
@@ -45,7 +53,7 @@ def run_in_processes(whole: RowJob) -> Done:
     ]
     if workers:
         log.info("%s: %d workers with %s", whole.name, len(workers), whole.engine)
-        elsewhere = len(whole.keys) - sum(len(worker.job.keys) for worker in workers)
+        elsewhere = len(whole.keys) - sum(worker.job.total for worker in workers)
         with Crew(workers) as crew:
             crew.watch(whole.verb, len(whole.keys), elsewhere)
     return join_parts(whole, count)
@@ -85,13 +93,14 @@ class Crew:
     ) -> None:
         stop_all(self._workers)
 
-    def watch(self, label: str, total: int, elsewhere: int) -> None:
-        """Start the workers and wait until all jobs are done, with one progress bar for all rows.
+    def watch(self, label: str, total: int, elsewhere: int, bar: MakeBar = rows_bar) -> None:
+        """Start the workers and wait until all jobs are done, with one progress bar for all of it.
 
         Args:
             label: The bar's label.
-            total: All rows of the run.
-            elsewhere: Rows of parts that are already finished.
+            total: All rows of the run, or bytes.
+            elsewhere: Those of parts that are already finished.
+            bar: Makes the bar.
 
         Raises:
             InputError: A worker rejects its settings or inputs.
@@ -100,7 +109,7 @@ class Crew:
         for worker in self._workers:
             self._start(worker)
         shown = elsewhere + sum(worker.rows() for worker in self._workers)
-        progress = rows_bar(total, label, initial=shown)
+        progress = bar(total, label, initial=shown)
         try:
             while self._running:
                 time.sleep(POLL_SECONDS)
@@ -124,7 +133,7 @@ class Crew:
             return
         self._running.remove(worker)
         if code in FINISHED:
-            self._finished_rows += len(worker.job.keys)
+            self._finished_rows += worker.job.total
             if not worker.stays:
                 worker.wait(STOP_SECONDS)
                 worker.kill()

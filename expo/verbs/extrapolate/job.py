@@ -14,6 +14,7 @@ from expo.output.publish import Pushed, make_repository, push
 from expo.output.writer import finish_interrupted
 from expo.verbs.extrapolate.commit import join
 from expo.verbs.extrapolate.plan import ExtrapolatePlan, Output, plan
+from expo.verbs.extrapolate.processes import write_in_processes
 from expo.verbs.extrapolate.write import write
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run(config: ExtrapolateConfig) -> Extrapolated:
         EnvironmentFailure: I/O failed; calling again continues.
     """
     job = plan(config)
-    finished = [finish_interrupted(output.folder, output.fingerprint) for output in job.todo]
+    finished = [finish_interrupted(output.folder, output.fingerprint) for output in job.outputs]
     if any(finished):
         job = plan(config)
     for output in job.outputs:
@@ -85,6 +86,8 @@ def run(config: ExtrapolateConfig) -> Extrapolated:
             make_repository(output.destination, private=config.private)
     if job.todo and config.join is not None:
         join(job, config.join)
+    elif job.todo and config.data_parallel > 1:
+        write_in_processes(job, config.data_parallel)
     elif job.todo:
         write(job)
     return Extrapolated(_written(job, output) for output in job.outputs)
