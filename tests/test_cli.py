@@ -136,14 +136,15 @@ SHARED = "--config --debug --dry-run --json --overwrite --recipe"
 PAIR = f"{SHARED} --aligned --allow-pickle --device --dpo --sft"
 RULES = "--allow-nonfinite --alpha --alpha-for --exclude --missing --rule --vocab"
 ROWS = f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
+PARTS = "--data-parallel --join --part"
 FLAGS = {
-    "extrapolate": f"{PAIR} {RULES} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub"
+    "extrapolate": f"{PAIR} {RULES} {PARTS} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub"
     " --verify --workers",
-    "generate": f"{PAIR} {RULES} {ROWS} --base-url --concurrency --data-parallel --engine-arg --frequency-penalty"
-    " --join --max-tokens --model --n --part --presence-penalty --seed --seed-mode --stop-token-id --system"
+    "generate": f"{PAIR} {RULES} {ROWS} {PARTS} --base-url --concurrency --engine-arg --frequency-penalty"
+    " --max-tokens --model --n --presence-penalty --seed --seed-mode --stop-token-id --system"
     " --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
-    "score": f"{ROWS} --aligned --beta --bos --data-parallel --dpo --implicit-reward --join --part --max-length"
+    "score": f"{ROWS} {PARTS} --aligned --beta --bos --dpo --implicit-reward --max-length"
     " --outputs --reward-model --sft --trust-remote-code --engine-arg --tensor-parallel",
     "compare": "--config --dataset --debug --dry-run --flips --intersect --json --markdown --output-dir --task",
     "report": "--config --dataset --debug --dry-run --figures --intersect --json --output --output-dir --overwrite"
