@@ -54,7 +54,8 @@ def extrapolate(
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
-    data_parallel: int = 1,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
     join: int | None = None,
     overwrite: bool = False,
@@ -82,7 +83,8 @@ def extrapolate(
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
-    data_parallel: int = 1,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
     join: int | None = None,
     overwrite: bool = False,
@@ -128,7 +130,10 @@ def extrapolate(
             copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
-        data_parallel: Number of processes that share the work, each with GPUs of its own.
+        data_parallel: Number of processes that share the work, each with GPUs of its own. [default: 1;
+            with ray, as many as the cluster has room for]
+        ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
+            belongs to.
         part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
         join: Check that all N parts are finished and join them.
         overwrite: Replace an output made with different settings, once the new one is complete.
@@ -228,7 +233,8 @@ def generate(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[True],
-    data_parallel: int = 1,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
     join: int | None = None,
 ) -> dict[str, Any]: ...
@@ -274,7 +280,8 @@ def generate(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
-    data_parallel: int = 1,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
     join: int | None = None,
 ) -> Generated:
@@ -341,7 +348,10 @@ def generate(
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
-        data_parallel: Number of processes that share the work, each with GPUs of its own.
+        data_parallel: Number of processes that share the work, each with GPUs of its own. [default: 1;
+            with ray, as many as the cluster has room for]
+        ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
+            belongs to.
         part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
         join: Check that all N parts are finished and join them.
     """
@@ -372,7 +382,8 @@ def score(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[True],
-    data_parallel: int = 1,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
     join: int | None = None,
 ) -> dict[str, Any]: ...
@@ -402,7 +413,8 @@ def score(
     tensor_parallel: int | None = None,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
-    data_parallel: int = 1,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
     join: int | None = None,
 ) -> Scored:
@@ -455,7 +467,10 @@ def score(
         tensor_parallel: Number of GPUs per engine (vllm). [default: all]
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
-        data_parallel: Number of processes that share the work, each with GPUs of its own.
+        data_parallel: Number of processes that share the work, each with GPUs of its own. [default: 1;
+            with ray, as many as the cluster has room for]
+        ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
+            belongs to.
         part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
         join: Check that all N parts are finished and join them.
     """

@@ -80,8 +80,7 @@ class Journal:
         """Open the file and lock it; False where its name was given to another file, or to none, before that."""
         self._stream = self._path.open("a", encoding="utf-8")
         try:
-            lock = self._path.with_name(self._path.name + LOCK_SUFFIX)
-            self._lock = RunLock(lock, alone_here=_alone_here(self._stream, self._path))
+            self._lock = RunLock(_lock_of(self._path), alone_here=_alone_here(self._stream, self._path))
         except BaseException:
             self._stream.close()
             raise
@@ -152,10 +151,13 @@ class Journal:
         """
         self.is_empty = False
         try:
+            is_due = time.monotonic() - self._synced_at >= self._sync_every_s
+            if is_due:
+                self._lock.require_held()
             self._stream.write(json_lines(rows))
             self._stream.flush()
             self._lock.beat()
-            if time.monotonic() - self._synced_at >= self._sync_every_s:
+            if is_due:
                 sync(self._stream)
                 self._synced_at = time.monotonic()
         except OSError as error:
@@ -315,23 +317,24 @@ class RunLock:
     def __init__(self, path: Path, *, alone_here: bool) -> None:
         self._path = path
         self._me = replace(this_process(), nonce=secrets.token_hex(8))
-        self._alone_here = alone_here
         while not _create(path, self._me):
             held, last_sign = _holder(path), _last_sign(path)
             if held is None:
                 time.sleep(RETRY_SECONDS)  # it has just been released
             elif is_dead(held, self._me, last_sign, alone_here=alone_here):
-                self._remove_dead(held)
+                remove_dead(path, held, alone_here=alone_here)
             else:
                 raise InputError(_refusal(path, held, self._me))
 
-    def _remove_dead(self, held: Holder) -> None:
-        right = RunLock(self._path.with_name(f"{self._path.name}.{held.nonce}"), alone_here=self._alone_here)
-        try:
-            if _holder(self._path) == held:  # another taker may have been faster, and a new run may hold it
-                self._path.unlink()
-        finally:
-            right.release()
+    def require_held(self) -> None:
+        """See that nobody else has been given what this run writes, since it was taken for dead.
+
+        Raises:
+            EnvironmentFailure: Another run holds the lock.
+        """
+        held = _holder(self._path)
+        if held is not None and held != self._me and held != UNKNOWN:
+            raise EnvironmentFailure(f"another run has taken over {self._path.parent}: it took this one for dead")
 
     def beat(self) -> None:
         """Renew the lock's timestamp, from which others read when this run was last active."""
@@ -393,6 +396,47 @@ def _last_sign(path: Path) -> float:
         return path.lstat().st_mtime
     except OSError:
         return time.time()
+
+
+def holder_of(pid: int) -> Holder:
+    """A process on this machine, as the holder of a lock."""
+    return replace(this_process(), pid=pid, born=_born(pid))
+
+
+def is_locked(journal: Path) -> bool:
+    """Whether a process holds a journal, or did when it was killed."""
+    return _holder(_lock_of(journal)) is not None
+
+
+def release(journal: Path, ended: Holder | None) -> bool:
+    """Remove the lock of a process that has ended; whether the journal can be taken now.
+
+    Args:
+        journal: The journal's file.
+        ended: The process that is known to have ended, wherever it ran; None: whichever has ended on this machine.
+    """
+    path, me = _lock_of(journal), this_process()
+    held = _holder(path)
+    if held is None:
+        return True
+    if replace(held, nonce="") == ended or is_dead(held, me, _last_sign(path), alone_here=False):
+        remove_dead(path, held)
+        return True
+    return False
+
+
+def _lock_of(journal: Path) -> Path:
+    return journal.with_name(journal.name + LOCK_SUFFIX)
+
+
+def remove_dead(path: Path, held: Holder, *, alone_here: bool = False) -> None:
+    """Remove the lock of a holder that has ended, and not one that another process has taken meanwhile."""
+    right = RunLock(path.with_name(f"{path.name}.{held.nonce}"), alone_here=alone_here)
+    try:
+        if _holder(path) == held:  # another taker may have been faster, and a new run may hold it
+            path.unlink()
+    finally:
+        right.release()
 
 
 def _refusal(path: Path, held: Holder, me: Holder) -> str:

@@ -136,10 +136,10 @@ SHARED = "--config --debug --dry-run --json --overwrite --recipe"
 PAIR = f"{SHARED} --aligned --allow-pickle --device --dpo --sft"
 RULES = "--allow-nonfinite --alpha --alpha-for --exclude --missing --rule --vocab"
 ROWS = f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
-PARTS = "--data-parallel --join --part"
+PARTS = "--data-parallel --join --part --ray"
 FLAGS = {
-    "extrapolate": f"{PAIR} {RULES} {PARTS} --dtype --fsync --max-shard-size --no-fsync --output --private --push-to-hub"
-    " --verify --workers",
+    "extrapolate": f"{PAIR} {RULES} {PARTS} --dtype --fsync --max-shard-size --no-fsync --output --private"
+    " --push-to-hub --verify --workers",
     "generate": f"{PAIR} {RULES} {ROWS} {PARTS} --base-url --concurrency --engine-arg --frequency-penalty"
     " --max-tokens --model --n --presence-penalty --seed --seed-mode --stop-token-id --system"
     " --temperature"

@@ -22,6 +22,7 @@ from expo.config import GenerateConfig
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.torch_tools import worker_environments
 from expo.errors import EnvironmentFailure, InputError
+from expo.parts import all_parts
 from expo.rows import EngineKeeper, workers
 from expo.rows.files import LineCount
 from expo.rows.worker import MAX_STARTS, Worker
@@ -112,7 +113,7 @@ def crew_of(llama_pair, tmp_path, monkeypatch):
     (tmp_path / "outputs_q" / "dpo.parts").mkdir(parents=True)
 
     def make(*programs: str | list[str]) -> Crew:
-        parts = workers.all_parts(len(programs))
+        parts = all_parts(len(programs))
         return Crew([Program(whole.share(part), texts) for part, texts in zip(parts, programs, strict=True)])
 
     return make
@@ -240,7 +241,7 @@ def test_a_worker_ends_when_the_other_end_of_its_pipe_is_gone(llama_pair, tmp_pa
     prompts = tmp_path / "q.jsonl"
     prompts.write_text('{"prompt": "w1"}\n')
     whole = verb.plan(settings(llama_pair[1], prompts, tmp_path, max_tokens=100))
-    worker = Worker(whole.share(workers.all_parts(1)[0]), {})
+    worker = Worker(whole.share(all_parts(1)[0]), {})
     worker.start()
     worker._process._process.stdin.close()
     worker.wait(60)

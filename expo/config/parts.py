@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from expo.parts import MAX_PARTS, read_part
-from expo.settings import Setting, require
+from expo.settings import Setting, require, require_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,20 @@ class PartsConfig:
     HEADING = "Parallel runs"
 
     data_parallel: Annotated[
-        int, Setting("Number of processes that share the work, each with GPUs of its own.", metavar="N")
-    ] = 1
+        int | None,
+        Setting(
+            "Number of processes that share the work, each with GPUs of its own. [default: 1; with --ray, as many as "
+            "the cluster has room for]",
+            metavar="N",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        Setting(
+            "Run these processes on the machines of a Ray cluster; auto takes the one that this machine belongs to.",
+            metavar="auto|ADDRESS",
+        ),
+    ] = None
     part: Annotated[
         str | None,
         Setting(
@@ -30,19 +42,27 @@ class PartsConfig:
 
     def _require_one_way(self) -> None:
         """Check these settings, and refuse those that each say how a run is divided, given together."""
-        given = [
-            *(["--part"] if self.part is not None else []),
-            *(["--join"] if self.join is not None else []),
-            *(["--data-parallel"] if self.data_parallel != 1 else []),
-        ]
-        by_itself = (
-            "--data-parallel makes and joins the parts itself"
-            if "--data-parallel" in given
-            else "join once all parts are finished"
-        )
-        require(len(given) < 2, f"{' and '.join(given)} cannot be combined: {by_itself}")
+        processes = {"--data-parallel": self.data_parallel not in (None, 1), "--ray": self.ray is not None}
+        alone = {"--part": self.part is not None, "--join": self.join is not None}
+        given = [name for name, is_given in {**alone, **processes}.items() if is_given]
+        maker = next((name for name in reversed(given) if name in processes), None)
+        by_itself = f"{maker} makes and joins the parts itself" if maker else "join once all parts are finished"
+        one_way = len(given) < 2 or not any(alone.values())
+        require(one_way, f"{' and '.join(given)} cannot be combined: {by_itself}")
         for flag_given, count in (("--data-parallel", self.data_parallel), ("--join", self.join)):
             known = count is None or 1 <= count <= MAX_PARTS
             require(known, f"{flag_given} must be 1 to {MAX_PARTS} parts, not {count}")
+        require_text("--ray", self.ray)
+        require(self.ray is None or bool(self.ray.strip()), "--ray is empty; give auto, or the cluster's address")
         if self.part is not None:
             object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
+
+    @property
+    def processes(self) -> int:
+        """How many processes share the work on this machine."""
+        return self.data_parallel or 1
+
+    @property
+    def makes_parts(self) -> bool:
+        """Whether this run makes the parts and joins them."""
+        return self.processes > 1 or self.ray is not None

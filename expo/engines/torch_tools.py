@@ -209,3 +209,30 @@ def worker_environments(
             f"{len(gpus)}"
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * size : (i + 1) * size])} for i in range(count)]
+
+
+def gpus_per_engine(engine: str, spec: EngineSpec, config: RowsConfig, *, asked: str, there: bool) -> int:
+    """How many GPUs an engine takes on a machine of a cluster; 0 where it runs on CPUs.
+
+    Args:
+        engine: The engine's name.
+        spec: What it can do.
+        config: The run's settings.
+        asked: Its `--engine`.
+        there: Whether the cluster has GPUs.
+
+    Raises:
+        InputError: The engine does not run on the machines, or was chosen for this one, which has no GPU.
+    """
+    if "local" not in spec.can:
+        raise InputError(f"--ray works only with engines that run on its machines, and this run uses {engine}")
+    if config.device.startswith("cuda:"):
+        raise InputError("--ray gives each engine GPUs of its own; leave out --device")
+    if there and asked == "auto" and not visible_gpus():
+        raise InputError(
+            "--engine auto looks at this machine, which has no GPU, and the cluster has: say --engine vllm or "
+            "transformers"
+        )
+    if not there or config.device == "cpu":
+        return 0
+    return (config.tensor_parallel or 1) if "tensor_parallel" in spec.can else 1

@@ -3,6 +3,6 @@
 from expo.rows.job import RowJob
 from expo.rows.keeper import EngineKeeper, kept_or_own
 from expo.rows.loop import is_complete, missing_rows
-from expo.rows.run import plan_to_run, run
+from expo.rows.ways import plan_to_run, run
 
 __all__ = ["EngineKeeper", "RowJob", "is_complete", "kept_or_own", "missing_rows", "plan_to_run", "run"]

@@ -25,7 +25,7 @@ Key = tuple[Any, ...]
 Rows = dict[Key, Row]
 """Row key → row, as recorded in the journal."""
 
-TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel")
+TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel", "ray")
 """Settings of how a run is executed, not of what it produces."""
 
 
@@ -174,10 +174,15 @@ class RowJob(ABC):
         """How many rows there are."""
         return len(self.keys)
 
+    @property
+    def journals(self) -> Sequence[Path]:
+        """What is written while it runs."""
+        return (self.files.journal,)
+
     def line(self) -> str:
         """The job as sent to a process: the verb, every resolved setting, and which of the verb's jobs it is."""
         part = None if self.part is None else str(self.part)
-        config = dataclasses.replace(self.config, data_parallel=1, join=None, part=part)
+        config = dataclasses.replace(self.config, data_parallel=None, ray=None, join=None, part=part)
         settings = {**dataclasses.asdict(config), "engine": self.engine}
         return json.dumps({"verb": self.verb, "settings": settings, "options": self.worker_options()}) + "\n"
 
@@ -213,6 +218,17 @@ class RowJob(ABC):
 
         Raises:
             InputError: There are too few GPUs, or the engine does not run here.
+        """
+
+    @abstractmethod
+    def gpus_per_engine(self, there: bool) -> int:
+        """How many GPUs an engine takes on a machine of a cluster; 0 where it runs on CPUs.
+
+        Args:
+            there: Whether the cluster has GPUs.
+
+        Raises:
+            InputError: The engine was chosen for this machine, which has none.
         """
 
     # --- writing them
@@ -264,7 +280,8 @@ class RowJob(ABC):
         config = self.config
         return {
             **({"part": str(self.part)} if self.part else {}),
-            **({"workers": config.data_parallel} if config.data_parallel > 1 else {}),
+            **({"workers": config.data_parallel} if config.data_parallel else {}),
+            **({"ray": config.ray} if config.ray else {}),
             **({"parts_to_join": config.join} if config.join else {}),
         }
 

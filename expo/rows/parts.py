@@ -70,6 +70,12 @@ def require_same_cut(whole: RowJob, count: int | None) -> None:
     )
 
 
+def parts_begun(whole: RowJob) -> int | None:
+    """The number of parts that a run was divided into before; None where there is none, or a mix."""
+    there = counts_in(_names_in(whole.files))
+    return there.pop() if len(there) == 1 else None
+
+
 def _names_in(files: RowFiles) -> list[str]:
     folder = files.parts_folder
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

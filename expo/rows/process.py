@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 import psutil
 
 from expo.files import Row
+from expo.journal import Holder
 from expo.orphans import environment_for_child
 
 TAIL_BYTES = 1 << 16
@@ -32,6 +33,14 @@ class Process(Protocol):
     @property
     def lost(self) -> str | None:
         """Why nothing more can be learned of it, such as that its machine is gone; None where that is not so."""
+
+    @property
+    def holder(self) -> Holder | None:
+        """Which process it is, for whoever looks at its locks on another machine; None where that need not be known."""
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it has begun; False while there is no room for it."""
 
     def exit_code(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
@@ -87,6 +96,8 @@ class LocalProcess:
     """
 
     lost = None
+    holder = None
+    is_placed = True
 
     def __init__(self, command: Command, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`

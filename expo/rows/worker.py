@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import re
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from expo.errors import EnvironmentFailure
+from expo.journal import release
 from expo.parts import Part
 from expo.rows.process import LocalProcess, Process, work_command
 
@@ -22,8 +25,8 @@ SEE_ABOVE = re.compile(r"See (?:root cause above|stack trace \(above\) for the r
 LOGGED_ERROR = re.compile(r"\bERROR\b[^]]*] ((?:\w+\.)*\w+(?:Error|Exception)(?:: .*)?)$")
 MAX_STARTS = 4
 """How many times the process of one job is started in one run."""
-MAX_LOST = 20
-"""How many times a job may lose its process with the machine that it ran on."""
+RELEASE_SECONDS = 30.0
+"""How long a process may still write after nothing is heard of it any more (`orphans.GRACE_SECONDS`)."""
 
 
 class Task(Protocol):
@@ -36,6 +39,10 @@ class Task(Protocol):
     @property
     def total(self) -> int:
         """How much it is, in rows or bytes."""
+
+    @property
+    def journals(self) -> Sequence[Path]:
+        """What it writes while it runs."""
 
     def line(self) -> str:
         """The job as sent to a process: one line of JSON."""
@@ -68,8 +75,7 @@ class Worker:
         """Accept a job; `start` begins it."""
         self.job = job
         self.starts = 0
-        self.losses = 0
-        self._kept = kept
+        self.kept = kept
         self._count = job.counter()
         self._rows_at_start = 0
         self._reply: int | None = None
@@ -81,6 +87,7 @@ class Worker:
     def start(self) -> None:
         """Send the job to the process, starting it if it is not running."""
         self.starts += 1
+        self.started_at = time.monotonic()
         self._rows_at_start = self.rows()
         self._reply = None
         if self._process is None or self._process.exit_code() is not None:
@@ -107,22 +114,19 @@ class Worker:
 
     def rows(self) -> int:
         """The number of finished rows, as far as this process knows."""
-        return min(self.job.total, self._count() + self._kept)
+        return min(self.job.total, self._count() + self.kept)
 
     def has_come_further(self) -> bool:
         """Whether a row has been finished since the last start."""
         return self.rows() > self._rows_at_start
 
-    def may_restart(self, code: int) -> bool:
-        """Whether to start a job again that ended so: not one that failed before its first row, as it would again.
+    def speed(self) -> float:
+        """Rows per second since the last start."""
+        return (self.rows() - self._rows_at_start) / max(time.monotonic() - self.started_at, 1e-9)
 
-        That its machine was lost says nothing about the job.
-        """
-        if self._process is not None and self._process.lost is not None:
-            self.losses += 1
-            return self.losses <= MAX_LOST
-        starts = self.starts - self.losses
-        return starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or self.has_come_further())
+    def may_restart(self, code: int) -> bool:
+        """Whether to start a job again that ended so: not one that failed before its first row, as it would again."""
+        return self.starts < MAX_STARTS and (code != EnvironmentFailure.exit_code or self.has_come_further())
 
     def outcome(self) -> int | None:
         """The exit code of the job, or of the process if it died without a reply; None while the job runs.
@@ -143,6 +147,33 @@ class Worker:
     def exit_code(self) -> int | None:
         """The exit code of the process; None while it runs."""
         return self._process.exit_code() if self._process else None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the process ended with its machine, or nothing can be learned of it any more."""
+        return self._process is not None and self.exit_code() is not None and self._process.lost is not None
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the process has begun; False while no machine has room for it."""
+        return self._process is not None and self._process.is_placed
+
+    def release(self) -> Callable[[], bool]:
+        """What tells whether the job of the process, which has ended, can be given to another one.
+
+        A process that is lost may still be about to end; one that is known to have ended on another machine has left
+        its locks there, which only this process can tell to be those of a dead one.
+        """
+        ended = self._process.holder if self._process else None
+        known_at = time.monotonic() + (RELEASE_SECONDS if self.is_lost else 0)
+        journals = self.job.journals
+
+        def is_free() -> bool:
+            known = ended if time.monotonic() >= known_at else None
+            freed = [release(journal, known) for journal in journals]
+            return ended is None or all(freed)
+
+        return is_free
 
     def memory_bytes(self) -> int:
         """What the process, and those it started, have in memory; 0 where there is none."""

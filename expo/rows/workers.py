@@ -1,27 +1,31 @@
-"""`--data-parallel N`: each part of a job runs in its own process, monitored and restarted; then they are joined."""
+"""The workers of a run in parts: started, watched, restarted, and given what another cannot finish."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
 from types import TracebackType
 from typing import Protocol
 
 from expo.errors import PARTLY_FAILED, EnvironmentFailure, InputError
-from expo.parts import all_parts
 from expo.progress import Progress, rows_bar
-from expo.rows.job import Done, RowJob
-from expo.rows.loop import left_of
-from expo.rows.parts import is_finished, join_parts, require_same_cut
-from expo.rows.worker import Worker
+from expo.rows.worker import Task, Worker
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0
 """How long workers may take to stop cleanly."""
 
 FINISHED = (0, PARTLY_FAILED)
+
+MAX_GIVEN_BACK = 20
+"""How many times a job may lose its machine."""
+STRAGGLER_SECONDS, STRAGGLER_FACTOR = 60.0, 3.0
+"""A process is too slow when it needs, and has needed, so many seconds more than so many times what another would."""
 
 log = logging.getLogger(__name__)
 
@@ -31,32 +35,6 @@ class MakeBar(Protocol):
 
     def __call__(self, total: int, label: str, *, initial: int) -> Progress:
         """The bar, which begins at `initial`."""
-
-
-def run_in_processes(whole: RowJob) -> Done:
-    """Produce the rows in `data_parallel` processes.
-
-    Raises:
-        InputError: The settings or inputs are at fault, as found here or by a worker.
-        EnvironmentFailure: A part failed repeatedly; finished rows are kept.
-    """
-    count = whole.config.data_parallel
-    environments = whole.worker_environments(count)
-    left = left_of(whole)
-    whole, kept = left.job, left.done
-    require_same_cut(whole, count)
-    shares = [whole.share(part) for part in all_parts(count)]
-    workers = [
-        Worker(job, environment, sum(key in kept for key in job.keys))
-        for job, environment in zip(shares, environments, strict=True)
-        if job.pending(kept) and not is_finished(job)
-    ]
-    if workers:
-        log.info("%s: %d workers with %s", whole.name, len(workers), whole.engine)
-        elsewhere = len(whole.keys) - sum(worker.job.total for worker in workers)
-        with Crew(workers) as crew:
-            crew.watch(whole.verb, len(whole.keys), elsewhere)
-    return join_parts(whole, count)
 
 
 def stop_all(workers: Sequence[Worker]) -> None:
@@ -70,20 +48,37 @@ def stop_all(workers: Sequence[Worker]) -> None:
         worker.close()
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A job that no worker has."""
+
+    job: Task
+    kept: int = 0
+    """How many of its rows the whole output already has."""
+    is_free: Callable[[], bool] = lambda: True
+    """Whether the process that had it has let go of it."""
+
+
 class Crew:
     """The workers of a run, started together; none is left running after the `with` block.
+
+    A worker that stays takes a further job when it has finished one: one that waits, or that of a worker for which no
+    machine has room, or of one that has become slow.
 
     Args:
         workers: Each with its first job.
         waiting: Further jobs, each with its number of finished rows, for whichever worker is free first.
     """
 
-    def __init__(self, workers: Sequence[Worker], waiting: Iterable[tuple[RowJob, int]] = ()) -> None:
+    def __init__(self, workers: Sequence[Worker], waiting: Iterable[tuple[Task, int]] = ()) -> None:
         self._workers = workers
-        self._waiting = deque(waiting)
+        self._waiting = deque(Waiting(job, kept) for job, kept in waiting)
         self._finished_rows = 0
         self._running: list[Worker] = []
+        self._idle: list[Worker] = []
         self._lost: list[str] = []
+        self._given_back: Counter[str] = Counter()
+        self._speeds: list[float] = []  # of finished jobs, in rows per second
 
     def __enter__(self) -> Crew:
         return self
@@ -111,10 +106,11 @@ class Crew:
         shown = elsewhere + sum(worker.rows() for worker in self._workers)
         progress = bar(total, label, initial=shown)
         try:
-            while self._running:
+            while self._running or (self._waiting and self._idle):
                 time.sleep(POLL_SECONDS)
                 for worker in list(self._running):
                     self._look_at(worker)
+                self._hand_out()
                 now = elsewhere + self._finished_rows + sum(worker.rows() for worker in self._running)
                 progress.update(max(0, now - shown))
                 shown = max(shown, now)
@@ -131,21 +127,29 @@ class Crew:
         code = worker.outcome()
         if code is None:
             return
-        self._running.remove(worker)
         if code in FINISHED:
-            self._finished_rows += worker.job.total
-            if not worker.stays:
-                worker.wait(STOP_SECONDS)
-                worker.kill()
-            if self._waiting:
-                worker.take(*self._waiting.popleft())
-                self._start(worker)
+            self._finish(worker)
             return
         worker.wait(STOP_SECONDS)  # it gives back what its engine holds
         worker.kill()
+        self._running.remove(worker)
         if code == InputError.exit_code:
             raise InputError(worker.last_error_line())
-        self._restart(worker, code)
+        if worker.is_lost:
+            self._give_back(worker, worker.last_error_line())
+            self._idle.append(worker)  # a new process, where there is room for one
+        else:
+            self._restart(worker, code)
+
+    def _finish(self, worker: Worker) -> None:
+        self._running.remove(worker)
+        self._finished_rows += worker.job.total
+        self._speeds.append(worker.speed())
+        if worker.stays:
+            self._idle.append(worker)
+        else:
+            worker.wait(STOP_SECONDS)
+            worker.kill()
 
     def _restart(self, worker: Worker, code: int) -> None:
         """Restart a part whose process died, unless it failed before its first row, as it would fail again."""
@@ -156,3 +160,54 @@ class Crew:
         else:
             log.warning("part %s: %s", part, reason)
             self._lost.append(f"part {part}: {reason}")
+
+    def _give_back(self, worker: Worker, reason: str) -> None:
+        """Let another worker have the job of one that has no process any more."""
+        part = str(worker.job.part)
+        self._given_back[part] += 1
+        if self._given_back[part] > MAX_GIVEN_BACK:
+            self._lost.append(f"part {part}: {reason}")
+            return
+        log.warning("part %s: %s; another process takes it up", part, reason)
+        self._waiting.appendleft(Waiting(worker.job, worker.kept, worker.release()))
+
+    def _hand_out(self) -> None:
+        """Give workers that are idle something to do, those first that have a process."""
+        for worker in sorted(self._idle, key=lambda worker: not worker.is_placed or worker.exit_code() is not None):
+            if not self._waiting:
+                self._take_back()
+            waiting = next((one for one in self._waiting if one.is_free()), None)
+            if waiting is not None:
+                self._waiting.remove(waiting)
+                self._idle.remove(worker)
+                worker.take(waiting.job, waiting.kept)
+                self._start(worker)
+
+    def _take_back(self) -> None:
+        """Take the job of a worker that does not get on, if there is one; its worker has had its turn."""
+        stuck = next((worker for worker in self._running if not worker.is_placed), None)
+        slow = max(self._running, key=self._seconds_left, default=None) if self._speeds else None
+        if stuck is None and slow is not None and not self._is_straggler(slow):
+            slow = None
+        worker = stuck or slow
+        if worker is None:
+            return
+        self._running.remove(worker)
+        worker.kill()
+        if worker is stuck:
+            self._waiting.appendleft(Waiting(worker.job, worker.kept))
+        else:
+            self._give_back(worker, f"is far slower than the others ({worker.rows()} of {worker.job.total} are done)")
+
+    def _seconds_left(self, worker: Worker) -> float:
+        speed = worker.speed()
+        return (worker.job.total - worker.rows()) / speed if speed else math.inf
+
+    def _is_straggler(self, worker: Worker) -> bool:
+        """Whether another worker, beginning now, would be done long before this one, by the speed of finished jobs."""
+        usual = median(self._speeds)
+        there = (worker.job.total - worker.rows()) / usual if usual else math.inf
+        waited = time.monotonic() - worker.started_at
+        patience = STRAGGLER_SECONDS + STRAGGLER_FACTOR * there
+        first_time = not self._given_back[str(worker.job.part)]
+        return first_time and waited > patience and self._seconds_left(worker) > patience

@@ -70,7 +70,7 @@ def _times(parts: Sequence[PartState]) -> Row:
 def _require_all(job: ExtrapolatePlan, count: int, wrong: Wrong) -> None:
     if wrong:
         first, *_ = wrong
-        command = shown("extrapolate", replace(job.config, join=None, data_parallel=1, part=str(first)))
+        command = shown("extrapolate", replace(job.config, join=None, data_parallel=None, ray=None, part=str(first)))
         parts = listed("", (f"{part} ({reason})" for part, reason in wrong.items()))[0].removeprefix(": ")
         raise InputError(f"{len(wrong)} of {count} parts cannot be joined yet: {parts}; to make one: {command}")
 

@@ -14,7 +14,7 @@ from expo.output.publish import Pushed, make_repository, push
 from expo.output.writer import finish_interrupted
 from expo.verbs.extrapolate.commit import join
 from expo.verbs.extrapolate.plan import ExtrapolatePlan, Output, plan
-from expo.verbs.extrapolate.processes import write_in_processes
+from expo.verbs.extrapolate.processes import write_in_processes, write_on_cluster
 from expo.verbs.extrapolate.write import write
 
 if TYPE_CHECKING:
@@ -86,8 +86,10 @@ def run(config: ExtrapolateConfig) -> Extrapolated:
             make_repository(output.destination, private=config.private)
     if job.todo and config.join is not None:
         join(job, config.join)
-    elif job.todo and config.data_parallel > 1:
-        write_in_processes(job, config.data_parallel)
+    elif job.todo and config.ray is not None:
+        write_on_cluster(job, config.ray)
+    elif job.todo and config.processes > 1:
+        write_in_processes(job, config.processes)
     elif job.todo:
         write(job)
     return Extrapolated(_written(job, output) for output in job.outputs)

@@ -102,7 +102,8 @@ class ExtrapolatePlan(Origin):
             ],
             **vocabulary_rows(pair),
             **({"part": str(self.part)} if self.part else {}),
-            **({"workers": self.config.data_parallel} if self.config.data_parallel > 1 else {}),
+            **({"workers": self.config.data_parallel} if self.config.data_parallel else {}),
+            **({"ray": self.config.ray} if self.config.ray else {}),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "bytes_per_output": self.nbytes,
             "side_files": ", ".join(self.side_files),
@@ -160,7 +161,8 @@ def _is_complete(config: ExtrapolateConfig, folder: Path, fingerprint: Row, weig
     overwrite, part = config.overwrite, part_of(config)
     if is_complete(folder, fingerprint, overwrite=overwrite, weights=weights):
         return True
-    require_same_cut(folder, cut_of(config), overwrite=overwrite)
+    if config.ray is None:  # on a cluster, the run goes on with the number of parts that there is
+        require_same_cut(folder, cut_of(config), overwrite=overwrite)
     return part is not None and state_of(folder, part, fingerprint, weights, overwrite=overwrite).is_finished
 
 
@@ -169,7 +171,7 @@ def cut_of(config: ExtrapolateConfig) -> int | None:
     part = part_of(config)
     if part is not None:
         return part.count
-    return config.data_parallel if config.data_parallel > 1 else config.join
+    return config.processes if config.processes > 1 else config.join
 
 
 def part_of(config: ExtrapolateConfig) -> Part | None:

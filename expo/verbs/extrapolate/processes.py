@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from expo.config import ExtrapolateConfig
 from expo.cpus import usable_cpus
-from expo.output.parts import share
+from expo.output.parts import counts_in, require_same_cut, share
 from expo.output.writer import JOURNAL_FILE, read_records, staging_folder
-from expo.parts import Part, all_parts
+from expo.parts import Part
 from expo.progress import bytes_bar
+from expo.rows.cluster import Cluster, local_inputs
 from expo.rows.worker import Worker
 from expo.rows.workers import Crew
 from expo.verbs.extrapolate.commit import join
@@ -20,6 +21,8 @@ from expo.verbs.extrapolate.plan import ExtrapolatePlan
 
 MAX_THREADS = 4
 """Of all processes of one machine together, where `--workers` does not say it."""
+PARTS_PER_PROCESS = 4
+"""In how many parts an output is divided for each process of a cluster, where it has so many files."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class ShardsTask:
 
     def line(self) -> str:
         """As `rows.worker.Task`."""
-        config = replace(self.config, data_parallel=1, join=None, part=str(self.part), push_to_hub=None, private=False)
+        config = replace(
+            self.config, data_parallel=None, ray=None, join=None, part=str(self.part), push_to_hub=None, private=False
+        )
         return json.dumps({"verb": "extrapolate", "settings": asdict(config), "options": {}}) + "\n"
 
     def counter(self) -> Callable[[], int]:
@@ -50,19 +55,53 @@ def write_in_processes(job: ExtrapolatePlan, count: int) -> None:
         InputError: The settings or inputs are at fault, as found here or by a worker.
         EnvironmentFailure: A part failed repeatedly; complete shards are kept.
     """
-    tasks = [_task(job, part) for part in all_parts(count) if share(job.pair.shards, part)]
-    missing = {state.part for output in job.todo for state in job.states(output, count) if not state.is_finished}
-    workers = [Worker(task, {}) for task in tasks if task.part in missing]
-    if workers:
-        with Crew(workers) as crew:
-            total = sum(task.total for task in tasks)
-            crew.watch("extrapolate", total, total - sum(worker.job.total for worker in workers), bar=bytes_bar)
+    tasks = _missing(job, count, max(1, min(MAX_THREADS, usable_cpus()) // count))
+    if tasks:
+        with Crew([Worker(task, {}) for task in tasks]) as crew:
+            _watch(job, crew, tasks)
     join(job, count)
 
 
-def _task(job: ExtrapolatePlan, part: Part) -> ShardsTask:
-    config, todo = job.config, job.todo
-    threads = config.workers or max(1, min(MAX_THREADS, usable_cpus()) // config.data_parallel)
-    nbytes = sum(shard.nbytes for shard in share(job.pair.shards, part)) * len(todo)
-    journals = tuple(staging_folder(output.folder, part) / JOURNAL_FILE for output in todo)
-    return ShardsTask(replace(config, workers=threads), part, nbytes, journals)
+def write_on_cluster(job: ExtrapolatePlan, address: str) -> None:
+    """Write what is missing of the outputs in processes on the machines of a Ray cluster, and join it.
+
+    Args:
+        job: The plan.
+        address: The cluster's, or auto.
+
+    Raises:
+        InputError: The settings or inputs are at fault, or the machines do not share what they need.
+        EnvironmentFailure: The cluster is gone, or a part failed repeatedly; complete shards are kept.
+    """
+    with Cluster(address) as cluster:
+        share = cluster.share(job.config.data_parallel, int(job.config.device.startswith("cuda")))
+        begun = {count for output in job.todo for count in counts_in(output.folder)}
+        count = begun.pop() if len(begun) == 1 else min(len(job.pair.shards), PARTS_PER_PROCESS * share.processes)
+        tasks = _missing(job, count, min(MAX_THREADS, share.cpus))
+        if tasks:
+            journals = [journal for task in tasks for journal in task.journals]
+            for folder in {output.folder.parent for output in job.todo}:
+                cluster.require_shared(folder, local_inputs(job.config), journals)
+            with cluster.crew(share, [(task, 0) for task in tasks]) as crew:
+                _watch(job, crew, tasks)
+    join(job, count)
+
+
+def _watch(job: ExtrapolatePlan, crew: Crew, tasks: Sequence[ShardsTask]) -> None:
+    total = job.nbytes * len(job.todo)
+    crew.watch("extrapolate", total, total - sum(task.total for task in tasks), bar=bytes_bar)
+
+
+def _missing(job: ExtrapolatePlan, count: int, threads: int) -> list[ShardsTask]:
+    """The parts that are not finished."""
+    for output in job.todo:
+        require_same_cut(output.folder, count, overwrite=job.config.overwrite)
+    missing = {state.part for output in job.todo for state in job.states(output, count) if not state.is_finished}
+    config = replace(job.config, workers=job.config.workers or threads)
+    return [_task(job, config, part) for part in sorted(missing, key=lambda part: part.index)]
+
+
+def _task(job: ExtrapolatePlan, config: ExtrapolateConfig, part: Part) -> ShardsTask:
+    nbytes = sum(shard.nbytes for shard in share(job.pair.shards, part)) * len(job.todo)
+    journals = tuple(staging_folder(output.folder, part) / JOURNAL_FILE for output in job.todo)
+    return ShardsTask(config, part, nbytes, journals)

@@ -19,7 +19,7 @@ from expo.engines import (
     Outcome,
     Request,
 )
-from expo.engines.torch_tools import worker_environments
+from expo.engines.torch_tools import gpus_per_engine, worker_environments
 from expo.errors import InputError
 from expo.files import Row, shown, texts_sha256
 from expo.parts import Part
@@ -205,6 +205,10 @@ class GenerateJob(RowJob):
     def worker_environments(self, count: int) -> list[dict[str, str]]:
         """The GPUs of each worker, or its share of the CPU's threads."""
         return worker_environments(self.engine, self.spec, self.config, count)
+
+    def gpus_per_engine(self, there: bool) -> int:
+        """The GPUs of each engine on a cluster."""
+        return gpus_per_engine(self.engine, self.spec, self.config, asked=self.config.engine, there=there)
 
     def journal_row(self, one: Outcome) -> Row:
         """An answer in the journal's form; its text excludes the stop token."""

@@ -16,7 +16,7 @@ from expo import __version__
 from expo.checkpoint.folder import Location
 from expo.config import ScoreConfig
 from expo.engines import EngineSpec, Scorer, ScorerSetup
-from expo.engines.torch_tools import worker_environments
+from expo.engines.torch_tools import gpus_per_engine, worker_environments
 from expo.errors import InputError
 from expo.files import Row, json_lines, texts_sha256
 from expo.parts import Part
@@ -148,7 +148,7 @@ class ScoreJob(RowJob):
         if len(rewards) < MIN_DIFFERENT or len(set(rewards.values())) > 1:
             return
         narrow = "" if self.config.dtype == "float32" else "--dtype float32 (a narrow type can saturate), "
-        in_parts = self.config.join or self.config.data_parallel > 1
+        in_parts = self.config.join or self.config.makes_parts
         kept = "their parts" if in_parts else self.files.journal.name
         reward, count = next(iter(rewards.values())), len(rewards)
         raise InputError(
@@ -188,6 +188,10 @@ class ScoreJob(RowJob):
     def worker_environments(self, count: int) -> list[dict[str, str]]:
         """The GPUs of each worker, or its share of the CPU's threads."""
         return worker_environments(self.engine, self.spec, self.config, count)
+
+    def gpus_per_engine(self, there: bool) -> int:
+        """The GPUs of each engine on a cluster."""
+        return gpus_per_engine(self.engine, self.spec, self.config, asked=self.config.engine, there=there)
 
     # --- writing them
 

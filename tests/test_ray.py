@@ -1,0 +1,310 @@
+"""`--ray` on a real cluster of several raylets: the result is one machine's, whatever is killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Pair, environment, expo_command, random_pair, run_expo, tree, without_clock, write, write_checkpoint
+from test_orphans import wait_until_gone
+
+from expo.errors import EnvironmentFailure, InputError, MissingExtra
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
+
+WAIT_S = 120
+
+
+class Raylets:
+    """A cluster with a head without CPUs and two machines with one CPU, and the gate of its workers."""
+
+    def __init__(self, folder: Path) -> None:
+        cluster_utils = pytest.importorskip(
+            "ray.cluster_utils", reason="Ray is not installed; tests/run.sh installs it"
+        )
+        self.gate = folder
+        self._old = dict(os.environ)
+        paths = [str(Path(__file__).with_name("gate")), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ.update(
+            environment(),
+            PYTHONPATH=os.pathsep.join(paths),
+            EXPO_TEST_GATE=str(folder),
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_health_check_initial_delay_ms="0",
+            RAY_health_check_period_ms="500",
+            RAY_health_check_failure_threshold="2",
+        )
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
+        self.cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+        self.machines = [self.add() for _ in range(2)]
+        self.cluster.wait_for_nodes()
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+    def kill_machine_of(self, pid: int) -> None:
+        """The machine on which a process runs is gone at once."""
+        group = _ancestors(pid)
+        for machine in self.machines:
+            raylet = machine.all_processes["raylet"][0].process.pid
+            if raylet in group:
+                self.cluster.remove_node(machine, allow_graceful=False)
+                self.machines.remove(machine)
+                return
+        raise AssertionError("no machine has it")
+
+    def heal(self) -> None:
+        """Two machines again."""
+        for name in os.listdir(self.gate):
+            (self.gate / name).unlink()
+        while len(self.machines) < 2:
+            self.machines.append(self.add())
+        self.cluster.wait_for_nodes()
+
+    def hold(self) -> None:
+        (self.gate / "hold").touch()
+
+    def open(self) -> None:
+        (self.gate / "go").touch()
+
+    def waiting(self, count: int) -> list[int]:
+        """The processes that wait at the gate, once there are so many."""
+        deadline = time.monotonic() + WAIT_S
+        while len(found := [int(path.name[3:]) for path in self.gate.glob("at-*")]) < count:
+            assert time.monotonic() < deadline, "nobody comes to the gate"
+            time.sleep(0.01)
+        return found
+
+    def shutdown(self) -> None:
+        self.cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(self._old)
+
+
+def _ancestors(pid: int) -> set[int]:
+    """A process, those that started it, and their groups' leaders."""
+    found = set()
+    while pid > 1:
+        found.add(pid)
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        pid = int(fields[1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
+    raylets = Raylets(tmp_path_factory.mktemp("gate"))
+    yield raylets
+    raylets.shutdown()
+
+
+@pytest.fixture
+def raylets(started: Raylets) -> Iterator[Raylets]:
+    started.heal()
+    yield started
+    started.open()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    sides = random_pair({f"layer.{number}.weight": (7 + number, 5) for number in range(12)})
+    sft, dpo = tmp_path / "sft", tmp_path / "dpo"
+    return write_checkpoint(sft, sides[0], shards=2), write_checkpoint(dpo, sides[1], shards=12)
+
+
+@pytest.fixture
+def start(raylets: Raylets, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`expo WORDS --ray …` in a process of its own."""
+    made = []
+
+    def run(*words: object) -> subprocess.Popen[str]:
+        command = [*expo_command(*words), "--ray", raylets.address]
+        made.append(
+            subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return made[-1]
+
+    yield run
+    for process in made:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+def extrapolating(pair: Pair, output: Path) -> tuple[object, ...]:
+    return ("extrapolate", "--sft", pair[0], "--dpo", pair[1], "--alpha", "0.5", "--output", output, "--json")
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=WAIT_S)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+# --- extrapolate ------------------------------------------------------------------------------------------------------
+
+
+def test_machines_share_the_shards(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+    whole = write(pair, tmp_path / "whole")[0].path
+    out, _ = ended(start(*extrapolating(pair, tmp_path / "out")))
+    assert json.loads(out)["outputs"][0]["status"] == "written"
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
+    clock = json.loads((tmp_path / "out" / "expo.json").read_text())["clock"]
+    assert len(clock["parts"]) == 8
+    assert [path.name for path in tmp_path.glob(".*")] == [], "nothing of the check is left"
+
+
+def test_a_machine_that_dies_loses_no_shard(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+    whole = write(pair, tmp_path / "whole")[0].path
+    raylets.hold()
+    process = start(*extrapolating(pair, tmp_path / "out"))
+    victim, _ = raylets.waiting(2)
+    staged = {file: file.stat().st_ino for file in (tmp_path / "out").rglob("*.safetensors.partial")}
+    raylets.kill_machine_of(victim)
+    raylets.open()
+    _, err = ended(process)
+    assert "its machine, or Ray there, is gone" in err
+    assert "another process takes it up" in err
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
+    inodes = {file.stat().st_ino for file in (tmp_path / "out").glob("*.safetensors")}
+    assert len(inodes & set(staged.values())) >= 2, "shards that were complete are kept"
+
+
+def test_a_process_that_is_killed_is_started_again(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+    whole = write(pair, tmp_path / "whole")[0].path
+    raylets.hold()
+    process = start(*extrapolating(pair, tmp_path / "out"))
+    os.kill(raylets.waiting(2)[0], signal.SIGKILL)
+    raylets.open()
+    _, err = ended(process)
+    assert "killed by SIGKILL; restarting" in err
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
+
+
+def test_the_run_itself_is_killed_and_run_again(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+    whole = write(pair, tmp_path / "whole")[0].path
+    raylets.hold()
+    process = start(*extrapolating(pair, tmp_path / "out"))
+    left = raylets.waiting(2)
+    process.kill()
+    process.wait()
+    again = start(*extrapolating(pair, tmp_path / "out"))  # at once, while the other's processes may still be there
+    for pid in left:
+        wait_until_gone(pid)
+    raylets.open()
+    ended(again)
+    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
+
+
+def test_a_run_that_is_stopped_leaves_nothing_behind_but_its_parts(
+    pair: Pair, raylets: Raylets, start: Any, tmp_path: Path
+) -> None:
+    raylets.hold()
+    process = start(*extrapolating(pair, tmp_path / "out"))
+    left = raylets.waiting(2)
+    process.send_signal(signal.SIGINT)
+    ended(process, 130)
+    for pid in left:
+        wait_until_gone(pid)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "q.jsonl"
+    rows = [
+        {"prompt": " ".join(f"w{(number * 7 + word) % 58}" for word in range(3 + number % 5))} for number in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def generating(model: Path, prompts: Path, folder: Path) -> tuple[object, ...]:
+    how = ("--engine", "transformers", "--dtype", "float32", "--max-tokens", 12, "--batch-tokens", 64)
+    return ("generate", prompts, "--model", model, "--name", "mine", "--output-dir", folder, *how)
+
+
+def test_rows_survive_a_machine(llama_pair: Pair, prompts: Path, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+    words = generating(llama_pair[1], prompts, tmp_path / "one")
+    assert run_expo(*words).code == 0
+    whole = (tmp_path / "one" / "outputs_q" / "mine.jsonl").read_bytes()
+    raylets.hold()
+    process = start(*generating(llama_pair[1], prompts, tmp_path / "out"))
+    victim, _ = raylets.waiting(2)
+    parts = tmp_path / "out" / "outputs_q" / "mine.parts"
+    durable = [line for file in parts.glob(".*.journal.jsonl") for line in file.read_text().splitlines()[1:]]
+    assert durable
+    raylets.kill_machine_of(victim)
+    raylets.open()
+    ended(process)
+    assert (tmp_path / "out" / "outputs_q" / "mine.jsonl").read_bytes() == whole
+    meta = json.loads((tmp_path / "out" / "outputs_q" / "mine.meta.json").read_text())
+    assert meta["repeatable"]
+    assert not parts.exists()
+    again = start(*generating(llama_pair[1], prompts, tmp_path / "out"))
+    _, err = ended(again)
+    assert "already complete" in err
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_shared_is_noticed_before_any_work(pair: Pair, raylets: Raylets, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("a mount that others do not see needs root")
+    own = tmp_path / "own"
+    own.mkdir()
+    ray = Path(sys.executable).with_name("ray")
+    script = f"mount -t tmpfs none {own} && exec {ray} start --address={raylets.address} --num-cpus=1 --block"
+    machine = subprocess.Popen(
+        ["unshare", "-m", "bash", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + WAIT_S
+        import ray as library
+
+        library.init(raylets.address, log_to_driver=False)
+        while sum(node["Alive"] for node in library.nodes()) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        library.shutdown()
+        with pytest.raises(InputError, match=r"does not have .*/own.* as it is here: .* that all machines share"):
+            write(pair, own / "out", ray=raylets.address)
+        with pytest.raises(InputError, match=r"does not have .*/own/sft as it is here"):
+            write((shutil.copytree(pair[0], own / "sft"), pair[1]), tmp_path / "out", ray=raylets.address)
+        assert not (own / "out").exists()
+    finally:
+        os.killpg(machine.pid, signal.SIGTERM)
+        machine.wait()
+
+
+def test_no_cluster_answers(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFailure, match=r"--ray 127\.0\.0\.1:9: no cluster answers \(.*refused"):
+        write(pair, tmp_path / "out", ray="127.0.0.1:9")
+
+
+def test_without_ray_its_install_command_is_said(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'llm-expo\[ray\]'"):
+        write(pair, tmp_path / "out", ray="auto")
