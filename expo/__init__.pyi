@@ -134,8 +134,10 @@ def extrapolate(
             with ray, as many as the cluster has room for]
         ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
             belongs to.
-        part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
-        join: Check that all N parts are finished and join them.
+        part: Do only part i of N, counted from 0; slurm takes i and N from the array job, slurm/N only
+            i.
+        join: Check that all N parts are finished and join them; with dry_run, say which are and which
+            are not.
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
@@ -224,6 +226,7 @@ def generate(
     max_tokens: int = 2048,
     stop_token_id: int | Iterable[int] = (),
     output_dir: str | PathLike[str] = ".",
+    template_date: str | PathLike[str] | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -271,6 +274,7 @@ def generate(
     max_tokens: int = 2048,
     stop_token_id: int | Iterable[int] = (),
     output_dir: str | PathLike[str] = ".",
+    template_date: str | PathLike[str] | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -337,6 +341,9 @@ def generate(
         stop_token_id: Additional token id that ends an answer; repeatable.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
+        template_date: The moment for a chat template that writes the date, such as 2024-03-01T10:00, so
+            that outputs to compare have the same prompts; an existing output keeps its own. [default:
+            now]
         limit: Use only the first N prompts; a larger limit later extends the run.
         device: Device of the transformers engine.
         dtype: Data type the model runs in; auto keeps the checkpoint's own, or is float32 for
@@ -352,8 +359,10 @@ def generate(
             with ray, as many as the cluster has room for]
         ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
             belongs to.
-        part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
-        join: Check that all N parts are finished and join them.
+        part: Do only part i of N, counted from 0; slurm takes i and N from the array job, slurm/N only
+            i.
+        join: Check that all N parts are finished and join them; with dry_run, say which are and which
+            are not.
     """
 
 @overload
@@ -373,6 +382,7 @@ def score(
     max_length: int | None = None,
     bos: Literal["auto", "template", "none"] = "auto",
     output_dir: str | PathLike[str] = ".",
+    template_date: str | PathLike[str] | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -404,6 +414,7 @@ def score(
     max_length: int | None = None,
     bos: Literal["auto", "template", "none"] = "auto",
     output_dir: str | PathLike[str] = ".",
+    template_date: str | PathLike[str] | None = None,
     limit: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -456,6 +467,9 @@ def score(
             reward models trained without it; auto: as the reward model's recipe says, else template.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output_dir: Folder that holds outputs_<task>/ and rewards_<task>/.
+        template_date: The moment for a chat template that writes the date, such as 2024-03-01T10:00, so
+            that outputs to compare have the same prompts; an existing output keeps its own. [default:
+            now]
         limit: Use only the first N prompts; a larger limit later extends the run.
         device: Device of the transformers engine.
         dtype: Data type the model runs in; auto keeps the checkpoint's own, or is float32 for
@@ -471,8 +485,10 @@ def score(
             with ray, as many as the cluster has room for]
         ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
             belongs to.
-        part: Do only part i of N, counted from 0; slurm takes i and N from the array job.
-        join: Check that all N parts are finished and join them.
+        part: Do only part i of N, counted from 0; slurm takes i and N from the array job, slurm/N only
+            i.
+        join: Check that all N parts are finished and join them; with dry_run, say which are and which
+            are not.
     """
 
 @overload

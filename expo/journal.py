@@ -404,8 +404,10 @@ def holder_of(pid: int) -> Holder:
 
 
 def is_locked(journal: Path) -> bool:
-    """Whether a process holds a journal, or did when it was killed."""
-    return _holder(_lock_of(journal)) is not None
+    """Whether another run holds a journal, or may hold it; nothing is written to find out."""
+    path = _lock_of(journal)
+    held = _holder(path)
+    return held is not None and not is_dead(held, this_process(), _last_sign(path), alone_here=False)
 
 
 def release(journal: Path, ended: Holder | None) -> bool:

@@ -17,6 +17,7 @@ OTHERWISE = {
     "limit": 3, "device": "cuda:1", "dtype": "float16", "chat_template": "t.jinja", "trust_remote_code": True,
     "name": "x y", "engine": "transformers", "engine_arg": ("a=1", "b={\"c\": 2}"), "dataset": "d",
     "system": "-You're 'brief'\n", "n": 2, "tensor_parallel": 2, "data_parallel": 3, "part": "1/3", "join": 3,
+    "ray": "h:1", "template_date": "2024-03-01T10:00:00",
     "batch_tokens": 7, "temperature": 0.30000000000000004, "top_k": -1, "top_p": 0.1, "presence_penalty": -1.5,
     "frequency_penalty": 0.0, "seed": 0, "seed_mode": "shared", "max_tokens": 1, "stop_token_id": (1, 2),
     "sft": "c/d", "dpo": "-my dpo", "alpha": -0.5, "rule": "r", "alpha_for": ("a=1", "b c=2"), "exclude": ("norm",),
@@ -51,7 +52,7 @@ def resolved(monkeypatch):
 
 def test_every_setting_is_handed_on(resolved):
     assert OTHERWISE.keys() == config_files.field_names("generate"), "a new setting belongs here too"
-    alone = {"part": None, "join": None, "data_parallel": 1}
+    alone = {"part": None, "join": None, "data_parallel": None, "ray": None}
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", *PAIR_SETTINGS)}
     for cut in alone:

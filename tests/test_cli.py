@@ -135,7 +135,10 @@ def test_a_refused_value_is_named(run: Callable[..., Result], args: tuple[str, .
 SHARED = "--config --debug --dry-run --json --overwrite --recipe"
 PAIR = f"{SHARED} --aligned --allow-pickle --device --dpo --sft"
 RULES = "--allow-nonfinite --alpha --alpha-for --exclude --missing --rule --vocab"
-ROWS = f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
+ROWS = (
+    f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
+    " --template-date"
+)
 PARTS = "--data-parallel --join --part --ray"
 FLAGS = {
     "extrapolate": f"{PAIR} {RULES} {PARTS} --dtype --fsync --max-shard-size --no-fsync --output --private"

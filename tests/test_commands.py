@@ -101,6 +101,7 @@ def test_words_of_a_line(text: str, words: list[list[str]]) -> None:
         ("expo recipes --show zephyr-7b-beta", None),
         ("expo --version && expo sweep --help", None),
         ("expo generate alpaca --model M --part slurm", None),
+        ("sbatch --array=1,5 --wrap 'expo generate alpaca --model M --part slurm/8'", None),
         ("expo extrapolate --sft a --dpo b --alpha $alpha", None),
         ("expo extrapolate --sft a --dpo b --alpha 0.1 --verfiy", "No such option: --verfiy"),
         ("expo extrapolate --sft a --alpha 0.1", "Missing option '--dpo'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,9 @@ class Clock:
     """Stands in for `datetime` in the module."""
 
     fromisoformat = staticmethod(datetime.fromisoformat)
-    moment = FIRST
+
+    def __init__(self, moment: str = FIRST) -> None:
+        self.moment = moment
 
     def now(self) -> datetime:
         return datetime.fromisoformat(self.moment)
@@ -100,6 +103,28 @@ def test_another_output_has_a_date_of_its_own(model, clock):
     clock.moment = SECOND
     assert days(generate.plan(settings(model))) == {DAY_OF_FIRST}
     assert days(generate.plan(settings(model, name="other"))) == {DAY_OF_FIRST + 1}
+
+
+def test_a_date_that_is_given_is_that_of_outputs_that_are_begun(model, clock):
+    """So that outputs to be compared have the same prompts, whatever day each is begun; what is begun keeps its own."""
+    clock.moment = THIRD
+    for index in range(2):
+        generate.run(settings(model, template_date="2024-03-02T11:00", part=f"{index}/2"))
+        clock.moment = FIRST
+    generate.run(settings(model, template_date=SECOND, join=2))
+    meta = meta_of(model)
+    assert meta["fingerprint"]["template_date"] == SECOND
+    assert "template_date" not in meta["config"]
+    assert generate.run(settings(model, template_date=THIRD)).status == "already complete"
+    assert days(generate.plan(settings(model, name="other", template_date="2024-03-02"))) == {DAY_OF_FIRST + 1}
+
+
+@pytest.mark.parametrize("given", ["", "yesterday", "2024-02-30", "2024-03-01T10:00+01:00"])
+def test_what_is_no_date_is_refused(model, given):
+    with pytest.raises(
+        InputError, match=f"--template-date must be a local date or time .*, not {re.escape(repr(given))}"
+    ):
+        settings(model, template_date=given)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -276,6 +301,8 @@ def test_a_reward_models_template_has_one_date_too(trained, tmp_path, clock):
     )
     outputs = str(tmp_path / "o.jsonl")
 
+    clock.moment = THIRD
+
     def run(**others):
         return score.run(
             ScoreConfig(
@@ -283,7 +310,7 @@ def test_a_reward_models_template_has_one_date_too(trained, tmp_path, clock):
             )
         )
 
-    run(limit=2)
+    run(limit=2, template_date=FIRST)
     clock.moment = SECOND
     assert run(limit=2).status == "already complete"
     extended = run()

@@ -211,7 +211,7 @@ def test_another_number_of_parts_is_refused(pair: Pair, tmp_path: Path) -> None:
     output = tmp_path / "out"
     write(pair, output, part="0/2")
     for other in ({"part": "0/3"}, {"join": 3}, {}, {"data_parallel": 3}):
-        with pytest.raises(InputError, match=r"has parts of 2.*--part i/2 and --join 2, or start over with"):
+        with pytest.raises(InputError, match=r"has parts of 2.*--part i/2 .* and --join 2, or start over with"):
             write(pair, output, **other)
     assert write(pair, output, overwrite=True)[0].status == "written"
     assert not (output / ".expo-partial").exists()
@@ -264,6 +264,22 @@ def test_nothing_to_join(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2 of 2 parts .*: 0/2 \(not started\), 1/2 \(not started\)"):
         write(pair, tmp_path / "out", join=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_which_parts_are_to_be_made(pair: Pair, tmp_path: Path, expo: Callable[..., Result]) -> None:
+    output = tmp_path / "out"
+    write(pair, output, part="1/4")
+    words = ("--alpha", "0.5", "--output", output, "--join", "4", "--dry-run", "--json")
+    said = json.loads(expo(pair, *words).stdout)
+    states = ["not started", "finished", "not started", "not started"]
+    assert [one["state"] for one in said["parts"]] == states
+    assert (said["parts_to_make"], said["joined"]) == ("0,2-3", False)
+    for part in ("0/4", "2/4", "3/4"):
+        write(pair, output, part=part)
+    assert json.loads(expo(pair, *words).stdout)["parts_to_make"] == ""
+    write(pair, output, join=4)
+    said = json.loads(expo(pair, *words).stdout)
+    assert (said["parts_to_make"], said["joined"]) == ("", True)
 
 
 def test_parts_made_without_verify_are_not_joined_with_it(pair: Pair, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import helpers
 import pytest
@@ -87,6 +87,16 @@ def run_really(llama_pair, prompt_file, tmp_path):  # noqa: F811 - the fixture
 def run(run_really, engine):
     """The same with an engine that costs nothing."""
     return run_really
+
+
+@pytest.fixture
+def plan(llama_pair, prompt_file, tmp_path):  # noqa: F811 - the fixture
+    """What `--dry-run` says of a run of `run`."""
+
+    def call(**others) -> dict[str, Any]:
+        return verb.plan(settings(llama_pair[1], prompt_file, tmp_path / "out", name="m", **others)).describe()
+
+    return call
 
 
 @pytest.fixture
@@ -244,6 +254,66 @@ def test_a_damaged_part_is_named_and_made_again(run, out, harm, message):
         (out / "m.parts" / name).unlink()
     run("1/2")
     assert run(join=2).output.read_bytes() == whole
+
+
+def test_a_dry_run_says_what_is_there_of_each_part_and_which_ones_to_make(run, plan, out, engine):
+    """`parts_to_make` is in the syntax of `sbatch --array`, so that only what failed is submitted again."""
+
+    def told(**others) -> tuple[list[str], str, bool]:
+        found = plan(join=4, dry_run=True, **others)
+        assert [part["part"] for part in found["parts"]] == ["0/4", "1/4", "2/4", "3/4"]
+        return [part["state"] for part in found["parts"]], found["parts_to_make"], found["joined"]
+
+    assert told() == (["not started"] * 4, "0-3", False)
+    assert not out.exists()
+    run("0/4")
+    Engine.dies_after = 1
+    with pytest.raises(EnvironmentFailure):
+        run("1/4")
+    run("3/4")
+    flip(out / "m.parts" / "3-of-4.jsonl")
+    before = helpers.tree(out)
+    damaged = f"damaged, remove {out / 'm.parts' / '3-of-4.jsonl'}"
+    assert told() == (["finished", "unfinished, 2 rows", "not started", damaged], "1-3", False)
+    with pytest.raises(InputError, match=r"as an array job: --array=1-3 and --part slurm/4$"):
+        run(join=4)
+    run("2/4")
+    assert told()[1] == "1,3"
+    assert before.items() <= helpers.tree(out).items()
+    with pytest.raises(InputError, match="different seed"):
+        told(seed=1)
+    with pytest.raises(InputError, match=r"has parts of 4, not of 3: .*--part i/4 \(in an array job slurm/4\)"):
+        plan(join=3, dry_run=True)
+    (out / "m.parts" / "3-of-4.jsonl").unlink()
+    for index in (1, 3):
+        run(f"{index}/4")
+    assert told() == (["finished"] * 4, "", False)
+    run(join=4)
+    assert told() == (["nothing left to do"] * 4, "", True)
+
+
+def test_a_dry_run_asks_nothing_of_a_part_that_another_writes(run, plan, out):
+    run("0/2")
+    meta = json.loads((out / "m.parts" / "0-of-2.meta.json").read_text())
+    with Journal(out / "m.parts" / ".1-of-2.journal.jsonl", {"fingerprint": meta["fingerprint"]}) as journal:
+        journal.append([{"id": "1", "sample": 0, "output": "o", "length": 1, "finish_reason": "stop"}])
+        before = helpers.tree(out)
+        found = plan(join=2, dry_run=True)
+        assert [part["state"] for part in found["parts"]] == ["finished", "still running"]
+        assert found["parts_to_make"] == "1"
+        assert helpers.tree(out) == before
+
+
+def test_a_larger_limit_asks_only_for_parts_that_get_further_rows(run, plan):
+    for index in range(4):
+        run(f"{index}/4", limit=4)
+    run(join=4, limit=4)
+    found = plan(join=4, limit=6, dry_run=True)
+    assert (found["parts_to_make"], found["joined"]) == ("0-1", False)
+    for index in range(2):
+        run(f"{index}/4", limit=6)
+    assert plan(join=4, limit=6, dry_run=True)["parts_to_make"] == ""
+    assert run(join=4, limit=6).rows == 6
 
 
 # --- made otherwise ------------------------------------------------------------------------------------------------

@@ -230,6 +230,27 @@ def test_a_dry_run_shows_all_and_writes_nothing(first, second, outputs, tmp_path
     assert tree(tmp_path) == before
 
 
+def test_a_part_is_to_be_made_if_one_of_them_lacks_it(first, second, outputs, tmp_path):
+    for index in range(3):
+        verb.run(settings(first, tmp_path, part=f"{index}/3"))
+    verb.run(both(first, second, tmp_path, part="1/3"))
+
+    def told() -> tuple[list[str], str, bool]:
+        found = verb.plan(both(first, second, tmp_path, join=3, dry_run=True)).describe()
+        assert [part["part"] for part in found["parts"]] == ["0/3", "1/3", "2/3"]
+        assert found["further"][0]["parts_to_make"] == found["parts_to_make"]
+        return [part["state"] for part in found["parts"]], found["parts_to_make"], found["joined"]
+
+    other = "m: finished; m@other: not started"
+    assert told() == ([other, "finished", other], "0,2", False)
+    verb.run(settings(first, tmp_path, join=3))
+    for index in (0, 2):
+        verb.run(both(first, second, tmp_path, part=f"{index}/3"))
+    assert told() == (["m: nothing left to do; m@other: finished"] * 3, "", False)
+    verb.run(both(first, second, tmp_path, join=3))
+    assert told() == (["nothing left to do"] * 3, "", True)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_config_file_names_one_or_several(first, second, outputs, tmp_path, capsys, several):
     value = json.dumps([str(first), str(second)] if several else str(first))

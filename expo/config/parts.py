@@ -34,11 +34,17 @@ class PartsConfig:
     part: Annotated[
         str | None,
         Setting(
-            "Do only part i of N, counted from 0; slurm takes i and N from the array job.",
-            metavar="i/N|slurm",
+            "Do only part i of N, counted from 0; slurm takes i and N from the array job, slurm/N only i.",
+            metavar="i/N|slurm[/N]",
         ),
     ] = None
-    join: Annotated[int | None, Setting("Check that all N parts are finished and join them.", metavar="N")] = None
+    join: Annotated[
+        int | None,
+        Setting(
+            "Check that all N parts are finished and join them; with --dry-run, say which are and which are not.",
+            metavar="N",
+        ),
+    ] = None
 
     def _require_one_way(self) -> None:
         """Check these settings, and refuse those that each say how a run is divided, given together."""

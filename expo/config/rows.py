@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Literal, TypeAlias
 
 from expo.config.engines import BatchTokens, EngineConfig
 from expo.config.pair import PAIR_SETTINGS, PairConfig, ThetaConfig
 from expo.config.parts import PartsConfig
 from expo.config.sampling import SamplingConfig
+from expo.errors import InputError
 from expo.files import repeated
 from expo.settings import (
     Setting,
@@ -43,6 +45,15 @@ class RowsConfig(EngineConfig, PartsConfig):
         ),
     ]
     output_dir: Annotated[str, Setting("Folder that holds outputs_<task>/ and rewards_<task>/.", metavar="DIR")] = "."
+    template_date: Annotated[
+        str | None,
+        Setting(
+            "The moment for a chat template that writes the date, such as 2024-03-01T10:00, so that outputs to compare "
+            "have the same prompts; an existing output keeps its own. [default: now]",
+            metavar="DATE",
+            needs="local",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -52,6 +63,23 @@ class RowsConfig(EngineConfig, PartsConfig):
         """
         super().__post_init__()
         self._require_one_way()
+        if self.template_date is not None:
+            object.__setattr__(self, "template_date", _moment(self.template_date))
+
+
+def _moment(text: str) -> str:
+    """A local date and time as outputs record it.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is not None:
+        raise InputError(f"--template-date must be a local date or time such as 2024-03-01T10:00, not {text!r}")
+    return moment.isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,8 +93,8 @@ def require_same_cut(folder: Path, count: int | None, *, overwrite: bool) -> Non
         there = min(others)
         now = f", not of {count}" if count else ""
         raise InputError(
-            f"{folder} has parts of {there}{now}: continue with --part i/{there} and --join {there}, or start over "
-            "with --overwrite"
+            f"{folder} has parts of {there}{now}: continue with --part i/{there} (in an array job slurm/{there}) or "
+            f"--data-parallel {there} and --join {there}, or start over with --overwrite"
         )
 
 

@@ -221,7 +221,7 @@ class Cluster:
         finally:
             token.unlink(missing_ok=True)
         deadline = time.monotonic() + RELEASE_SECONDS
-        while any(is_locked(one) and not release(one, None) for one in journals) and time.monotonic() < deadline:
+        while any(map(is_locked, journals)) and time.monotonic() < deadline:
             time.sleep(0.2)  # an earlier run's processes are about to end
 
     def _ask_all(self, token: str, text: str, paths: Sequence[str], journals: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from expo.errors import InputError
 from expo.files import Row, json_text, write_atomic
-from expo.journal import LOCK_SUFFIX, Journal, RunLock, kept_rows, read_journal
+from expo.journal import LOCK_SUFFIX, Journal, RunLock, is_locked, kept_rows, read_journal
 
 Columns = Mapping[str, type | tuple[type, ...]]
 """Column → the type of its values."""
@@ -176,6 +176,10 @@ class RowFiles:
             return RunLock(self.journal.with_name(self.journal.name + LOCK_SUFFIX), alone_here=False)
         except InputError:
             return None
+
+    def is_held(self) -> bool:
+        """Whether a run is writing these files now, or may be; nothing is written to find out."""
+        return is_locked(self.journal)
 
     def remove(self) -> None:
         """Remove all of them; the caller holds the lock."""

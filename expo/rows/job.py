@@ -25,7 +25,7 @@ Key = tuple[Any, ...]
 Rows = dict[Key, Row]
 """Row key → row, as recorded in the journal."""
 
-TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel", "ray")
+TRANSIENT = ("overwrite", "dry_run", "output_dir", "part", "join", "data_parallel", "ray", "template_date")
 """Settings of how a run is executed, not of what it produces."""
 
 
@@ -274,16 +274,6 @@ class RowJob(ABC):
     def answered(self, rows: Iterable[Row]) -> Rows:
         """The rows that need not be produced again."""
         return self.by_key(row for row in rows if self.is_answered(row) and self.is_current(row))
-
-    def describe_parts(self) -> Row:
-        """The plan's entries about parts."""
-        config = self.config
-        return {
-            **({"part": str(self.part)} if self.part else {}),
-            **({"workers": config.data_parallel} if config.data_parallel else {}),
-            **({"ray": config.ray} if config.ray else {}),
-            **({"parts_to_join": config.join} if config.join else {}),
-        }
 
     def describe_date(self) -> Row:
         """The plan's entry about the date in prompts."""

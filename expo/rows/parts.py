@@ -1,4 +1,7 @@
-"""A job in parts: the state of the whole and of each part, and joining them into what one run would write."""
+"""A job in parts: the state of the whole and of each part, and joining them into what one run would write.
+
+What a plan says of parts is said here, too: `describe_parts`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from expo.arguments import shown
 from expo.errors import InputError, listed
 from expo.files import Row
 from expo.journal import read_journal
-from expo.parts import DATE_NAME, FILE_NAME, all_parts, counts_in
+from expo.parts import DATE_NAME, FILE_NAME, Part, all_parts, array_list, counts_in
 from expo.rows.files import Found, RowFiles, State, checksum
 from expo.rows.job import Done, Figures, RowJob, Rows
-from expo.rows.loop import Left, keys_in, left_of, rows_to_extend
+from expo.rows.loop import Left, is_complete, keys_in, left_of, rows_to_extend
 from expo.settings import require_same
 
 PART_FIGURES = ("rows", "failed", "tokens_out", "engine_start_seconds", "tokens_per_second")
@@ -30,6 +33,25 @@ class FinishedPart:
 
 class NotFinished(Exception):
     """A part is not finished, or is damaged; the message says why in a few words."""
+
+
+FINISHED, NOTHING_TO_DO = "finished", "nothing left to do"
+"""States of parts that need not be made; the second is of one whose rows the output has, or that has none."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a part was found to be."""
+
+    part: Part
+    state: str
+    """In a few words; of one that is to be made, why."""
+    made: FinishedPart | None = None
+
+    @property
+    def lacks(self) -> bool:
+        """Whether it is still to be made."""
+        return self.state not in (FINISHED, NOTHING_TO_DO)
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
@@ -65,8 +87,8 @@ def require_same_cut(whole: RowJob, count: int | None) -> None:
     there = min(others)
     now = f", not of {count}" if count else ""
     raise InputError(
-        f"{folder} has parts of {there}{now}: continue with --part i/{there} or --data-parallel {there} and --join "
-        f"{there}, or start over with --overwrite"
+        f"{folder} has parts of {there}{now}: continue with --part i/{there} (in an array job slurm/{there}) or "
+        f"--data-parallel {there} and --join {there}, or start over with --overwrite"
     )
 
 
@@ -93,7 +115,7 @@ def read_part(job: RowJob) -> FinishedPart:
     """
     files, found = job.files, job.files.look()
     if found.state is not State.FINISHED:
-        raise NotFinished(_why_not_finished(files, found))
+        raise NotFinished(_why_not_finished(job, found))
     meta, text = found.meta, files.final.read_bytes()
     require_same(files.final, meta["fingerprint"], job.fingerprint, advice="--part with --overwrite replaces it")
     if checksum(text) != meta.get("rows_sha256"):
@@ -112,23 +134,17 @@ def read_part(job: RowJob) -> FinishedPart:
     return FinishedPart(meta, job.by_key(map(json.loads, text.splitlines())))
 
 
-def _why_not_finished(files: RowFiles, found: Found) -> str:
+def _why_not_finished(job: RowJob, found: Found) -> str:
+    files = job.files
     if found.state is State.UNFINISHED:
-        return "still running" if is_held(files) else f"unfinished, {len(found.journal)} rows"
+        rows = sum(not job.is_interim(row) for row in found.journal)
+        return "still running" if files.is_held() else f"unfinished, {rows} rows"
     return {
         State.ABSENT: "not started",
         State.WITHOUT_META: f"missing its meta file, remove {files.final}",
         State.WITHOUT_FINAL: "missing its file",
         State.DAMAGED: f"damaged, remove {files.meta} and {files.final.name}",
     }[found.state]
-
-
-def is_held(files: RowFiles) -> bool:
-    """Whether a run is writing these rows now, or may be."""
-    lock = files.lock()
-    if lock is not None:
-        lock.release()
-    return lock is None
 
 
 def is_finished(job: RowJob) -> bool:
@@ -181,20 +197,85 @@ def _needed_parts(whole: RowJob, count: int, kept: Rows) -> list[FinishedPart]:
     Raises:
         InputError: Some cannot be joined; the message lists them and the command that produces the first.
     """
-    made, lacking = [], {}
+    looks = look_at_parts(whole, count, kept)
+    lacking = [look for look in looks if look.lacks]
+    if lacking:
+        command = shown(whole.verb, replace(whole.config, join=None, part=str(lacking[0].part)))
+        parts = listed("", (f"{look.part} ({look.state})" for look in lacking))[0].removeprefix(": ")
+        raise InputError(
+            f"{len(lacking)} of {count} parts cannot be joined yet: {parts}; to make one: {command}; all of them as an "
+            f"array job: --array={array_list(look.part.index for look in lacking)} and --part slurm/{count}"
+        )
+    return [look.made for look in looks if look.made]
+
+
+def look_at_parts(whole: RowJob, count: int, kept: Rows) -> list[Look]:
+    """Every part of a job: whether it is there, or why not.
+
+    Args:
+        whole: The job.
+        count: N.
+        kept: The rows that the output has already.
+
+    Raises:
+        InputError: A part was made with other settings or from other prompts.
+    """
+    looks = []
     for part in all_parts(count):
         job = whole.share(part)
-        if job.pending(kept):
-            try:
-                made.append(read_part(job))
-            except NotFinished as reason:
-                lacking[part] = str(reason)
-    if lacking:
-        first, *_ = lacking
-        command = shown(whole.verb, replace(whole.config, join=None, part=str(first)))
-        parts = listed("", (f"{part} ({reason})" for part, reason in lacking.items()))[0].removeprefix(": ")
-        raise InputError(f"{len(lacking)} of {count} parts cannot be joined yet: {parts}; to make one: {command}")
-    return made
+        try:
+            made = read_part(job) if job.pending(kept) else None
+            looks.append(Look(part, FINISHED if made else NOTHING_TO_DO, made))
+        except NotFinished as reason:
+            looks.append(Look(part, str(reason)))
+    return looks
+
+
+# --- what a plan says of them --------------------------------------------------------------------------------------
+
+
+def describe_parts(job: RowJob, further: Sequence[RowJob] = ()) -> Row:
+    """The plan's entries about parts; with `--join`, what is there of each, and which ones are to be made.
+
+    Args:
+        job: The job.
+        further: Those that the same command does after it: a part is to be made if one of them lacks it.
+
+    Raises:
+        InputError: A part, or the output, was made with other settings or from other prompts, or in other parts.
+    """
+    config = job.config
+    return {
+        **({"part": str(job.part)} if job.part else {}),
+        **({"workers": config.data_parallel} if config.data_parallel else {}),
+        **({"ray": config.ray} if config.ray else {}),
+        **(_describe_join((job, *further), config.join) if config.join else {}),
+    }
+
+
+def _describe_join(jobs: Sequence[RowJob], count: int) -> Row:
+    looks = []
+    for job in jobs:
+        left = left_of(job)
+        require_same_cut(left.job, count)
+        looks.append(look_at_parts(left.job, count, left.done))
+    parts = list(zip(*looks, strict=True))
+    return {
+        "parts_to_join": count,
+        "parts": [{"part": str(part[0].part), "state": _state_of(jobs, part)} for part in parts],
+        "parts_to_make": array_list(part[0].part.index for part in parts if any(look.lacks for look in part)),
+        "joined": all(is_complete(job) for job in jobs),
+    }
+
+
+def _state_of(jobs: Sequence[RowJob], looks: Sequence[Look]) -> str:
+    """The state of one part of all jobs, said once where it is the same."""
+    if len({look.state for look in looks}) == 1:
+        return looks[0].state
+    return "; ".join(f"{job.name}: {look.state}" for job, look in zip(jobs, looks, strict=True))
+
+
+# --- after joining -------------------------------------------------------------------------------------------------
 
 
 def _part_record(whole: RowJob, meta: Row) -> Row:

@@ -20,7 +20,18 @@ from typing import Any
 
 PROGRAMS = frozenset(
     {
-        *("expo", "python", "pytest", "lm_eval", "alpaca_eval", "vllm", "sbatch", "pip", "uv"),  # of `programs.py`
+        *(
+            "expo",
+            "python",
+            "pytest",
+            "lm_eval",
+            "alpaca_eval",
+            "vllm",
+            "sbatch",
+            "squeue",
+            "pip",
+            "uv",
+        ),  # of `programs.py`
         *("bash", "git", "curl", "ruff", "mypy", "lint-imports", "source"),
         *("export", "cd", "mkdir", "cp", "mv", "ls", "cat", "head", "tail", "wait", "kill"),
     }

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -75,71 +74,15 @@ def lm_eval(words: list[str]) -> int:
     return own("lm_eval")(words)
 
 
-def sbatch(words: list[str]) -> int:
-    """Slurm's array jobs, one task after another; unlike Slurm's it ends when they have ended."""
-    parser = argparse.ArgumentParser(prog="sbatch", allow_abbrev=False)
-    parser.add_argument("--array", default=None)
-    parser.add_argument("--wrap")
-    for option in (
-        "gpus",
-        "gres",
-        "gpus-per-task",
-        "cpus-per-task",
-        "mem",
-        "time",
-        "partition",
-        "job-name",
-        "dependency",
-    ):
-        parser.add_argument(f"--{option}")
-    parser.add_argument("--parsable", action="store_true")
-    parser.add_argument("script", nargs="?")
-    parser.add_argument("words", nargs="*")
-    given = parser.parse_args(_directives(words) + words)
-    if (given.wrap is None) is (given.script is None):
-        parser.error("give a script, or --wrap COMMAND")
-    command = ["bash", "-c", given.wrap] if given.wrap else ["bash", given.script, *given.words]
-    print("1" if given.parsable else "Submitted batch job 1")
-    return max((_task(command, *one) for one in _tasks(given.array)), default=0)
+def slurm(name: str) -> Callable[[list[str]], int]:
+    """A program of Slurm's, by the tests' stand-in; unlike Slurm's, `sbatch` ends when its jobs have ended."""
 
+    def run(words: list[str]) -> int:
+        stand_in, queue = ROOT / "tests" / "slurm_stand_in.py", Path.cwd() / ".slurm"
+        env = {**os.environ, "SLURM_STAND_IN": str(queue), "SLURM_STAND_IN_AT_ONCE": "1"}
+        os.execve(sys.executable, [sys.executable, str(stand_in), name, *words], env)
 
-def _directives(words: list[str]) -> list[str]:
-    """The options that a script gives in its `#SBATCH` lines."""
-    script = next((Path(word) for word in words if word.endswith((".sh", ".sbatch")) and Path(word).is_file()), None)
-    lines = script.read_text(encoding="utf-8").splitlines() if script else []
-    return [word for line in lines if line.startswith("#SBATCH ") for word in shlex.split(line, comments=True) or []]
-
-
-def _tasks(array: str | None) -> list[tuple[int, int] | tuple[None, int]]:
-    """Each task's number, and how many there are: `0-7`, `0-7%2`, or none."""
-    if array is None:
-        return [(None, 1)]
-    first, _, last = array.partition("%")[0].partition("-")
-    numbers = range(int(first), int(last or first) + 1)
-    return [(number, len(numbers)) for number in numbers]
-
-
-def _task(command: list[str], number: int | None, count: int) -> int:
-    """One task; its output goes to a file as Slurm names it, and, where it fails, to the terminal."""
-    of_array = (
-        {}
-        if number is None
-        else {
-            "SLURM_ARRAY_JOB_ID": "1",
-            "SLURM_ARRAY_TASK_ID": str(number),
-            "SLURM_ARRAY_TASK_COUNT": str(count),
-            "SLURM_ARRAY_TASK_MIN": "0",
-            "SLURM_ARRAY_TASK_MAX": str(count - 1),
-        }
-    )
-    log = Path("slurm-1.out" if number is None else f"slurm-1_{number}.out")
-    with log.open("wb") as stream:
-        code = subprocess.run(
-            command, env={**os.environ, "SLURM_JOB_ID": "1", **of_array}, stdout=stream, stderr=stream
-        ).returncode
-    if code:
-        sys.stderr.write(log.read_text(errors="replace"))
-    return code
+    return run
 
 
 def vllm(words: list[str]) -> int:
@@ -229,7 +172,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "python": python,
     "lm_eval": lm_eval,
     "vllm": vllm,
-    "sbatch": sbatch,
+    **{name: slurm(name) for name in ("sbatch", "squeue")},
     "pip": pip,
     "uv": uv,
 }

@@ -15,7 +15,7 @@ from expo.files import Row
 from expo.output.manifest import card, delta_figures, manifest
 from expo.output.parts import PartState, adopt_parts, hold_parts
 from expo.output.writer import CARD_FILE, MANIFEST_FILE, ShardRecord, StagedOutput
-from expo.parts import Part
+from expo.parts import Part, array_list
 from expo.progress import bytes_bar
 from expo.theta.pair_checks import check_change
 from expo.theta.plan import index_json
@@ -72,7 +72,10 @@ def _require_all(job: ExtrapolatePlan, count: int, wrong: Wrong) -> None:
         first, *_ = wrong
         command = shown("extrapolate", replace(job.config, join=None, data_parallel=None, ray=None, part=str(first)))
         parts = listed("", (f"{part} ({reason})" for part, reason in wrong.items()))[0].removeprefix(": ")
-        raise InputError(f"{len(wrong)} of {count} parts cannot be joined yet: {parts}; to make one: {command}")
+        raise InputError(
+            f"{len(wrong)} of {count} parts cannot be joined yet: {parts}; to make one: {command}; all of them as an "
+            f"array job: --array={array_list(sorted(part.index for part in wrong))} and --part slurm/{count}"
+        )
 
 
 def complete(job: ExtrapolatePlan, output: Output, folder: StagedOutput, times: Row) -> None:

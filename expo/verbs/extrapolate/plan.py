@@ -16,7 +16,7 @@ from expo.output.manifest import Origin, vocabulary_rows
 from expo.output.parts import PartState, require_same_cut, share, state_of, states_of
 from expo.output.publish import Destination, find_destinations
 from expo.output.writer import Checksums, is_complete
-from expo.parts import Part, read_part
+from expo.parts import Part, all_parts, array_list, read_part
 from expo.settings import Fingerprint, absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
 from expo.theta.names import theta_name
@@ -75,6 +75,21 @@ class ExtrapolatePlan(Origin):
         """The bytes of these files."""
         return sum(shard.nbytes for shard in self.shards)
 
+    def _describe_join(self, count: int) -> Row:
+        """What is there of each part, and which ones are to be made, as of row jobs (`rows.parts.describe_parts`)."""
+        found: dict[Part, list[str | None]] = {part: [] for part in all_parts(count)}
+        for output in self.todo:
+            for state in self.states(output, count):
+                found[state.part].append(state.reason)
+        made = "finished" if self.todo else "nothing left to do"
+        said = {part: next(filter(None, reasons), made) for part, reasons in found.items()}
+        return {
+            "parts_to_join": count,
+            "parts": [{"part": str(part), "state": state} for part, state in said.items()],
+            "parts_to_make": array_list(part.index for part, reasons in found.items() if any(reasons)),
+            "joined": not self.todo,
+        }
+
     def states(self, output: Output, count: int) -> list[PartState]:
         """The state of each of `count` parts of an output that has a share of it."""
         states = states_of(output.folder, count, output.fingerprint, self.weights, overwrite=self.config.overwrite)
@@ -104,6 +119,7 @@ class ExtrapolatePlan(Origin):
             **({"part": str(self.part)} if self.part else {}),
             **({"workers": self.config.data_parallel} if self.config.data_parallel else {}),
             **({"ray": self.config.ray} if self.config.ray else {}),
+            **(self._describe_join(self.config.join) if self.config.join else {}),
             "shards": [{"file": shard.name, "bytes": shard.nbytes} for shard in self.shards],
             "bytes_per_output": self.nbytes,
             "side_files": ", ".join(self.side_files),

@@ -26,6 +26,7 @@ from expo.parts import Part
 from expo.redact import without_secrets
 from expo.rows.files import Columns, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
+from expo.rows.parts import describe_parts
 from expo.tasks import Answer, Prompt, Task, read_outputs, read_rows
 from expo.verbs.generate.model import Model
 from expo.verbs.generate.requests import RequestBuilder, Turn
@@ -331,7 +332,7 @@ class GenerateJob(RowJob):
             **self.model.describe(),
             "engine": self.engine,
             "task": self.task.name,
-            **self.describe_parts(),
+            **describe_parts(self),
             **self.describe_date(),
             "rows": len(self.keys),
             "rows_too_long": len(self.first.unanswerable),

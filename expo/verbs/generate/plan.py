@@ -158,8 +158,10 @@ def plan(config: GenerateConfig, moment: str | None = None, prompts: Collection[
         **({"temperature": dict(task.temperatures)} if config.temperature is None else {}),
     }
     fingerprint = Fingerprint(made_from, {**absent_values(config, "rows", "batches", "weights"), **spec.absent})
-    date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment) if model.asks_for_time else None
-    if date is not None:
+    date = None
+    if model.asks_for_time:
+        moment = moment or config.template_date
+        date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment)
         model, fingerprint = model.at(date.moment), fingerprint.with_entry(date.entry)
     builder, first = RequestBuilder.begin(config, task, model, limited)
     stop_ids = model.stop_ids(config.stop_token_id)

@@ -22,6 +22,7 @@ from expo.files import Row, json_lines, texts_sha256
 from expo.parts import Part
 from expo.rows.files import Columns, RowFiles, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
+from expo.rows.parts import describe_parts
 from expo.stats.means import clustered_mean_and_standard_error, mean_and_standard_error
 from expo.tasks import read_rows
 from expo.verbs.score.rows import ScoreRow
@@ -304,7 +305,7 @@ class ScoreJob(RowJob):
             **self.described_by,
             "engine": self.engine,
             "outputs": str(self.outputs),
-            **self.describe_parts(),
+            **describe_parts(self, self.further),
             **self.describe_date(),
             "rows": len(self.rows),
             "rows_without_answer": len(self.rows) - len(scored),

@@ -328,7 +328,7 @@ def _dated(
     """With the date of a chat template that writes one, at which the tokenizer's clock then stands."""
     if not tokenizer.asks_for_time:
         return tokenizer, fingerprint, None
-    date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment)
+    date = find_date(files, fingerprint, overwrite=config.overwrite, moment=moment or config.template_date)
     return tokenizer.at(date.moment), fingerprint.with_entry(date.entry), date
 
 
