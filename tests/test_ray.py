@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Pair, environment, expo_command, random_pair, run_expo, tree, without_clock, write, write_checkpoint
+from helpers import Pair, environment, expo_command, random_pair, tree, without_clock, write, write_checkpoint
 from test_orphans import wait_until_gone
 
+from expo.arguments import arguments_of
+from expo.config import GenerateConfig
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
+from expo.verbs import generate
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
@@ -166,7 +169,7 @@ def test_machines_share_the_shards(pair: Pair, raylets: Raylets, start: Any, tmp
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
     clock = json.loads((tmp_path / "out" / "expo.json").read_text())["clock"]
     assert len(clock["parts"]) == 8
-    assert [path.name for path in tmp_path.glob(".*")] == [], "nothing of the check is left"
+    assert [path.name for path in tmp_path.glob(".*")] == [], "nothing is left of the check"
 
 
 def test_a_machine_that_dies_loses_no_shard(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
@@ -185,24 +188,15 @@ def test_a_machine_that_dies_loses_no_shard(pair: Pair, raylets: Raylets, start:
     assert len(inodes & set(staged.values())) >= 2, "shards that were complete are kept"
 
 
-def test_a_process_that_is_killed_is_started_again(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+def test_a_process_is_killed_and_then_the_run_itself(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     whole = write(pair, tmp_path / "whole")[0].path
     raylets.hold()
     process = start(*extrapolating(pair, tmp_path / "out"))
     os.kill(raylets.waiting(2)[0], signal.SIGKILL)
-    raylets.open()
-    _, err = ended(process)
-    assert "killed by SIGKILL; restarting" in err
-    assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
-
-
-def test_the_run_itself_is_killed_and_run_again(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
-    whole = write(pair, tmp_path / "whole")[0].path
-    raylets.hold()
-    process = start(*extrapolating(pair, tmp_path / "out"))
-    left = raylets.waiting(2)
+    left = raylets.waiting(3)  # the one that took its place
     process.kill()
-    process.wait()
+    _, err = process.communicate()
+    assert "killed by SIGKILL; restarting" in err
     again = start(*extrapolating(pair, tmp_path / "out"))  # at once, while the other's processes may still be there
     for pid in left:
         wait_until_gone(pid)
@@ -237,31 +231,29 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def generating(model: Path, prompts: Path, folder: Path) -> tuple[object, ...]:
-    how = ("--engine", "transformers", "--dtype", "float32", "--max-tokens", 12, "--batch-tokens", 64)
-    return ("generate", prompts, "--model", model, "--name", "mine", "--output-dir", folder, *how)
-
-
 def test_rows_survive_a_machine(llama_pair: Pair, prompts: Path, raylets: Raylets, start: Any, tmp_path: Path) -> None:
-    words = generating(llama_pair[1], prompts, tmp_path / "one")
-    assert run_expo(*words).code == 0
-    whole = (tmp_path / "one" / "outputs_q" / "mine.jsonl").read_bytes()
+    how = {"engine": "transformers", "dtype": "float32", "max_tokens": 12, "batch_tokens": 64, "name": "mine"}
+
+    def config(folder: str, **more: str) -> GenerateConfig:
+        return GenerateConfig(
+            task=str(prompts), model=str(llama_pair[1]), output_dir=str(tmp_path / folder), **how, **more
+        )
+
     raylets.hold()
-    process = start(*generating(llama_pair[1], prompts, tmp_path / "out"))
+    process = start("generate", *arguments_of(config("out")))
+    whole = Path(generate.run(config("one")).output).read_bytes()
     victim, _ = raylets.waiting(2)
-    parts = tmp_path / "out" / "outputs_q" / "mine.parts"
-    durable = [line for file in parts.glob(".*.journal.jsonl") for line in file.read_text().splitlines()[1:]]
-    assert durable
+    folder = tmp_path / "out" / "outputs_q"
+    journals = list((folder / "mine.parts").glob(".*.journal.jsonl"))
+    assert any(len(file.read_text().splitlines()) > 1 for file in journals), "rows are durable before the kill"
     raylets.kill_machine_of(victim)
     raylets.open()
-    ended(process)
-    assert (tmp_path / "out" / "outputs_q" / "mine.jsonl").read_bytes() == whole
-    meta = json.loads((tmp_path / "out" / "outputs_q" / "mine.meta.json").read_text())
-    assert meta["repeatable"]
-    assert not parts.exists()
-    again = start(*generating(llama_pair[1], prompts, tmp_path / "out"))
-    _, err = ended(again)
-    assert "already complete" in err
+    _, err = ended(process)
+    assert "another process takes it up" in err
+    assert (folder / "mine.jsonl").read_bytes() == whole
+    assert json.loads((folder / "mine.meta.json").read_text())["repeatable"]
+    assert not (folder / "mine.parts").exists()
+    assert generate.run(config("out", ray="127.0.0.1:9")).status == "already complete", "for which no cluster is needed"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,16 @@ from sizes import sized
 from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
+from expo import journal
 from expo.cli import program as cli, work
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, EngineSpec
 from expo.engines.torch_tools import worker_environments
 from expo.errors import EnvironmentFailure, InputError
 from expo.parts import all_parts
-from expo.rows import EngineKeeper, workers
+from expo.rows import EngineKeeper, worker as worker_module, workers
 from expo.rows.files import LineCount
+from expo.rows.process import LocalProcess
 from expo.rows.worker import MAX_STARTS, Worker
 from expo.rows.workers import Crew
 from expo.verbs import generate as verb
@@ -205,6 +208,148 @@ def test_why_a_part_failed_is_known_although_its_process_hangs(crew_of, monkeypa
     with pytest.raises(kind, match="the disk is full"), crew_of(says + hangs) as crew:
         crew.watch("generate", 8, 0)
     assert crew._workers[0].exit_code() == -signal.SIGKILL
+
+
+# --- jobs that are handed on ----------------------------------------------------------------------------------------
+
+SERVES = """
+def row():
+    open(JOURNAL, 'a').write('x\\n' * 9)
+for line in os.fdopen(JOBS):
+    ACTION
+    os.write(REPLIES, b'{"exit_code": 0}\\n')
+"""
+"""A worker that stays: for each job it does what it is made for, and says that it is done."""
+
+
+class Elsewhere(LocalProcess):
+    """A process as if it ran on another machine: where `lost`, nothing more than that is known at its end."""
+
+    def __init__(self, *words, lost=None, placed=True) -> None:
+        super().__init__(*words)
+        self.is_placed = placed
+        self.holder = journal.holder_of(self.pid)
+        self._lost = lost
+
+    @property
+    def lost(self) -> str | None:
+        return self._lost if self.exit_code() is not None else None
+
+
+class Staying(Program):
+    def __init__(self, action: str, **how) -> None:
+        Worker.__init__(self, None, {}, stays=True)
+        self._action, self._how, self.done = action, how, []
+
+    def new_process(self, words):
+        return Elsewhere(self.command, words, {}, **self._how)
+
+    def start(self) -> None:
+        self.done.append(str(self.job.part))
+        super().start()
+
+    def command(self, jobs: int, replies: int) -> list[str]:
+        program = SERVES.replace("JOURNAL", repr(str(self.job.files.journal))).replace("ACTION", self._action)
+        program = program.replace("REPLIES", str(replies)).replace("JOBS", str(jobs))
+        return [sys.executable, "-c", f"import os, sys, time\n{program}"]
+
+
+@pytest.fixture
+def staying_crew(crew_of):
+    """Workers that stay, each with its part, and further parts that wait."""
+
+    def make(*made: Staying, waiting: int = 0) -> Crew:
+        jobs = [worker.job for worker in crew_of(*[DONE] * (len(made) + waiting))._workers]
+        for worker, job in zip(made, jobs, strict=False):
+            worker.take(job)
+        return Crew(made, [(job, 0) for job in jobs[len(made) :]])
+
+    return make
+
+
+def test_whoever_is_free_takes_what_waits(staying_crew):
+    one, two = Staying("row()"), Staying("time.sleep(0.2); row()")
+    with staying_crew(one, two, waiting=4) as crew:
+        crew.watch("generate", 8, 0)
+    assert sorted(one.done + two.done) == [f"{number}/6" for number in range(6)]
+    assert len(one.done) > len(two.done)
+
+
+def test_the_job_of_a_lost_machine_is_taken_up_elsewhere(staying_crew, caplog):
+    lost, other = Staying(KILLED, lost="its machine is gone"), Staying("row()")
+    with staying_crew(lost, other) as crew:
+        crew.watch("generate", 8, 0)
+    assert "part 0/2: its machine is gone; another process takes it up" in caplog.messages
+    assert other.done == ["1/2", "0/2"]
+
+
+def test_a_job_that_always_loses_its_machine_ends_the_run(staying_crew, monkeypatch):
+    monkeypatch.setattr(workers, "MAX_GIVEN_BACK", 2)
+    lost = Staying(KILLED, lost="its machine is gone")
+    with staying_crew(lost) as crew, pytest.raises(EnvironmentFailure, match="part 0/1: its machine is gone; rerun"):
+        crew.watch("generate", 8, 0)
+    assert lost.done == ["0/1"] * 3
+
+
+def test_a_job_for_which_no_machine_has_room_is_taken_by_whoever_is_free(staying_crew):
+    nowhere, other = Staying(HANG, placed=False), Staying("row()")
+    with staying_crew(nowhere, other) as crew:
+        crew.watch("generate", 8, 0)
+    assert other.done == ["1/2", "0/2"]
+
+
+def test_the_job_of_a_straggler_is_given_to_one_that_is_free(staying_crew, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "STRAGGLER_SECONDS", 0.5)
+    slow, other = Staying(HANG), Staying("row()")
+    with staying_crew(slow, other) as crew:
+        crew.watch("generate", 8, 0)
+    assert other.done == ["1/2", "0/2"]
+    assert "part 0/2: is far slower than the others (0 of 4 are done); another process takes it up" in caplog.messages
+
+
+def test_one_that_is_slow_but_soon_done_is_left_alone(staying_crew, monkeypatch):
+    monkeypatch.setattr(workers, "STRAGGLER_SECONDS", 30.0)
+    slow, other = Staying("time.sleep(1); row()"), Staying("row()")
+    with staying_crew(slow, other) as crew:
+        crew.watch("generate", 8, 0)
+    assert (slow.done, other.done) == (["0/2"], ["1/2"])
+
+
+def test_a_lost_job_waits_until_its_process_lets_go_or_is_overdue(staying_crew, monkeypatch, tmp_path):
+    """A machine that is not heard of may still write for some seconds; its lock says so, until it is known as dead."""
+    worker = Staying(KILLED, lost="its machine is gone")
+    staying_crew(worker)
+    path = worker.job.files.journal
+    worker.start()
+    while worker.exit_code() is None:
+        time.sleep(0.01)
+    far_away = replace(worker._process.holder, boot="another", machine="another", nonce="1")
+    worker._process.holder = replace(far_away, nonce="")
+    lock = path.with_name(path.name + journal.LOCK_SUFFIX)
+    for overdue in (False, True):
+        journal.create_once(lock, json.dumps(asdict(far_away)))
+        monkeypatch.setattr(worker_module, "RELEASE_SECONDS", 0.0 if overdue else 60.0)
+        assert worker.release()() is overdue
+        assert lock.is_symlink() is not overdue
+    journal.create_once(lock, json.dumps(asdict(replace(far_away, pid=1, nonce="2"))))
+    assert worker.release()() is False, "another process's lock is not removed"
+    lock.unlink()
+    assert worker.release()() is True
+    worker.close()
+
+
+def test_a_process_whose_lock_was_given_to_another_writes_no_more(tmp_path):
+    header = {"fingerprint": {"a": 1}}
+    with journal.Journal(tmp_path / "j", header) as held:
+        held.append([{"row": 1}])
+        lock = tmp_path / "j.lock"
+        lock.unlink()
+        held.append([{"row": 2}])
+        journal.create_once(lock, json.dumps(asdict(replace(journal.this_process(), boot="another", nonce="1"))))
+        with pytest.raises(EnvironmentFailure, match="another run has taken over"):
+            held.append([{"row": 3}])
+    assert [row.get("row") for row in journal.read_journal(tmp_path / "j")[1:]] == [1, 2]
+    assert lock.is_symlink(), "the other's lock stays"
 
 
 IGNORES = "import signal; signal.signal(15, signal.SIG_IGN); " + HANG
