@@ -22,7 +22,7 @@ from crashes import ended, forked
 
 from expo.cli import program as cli
 from expo.config import GenerateConfig
-from expo.journal import LOCK_SUFFIX
+from expo.locks import LOCK_SUFFIX
 from expo.verbs.generate import GenerateJob, plan
 
 NAME = "mine"

@@ -20,7 +20,7 @@ make_fastchat >/dev/null 2>&1 &
 fastchat=$!
 make_environment
 
-if ! has_modules pytest xdist hypothesis ruff mypy importlinter openai peft alpaca_eval lm_eval playwright statsmodels ville nbclient ipykernel hatchling zensical; then
+if ! has_modules pytest xdist hypothesis ruff mypy importlinter openai peft alpaca_eval lm_eval playwright statsmodels ville nbclient ipykernel hatchling zensical ray; then
     say "installing the tools that check the code"
     take_pip_settings
     pip_install -e '.[test]'

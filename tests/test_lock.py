@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from expo.errors import InputError
-from expo.journal import Holder, RunLock, this_process
+from expo.locks import Holder, RunLock, this_process
 
 ME = dataclasses.replace(this_process(), nonce="0123456789abcdef")
 ELSEWHERE = dataclasses.replace(ME, host="node7", machine="other", boot="other")
@@ -25,7 +25,7 @@ ENDED = dataclasses.replace(ME, born="1")
 HOLD = """
 import os, signal, sys, time
 from pathlib import Path
-from expo.journal import RunLock
+from expo.locks import RunLock
 lock = RunLock(Path(sys.argv[1]), alone_here=True)
 print("held", flush=True)
 time.sleep(60)
@@ -124,7 +124,7 @@ def test_after_a_restart_of_the_machine_a_lock_from_before_is_taken_over(
     tmp_path: Path, age_s: float, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newer one belongs to another machine that has the same name."""
-    monkeypatch.setattr("expo.journal.this_process", lambda: dataclasses.replace(ME, machine="m"))
+    monkeypatch.setattr("expo.locks.this_process", lambda: dataclasses.replace(ME, machine="m"))
     lock = held_by(tmp_path / "out/lock", dataclasses.replace(ME, machine="m", boot="before"), age_s=age_s)
     if taken:
         RunLock(lock, alone_here=True).release()
@@ -176,7 +176,7 @@ RACE = """
 import os, random, sys, time
 from pathlib import Path
 from expo.errors import InputError
-from expo.journal import RunLock
+from expo.locks import RunLock
 
 folder, seed, rounds, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), 6
 

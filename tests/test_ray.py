@@ -205,14 +205,12 @@ def test_a_process_is_killed_and_then_the_run_itself(pair: Pair, raylets: Raylet
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
 
 
-def test_a_run_that_is_stopped_leaves_nothing_behind_but_its_parts(
-    pair: Pair, raylets: Raylets, start: Any, tmp_path: Path
-) -> None:
+def test_a_run_that_is_stopped_ends_its_processes(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     raylets.hold()
     process = start(*extrapolating(pair, tmp_path / "out"))
     left = raylets.waiting(2)
-    process.send_signal(signal.SIGINT)
-    ended(process, 130)
+    process.send_signal(signal.SIGTERM)
+    ended(process, 143)
     for pid in left:
         wait_until_gone(pid)
     assert not (tmp_path / "out" / "config.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from sizes import sized
 from test_generate import settings
 from test_orphans import is_alive, wait_until_gone
 
-from expo import journal
+from expo import journal, locks
 from expo.cli import program as cli, work
 from expo.config import GenerateConfig
 from expo.engines import GENERATORS, EngineSpec
@@ -228,7 +229,7 @@ class Elsewhere(LocalProcess):
     def __init__(self, *words, lost=None, placed=True) -> None:
         super().__init__(*words)
         self.is_placed = placed
-        self.holder = journal.holder_of(self.pid)
+        self.holder = locks.holder_of(self.pid)
         self._lost = lost
 
     @property
@@ -325,15 +326,19 @@ def test_a_lost_job_waits_until_its_process_lets_go_or_is_overdue(staying_crew, 
         time.sleep(0.01)
     far_away = replace(worker._process.holder, boot="another", machine="another", nonce="1")
     worker._process.holder = replace(far_away, nonce="")
-    lock = path.with_name(path.name + journal.LOCK_SUFFIX)
+    lock = path.with_name(path.name + locks.LOCK_SUFFIX)
     for overdue in (False, True):
-        journal.create_once(lock, json.dumps(asdict(far_away)))
+        locks.create_once(lock, json.dumps(asdict(far_away)))
         monkeypatch.setattr(worker_module, "RELEASE_SECONDS", 0.0 if overdue else 60.0)
         assert worker.release()() is overdue
         assert lock.is_symlink() is not overdue
-    journal.create_once(lock, json.dumps(asdict(replace(far_away, pid=1, nonce="2"))))
+    locks.create_once(lock, json.dumps(asdict(replace(far_away, pid=1, nonce="2"))))
     assert worker.release()() is False, "another process's lock is not removed"
     lock.unlink()
+    assert worker.release()() is True
+    with path.open("a") as stream:  # as a file server may hold it
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert worker.release()() is False
     assert worker.release()() is True
     worker.close()
 
@@ -345,7 +350,7 @@ def test_a_process_whose_lock_was_given_to_another_writes_no_more(tmp_path):
         lock = tmp_path / "j.lock"
         lock.unlink()
         held.append([{"row": 2}])
-        journal.create_once(lock, json.dumps(asdict(replace(journal.this_process(), boot="another", nonce="1"))))
+        locks.create_once(lock, json.dumps(asdict(replace(locks.this_process(), boot="another", nonce="1"))))
         with pytest.raises(EnvironmentFailure, match="another run has taken over"):
             held.append([{"row": 3}])
     assert [row.get("row") for row in journal.read_journal(tmp_path / "j")[1:]] == [1, 2]

@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
@@ -26,7 +27,7 @@ from urllib.parse import urlsplit
 from expo import __version__
 from expo.errors import EnvironmentFailure, InputError, MissingExtra, first_line
 from expo.files import Row
-from expo.journal import Holder, holder_of, is_locked, release
+from expo.locks import Holder, holder_of, is_locked, release
 from expo.rows.process import LocalProcess, Process, work_command
 from expo.rows.worker import Task, Worker
 from expo.rows.workers import Crew
@@ -136,10 +137,13 @@ class Cluster:
         try:
             if not ray.is_initialized():
                 _require_answer(address)
+                on_terminate = signal.getsignal(signal.SIGTERM)
                 ray.init(
                     address, log_to_driver=False, logging_level=logging.ERROR, namespace=f"expo-{secrets.token_hex(4)}"
                 )
                 self._stack.callback(ray.shutdown)
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, on_terminate)  # which Ray has replaced by its own
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             self._stack.close()
             raise EnvironmentFailure(
@@ -280,6 +284,19 @@ def _require_answer(address: str) -> None:
     where = urlsplit(address if "://" in address else f"ray://{address}")
     if where.hostname and where.port:
         socket.create_connection((where.hostname, where.port), CONNECT_SECONDS).close()
+
+
+def forget_names(folders: Iterable[Path]) -> None:
+    """Let this machine see files that others have just made.
+
+    On a network file system a name that was not there when it was looked for is remembered as such for up to a minute,
+    unless the folder is changed from here.
+    """
+    for folder in folders:
+        name = folder / f"{TOKEN_NAME}{secrets.token_hex(8)}"
+        with suppress(OSError):
+            name.touch()
+            name.unlink()
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
-from expo.journal import content_of, create_once
+from expo.locks import content_of, create_once
 from expo.parts import DATE_NAME, FILE_NAME
 from expo.rows.files import RowFiles
 from expo.settings import Fingerprint

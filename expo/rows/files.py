@@ -13,7 +13,8 @@ from pathlib import Path
 
 from expo.errors import InputError
 from expo.files import Row, json_text, write_atomic
-from expo.journal import LOCK_SUFFIX, Journal, RunLock, is_locked, kept_rows, read_journal
+from expo.journal import Journal, kept_rows, read_journal
+from expo.locks import RunLock, is_locked, lock_of
 
 Columns = Mapping[str, type | tuple[type, ...]]
 """Column → the type of its values."""
@@ -173,7 +174,7 @@ class RowFiles:
     def lock(self) -> RunLock | None:
         """The lock for writing these files; None where another run has it, or may have it."""
         try:
-            return RunLock(self.journal.with_name(self.journal.name + LOCK_SUFFIX), alone_here=False)
+            return RunLock(lock_of(self.journal), alone_here=False)
         except InputError:
             return None
 

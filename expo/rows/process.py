@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 import psutil
 
 from expo.files import Row
-from expo.journal import Holder
+from expo.locks import Holder
 from expo.orphans import environment_for_child
 
 TAIL_BYTES = 1 << 16

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from expo.config import RowsConfig
 from expo.parts import all_parts
-from expo.rows.cluster import Cluster, local_inputs
+from expo.rows.cluster import Cluster, forget_names, local_inputs
 from expo.rows.dates import agree
 from expo.rows.job import Done, RowJob
 from expo.rows.keeper import EngineKeeper
@@ -98,6 +98,7 @@ def run_on_cluster(whole: RowJob, address: str) -> Done:
             elsewhere = len(whole.keys) - sum(job.total for job, _ in todo)
             with cluster.crew(share, todo) as crew:
                 crew.watch(whole.verb, len(whole.keys), elsewhere)
+            forget_names([whole.files.parts_folder])
     return join_parts(whole, count)
 
 

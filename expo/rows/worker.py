@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from expo.errors import EnvironmentFailure
-from expo.journal import release
+from expo.locks import release
 from expo.parts import Part
 from expo.rows.process import LocalProcess, Process, work_command
 
@@ -27,6 +27,8 @@ MAX_STARTS = 4
 """How many times the process of one job is started in one run."""
 RELEASE_SECONDS = 30.0
 """How long a process may still write after nothing is heard of it any more (`orphans.GRACE_SECONDS`)."""
+MAX_RELEASE_SECONDS = 300.0
+"""How long a file server may hold the locks of a machine that is gone; whoever has the job then says what is wrong."""
 
 
 class Task(Protocol):
@@ -165,13 +167,13 @@ class Worker:
         its locks there, which only this process can tell to be those of a dead one.
         """
         ended = self._process.holder if self._process else None
-        known_at = time.monotonic() + (RELEASE_SECONDS if self.is_lost else 0)
-        journals = self.job.journals
+        begun, journals = time.monotonic(), self.job.journals
+        known_after = RELEASE_SECONDS if self.is_lost else 0.0
 
         def is_free() -> bool:
-            known = ended if time.monotonic() >= known_at else None
-            freed = [release(journal, known) for journal in journals]
-            return ended is None or all(freed)
+            waited = time.monotonic() - begun
+            freed = [release(journal, ended if waited >= known_after else None) for journal in journals]
+            return ended is None or all(freed) or waited > MAX_RELEASE_SECONDS
 
         return is_free
 

@@ -13,7 +13,7 @@ from expo.output.parts import counts_in, require_same_cut, share
 from expo.output.writer import JOURNAL_FILE, read_records, staging_folder
 from expo.parts import Part
 from expo.progress import bytes_bar
-from expo.rows.cluster import Cluster, local_inputs
+from expo.rows.cluster import Cluster, forget_names, local_inputs
 from expo.rows.worker import Worker
 from expo.rows.workers import Crew
 from expo.verbs.extrapolate.commit import join
@@ -84,6 +84,8 @@ def write_on_cluster(job: ExtrapolatePlan, address: str) -> None:
                 cluster.require_shared(folder, local_inputs(job.config), journals)
             with cluster.crew(share, [(task, 0) for task in tasks]) as crew:
                 _watch(job, crew, tasks)
+            staged = {journal.parent for task in tasks for journal in task.journals}
+            forget_names([*{folder.parent for folder in staged}, *staged])
     join(job, count)
 
 
