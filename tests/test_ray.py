@@ -19,9 +19,9 @@ from helpers import Pair, environment, expo_command, random_pair, tree, without_
 from test_orphans import wait_until_gone
 
 from expo.arguments import arguments_of
-from expo.config import GenerateConfig
+from expo.config import GenerateConfig, ScoreConfig
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
-from expo.verbs import generate
+from expo.verbs import generate, score
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
@@ -252,6 +252,26 @@ def test_rows_survive_a_machine(llama_pair: Pair, prompts: Path, raylets: Raylet
     assert json.loads((folder / "mine.meta.json").read_text())["repeatable"]
     assert not (folder / "mine.parts").exists()
     assert generate.run(config("out", ray="127.0.0.1:9")).status == "already complete", "for which no cluster is needed"
+
+
+def test_rewards_are_those_of_one_machine(llama_pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
+    sft, dpo = map(str, llama_pair)
+    for folder in ("one", "out"):
+        answers = tmp_path / folder / "outputs_q" / "mine.jsonl"
+        answers.parent.mkdir(parents=True)
+        rows = [{"prompt": f"w{number}", "output": f"w{number + 1} w{number % 7}"} for number in range(20)]
+        answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(folder: str) -> ScoreConfig:
+        how = {"task": str(tmp_path / "q.jsonl"), "name": "mine", "dtype": "float32", "engine": "transformers"}
+        return ScoreConfig(output_dir=str(tmp_path / folder), implicit_reward=True, sft=sft, dpo=dpo, **how)
+
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"w{number}"}) + "\n" for number in range(20)))
+    process = start("score", *arguments_of(config("out")), "--data-parallel", 1)
+    score.run(config("one"))
+    ended(process)
+    for name in ("mine.jsonl", "mine.rows.jsonl"):
+        assert (tmp_path / "out/rewards_q" / name).read_bytes() == (tmp_path / "one/rewards_q" / name).read_bytes()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
