@@ -42,6 +42,7 @@ def extrapolate(
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     workers: int | None = None,
+    stream_sft: bool = False,
     max_shard_size: str | PathLike[str] = "keep",
     verify: bool = False,
     fsync: bool = True,
@@ -71,6 +72,7 @@ def extrapolate(
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     workers: int | None = None,
+    stream_sft: bool = False,
     max_shard_size: str | PathLike[str] = "keep",
     verify: bool = False,
     fsync: bool = True,
@@ -115,6 +117,8 @@ def extrapolate(
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         dtype: Data type of the written weights; auto keeps each DPO tensor's own.
         workers: Number of threads. [default: the CPU count, at most 4]
+        stream_sft: Read SFT's tensors from the hub by byte ranges while they are combined, instead of
+            downloading a copy.
         max_shard_size: Maximum size of an output file, such as 500MB or 5GB; keep preserves the DPO
             shard layout.
         verify: Checksum all weights: record the inputs' checksums, and check finished outputs against

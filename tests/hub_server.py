@@ -15,9 +15,11 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -81,12 +83,26 @@ class Request:
         return f"{self.method} {self.path}"
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is sent."""
+
+    status: int
+    content: bytes
+    headers: dict[str, str]
+
+    def but(self, *, status: int | None = None, content: bytes | None = None, **headers: str) -> Answer:
+        """The same with something else in it; of a header's name, `_` stands for a hyphen."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return Answer(status or self.status, self.content if content is None else content, {**self.headers, **named})
+
+
 @dataclass
 class Fault:
     """What happens to requests that match, instead of their answer."""
 
     pattern: str
-    """A regular expression, searched in "METHOD /path"."""
+    """A regular expression, searched in "METHOD /path", or "METHOD /path bytes=first-last"."""
     times: int
     """How many requests it happens to."""
     status: int | None = None
@@ -94,7 +110,9 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: dict[str, Any] = field(default_factory=dict)
     stall: threading.Event | None = None
-    """Send half of the file and wait for this; with neither this nor a status, send half and hang up."""
+    """Send half of the file and wait for this; with none of these, send half and hang up."""
+    lie: Callable[[Answer], Answer] | None = None
+    """Send this in place of the answer."""
     seen: threading.Event = field(default_factory=threading.Event)
     """Set when it has happened."""
 
@@ -108,6 +126,9 @@ class FakeHub:
         self.store: Files = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.sent: Counter[str] = Counter()
+        """Bytes of bodies that were sent, for each path."""
+        self.counting = threading.Lock()
         self.unexpected: list[str] = []
         self.all_regular = False
         """Whether uploads are asked for as ordinary files, whatever their size."""
@@ -138,8 +159,14 @@ class FakeHub:
         return {f"{match[1]}/{match[2]}" for match in found if match}
 
     def forget_requests(self) -> None:
-        """Start the list of requests anew."""
+        """Start the list of requests, and the count of what is sent, anew."""
         self.requests.clear()
+        self.sent.clear()
+
+    def sent_of(self, identifier: str, pattern: str = "*.safetensors") -> int:
+        """Bytes that were sent of a model's large files."""
+        files = self.model(identifier).files
+        return sum(self.sent[f"/store/{_sha256(files[name])}"] for name in fnmatch.filter(files, pattern))
 
     @contextmanager
     def serve(self) -> Iterator[FakeHub]:
@@ -174,10 +201,12 @@ def _is_large(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in LARGE_FILES)
 
 
+@lru_cache(16)  # a large file is asked for by many ranges
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@lru_cache(16)
 def _git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -187,6 +216,12 @@ def _tree_entry(name: str, content: bytes) -> dict[str, Any]:
     if _is_large(name):
         entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
     return entry
+
+
+def _sibling(entry: dict[str, Any]) -> dict[str, Any]:
+    """A file as a model's description lists it, which names the same things otherwise."""
+    large = {"lfs": {"sha256": entry["lfs"]["oid"], **entry["lfs"]}} if "lfs" in entry else {}
+    return {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"], **large}
 
 
 def _entries(files: Files, folder: str, *, recursive: bool) -> list[dict[str, Any]]:
@@ -217,6 +252,7 @@ class _Refusal(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits until the header before it is acknowledged, for 40 ms
 
     def _answer(self) -> None:
         """Find the request's route and send what it returns, or the fault in its place."""
@@ -226,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         request = Request(self.command, url.path, self.token, self.headers.get("Range"))
         self.hub.requests.append(request)
-        self.fault = self._fault(str(request))
+        self.fault = self._fault(f"{request} {request.range}" if request.range else str(request))
         if self.fault and self.fault.status:
             return self._send_json(self.fault.body, self.fault.status, self.fault.headers)
         try:
@@ -289,6 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(kind, id)
         commit = self._commit(repository, revision)
         siblings = [{"rfilename": name} for name in repository.commits[commit]]
+        if "blobs" in self.query:
+            entries = (_tree_entry(name, content) for name, content in repository.commits[commit].items())
+            siblings = [_sibling(entry) for entry in entries]
         about = {"id": id, "sha": commit, "private": repository.private, "gated": repository.gated}
         self._send_json({**about, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
@@ -318,9 +357,10 @@ class _Handler(BaseHTTPRequestHandler):
             refusal.headers |= headers
             raise refusal
         if _is_large(name):
-            self.hub.store[_sha256(content)] = content
-            linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{_sha256(content)}"'}
-            address = {"Location": f"{self.hub.store_address}/store/{_sha256(content)}"}
+            digest = _sha256(content)
+            self.hub.store[digest] = content
+            linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
+            address = {"Location": f"{self.hub.store_address}/store/{digest}"}
             return self._send(302, b"", {**headers, **linked, **address})
         return self._send_file(content, {**headers, "ETag": f'"{_git_id(content)}"'})
 
@@ -417,16 +457,24 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(206, content[first : last + 1], {**headers, **span})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        answer = Answer(status, content, {**headers, "Content-Length": str(len(content))})
+        if self.fault and self.fault.lie:
+            answer = self.fault.lie(answer.but(Connection="close"))
+            self.close_connection = True
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault is None or self.fault.status:
-            self.wfile.write(content)
+        broken = self.fault and not (self.fault.status or self.fault.lie)
+        body = content[: len(content) // 2] if broken else answer.content
+        path = urlsplit(self.path).path
+        with self.hub.counting:
+            self.hub.sent[path] += len(body)
+        self.wfile.write(body)
+        if not broken:
             return
-        self.wfile.write(content[: len(content) // 2])
         self.wfile.flush()
         if self.fault.stall:
             self.fault.stall.wait(60)

@@ -69,7 +69,7 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "exclude": ("a", "b"), "missing": "copy-dpo", "allow_nonfinite": True, "fsync": False, "overwrite": True,
         "push_to_hub": "me/x-{alpha}", "private": True,
         "rule": "another", "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
-        "allow_pickle": True, "verify": True, "data_parallel": 2, "ray": "auto",
+        "allow_pickle": True, "verify": True, "stream_sft": True, "data_parallel": 2, "ray": "auto",
     }  # fmt: skip
     others = {"dry_run", "part", "join"}  # the last two exclude data_parallel
     assert values.keys() | others == config_files.field_names("extrapolate"), "a new setting belongs here too"

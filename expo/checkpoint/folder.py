@@ -13,8 +13,8 @@ import fnmatch
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import xxhash
 
 from expo.checkpoint.elsewhere import elsewhere, names_below
 from expo.checkpoint.header import Shard as Shard, TensorInfo as TensorInfo, is_text_map, read_shard as read_shard
+from expo.checkpoint.read_ahead import ReadAhead
 from expo.errors import InputError
 from expo.files import (
     MAX_TEXT_BYTES,
@@ -71,6 +72,8 @@ class Location:
     hub_id: str | None = None
     revision: str | None = None
     """The commit on the hub that is in `path`."""
+    read_remote: Callable[[], Checkpoint] | None = field(default=None, compare=False)
+    """Reads the layout of weights that stay on the hub (`remote.py`), so that `path` has only the small files."""
 
     @property
     def label(self) -> str:
@@ -124,6 +127,8 @@ class Checkpoint:
     """Whether there is an index file."""
     ignored: tuple[str, ...]
     """Names of weight files in the folder that do not belong to the checkpoint."""
+    open_remote: Callable[[], ReadAhead] | None = None
+    """Opens weights that stay on the hub; None if the shards are files here."""
 
 
 @dataclass(frozen=True)
@@ -137,27 +142,30 @@ class WeightFormat:
     pattern: str
     """Glob of this format's weight files; one that is not read gets a warning."""
     read_shard: Callable[[Path], Shard]
+    each: Callable[[Callable[[Path], Shard], Iterable[Path]], Iterable[Shard]] = map
+    """Applies `read_shard` to every file, in their order."""
 
 
 SAFETENSORS = WeightFormat("safetensors", SINGLE_FILE, INDEX_FILE, "*.safetensors", read_shard)
 
 
-def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoint:
+def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS, remote: Iterable[str] = ()) -> Checkpoint:
     """Read a checkpoint's headers, index and config.
 
     Args:
         path: The checkpoint's folder.
         weights: The format to read.
+        remote: Names of further weight files, which are not in the folder and which `weights.read_shard` finds.
 
     Raises:
         InputError: No such weights, an unfinished or ambiguous folder, or damaged files.
     """
-    entries, index_file = _names(path), path / weights.index
+    entries, index_file = sorted({*_names(path), *remote}), path / weights.index
     if PARTIAL_FOLDER in entries:
         raise InputError(f"{path} is an unfinished output of expo: rerun the command that writes it")
     present = fnmatch.filter(entries, weights.pattern)
     index = read_json(index_file, unique=True) if weights.index in entries else None
-    weight_map = {} if index is None else _weight_map(index_file, index, weights)
+    weight_map = {} if index is None else _weight_map(index_file, index, weights, entries)
     names = sorted(set(weight_map.values())) or [weights.single]
     if index is None and weights.single not in present:
         raise InputError(_no_weights(path, present, weights))
@@ -166,7 +174,7 @@ def read_checkpoint(path: Path, weights: WeightFormat = SAFETENSORS) -> Checkpoi
             f"{path} has both {weights.single} and {weights.index}, and the index does not list it: remove the stale "
             "one"
         )
-    shards = tuple(weights.read_shard(path / name) for name in names)
+    shards = tuple(weights.each(weights.read_shard, [path / name for name in names]))
     if index is not None:
         shards = _as_loaders_read(index_file, shards, weight_map)
     tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -234,14 +242,16 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _weight_map(index: Path, content: dict[str, Any], weights: WeightFormat) -> dict[str, str]:
+def _weight_map(
+    index: Path, content: dict[str, Any], weights: WeightFormat, entries: Collection[str]
+) -> dict[str, str]:
     weight_map = content.get("weight_map")
     if not weight_map or not is_text_map(weight_map):
         raise InputError(f"{index} has no weight_map")
     for name in sorted(set(weight_map.values())):
         if name_problem(name) or name != os.path.basename(name) or not name.endswith(Path(weights.single).suffix):
             raise InputError(f"{index} names {shown(name)}, which is not a {weights.name} file in the same folder")
-        if not os.path.lexists(index.parent / name):
+        if name not in entries:
             raise InputError(f"{index} names {name}, which is missing; download it again")
     return weight_map
 

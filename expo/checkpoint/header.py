@@ -76,7 +76,20 @@ def read_shard(file: Path) -> Shard:
     Raises:
         InputError: The file is incomplete or malformed; the message says what is wrong.
     """
-    raw, size = _read_header(file)
+    return parse_shard(file, *_read_header(file))
+
+
+def parse_shard(file: Path, raw: bytes, size: int) -> Shard:
+    """Parse and check a safetensors header that was read.
+
+    Args:
+        file: Where it is from.
+        raw: The header with its 8 bytes of length.
+        size: The whole file's size.
+
+    Raises:
+        InputError: The file is incomplete or malformed; the message says what is wrong.
+    """
     header = _parse(file, raw[8:])
     metadata = _metadata(file, header.pop("__metadata__", None))
     tensors = [_tensor(file, name, entry, len(raw)) for name, entry in header.items()]
@@ -91,7 +104,7 @@ def _read_header(file: Path) -> tuple[bytes, int]:
         try:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(HEAD_BYTES)
-            length = _checked_length(file, head, size)
+            length = header_length(file, head, size)
             stream.seek(0)
             raw = stream.read(8 + length)
         except OSError as error:
@@ -101,7 +114,17 @@ def _read_header(file: Path) -> tuple[bytes, int]:
     return raw, size
 
 
-def _checked_length(file: Path, head: bytes, size: int) -> int:
+def header_length(file: Path, head: bytes, size: int) -> int:
+    """The length of a safetensors header, without the 8 bytes that say it.
+
+    Args:
+        file: Where it is.
+        head: The file's first `HEAD_BYTES`.
+        size: The whole file's size.
+
+    Raises:
+        InputError: It is not a safetensors file, or too short for its header.
+    """
     length = int.from_bytes(head[:8], "little")
     if found := stand_in(head):
         raise InputError(f"{file} is not weights but {found}")

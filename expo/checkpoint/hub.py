@@ -10,6 +10,8 @@ import difflib
 import fnmatch
 import glob
 import re
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,9 +50,11 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
 )
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES)
-"""The files needed to read a checkpoint's weights and compare its token ids with another's; adapter_config.json
-identifies an adapter."""
+SMALL_FILES = ("*.safetensors.index.json", "config.json", "adapter_config.json", *TOKENIZER_FILES)
+"""The files needed, beside the weights, to read these and compare a checkpoint's token ids with another's;
+adapter_config.json identifies an adapter."""
+
+WEIGHT_FILES = ("*.safetensors", *SMALL_FILES)
 
 PICKLED_WEIGHT_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "config.json", *TOKENIZER_FILES)
 """The same for a checkpoint that has only .bin weights."""
@@ -87,6 +91,52 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool | None = Non
     """
     if (local := find_folder(model)) is not None:
         return local
+    return _fetch(*_read_id(model), weights_only=weights_only, pickled=pickled)
+
+
+def locate_small_files(model: str, *, pickled: bool) -> tuple[Location, tuple[str, ...]]:
+    """Find a model on the hub, downloading what its weights' layout and token ids need, and no weights.
+
+    Args:
+        model: A hub id, or `id@revision`.
+        pickled: Whether .bin weights would be read.
+
+    Returns:
+        The model, and the names of its weight files, which are on the hub only; no names if all of it is in the cache.
+
+    Raises:
+        InputError: No such repository, no access to it, or no safetensors weights.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    repository, revision = _read_id(model)
+
+    def download() -> tuple[Location, tuple[str, ...]]:
+        try:
+            info = _ask(repository, revision)
+        except network_errors() as error:
+            with suppress(ExpoError):  # should the hub answer now, the weights are not fetched either
+                return _fetch(repository, revision, weights_only=True, pickled=pickled, cached=True), ()
+            raise error
+        listing = _list(repository, info.sha, info, pickled=pickled)
+        if not listing.safe:
+            raise InputError(
+                f"{repository} has only .bin weights on the hub, which --stream-sft cannot read: leave it out to "
+                "download them"
+            )
+        names = listing.weights
+        if all(isinstance(_cached(repository, name, info.sha), str) for name in names):
+            return _fetch(repository, info.sha, weights_only=True, pickled=pickled), ()
+        return _location(_snapshot(repository, info.sha, SMALL_FILES, listing), repository), names
+
+    return explain_hub_errors(download, repository, revision)
+
+
+def _read_id(model: str) -> tuple[str, str | None]:
+    """The repository and the revision that a hub id names.
+
+    Raises:
+        InputError: It is not spelled as one.
+    """
     if not model.strip():
         raise InputError("the model's name is empty; give a directory or a hub id")
     if expand_user(model).exists():
@@ -96,7 +146,7 @@ def locate(model: str, *, weights_only: bool = False, pickled: bool | None = Non
         raise InputError(f"no such directory: {model}{_hint(model)}")
     if at and not revision:
         raise InputError(f"{model} names no revision: leave out the @, or add a branch, tag or commit after it")
-    return _fetch(repository, revision or None, weights_only=weights_only, pickled=pickled)
+    return repository, revision or None
 
 
 def _hint(model: str) -> str:
@@ -118,33 +168,86 @@ def _near_folder(model: str) -> str:
     return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
-def _fetch(repository: str, revision: str | None, *, weights_only: bool, pickled: bool | None) -> Location:
-    from huggingface_hub import snapshot_download
+def _fetch(
+    repository: str, revision: str | None, *, weights_only: bool, pickled: bool | None, cached: bool = False
+) -> Location:
+    """Download what is not in the cache; with `cached`, nothing is asked of the hub."""
 
     def download() -> str:
-        info = _look_up(repository, revision)
-        files = _cached_files(repository, revision) if info is None else [one.rfilename for one in info.siblings or []]
-        safe = files is None or _has_safetensors(repository, files, pickled)
-        strays = [] if files is None else _strays(repository, revision, info, files, safe=safe)
-        return snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=list(WEIGHT_FILES if safe else PICKLED_WEIGHT_FILES) if weights_only else None,
-            ignore_patterns=[*(OTHER_FORMATS if safe else NOT_WEIGHTS), *map(glob.escape, strays)],
-        )
+        info = None if cached else _look_up(repository, revision)
+        listing = _list(repository, revision, info, pickled=pickled)
+        wanted = WEIGHT_FILES if listing.safe else PICKLED_WEIGHT_FILES
+        return _snapshot(repository, revision, wanted if weights_only else None, listing, cached=cached)
 
-    path = Path(explain_hub_errors(download, repository, revision))
+    return _location(explain_hub_errors(download, repository, revision), repository)
+
+
+def _location(folder: str, repository: str) -> Location:
+    path = Path(folder)
     return Location(path=path, name=repository.split("/")[-1], hub_id=repository, revision=path.name)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Which files of a repository are read."""
+
+    files: list[str]
+    safe: bool
+    """Whether its weights are safetensors."""
+    ignored: tuple[str, ...]
+    """Patterns of the others."""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The safetensors files that are read."""
+        return tuple(name for name in fnmatch.filter(self.files, "*.safetensors") if not _matches(name, self.ignored))
+
+
+def _list(repository: str, revision: str | None, info: ModelInfo | None, *, pickled: bool | None) -> _Listing:
+    files = _cached_files(repository, revision) if info is None else [one.rfilename for one in info.siblings or []]
+    safe = files is None or _has_safetensors(repository, files, pickled)
+    strays = [] if files is None else _strays(repository, revision, info, files, safe=safe)
+    return _Listing(files or [], safe, (*(OTHER_FORMATS if safe else NOT_WEIGHTS), *map(glob.escape, strays)))
+
+
+def _snapshot(
+    repository: str,
+    revision: str | None,
+    wanted: tuple[str, ...] | None,
+    listing: _Listing,
+    *,
+    cached: bool = False,
+) -> str:
+    from huggingface_hub import snapshot_download
+
+    patterns = None if wanted is None else list(wanted)
+    return snapshot_download(
+        repository,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=list(listing.ignored),
+        local_files_only=cached,
+    )
+
+
+def _cached(repository: str, file: str, revision: str | None) -> object:
+    from huggingface_hub import try_to_load_from_cache
+
+    return try_to_load_from_cache(repository, file, revision=revision)
 
 
 def _look_up(repository: str, revision: str | None) -> ModelInfo | None:
     """What the hub says of a repository; None if it does not answer, which is said where files are fetched."""
-    from huggingface_hub import HfApi
-
     try:
-        return HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)
+        return _ask(repository, revision)
     except network_errors():
         return None
+
+
+def _ask(repository: str, revision: str | None) -> ModelInfo:
+    from huggingface_hub import HfApi
+
+    return HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)
 
 
 def _cached_files(repository: str, revision: str | None) -> list[str] | None:
@@ -190,7 +293,11 @@ def _there(repository: str, files: list[str]) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in STRAYS)
+    return _matches(name, STRAYS)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _strays(
@@ -207,10 +314,10 @@ def _strays(
 
 def _shards(repository: str, revision: str | None, info: ModelInfo | None, index: str) -> list[str] | None:
     """The files that an index names; None if it is damaged or not there, which is said where it is read."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
     if info is None:
-        file: object = try_to_load_from_cache(repository, index, revision=revision)
+        file = _cached(repository, index, revision)
     else:
         file = hf_hub_download(
             repository, index, revision=info.sha

@@ -86,8 +86,12 @@ def read_source(location: Location, allow_pickle: bool) -> Checkpoint:
         InputError: No such weights, or damaged ones.
         EnvironmentFailure: The installed torch is too old to read .bin weights safely.
     """
-    pickled = allow_pickle and holds_only_bin(location.path)
-    checkpoint = read_pickled_checkpoint(location.path) if pickled else read_checkpoint(location.path)
+    if location.read_remote is not None:
+        checkpoint = location.read_remote()
+    elif allow_pickle and holds_only_bin(location.path):
+        checkpoint = read_pickled_checkpoint(location.path)
+    else:
+        checkpoint = read_checkpoint(location.path)
     if checkpoint.ignored:
         log.warning("%s: ignoring %s, which is not part of it", location.label, ", ".join(checkpoint.ignored))
     return checkpoint

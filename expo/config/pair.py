@@ -167,6 +167,12 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
         Dtype, changes_weights("Data type of the written weights; auto keeps each DPO tensor's own.", absent="auto")
     ] = "auto"
     workers: Workers = None
+    stream_sft: Annotated[
+        bool,
+        Setting(
+            "Read SFT's tensors from the hub by byte ranges while they are combined, instead of downloading a copy."
+        ),
+    ] = False
     max_shard_size: Annotated[
         str,
         changes_weights(

@@ -13,6 +13,7 @@ from pathlib import Path
 from expo.checkpoint.folder import Location, find_folder, is_adapter, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
+from expo.checkpoint.remote import locate_remote
 from expo.checkpoint.tokens import require_same_tokens
 from expo.config import Dtype, ExtrapolateConfig, PairConfig, ThetaConfig
 from expo.errors import InputError
@@ -36,10 +37,25 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
         EnvironmentFailure: The hub cannot be reached.
     """
     require_rule(config.rule)  # before anything is fetched
+    if isinstance(config, ExtrapolateConfig) and config.stream_sft:
+        return _find_streamed(config)
     sft = find_folder(config.sft) or locate(config.sft, weights_only=True, pickled=config.allow_pickle)
     dpo = find_folder(config.dpo) or locate(config.dpo, pickled=config.allow_pickle)
     if is_adapter(dpo.path):  # then SFT's config and other side files are θ(α)'s
         sft = find_folder(config.sft) or locate(config.sft, pickled=config.allow_pickle)
+    return sft, dpo
+
+
+def _find_streamed(config: ExtrapolateConfig) -> tuple[Location, Location]:
+    """As `find_pair`, with SFT's weights left on the hub."""
+    if config.verify:
+        raise InputError(
+            "--verify checksums SFT's files, which --stream-sft does not download: leave out one of the two"
+        )
+    sft = locate_remote(config.sft, pickled=config.allow_pickle)
+    dpo = find_folder(config.dpo) or locate(config.dpo, pickled=config.allow_pickle)
+    if is_adapter(dpo.path):
+        raise InputError(f"--stream-sft cannot merge an adapter, which {dpo.label} is: leave out --stream-sft")
     return sft, dpo
 
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from expo.checkpoint.folder import Checkpoint, Location, read_card, read_config
+from expo.checkpoint.folder import Checkpoint, Location, Shard, read_card, read_config
 from expo.errors import InputError
 
 UNRELATED_CHANGE = 0.3
@@ -31,7 +31,12 @@ def check_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weight
 
 
 def _files(checkpoint: Checkpoint) -> set[tuple[int, int]]:
-    return {(status.st_dev, status.st_ino) for status in (shard.file.stat() for shard in checkpoint.shards)}
+    return {(status.st_dev, status.st_ino) for status in (shard.file.stat() for shard in _local(checkpoint))}
+
+
+def _local(checkpoint: Checkpoint) -> list[Shard]:
+    """The shards that are files here: those that stay on the hub are not."""
+    return [shard for shard in checkpoint.shards if checkpoint.open_remote is None or shard.file.exists()]
 
 
 def _is_made_from(model: Location, other: Location) -> bool:

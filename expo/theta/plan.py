@@ -164,6 +164,17 @@ class PairPlan:
         """Bytes of one output's weights."""
         return sum(shard.nbytes for shard in self.shards)
 
+    def sft_bytes(self, shards: Iterable[ShardPlan], *, with_equal: bool) -> int:
+        """How many bytes of SFT's tensors are read.
+
+        Args:
+            shards: Those of the output's files that are made.
+            with_equal: Whether the tensors that must be equal, and are in no file, are read, too.
+        """
+        made = [segment for shard in shards for segment, _ in shard.segments()]
+        equal = self.equal if with_equal else ()
+        return sum(segment.sft.nbytes for segment in (*equal, *made) if segment.sft is not None)
+
     @property
     def weight_map(self) -> dict[str, str]:
         """Tensor name → shard name."""

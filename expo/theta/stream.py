@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own by a warning
 
 from expo.checkpoint.folder import Checkpoint, TensorInfo
+from expo.checkpoint.read_ahead import ReadAhead
 from expo.cpus import usable_cpus
 from expo.errors import EnvironmentFailure, InputError
 from expo.theta.adapter.tensors import Adapter, LowRank
@@ -116,16 +117,25 @@ def _spans(segment: Segment, tile: int) -> Iterator[tuple[int, int]]:
 
 
 class SourceFiles:
-    """Open weight files, read at offsets; a context manager."""
+    """Open weight files, read at offsets; a context manager.
+
+    Of files that stay on the hub, only what `expect` was told can be read, and it is fetched in that order.
+    """
 
     def __init__(self, *checkpoints: Checkpoint | Adapter) -> None:
         self._stack = ExitStack()
         with ExitStack() as opening:
             self._descriptors: dict[Path, int] = {}
-            for file in [shard.file for checkpoint in checkpoints for shard in checkpoint.shards]:
-                descriptor = os.open(file, os.O_RDONLY)
-                opening.callback(os.close, descriptor)
-                self._descriptors[file] = descriptor
+            self._remote: dict[Path, ReadAhead] = {}
+            for checkpoint in checkpoints:
+                files = [shard.file for shard in checkpoint.shards]
+                if isinstance(checkpoint, Checkpoint) and checkpoint.open_remote is not None:
+                    self._remote |= dict.fromkeys(files, opening.enter_context(closing(checkpoint.open_remote())))
+                    continue
+                for file in files:
+                    descriptor = os.open(file, os.O_RDONLY)
+                    opening.callback(os.close, descriptor)
+                    self._descriptors[file] = descriptor
             self._stack = opening.pop_all()
 
     def __enter__(self) -> SourceFiles:
@@ -134,12 +144,26 @@ class SourceFiles:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def expect(self, segments: Sequence[Segment]) -> None:
+        """Say what will be read next, and in which order."""
+        for remote in set(self._remote.values()):
+            infos = (segment.sft for segment in segments if segment.sft is not None)
+            remote.expect(info for info in infos if self._remote.get(info.file) is remote)
+
+    def stop(self) -> None:
+        """Whoever waits for bytes of a file on the hub gets an error."""
+        for remote in self._remote.values():
+            remote.stop()
+
     def read(self, file: Path, position: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `position` of the file.
 
         Raises:
             EnvironmentFailure: The file cannot be read, or was truncated.
         """
+        if remote := self._remote.get(file):
+            remote.read(file, position, buffer)
+            return
         done = 0
         while done < len(buffer):
             try:
@@ -246,6 +270,8 @@ class Combiner:
             InputError: A value is not finite, or sides that must be equal are not.
             EnvironmentFailure: Reading failed, or a sink.
         """
+        segments = list(segments)
+        self._sources.expect([segment for segment, _ in segments])
         free: SimpleQueue[Outputs | None] = SimpleQueue()
         job = _Job(pieces(segments, self._piece_bytes, self._tile), sinks, free)
         for outputs in self._outputs:
@@ -261,6 +287,9 @@ class Combiner:
                 if on_bytes is not None and job.handled > reported:
                     on_bytes(job.handled - reported)
                     reported = job.handled
+        except BaseException:
+            self._sources.stop()  # else a worker may wait for bytes whose turn never comes
+            raise
         finally:
             job.stop(self._workers)
             pool.shutdown(wait=True, cancel_futures=True)

@@ -68,6 +68,7 @@ ADDED = (
     Added("python benchmarks/extrapolate.py", "--work expo-bench --pair 1b --rounds 1 --paper 0", SIZE),
     Added("python benchmarks/page_offset.py", "--file {models}/tiny-dpo/model.safetensors", SIZE),
     Added("python benchmarks/memory.py", "--work expo-memory --largest 0.3", SIZE),
+    Added("python benchmarks/remote.py", "--work expo-remote --rounds 1", SIZE),
     Added("python benchmarks/gpu.py", "--work expo-gpu", SIZE),
     Added("python benchmarks/fuzz_headers.py", "--count 500", SIZE),
     Added("python benchmarks/generate.py", "--rounds 1 --limit 8 --max-tokens 8", SIZE),

@@ -75,6 +75,15 @@ class ExtrapolatePlan(Origin):
         """The bytes of these files."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def checks_equal(self) -> bool:
+        """Whether this run looks at the tensors that must be equal and are in no file: one part does it for all."""
+        return self.part is None or self.part.index == 0
+
+    def _sft_bytes(self) -> int:
+        """The bytes of SFT's tensors that this run reads."""
+        return self.pair.sft_bytes(self.shards, with_equal=self.checks_equal)
+
     def _describe_join(self, count: int) -> Row:
         """What is there of each part, and which ones are to be made, as of row jobs (`rows.parts.describe_parts`)."""
         found: dict[Part, list[str | None]] = {part: [] for part in all_parts(count)}
@@ -116,6 +125,7 @@ class ExtrapolatePlan(Origin):
                 for one in pair.matches
             ],
             **vocabulary_rows(pair),
+            **({"sft_bytes_fetched": self._sft_bytes() if self.todo else 0} if self.sft.read_remote else {}),
             **({"part": str(self.part)} if self.part else {}),
             **({"workers": self.config.data_parallel} if self.config.data_parallel else {}),
             **({"ray": self.config.ray} if self.config.ray else {}),

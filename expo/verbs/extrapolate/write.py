@@ -84,7 +84,7 @@ def _write_shards(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> Row:
         started = time.perf_counter()
         sources = stack.enter_context(stream.SourceFiles(*job.pair.sources))
         disk = stack.enter_context(Background())
-        if job.pair.equal and (job.part is None or job.part.index == 0):
+        if job.pair.equal and job.checks_equal:
             stream.Combiner(sources, replace(settings, alphas=()), device, workers).run(
                 [(segment, 0) for segment in job.pair.equal], []
             )
