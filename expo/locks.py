@@ -242,10 +242,13 @@ def release(journal: Path, ended: Holder | None) -> bool:
     held = _holder(path)
     if held is None:
         return _is_unlocked(journal)
-    if replace(held, nonce="") == ended or is_dead(held, me, _last_sign(path), alone_here=False):
+    if replace(held, nonce="") != ended and not is_dead(held, me, _last_sign(path), alone_here=False):
+        return False
+    try:
         remove_dead(path, held)
-        return _is_unlocked(journal)
-    return False
+    except InputError:  # another one is about to remove it
+        return False
+    return _is_unlocked(journal)
 
 
 def _is_unlocked(journal: Path) -> bool:

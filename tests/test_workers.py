@@ -299,6 +299,14 @@ def test_a_job_for_which_no_machine_has_room_is_taken_by_whoever_is_free(staying
     assert other.done == ["1/2", "0/2"]
 
 
+def test_that_nobody_has_room_is_said_once(staying_crew, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "ROOM_SECONDS", 0.1)
+    nowhere = Staying("time.sleep(0.6); row()", placed=False)
+    with staying_crew(nowhere) as crew:
+        crew.watch("generate", 8, 0)
+    assert caplog.messages.count("no machine has room for a process; waiting until one has") == 1
+
+
 def test_the_job_of_a_straggler_is_given_to_one_that_is_free(staying_crew, monkeypatch, caplog):
     monkeypatch.setattr(workers, "STRAGGLER_SECONDS", 0.5)
     slow, other = Staying(HANG), Staying("row()")

@@ -22,6 +22,7 @@ STOP_SECONDS = 30.0
 
 FINISHED = (0, PARTLY_FAILED)
 
+ROOM_SECONDS = 30.0
 MAX_GIVEN_BACK = 20
 """How many times a job may lose its machine."""
 STRAGGLER_SECONDS, STRAGGLER_FACTOR = 60.0, 3.0
@@ -78,6 +79,7 @@ class Crew:
         self._idle: list[Worker] = []
         self._lost: list[str] = []
         self._given_back: Counter[str] = Counter()
+        self._worked_at = time.monotonic()
         self._speeds: list[float] = []  # of finished jobs, in rows per second
 
     def __enter__(self) -> Crew:
@@ -111,6 +113,7 @@ class Crew:
                 for worker in list(self._running):
                     self._look_at(worker)
                 self._hand_out()
+                self._say_when_nobody_works()
                 now = elsewhere + self._finished_rows + sum(worker.rows() for worker in self._running)
                 progress.update(max(0, now - shown))
                 shown = max(shown, now)
@@ -182,6 +185,13 @@ class Crew:
                 self._idle.remove(worker)
                 worker.take(waiting.job, waiting.kept)
                 self._start(worker)
+
+    def _say_when_nobody_works(self) -> None:
+        if any(worker.is_placed for worker in self._running):
+            self._worked_at = time.monotonic()
+        elif time.monotonic() > self._worked_at + ROOM_SECONDS:
+            self._worked_at = math.inf
+            log.warning("no machine has room for a process; waiting until one has")
 
     def _take_back(self) -> None:
         """Take the job of a worker that does not get on, if there is one; its worker has had its turn."""
