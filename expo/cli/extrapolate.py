@@ -17,7 +17,10 @@ log = logging.getLogger(__name__)
 EXAMPLES = (
     "\b\nExamples:\n"
     "  expo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1\n"
-    "  expo extrapolate --recipe Starling-LM-7B-beta --output checkpoints/starling --dry-run"
+    "  expo extrapolate --recipe Starling-LM-7B-beta --output checkpoints/starling --dry-run\n"
+    "\n\b\nAs a Slurm array of four tasks, then joined:\n"
+    "  sbatch --array=0-3 --wrap 'expo extrapolate --recipe zephyr-7b-beta --part slurm'\n"
+    "  expo extrapolate --recipe zephyr-7b-beta --join 4"
 )
 
 
