@@ -67,6 +67,7 @@ class Raylets:
             if raylet in group:
                 self.cluster.remove_node(machine, allow_graceful=False)
                 self.machines.remove(machine)
+                wait_until_gone(pid)  # it ends with its actor, which ends with the machine
                 return
         raise AssertionError("no machine has it")
 
