@@ -43,6 +43,7 @@ class Raylets:
             PYTHONPATH=os.pathsep.join(paths),
             EXPO_TEST_GATE=str(folder),
             RAY_USAGE_STATS_ENABLED="0",
+            RAY_worker_niceness="0",
             RAY_health_check_initial_delay_ms="0",
             RAY_health_check_period_ms="500",
             RAY_health_check_failure_threshold="2",
