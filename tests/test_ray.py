@@ -22,6 +22,7 @@ from expo.arguments import arguments_of
 from expo.config import GenerateConfig, ScoreConfig
 from expo.errors import EnvironmentFailure, InputError, MissingExtra
 from expo.verbs import generate, score
+from expo.verbs.extrapolate.processes import PARTS_PER_PROCESS
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
@@ -126,9 +127,9 @@ def raylets(started: Raylets) -> Iterator[Raylets]:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
-    sides = random_pair({f"layer.{number}.weight": (7 + number, 5) for number in range(12)})
+    sides = random_pair({f"layer.{number}.weight": (7 + number, 5) for number in range(24)})
     sft, dpo = tmp_path / "sft", tmp_path / "dpo"
-    return write_checkpoint(sft, sides[0], shards=2), write_checkpoint(dpo, sides[1], shards=12)
+    return write_checkpoint(sft, sides[0], shards=2), write_checkpoint(dpo, sides[1], shards=24)
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_machines_share_the_shards(pair: Pair, raylets: Raylets, start: Any, tmp
     assert json.loads(out)["outputs"][0]["status"] == "written"
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
     clock = json.loads((tmp_path / "out" / "expo.json").read_text())["clock"]
-    assert len(clock["parts"]) == 8
+    assert len(clock["parts"]) == 2 * PARTS_PER_PROCESS
     assert [path.name for path in tmp_path.glob(".*")] == [], "nothing is left of the check"
 
 

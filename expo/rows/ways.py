@@ -17,8 +17,12 @@ from expo.rows.parts import is_finished, join_parts, kept_of_the_whole, parts_be
 from expo.rows.worker import Worker
 from expo.rows.workers import Crew
 
-PARTS_PER_ENGINE = 2
-"""In how many parts a run on a cluster is divided for each engine: the more, the smaller what another takes up."""
+PARTS_PER_ENGINE, ROWS_PER_PART = 2, 500
+"""In how many parts a run on a cluster is divided for each engine, at most, and how many rows each has, at least.
+
+The more parts, the less another engine takes up; but at a part's end only its longest answers are in flight. Both are
+what `benchmarks/failures.py` chooses.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +89,7 @@ def run_on_cluster(whole: RowJob, address: str) -> Done:
     whole, kept = left.job, left.done
     with Cluster(address) as cluster:
         share = cluster.share(whole.config.data_parallel, whole.gpus_per_engine(cluster.has_gpus))
-        count = parts_begun(whole) or min(len(whole.keys), PARTS_PER_ENGINE * share.processes)
+        count = parts_begun(whole) or parts_for(len(whole.keys), share.processes)
         require_same_cut(whole, count)
         shares = [whole.share(part) for part in all_parts(count)]
         todo = [
@@ -100,6 +104,12 @@ def run_on_cluster(whole: RowJob, address: str) -> Done:
                 crew.watch(whole.verb, len(whole.keys), elsewhere)
             forget_names([whole.files.parts_folder])
     return join_parts(whole, count)
+
+
+def parts_for(rows: int, engines: int) -> int:
+    """In how many parts a run on a cluster is divided: one for each engine, or several where they are large enough."""
+    each = min(PARTS_PER_ENGINE, rows // (ROWS_PER_PART * engines))
+    return min(rows, engines * max(1, each))
 
 
 Config = TypeVar("Config", bound=RowsConfig)

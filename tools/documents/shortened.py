@@ -75,6 +75,7 @@ ADDED = (
     Added("python benchmarks/loading.py", "--work expo-loading --rounds 1", SIZE),
     Added("python benchmarks/score.py", "--rounds 1 --limit 8", SIZE),
     Added("python benchmarks/coverage.py", "--simulations 4 --prompts 30", SIZE),
+    Added("python benchmarks/failures.py", "--replays 2", SIZE),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
     Added("python benchmarks/pipeline.py", "--limit 8 --max-tokens 8", SIZE),
     Added("python benchmarks/switch.py", f"--work expo-switch --rounds 1 {PAIR}", SIZE),

@@ -21,8 +21,11 @@ from expo.verbs.extrapolate.plan import ExtrapolatePlan
 
 MAX_THREADS = 4
 """Of all processes of one machine together, where `--workers` does not say it."""
-PARTS_PER_PROCESS = 4
-"""In how many parts an output is divided for each process of a cluster, where it has so many files."""
+PARTS_PER_PROCESS = 6
+"""In how many parts an output is divided for each process of a cluster, where it has so many files.
+
+It is what `benchmarks/failures.py` chooses: the more, the sooner others have done what a lost or slow machine has not.
+"""
 
 
 @dataclass(frozen=True)
