@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Pair, environment, expo_command, random_pair, tree, without_clock, write, write_checkpoint
+from helpers import Pair, environment, expo_command, random_pair, run_expo, tree, without_clock, write, write_checkpoint
 from test_orphans import wait_until_gone
 
 from expo.arguments import arguments_of
 from expo.config import GenerateConfig, ScoreConfig
-from expo.errors import EnvironmentFailure, InputError, MissingExtra
+from expo.errors import MissingExtra
 from expo.verbs import generate, score
 from expo.verbs.extrapolate.processes import PARTS_PER_PROCESS
 
@@ -30,56 +32,48 @@ WAIT_S = 120
 
 
 class Raylets:
-    """A cluster with a head without CPUs and two machines with one CPU, and the gate of its workers."""
+    """A cluster with a head without CPUs and two machines with one CPU (`raylets.py`), and the gate of its workers."""
 
     def __init__(self, folder: Path) -> None:
-        cluster_utils = pytest.importorskip(
-            "ray.cluster_utils", reason="Ray is not installed; tests/run.sh installs it"
-        )
+        if importlib.util.find_spec("ray") is None:
+            pytest.skip("Ray is not installed; tests/run.sh installs it")
         self.gate = folder
-        self._old = dict(os.environ)
         paths = [str(Path(__file__).with_name("gate")), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ.update(
-            environment(),
-            PYTHONPATH=os.pathsep.join(paths),
-            EXPO_TEST_GATE=str(folder),
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_worker_niceness="0",
-            RAY_health_check_initial_delay_ms="0",
-            RAY_health_check_period_ms="500",
-            RAY_health_check_failure_threshold="2",
-        )
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
-        self.cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
-        self.machines = [self.add() for _ in range(2)]
-        self.cluster.wait_for_nodes()
+        settings = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "EXPO_TEST_GATE": str(folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_health_check_initial_delay_ms": "0",
+            "RAY_health_check_period_ms": "500",
+            "RAY_health_check_failure_threshold": "2",
+        }
+        command, pipe = [sys.executable, Path(__file__).with_name("raylets.py")], subprocess.PIPE
+        self._server = subprocess.Popen(command, env=environment(**settings), stdin=pipe, stdout=pipe, text=True)
+        self.machines = [self.ask("add") for _ in range(2)]
+        self.address = self.ask("address")
 
-    @property
-    def address(self) -> str:
-        return str(self.cluster.address)
-
-    def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    def ask(self, *words: object) -> Any:
+        """What the cluster's process answers to a command."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(words) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
 
     def kill_machine_of(self, pid: int) -> None:
         """The machine on which a process runs is gone at once."""
-        group = _ancestors(pid)
-        for machine in self.machines:
-            raylet = machine.all_processes["raylet"][0].process.pid
-            if raylet in group:
-                self.cluster.remove_node(machine, allow_graceful=False)
-                self.machines.remove(machine)
-                wait_until_gone(pid)  # it ends with its actor, which ends with the machine
-                return
-        raise AssertionError("no machine has it")
+        (raylet,) = _ancestors(pid) & set(self.machines)
+        self.ask("kill", raylet)
+        self.machines.remove(raylet)
+        wait_until_gone(pid)  # it ends with its actor, which ends with the machine
 
     def heal(self) -> None:
         """Two machines again."""
         for name in os.listdir(self.gate):
             (self.gate / name).unlink()
         while len(self.machines) < 2:
-            self.machines.append(self.add())
-        self.cluster.wait_for_nodes()
+            self.machines.append(self.ask("add"))
 
     def hold(self) -> None:
         (self.gate / "hold").touch()
@@ -96,13 +90,11 @@ class Raylets:
         return found
 
     def shutdown(self) -> None:
-        self.cluster.shutdown()
-        os.environ.clear()
-        os.environ.update(self._old)
+        self._server.communicate(timeout=WAIT_S)
 
 
 def _ancestors(pid: int) -> set[int]:
-    """A process, those that started it, and their groups' leaders."""
+    """A process, and those that started it."""
     found = set()
     while pid > 1:
         found.add(pid)
@@ -280,7 +272,9 @@ def test_rewards_are_those_of_one_machine(llama_pair: Pair, raylets: Raylets, st
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_shared_is_noticed_before_any_work(pair: Pair, raylets: Raylets, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_shared_is_noticed_before_any_work(
+    pair: Pair, raylets: Raylets, start: Any, tmp_path: Path
+) -> None:
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a mount that others do not see needs root")
     own = tmp_path / "own"
@@ -294,27 +288,22 @@ def test_a_folder_that_is_not_shared_is_noticed_before_any_work(pair: Pair, rayl
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + WAIT_S
-        import ray as library
-
-        library.init(raylets.address, log_to_driver=False)
-        while sum(node["Alive"] for node in library.nodes()) < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        library.shutdown()
-        with pytest.raises(InputError, match=r"does not have .*/own.* as it is here: .* that all machines share"):
-            write(pair, own / "out", ray=raylets.address)
-        with pytest.raises(InputError, match=r"does not have .*/own/sft as it is here"):
-            write((shutil.copytree(pair[0], own / "sft"), pair[1]), tmp_path / "out", ray=raylets.address)
+        assert raylets.ask("wait_for", 4)
+        _, err = ended(start(*extrapolating(pair, own / "out")), 2)
+        assert re.search(r"does not have .*/own.* as it is here: .* that all machines share\n", err)
         assert not (own / "out").exists()
+        sft = shutil.copytree(pair[0], own / "sft")
+        _, err = ended(start(*extrapolating((sft, pair[1]), tmp_path / "out")), 2)
+        assert re.search(r"does not have .*/own/sft as it is here", err)
     finally:
         os.killpg(machine.pid, signal.SIGTERM)
         machine.wait()
 
 
 def test_no_cluster_answers(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFailure, match=r"--ray 127\.0\.0\.1:9: no cluster answers \(.*refused"):
-        write(pair, tmp_path / "out", ray="127.0.0.1:9")
+    found = run_expo(*extrapolating(pair, tmp_path / "out"), "--ray", "127.0.0.1:9")
+    assert found.code == 1
+    assert re.fullmatch(r"expo: error: --ray 127\.0\.0\.1:9: no cluster answers \(.*refused\).*\n", found.stderr)
 
 
 def test_without_ray_its_install_command_is_said(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
