@@ -49,6 +49,13 @@ class Case:
     def lock(self) -> Path:
         return self.journal.with_name(self.journal.name + LOCK_SUFFIX)
 
+    def writer(self) -> int | None:
+        """The process that writes; one that was killed is, until the next one takes over its lock."""
+        try:
+            return int(json.loads(str(self.lock.readlink()))["pid"])
+        except OSError:
+            return None
+
     def is_finished(self) -> bool:
         return self.final.exists() and not self.journal.exists()
 
@@ -92,7 +99,7 @@ def stop(case: Case, number: int, delay: float) -> tuple[int, list[bytes]]:
     """Start a run and stop it `delay` seconds after it began to write; its exit code and the rows seen before."""
     child = forked(case.run)
     deadline = time.monotonic() + WAIT_S
-    while not case.lock.is_symlink() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    while case.writer() != child and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         assert time.monotonic() < deadline, "it does not begin to write"
         time.sleep(0.001)
     time.sleep(delay)

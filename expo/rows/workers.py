@@ -63,8 +63,8 @@ class Waiting:
 class Crew:
     """The workers of a run, started together; none is left running after the `with` block.
 
-    A worker that stays takes a further job when it has finished one: one that waits, or that of a worker for which no
-    machine has room, or of one that has become slow.
+    A worker takes a further job when it has finished one: one that waits, or, where its process stays, that of a worker
+    for which no machine has room, or of one that has become slow.
 
     Args:
         workers: Each with its first job.
@@ -148,9 +148,8 @@ class Crew:
         self._running.remove(worker)
         self._finished_rows += worker.job.total
         self._speeds.append(worker.speed())
-        if worker.stays:
-            self._idle.append(worker)
-        else:
+        self._idle.append(worker)
+        if not worker.stays:
             worker.wait(STOP_SECONDS)
             worker.kill()
 
@@ -177,7 +176,7 @@ class Crew:
     def _hand_out(self) -> None:
         """Give workers that are idle something to do, those first that have a process."""
         for worker in sorted(self._idle, key=lambda worker: not worker.is_placed or worker.exit_code() is not None):
-            if not self._waiting:
+            if not self._waiting and worker.stays:
                 self._take_back()
             waiting = next((one for one in self._waiting if one.is_free()), None)
             if waiting is not None:
