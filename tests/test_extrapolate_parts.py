@@ -15,7 +15,6 @@ from helpers import (
     Pair,
     Result,
     random_pair,
-    run_expo,
     stopped_in_shard,
     tree,
     without_clock,
@@ -352,34 +351,28 @@ def test_a_worker_that_refuses_its_part_ends_the_run(pair: Pair, tmp_path: Path,
 # --- the program ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_an_array_job_by_the_program(pair: Pair, tmp_path: Path) -> None:
+def test_an_array_job_by_the_program(
+    pair: Pair, tmp_path: Path, expo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(pair, tmp_path / "whole")
-    words = (
-        "extrapolate",
-        "--sft",
-        pair[0],
-        "--dpo",
-        pair[1],
-        "--alpha",
-        "0.5",
-        "--output",
-        tmp_path / "out",
-        "--json",
-    )
+    output = tmp_path / "out"
+    words = ("--alpha", "0.5", "--output", output, "--json")
 
     def task(number: int) -> Result:
         array = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_MIN": 1, "SLURM_ARRAY_TASK_COUNT": 2}
-        return run_expo(*words, "--part", "slurm", env={name: str(value) for name, value in array.items()})
+        for name, value in array.items():
+            monkeypatch.setenv(name, str(value))
+        return expo(pair, *words, "--part", "slurm")
 
     made = task(2)
     assert made.code == 0
     assert json.loads(made.stdout)["outputs"][0]["part"] == "1/2"
-    early = run_expo(*words, "--join", "2")
+    early = expo(pair, *words, "--join", "2")
     assert early.code == 2
     assert "0/2 (not started)" in early.stderr
+    assert "--array=0 and --part slurm/2" in early.stderr
     assert task(1).code == 0
-    joined = run_expo(*words, "--join", "2")
+    joined = expo(pair, *words, "--join", "2")
     assert joined.code == 0
     assert json.loads(joined.stdout)["outputs"][0]["status"] == "written"
-    assert without_clock(tree(tmp_path / "whole")) == without_clock(tree(tmp_path / "out"))
+    assert without_clock(tree(tmp_path / "whole")) == without_clock(tree(output))

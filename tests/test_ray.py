@@ -157,6 +157,7 @@ def ended(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 # --- extrapolate ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_machines_share_the_shards(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     whole = write(pair, tmp_path / "whole")[0].path
     out, _ = ended(start(*extrapolating(pair, tmp_path / "out")))
@@ -200,6 +201,7 @@ def test_a_process_is_killed_and_then_the_run_itself(pair: Pair, raylets: Raylet
     assert without_clock(tree(tmp_path / "out")) == without_clock(tree(whole))
 
 
+@pytest.mark.full
 def test_a_run_that_is_stopped_ends_its_processes(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     raylets.hold()
     process = start(*extrapolating(pair, tmp_path / "out"))
@@ -249,6 +251,7 @@ def test_rows_survive_a_machine(llama_pair: Pair, prompts: Path, raylets: Raylet
     assert generate.run(config("out", ray="127.0.0.1:9")).status == "already complete", "for which no cluster is needed"
 
 
+@pytest.mark.full
 def test_rewards_are_those_of_one_machine(llama_pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     sft, dpo = map(str, llama_pair)
     for folder in ("one", "out"):
@@ -272,6 +275,7 @@ def test_rewards_are_those_of_one_machine(llama_pair: Pair, raylets: Raylets, st
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_folder_that_is_not_shared_is_noticed_before_any_work(
     pair: Pair, raylets: Raylets, start: Any, tmp_path: Path
 ) -> None:
