@@ -294,6 +294,30 @@ def test_parts_made_without_verify_are_not_joined_with_it(pair: Pair, tmp_path: 
     assert without_clock(tree(tmp_path / "whole")) == without_clock(tree(output))
 
 
+def test_what_a_part_staged_before_other_weights_were_found_is_not_joined(pair: Pair, tmp_path: Path) -> None:
+    """A finished part that is begun again with --verify, and killed, is not finished with it."""
+    output = tmp_path / "out"
+    for part in all_parts(2):
+        write(pair, output, part=str(part), verify=part.index == 1)
+    with stopped_in_shard(0):
+        write(pair, output, part="0/2", verify=True)
+    for verify in (True, False):
+        with pytest.raises(InputError, match=r"1 of 2 parts .*: 0/2 \(unfinished, 0 shards\)"):
+            write(pair, output, join=2, verify=verify)
+
+
+def test_a_shard_that_no_part_recorded_is_noticed(pair: Pair, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for part in all_parts(2):
+        write(pair, output, part=str(part))
+    journal = parts_folder(output, "1/2") / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(InputError, match=r"1 of 2 parts .*: 1/2 \(damaged, .* is missing\)"):
+        write(pair, output, join=2)
+    assert not (output / "config.json").exists()
+
+
 def test_equal_sides_are_refused_when_they_are_joined(pair: Pair, tmp_path: Path) -> None:
     same = pair[1], pair[1].parent / "copy"
     write_checkpoint(same[1], {"w": torch.ones(4)}, shards=1)

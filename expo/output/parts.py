@@ -117,10 +117,12 @@ def state_of(folder: Path, part: Part, fingerprint: Row, weights: Checksums | No
         if header and not overwrite:
             require_same(staging, header.get("fingerprint") or {}, fingerprint)
         return PartState(part, "not started", {}, {})
+    begins = max((number for number, row in enumerate(rows) if "weights" in row), default=None)
+    made_from = None if begins is None else rows[begins]["weights"]
+    rows = rows[begins:]  # what was staged before may come from other weights, as in `StagedOutput`
     records = {record.shard: record for record in map(record_of, rows) if record is not None}
     there = {name: record for name, record in records.items() if _has_size(staging / (name + SUFFIX), record.nbytes)}
     times = next((row[FINISHED] for row in reversed(rows) if FINISHED in row), None)
-    made_from = next((row["weights"] for row in reversed(rows) if "weights" in row), None)
     reason = None
     if weights is not None and made_from != weights:
         reason = "made without --verify" if made_from is None else "made from different weights"
@@ -151,13 +153,14 @@ def adopt_parts(
     Returns:
         What is wrong with which part; empty where the output has all shards.
     """
-    wanted = [
-        (state, state.records[shard.name])
+    lacking = [
+        (state, shard.name)
         for state in states
         for shard in share(shards, state.part)
-        if shard.name not in staged.records and shard.name in state.records
+        if shard.name not in staged.records
     ]
-    wrong: dict[Part, str] = {}
+    wanted = [(state, state.records[name]) for state, name in lacking if name in state.records]
+    wrong = {state.part: f"damaged, {name} is missing" for state, name in lacking if name not in state.records}
     with ThreadPoolExecutor(min(HASHERS, usable_cpus())) as pool:
         files = [staging_folder(staged.folder, state.part) / (one.shard + SUFFIX) for state, one in wanted]
         for (state, record), file, found in zip(wanted, files, pool.map(hash_file, files), strict=True):
