@@ -313,9 +313,11 @@ def test_a_shard_that_no_part_recorded_is_noticed(pair: Pair, tmp_path: Path) ->
     journal = parts_folder(output, "1/2") / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join([lines[0], *lines[2:]]))
-    with pytest.raises(InputError, match=r"1 of 2 parts .*: 1/2 \(damaged, .* is missing\)"):
+    with pytest.raises(InputError, match=r"1 of 2 parts .*: 1/2 \(damaged, \d of \d shards are recorded\)"):
         write(pair, output, join=2)
     assert not (output / "config.json").exists()
+    assert write(pair, output, part="1/2")[0].status == "written"
+    assert write(pair, output, join=2)[0].status == "written"
 
 
 def test_equal_sides_are_refused_when_they_are_joined(pair: Pair, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from expo.output.writer import (
     FINISHED,
     JOURNAL_FILE,
     PART_FOLDER,
+    SHARDS,
     SUFFIX,
     Checksums,
     ShardRecord,
@@ -122,15 +123,17 @@ def state_of(folder: Path, part: Part, fingerprint: Row, weights: Checksums | No
     rows = rows[begins:]  # what was staged before may come from other weights, as in `StagedOutput`
     records = {record.shard: record for record in map(record_of, rows) if record is not None}
     there = {name: record for name, record in records.items() if _has_size(staging / (name + SUFFIX), record.nbytes)}
-    times = next((row[FINISHED] for row in reversed(rows) if FINISHED in row), None)
+    finished = next((row for row in reversed(rows) if FINISHED in row), None)
     reason = None
     if weights is not None and made_from != weights:
         reason = "made without --verify" if made_from is None else "made from different weights"
     elif len(there) < len(records):
         reason = f"damaged, {sorted(records.keys() - there.keys())[0]} is missing"
-    elif times is None:
+    elif finished is None:
         reason = f"unfinished, {len(there)} shards"
-    return PartState(part, reason, there, times or {})
+    elif len(there) < finished[SHARDS]:
+        reason = f"damaged, {len(there)} of {finished[SHARDS]} shards are recorded"
+    return PartState(part, reason, there, finished[FINISHED] if finished else {})
 
 
 def _has_size(file: Path, nbytes: int) -> bool:

@@ -39,6 +39,8 @@ PART_FOLDER = re.compile(r"\d+-of-(\d+)")
 """Within the staging folder, where a part's files are."""
 FINISHED = "finished"
 """The entry of a part's journal that says that all of its shards are there, and when they were made."""
+SHARDS = "shards"
+"""The entry beside it that says how many there are."""
 STAGED_BY = "staged_by"
 """The entry of a commit that says which shards are in which part's folder."""
 
@@ -291,7 +293,7 @@ class StagedOutput:
 
     def finish_part(self, times: Row) -> None:
         """Record that a part is complete, and when it was made."""
-        self._journal.append([{FINISHED: times}])
+        self._journal.append([{FINISHED: times, SHARDS: len(self.records)}])
 
     def adopt(self, record: ShardRecord, part: Part) -> None:
         """Take a shard that a part has staged; it stays where it is until the output is committed."""
