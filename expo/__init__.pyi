@@ -557,6 +557,8 @@ def sweep(
     output: str | PathLike[str] | None = None,
     any_pair: bool = False,
     write: bool = False,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     slice: int | None = None,
     confirm: float = 0.3,
     confidence: float = 0.95,
@@ -615,6 +617,8 @@ def sweep(
     output: str | PathLike[str] | None = None,
     any_pair: bool = False,
     write: bool = False,
+    data_parallel: int | None = None,
+    ray: str | PathLike[str] | None = None,
     slice: int | None = None,
     confirm: float = 0.3,
     confidence: float = 0.95,
@@ -691,6 +695,10 @@ def sweep(
             sweeps/<DPO name>]
         any_pair: Sweep the pair even if `expo inspect` finds it unsuited.
         write: Write the checkpoint of the chosen α at the end.
+        data_parallel: With ray, the number of engines that answer. [default: as many as the cluster has
+            room for]
+        ray: Run the engines on the machines of a Ray cluster; auto takes the one that this machine
+            belongs to.
         slice: Prompts in the race's first look, and added at each later one. [default: a tenth, at
             least 10]
         confirm: Share of the prompts set aside to confirm the α that the race finds.

@@ -154,9 +154,9 @@ FLAGS = {
     " --task",
     "inspect": f"{PAIR} --output --workers",
     "sweep": f"{PAIR} {RULES}"
-    " --any-pair --batch-tokens --chat-template --confidence --confirm --dataset --dtype --engine"
+    " --any-pair --batch-tokens --chat-template --confidence --confirm --data-parallel --dataset --dtype --engine"
     " --engine-arg --frequency-penalty --indifference --limit --max-tokens --n --output --presence-penalty"
-    " --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
+    " --ray --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
     " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
     " --search --seed --seed-mode --slice --stop-token-id --system --task --temperature --tensor-parallel"
     " --top-k --top-p --trust-remote-code --with-sft --write",

@@ -103,7 +103,7 @@ def _ancestors(pid: int) -> set[int]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
     raylets = Raylets(tmp_path_factory.mktemp("gate"))
     yield raylets
@@ -184,6 +184,7 @@ def test_a_machine_that_dies_loses_no_shard(pair: Pair, raylets: Raylets, start:
     assert len(inodes & set(staged.values())) >= 2, "shards that were complete are kept"
 
 
+@pytest.mark.full
 def test_a_process_is_killed_and_then_the_run_itself(pair: Pair, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     whole = write(pair, tmp_path / "whole")[0].path
     raylets.hold()
@@ -226,6 +227,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_rows_survive_a_machine(llama_pair: Pair, prompts: Path, raylets: Raylets, start: Any, tmp_path: Path) -> None:
     how = {"engine": "transformers", "dtype": "float32", "max_tokens": 12, "batch_tokens": 64, "name": "mine"}
 

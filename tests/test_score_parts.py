@@ -123,7 +123,7 @@ def test_a_worker_that_stays_does_one_job_after_another_in_one_process(reward_mo
             super().start()
             pids.append(self._process.pid)
 
-    with Crew([Noted(jobs[0], {}, stays=stays)], [(job, 0) for job in jobs[1:]]) as crew:
+    with Crew([Noted(None, {}, stays=stays)], [(job, 0) for job in jobs]) as crew:
         crew.watch("score", 14, 0)
         assert [worker.exit_code() for worker in crew._workers] == [None if stays else 0]
     assert len(pids) == 2

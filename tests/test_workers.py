@@ -118,7 +118,8 @@ def crew_of(llama_pair, tmp_path, monkeypatch):
 
     def make(*programs: str | list[str]) -> Crew:
         parts = all_parts(len(programs))
-        return Crew([Program(whole.share(part), texts) for part, texts in zip(parts, programs, strict=True)])
+        made = [Program(whole.share(part), texts) for part, texts in zip(parts, programs, strict=True)]
+        return Crew(made, [(worker.job, 0) for worker in made])
 
     return make
 
@@ -263,7 +264,7 @@ def staying_crew(crew_of):
         jobs = [worker.job for worker in crew_of(*[DONE] * (len(made) + waiting))._workers]
         for worker, job in zip(made, jobs, strict=False):
             worker.take(job)
-        return Crew(made, [(job, 0) for job in jobs[len(made) :]])
+        return Crew(made, [(job, 0) for job in jobs])
 
     return make
 

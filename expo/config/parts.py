@@ -1,4 +1,4 @@
-"""The settings of a run in parts: one part by itself, all of them in processes, or joining what they made."""
+"""The settings of a run on several machines, or in parts: one part by itself, all in processes, or joining them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,37 @@ from typing import Annotated
 
 from expo.parts import MAX_PARTS, read_part
 from expo.settings import Setting, require, require_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the engines of a sweep run."""
+
+    HEADING = "Parallel runs"
+
+    data_parallel: Annotated[
+        int | None,
+        Setting(
+            "With --ray, the number of engines that answer. [default: as many as the cluster has room for]",
+            metavar="N",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        Setting(
+            "Run the engines on the machines of a Ray cluster; auto takes the one that this machine belongs to.",
+            metavar="auto|ADDRESS",
+        ),
+    ] = None
+
+    def _require_cluster_settings(self) -> None:
+        """Check these settings."""
+        _require_count("--data-parallel", self.data_parallel)
+        _require_address(self.ray)
+        require(
+            self.data_parallel is None or self.ray is not None,
+            "--data-parallel of a sweep needs --ray; to make this machine a cluster: ray start --head",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +86,9 @@ class PartsConfig:
         by_itself = f"{maker} makes and joins the parts itself" if maker else "join once all parts are finished"
         one_way = len(given) < 2 or not any(alone.values())
         require(one_way, f"{' and '.join(given)} cannot be combined: {by_itself}")
-        for flag_given, count in (("--data-parallel", self.data_parallel), ("--join", self.join)):
-            known = count is None or 1 <= count <= MAX_PARTS
-            require(known, f"{flag_given} must be 1 to {MAX_PARTS} parts, not {count}")
-        require_text("--ray", self.ray)
-        require(self.ray is None or bool(self.ray.strip()), "--ray is empty; give auto, or the cluster's address")
+        _require_count("--data-parallel", self.data_parallel)
+        _require_count("--join", self.join)
+        _require_address(self.ray)
         if self.part is not None:
             object.__setattr__(self, "part", str(read_part(self.part, os.environ)))
 
@@ -72,3 +101,12 @@ class PartsConfig:
     def makes_parts(self) -> bool:
         """Whether this run makes the parts and joins them."""
         return self.processes > 1 or self.ray is not None
+
+
+def _require_count(flag: str, count: int | None) -> None:
+    require(count is None or 1 <= count <= MAX_PARTS, f"{flag} must be 1 to {MAX_PARTS} parts, not {count}")
+
+
+def _require_address(ray: str | None) -> None:
+    require_text("--ray", ray)
+    require(ray is None or bool(ray.strip()), "--ray is empty; give auto, or the cluster's address")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from expo.config.engines import require_engine_args, require_tensor_parallel
 from expo.config.pair import PAIR_SETTINGS, Dpo, Dtype, PairConfig, Sft
+from expo.config.parts import ClusterConfig
 from expo.config.rows import DEFAULT_REWARD_MODEL, Bos, GenerateConfig, ScoreConfig, checked_reward_models
 from expo.config.sampling import SamplingConfig
 from expo.files import is_utf8, shown
@@ -95,8 +96,8 @@ class RewardsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
-    """`expo sweep`: find the α whose answers a reward model prefers, with one engine for all of them."""
+class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
+    """`expo sweep`: find the α whose answers a reward model prefers, with engines that go from one α to the next."""
 
     sft: Sft
     dpo: Dpo
@@ -162,6 +163,7 @@ class SweepConfig(RaceConfig, RewardsConfig, PairConfig, SamplingConfig):
         ):
             require(size is None or size > 0, f"{flag} must be positive, not {size}")
         require_text("--task", self.task)
+        self._require_cluster_settings()
         self._require_pair_settings()
 
     def _require_race_settings(self) -> None:

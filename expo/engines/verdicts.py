@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -49,12 +49,13 @@ CPU_FACTS = ("model name", "flags", "CPU part", "Features")
 """Lines of /proc/cpuinfo that say which instructions there are: x86's and Arm's."""
 
 
-def proof_key(engine: str, setup: GeneratorSetup) -> Row:
+def proof_key(engine: str, setup: GeneratorSetup, machines: Sequence[str] | None = None) -> Row:
     """Everything that a proof of switching holds for, but for the kinds that moved.
 
     Args:
         engine: The engine's name.
         setup: What it is started with: a θ(α), whatever α.
+        machines: Those that it may run on; None for this one.
 
     Raises:
         EnvironmentFailure: A head that is stored although it may be tied cannot be read.
@@ -74,7 +75,7 @@ def proof_key(engine: str, setup: GeneratorSetup) -> Row:
         "shapes": _shapes(pair) if pair else None,
         "dtype": [config.dtype, own_dtype(setup.model)],
         "device": config.device,
-        "hardware": hardware(),
+        "hardware": hardware() if machines is None else list(machines),
         "tensor_parallel": config.tensor_parallel,
         "engine_arg": sorted(arguments),
         "trust_remote_code": config.trust_remote_code,

@@ -168,6 +168,11 @@ class Cluster:
         return [machine for machine in made if machine.cpus >= 1]
 
     @property
+    def hardware(self) -> list[str]:
+        """What machines there are, as far as the cluster says."""
+        return ["Ray", *sorted(f"{one.name}: {one.cpus:g} CPUs, {one.gpus:g} GPUs" for one in self.machines)]
+
+    @property
     def has_gpus(self) -> bool:
         """Whether any machine has a GPU."""
         return any(machine.gpus >= 1 for machine in self.machines)
@@ -258,11 +263,7 @@ class Cluster:
 
     def crew(self, share: Share, jobs: Sequence[tuple[Task, int]]) -> Crew:
         """Workers for some jobs, each with its number of finished rows; their processes start when there is room."""
-        debug = log.isEnabledFor(logging.DEBUG)
-        workers = [ClusterWorker(self, share, debug=debug) for _ in range(min(share.processes, len(jobs)))]
-        for worker, job in zip(workers, jobs, strict=False):
-            worker.take(*job)
-        return Crew(workers, jobs[len(workers) :])
+        return Crew([ClusterWorker(self, share) for _ in range(min(share.processes, len(jobs)))], jobs)
 
 
 def local_inputs(config: object) -> list[str]:
@@ -306,20 +307,20 @@ def _name(node: Mapping[str, Any]) -> str:
 class ClusterWorker(Worker):
     """A worker whose process runs somewhere in a cluster."""
 
-    def __init__(self, cluster: Cluster, share: Share, *, debug: bool) -> None:
+    def __init__(self, cluster: Cluster, share: Share) -> None:
         super().__init__(None, {}, stays=True)
-        self._cluster, self._share, self._debug = cluster, share, debug
+        self._cluster, self._share = cluster, share
 
     def new_process(self, words: Sequence[str]) -> Process:
         """As `Worker`."""
-        return ClusterProcess(self._cluster, self._share, words, debug=self._debug)
+        return ClusterProcess(self._cluster, self._share, words)
 
 
 class ClusterProcess:
     """A `Process` on a machine of the cluster, which may still have to be found; no call here waits for it."""
 
-    def __init__(self, cluster: Cluster, share: Share, words: Sequence[str], *, debug: bool) -> None:
-        self._ray = cluster.ray
+    def __init__(self, cluster: Cluster, share: Share, words: Sequence[str]) -> None:
+        self._ray, debug = cluster.ray, log.isEnabledFor(logging.DEBUG)
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         kind = self._ray.remote(_Host).options(
             num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0, scheduling_strategy="SPREAD"
@@ -331,6 +332,7 @@ class ClusterProcess:
         self._tail, self._memory_bytes = "", 0
         self._holder: Holder | None = None
         self._lost: str | None = None
+        self._is_killed = False
 
     @property
     def is_placed(self) -> bool:
@@ -410,7 +412,10 @@ class ClusterProcess:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """As `Process`; where nothing is heard of it in time, it counts as lost."""
+        """As `Process`; where nothing is heard of it in time, it counts as lost. Its machine then has room again."""
+        if self._is_killed:
+            return
+        self._is_killed = True
         if self.exit_code() is None and self.is_placed:
             self._actor.kill.remote()
             self._wait_until(lambda: self.exit_code() is not None, STOP_SECONDS)

@@ -103,6 +103,25 @@ def _names_in(files: RowFiles) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
+def missing_parts(left: Left, count: int) -> list[tuple[RowJob, int]]:
+    """The parts of a job that are still to be made, each with the number of its rows that the output has.
+
+    Args:
+        left: The job, with what earlier runs have left.
+        count: N.
+
+    Raises:
+        InputError: The run was started with another number of parts.
+    """
+    require_same_cut(left.job, count)
+    parts = [left.job.share(part) for part in all_parts(count)]
+    return [
+        (part, sum(key in left.done for key in part.keys))
+        for part in parts
+        if part.pending(left.done) and not is_finished(part)
+    ]
+
+
 # --- a part --------------------------------------------------------------------------------------------------------
 
 

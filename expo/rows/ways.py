@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from expo.config import RowsConfig
-from expo.parts import all_parts
 from expo.rows.cluster import Cluster, forget_names, local_inputs
 from expo.rows.dates import agree
 from expo.rows.job import Done, RowJob
 from expo.rows.keeper import EngineKeeper
 from expo.rows.loop import is_complete, left_of, run_rows
-from expo.rows.parts import is_finished, join_parts, kept_of_the_whole, parts_begun, require_same_cut
+from expo.rows.parts import join_parts, kept_of_the_whole, missing_parts, parts_begun
 from expo.rows.worker import Worker
 from expo.rows.workers import Crew
 
@@ -58,18 +57,11 @@ def run_in_processes(whole: RowJob) -> Done:
     count = whole.config.processes
     environments = whole.worker_environments(count)
     left = left_of(whole)
-    whole, kept = left.job, left.done
-    require_same_cut(whole, count)
-    shares = [whole.share(part) for part in all_parts(count)]
-    workers = [
-        Worker(job, environment, sum(key in kept for key in job.keys))
-        for job, environment in zip(shares, environments, strict=True)
-        if job.pending(kept) and not is_finished(job)
-    ]
-    if workers:
-        log.info("%s: %d workers with %s", whole.name, len(workers), whole.engine)
-        elsewhere = len(whole.keys) - sum(worker.job.total for worker in workers)
-        with Crew(workers) as crew:
+    whole, todo = left.job, missing_parts(left, count)
+    if todo:
+        log.info("%s: %d workers with %s", whole.name, len(todo), whole.engine)
+        elsewhere = len(whole.keys) - sum(job.total for job, _ in todo)
+        with Crew([Worker(None, environment) for environment in environments[: len(todo)]], todo) as crew:
             crew.watch(whole.verb, len(whole.keys), elsewhere)
     return join_parts(whole, count)
 
@@ -86,15 +78,11 @@ def run_on_cluster(whole: RowJob, address: str) -> Done:
         EnvironmentFailure: The cluster is gone, or a part failed repeatedly; finished rows are kept.
     """
     left = left_of(whole)
-    whole, kept = left.job, left.done
+    whole = left.job
     with Cluster(address) as cluster:
         share = cluster.share(whole.config.data_parallel, whole.gpus_per_engine(cluster.has_gpus))
         count = parts_begun(whole) or parts_for(len(whole.keys), share.processes)
-        require_same_cut(whole, count)
-        shares = [whole.share(part) for part in all_parts(count)]
-        todo = [
-            (job, sum(key in kept for key in job.keys)) for job in shares if job.pending(kept) and not is_finished(job)
-        ]
+        todo = missing_parts(left, count)
         if todo:
             journals = [journal for job, _ in todo for journal in job.journals]
             cluster.require_shared(whole.files.final.parent, local_inputs(whole.config), journals)

@@ -160,6 +160,11 @@ class Worker:
         """Whether the process has begun; False while no machine has room for it."""
         return self._process is not None and self._process.is_placed
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its process runs, wherever."""
+        return self.is_placed and self.exit_code() is None
+
     def release(self) -> Callable[[], bool]:
         """What tells whether the job of the process, which has ended, can be given to another one.
 

@@ -60,26 +60,47 @@ class Waiting:
     """Whether the process that had it has let go of it."""
 
 
+class RoomWatch:
+    """Says so when processes wait for a machine with room, and none of them has one, for a while."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def look(self, crews: Sequence[Crew]) -> None:
+        """See how they stand."""
+        if any(crew.is_working for crew in crews) or not any(crew.waits_for_room(0.0) for crew in crews):
+            self._since = time.monotonic()
+        elif time.monotonic() > self._since + ROOM_SECONDS:
+            self._since = math.inf
+            log.warning("no machine has room for a process; waiting until one has")
+
+
 class Crew:
-    """The workers of a run, started together; none is left running after the `with` block.
+    """The workers of a run; none is left running after the `with` block.
 
     A worker takes a further job when it has finished one: one that waits, or, where its process stays, that of a worker
     for which no machine has room, or of one that has become slow.
 
     Args:
-        workers: Each with its first job.
-        waiting: Further jobs, each with its number of finished rows, for whichever worker is free first.
+        workers: In the order in which they get their first jobs.
+        jobs: Each with its number of finished rows.
+        after: Called after each job.
     """
 
-    def __init__(self, workers: Sequence[Worker], waiting: Iterable[tuple[Task, int]] = ()) -> None:
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        jobs: Iterable[tuple[Task, int]] = (),
+        after: Callable[[Task], None] = lambda _: None,
+    ) -> None:
         self._workers = workers
-        self._waiting = deque(Waiting(job, kept) for job, kept in waiting)
+        self._waiting = deque(Waiting(job, kept) for job, kept in jobs)
+        self._after = after
         self._finished_rows = 0
         self._running: list[Worker] = []
-        self._idle: list[Worker] = []
+        self._idle = list(workers)
         self._lost: list[str] = []
         self._given_back: Counter[str] = Counter()
-        self._worked_at = time.monotonic()
         self._speeds: list[float] = []  # of finished jobs, in rows per second
 
     def __enter__(self) -> Crew:
@@ -103,24 +124,74 @@ class Crew:
             InputError: A worker rejects its settings or inputs.
             EnvironmentFailure: A part failed repeatedly.
         """
-        for worker in self._workers:
-            self._start(worker)
-        shown = elsewhere + sum(worker.rows() for worker in self._workers)
+        self._hand_out()
+        shown = elsewhere + self.rows
+        room = RoomWatch()
         progress = bar(total, label, initial=shown)
         try:
-            while self._running or (self._waiting and self._idle):
+            while not self.is_over:
                 time.sleep(POLL_SECONDS)
-                for worker in list(self._running):
-                    self._look_at(worker)
-                self._hand_out()
-                self._say_when_nobody_works()
-                now = elsewhere + self._finished_rows + sum(worker.rows() for worker in self._running)
+                self.step()
+                room.look([self])
+                now = elsewhere + self.rows
                 progress.update(max(0, now - shown))
                 shown = max(shown, now)
         finally:
             progress.close()
+        self.require_done()
+
+    def add(self, job: Task, kept: int = 0) -> None:
+        """Add a job to be done after the others, of whose rows so many are finished."""
+        self._waiting.append(Waiting(job, kept))
+
+    def step(self) -> None:
+        """See how all stand, and give those that are free something to do.
+
+        Raises:
+            InputError: A worker rejects its settings or inputs.
+        """
+        for worker in list(self._running):
+            self._look_at(worker)
+        self._hand_out()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs, and nothing waits that could."""
+        return not self._running and not (self._waiting and self._idle)
+
+    def require_done(self) -> None:
+        """See that no job was given up.
+
+        Raises:
+            EnvironmentFailure: One was.
+        """
         if self._lost:
             raise EnvironmentFailure(f"{'; '.join(self._lost)}; rerun the same command to continue")
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the jobs are finished."""
+        return self._finished_rows + sum(worker.rows() for worker in self._running)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a worker with a job has a process somewhere."""
+        return any(worker.is_placed for worker in self._running)
+
+    def waits_for_room(self, seconds: float) -> bool:
+        """Whether a worker with a job has waited for a machine with room for so long."""
+        since = time.monotonic() - seconds
+        return any(worker.started_at <= since and not worker.is_placed for worker in self._running)
+
+    def let_go(self) -> None:
+        """Have the processes of workers that nothing waits for end; each machine's room is free once its own has."""
+        if self._waiting:
+            return
+        for worker in self._idle:
+            if worker.is_there:
+                worker.dismiss()
+            else:
+                worker.kill()
 
     def _start(self, worker: Worker) -> None:
         self._running.append(worker)
@@ -152,6 +223,7 @@ class Crew:
         if not worker.stays:
             worker.wait(STOP_SECONDS)
             worker.kill()
+        self._after(worker.job)
 
     def _restart(self, worker: Worker, code: int) -> None:
         """Restart a part whose process died, unless it failed before its first row, as it would fail again."""
@@ -175,8 +247,8 @@ class Crew:
 
     def _hand_out(self) -> None:
         """Give workers that are idle something to do, those first that have a process."""
-        for worker in sorted(self._idle, key=lambda worker: not worker.is_placed or worker.exit_code() is not None):
-            if not self._waiting and worker.stays:
+        for worker in sorted(self._idle, key=lambda worker: not worker.is_there):
+            if not self._waiting and worker.stays and worker.is_there:
                 self._take_back()
             waiting = next((one for one in self._waiting if one.is_free()), None)
             if waiting is not None:
@@ -184,13 +256,6 @@ class Crew:
                 self._idle.remove(worker)
                 worker.take(waiting.job, waiting.kept)
                 self._start(worker)
-
-    def _say_when_nobody_works(self) -> None:
-        if any(worker.is_placed for worker in self._running):
-            self._worked_at = time.monotonic()
-        elif time.monotonic() > self._worked_at + ROOM_SECONDS:
-            self._worked_at = math.inf
-            log.warning("no machine has room for a process; waiting until one has")
 
     def _take_back(self) -> None:
         """Take the job of a worker that does not get on, if there is one; its worker has had its turn."""

@@ -29,6 +29,7 @@ PROGRAMS = frozenset(
             "vllm",
             "sbatch",
             "squeue",
+            "ray",
             "pip",
             "uv",
         ),  # of `programs.py`

@@ -13,8 +13,11 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools.documents.shortened import ENGINE, changed, with_engine
@@ -83,6 +86,20 @@ def slurm(name: str) -> Callable[[list[str]], int]:
         os.execve(sys.executable, [sys.executable, str(stand_in), name, *words], env)
 
     return run
+
+
+def ray(words: list[str]) -> int:
+    """Ray, whose cluster is one of this machine alone: `stop` ends no other one."""
+    if words[:1] == ["stop"]:
+        ours = Path(os.environ["RAY_TMPDIR"]).name
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(ours in word for word in process.cmdline()):
+                    process.terminate()
+        sys.exit(0)
+    own = ["--node-ip-address=127.0.0.1", "--port=0", "--num-cpus=2", "--disable-usage-stats"]
+    more = [*own, "--include-dashboard=false"] if "--head" in words else []
+    os.execv(ENVIRONMENT / "ray", ["ray", *words, *more])
 
 
 def vllm(words: list[str]) -> int:
@@ -173,6 +190,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "lm_eval": lm_eval,
     "vllm": vllm,
     **{name: slurm(name) for name in ("sbatch", "squeue")},
+    "ray": ray,
     "pip": pip,
     "uv": uv,
 }

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
@@ -127,7 +128,11 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
     if not vllm:
         (site / "sitecustomize.py").write_text("import sys\n\nsys.modules['vllm'] = None\n")
     user.mkdir()
-    with stand_ins.hub(models) as hub, serve(0) as judge:
+    with (
+        stand_ins.hub(models) as hub,
+        serve(0) as judge,
+        TemporaryDirectory(prefix="ray-", dir="/tmp") as ray,  # sockets have short names
+    ):
         from tests.hub_server import WRITER
 
         environment = {
@@ -144,6 +149,7 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
             "OPENAI_BASE_URL": judge.address,
             "OPENAI_API_BASE": judge.address,
             "HOME": str(user),
+            "RAY_TMPDIR": ray,
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
             "EXPO_TEST_INPUTS": str(models.sft.parents[2]),
             "EXPO_FASTCHAT_VENV": os.environ.get("EXPO_FASTCHAT_VENV", str(_fastchat())),

@@ -60,7 +60,7 @@ def write_in_processes(job: ExtrapolatePlan, count: int) -> None:
     """
     tasks = _missing(job, count, max(1, min(MAX_THREADS, usable_cpus()) // count))
     if tasks:
-        with Crew([Worker(task, {}) for task in tasks]) as crew:
+        with Crew([Worker(None, {}) for _ in tasks], [(task, 0) for task in tasks]) as crew:
             _watch(job, crew, tasks)
     join(job, count)
 

@@ -83,6 +83,8 @@ class CostedPlan:
         if found is not None and found.suits == EQUAL:
             return {**self.job.describe(), "pair": EQUAL, **NOTHING}
         pair = {} if found is None else {"pair": found.suits}
+        if self.config.ray is not None:  # whose engines are not started for a plan
+            return {**self.job.describe(), **pair, "rows_to_generate": missing[0], "rows_to_score": sum(missing[1:])}
         return {**self.job.describe(), **pair, **estimate(self.job, missing, found)}
 
 

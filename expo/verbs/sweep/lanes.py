@@ -1,5 +1,7 @@
 """Lanes: processes that stay, each with one engine, and the jobs that each does one after the other.
 
+On a cluster a `Team` takes the place of a lane (`team.py`).
+
 The policy's lane makes one α after the other; when one is there, its answers go to the lanes of the reward models,
 while the policy goes on with the next. A process that dies is started again where its rows allow it, and no row is
 lost: each is durable when it is finished, and the same command continues.
@@ -17,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from types import TracebackType
+from typing import Protocol
 
 from expo.cpus import usable_cpus
 from expo.errors import EnvironmentFailure, InputError
@@ -44,6 +47,53 @@ def environment_of(place: Place) -> dict[str, str]:
 def shared_gpus(place: Place) -> frozenset[str]:
     """The GPUs of which an engine has only a share."""
     return frozenset(place.gpus if place.gpu_share is not None else ())
+
+
+class Engines(Protocol):
+    """The engines of one model, and their jobs: a `Lane` on this machine, or a `Team` on a cluster."""
+
+    label: str
+    """The model, for messages."""
+    waits: bool
+    """Whether they start only when those before them in the run are over."""
+    shares: frozenset[str]
+    """The GPUs that others' engines may be on, too."""
+    stays: bool
+    """Whether a process, and its engine, go on from job to job."""
+
+    def add(self, job: RowJob) -> None:
+        """Add a job to be done after the others."""
+
+    def new_worker(self, job: RowJob) -> Worker:
+        """A process whose first job this is, which `start` begins."""
+
+    def take_over(self, worker: Worker) -> None:
+        """Go on with a process that is there, with its engine open."""
+
+    @property
+    def waiting(self) -> Sequence[RowJob]:
+        """The jobs that are not begun."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do, nor comes any more."""
+
+    @property
+    def rows(self) -> int:
+        """The rows of this run that are finished."""
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether an engine is, or may be, opening on the GPUs of `shares`."""
+
+    def step(self, *, may_open: bool = True) -> None:
+        """Begin what can be begun, or look how it stands."""
+
+    def dismiss(self) -> bool:
+        """Let the processes end by themselves; whether what they held is given back."""
+
+    def close(self) -> None:
+        """End the processes; rows that are finished stay."""
 
 
 class Lane:
@@ -215,7 +265,7 @@ class Lanes:
         lanes: In order; one that `waits` starts when those before it are over.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
+    def __init__(self, lanes: Sequence[Engines]) -> None:
         self._lanes = lanes
 
     def __enter__(self) -> Lanes:
@@ -233,9 +283,13 @@ class Lanes:
         for lane in self._lanes:
             lane.close()
 
-    def _may_open(self, lane: Lane) -> bool:
+    def _may_open(self, lane: Engines) -> bool:
         """Whether no other engine is being opened on the lane's GPUs."""
         return not any(other.is_opening and other.shares & lane.shares for other in self._lanes if other is not lane)
+
+    def between_looks(self) -> None:
+        """Give the processes time."""
+        time.sleep(POLL_SECONDS)
 
     @property
     def is_over(self) -> bool:
@@ -280,6 +334,6 @@ class Lanes:
                     begun = True
                     meanwhile()
                 shown = max(shown, now)
-                time.sleep(POLL_SECONDS)
+                self.between_looks()
             while more and not all(lane.dismiss() for lane in self._lanes if lane.waits):
                 time.sleep(POLL_SECONDS)  # what comes next may need their memory

@@ -1,4 +1,4 @@
-"""Making what a sweep lacks: answers in the policy's lane, their rewards in the lanes of the reward models."""
+"""Making what a sweep lacks: answers by the policy's engines, their rewards by those of the reward models."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from importlib import import_module
 from pathlib import Path
 from typing import Self
 
+from expo.errors import InputError
 from expo.files import Row
 from expo.output.findings import Inspection
 from expo.rows import RowJob, is_complete
 from expo.rows.files import RowFiles
+from expo.rows.parts import parts_begun
 from expo.rows.worker import Worker
 from expo.verbs.compare.finding import Source
 from expo.verbs.compare.reading import read_sources
 from expo.verbs.compare.run import Run
 from expo.verbs.generate import GenerateJob
 from expo.verbs.score import ScoreJob
-from expo.verbs.sweep.lanes import Lane, Lanes, environment_of, shared_gpus
+from expo.verbs.sweep.lanes import Engines, Lane, Lanes, environment_of, shared_gpus
 from expo.verbs.sweep.pair import inspect_pair
 from expo.verbs.sweep.plan import SweepPlan, quiet
 from expo.verbs.sweep.record import mark_unfinished
-from expo.verbs.sweep.switch import prove
+from expo.verbs.sweep.switch import Elsewhere, prove
+from expo.verbs.sweep.team import Machines, Team, Teams
 
 log = logging.getLogger(__name__)
 
 
 class Making:
-    """The lanes of a sweep, what goes from one to the next, and what was made.
+    """The engines of a sweep, what goes from one to the next, and what was made.
 
     Args:
         job: The plan.
@@ -46,26 +49,39 @@ class Making:
         """Whether the policy's engine could be switched, where it was asked."""
         self._job, self._inspected = job, inspected
         self._alpha_of: dict[Path, float] = {}
-        policy, *others = job.places
-        self._policy = Lane("the policy", environment_of(policy), self._pass_on, shares=shared_gpus(policy))
-        self._lanes = [
-            Lane(
-                model.location.label,
-                environment_of(place),
-                _say,
-                fed_by=self._policy,
-                waits=not place.side_by_side,
-                shares=shared_gpus(place),
-            )
-            for model, place in zip(job.reward_models, others, strict=True)
-        ]
-        for lane in (self._policy, *self._lanes):
-            if processes:
-                lane.use(processes.pop(0))
+        self._policy: Engines
+        self._judges: Sequence[Engines]
+        self._machines = None if job.config.ray is None else Machines(job)
+        if self._machines is None:
+            self._policy, *self._judges = lanes = self._lanes(processes)
+            self._running = Lanes(lanes)
+        else:
+            self._policy, *self._judges = teams = self._teams(self._machines)
+            self._running = Teams(teams, self._machines)
         self._is_asked = self._is_proved = False
         self._loaded: float | None = None  # the α whose weights the policy's engine has
         self._settled: set[float] = set()  # the α that lack no reward of an answer
-        self._running = Lanes([self._policy, *self._lanes])
+
+    def _lanes(self, processes: list[Worker]) -> list[Lane]:
+        """On this machine: a lane of the policy, and one of each reward model."""
+        policy, *others = self._job.places
+        first = Lane("the policy", environment_of(policy), self._pass_on, shares=shared_gpus(policy))
+        lanes = [first]
+        for model, place in zip(self._job.reward_models, others, strict=True):
+            waits, shares = not place.side_by_side, shared_gpus(place)
+            lanes.append(
+                Lane(model.location.label, environment_of(place), _say, fed_by=first, waits=waits, shares=shares)
+            )
+        for lane in lanes:
+            if processes:
+                lane.use(processes.pop(0))
+        return lanes
+
+    def _teams(self, machines: Machines) -> list[Team]:
+        """The same on a cluster."""
+        first = Team("the policy", machines, 0, self._pass_on)
+        labels = [model.location.label for model in self._job.reward_models]
+        return [first, *(Team(label, machines, 1 + i, _say, fed_by=first) for i, label in enumerate(labels))]
 
     def __enter__(self) -> Self:
         return self
@@ -98,17 +114,30 @@ class Making:
             one = jobs[alpha]
             self._alpha_of[one.files.final] = alpha
             if is_complete(one):
-                there += len(one.keys) * (1 + len(self._lanes)) - self._add_rewards(alpha)
+                there += len(one.keys) * (1 + len(self._judges)) - self._add_rewards(alpha)
             else:
-                self._policy.add(one)
+                self._add(self._policy, one)
         if self._running.is_over:
             return
         mark_unfinished(self._job.folder, self._job.first.fingerprint)
         before()
         if not self._is_proved:
             self._prove(self._policy.waiting, may_switch=more or len(self._policy.waiting) > 1)
-        total = sum(len(one.keys) for one in jobs.values()) * (1 + len(self._lanes))
+        total = sum(len(one.keys) for one in jobs.values()) * (1 + len(self._judges))
         self._running.run(label, total, max(there, 0), _import_what_chooses, more=more)
+
+    def _add(self, engines: Engines, job: RowJob) -> None:
+        """Give a job to the engines of its model.
+
+        Raises:
+            InputError: A run on a cluster has begun it in parts, and this one is on one machine.
+        """
+        if self._machines is None and not job.config.overwrite and parts_begun(job) is not None:
+            raise InputError(
+                f"{job.files.parts_folder} has parts of a sweep on a cluster: go on with --ray, or start over with "
+                "--overwrite"
+            )
+        engines.add(job)
 
     def runs(self, alphas: Sequence[float]) -> list[Run]:
         """The answers of these α and their rewards by this run's reward models, as they are on disk."""
@@ -132,7 +161,8 @@ class Making:
         self._is_proved = True
         first = self._job.job_of(self._alpha_of[waiting[0].files.final])
         self._inspected = self._inspected or inspect_pair(self._job.config)
-        proof = prove(lambda: self._new_policy(waiting[0]), first, self._inspected)
+        there = None if self._machines is None else Elsewhere(self._machines.cluster.hardware, self._job.folder)
+        proof = prove(lambda: self._new_policy(waiting[0]), first, self._inspected, there)
         seconds = {"start_seconds": proof.start_seconds, "switch_seconds": proof.switch_seconds}
         known = {key: round(value, 3) for key, value in seconds.items() if value is not None}
         self.switch = {"proved": proof.proved, "reason": proof.reason, **known}
@@ -147,7 +177,7 @@ class Making:
     def _new_policy(self, first: RowJob) -> Worker:
         """A process for a proof; the one that comes after it imports its engine meanwhile."""
         worker = self._policy.new_worker(first)
-        if not self._is_asked:
+        if isinstance(self._policy, Lane) and not self._is_asked:
             self._is_asked = True
             self._policy.preload(self._job.first.verb, self._job.first.engine)
         return worker
@@ -172,7 +202,7 @@ class Making:
             missing = [job for job in jobs if not is_complete(job)]
         self.rewards[alpha] = [job.files for job in jobs]
         for job in missing:
-            self._lanes[job.number].add(job)
+            self._add(self._judges[job.number], job)
         self._settled.add(alpha)  # or will be, before its next answers are asked for
         return sum(len(job.keys) for job in missing)
 

@@ -37,8 +37,12 @@ class Place:
     """Its share of each GPU's memory, for an engine that reserves it; None: it may have its default."""
     side_by_side: bool = True
     """Whether it runs beside the policy; otherwise it is started when all answers are there."""
+    on_cluster: bool = False
+    """Whether the cluster finds it a machine when it starts."""
 
     def __str__(self) -> str:
+        if self.on_cluster:
+            return "the Ray cluster"
         where = "CPU" if not self.gpus else f"GPU {','.join(self.gpus)}"
         share = "" if self.gpu_share is None else f" ({self.gpu_share:.0%} of its memory)"
         return f"{where}{share}{'' if self.side_by_side else ', after the policy'}"

@@ -153,7 +153,7 @@ def plan(config: SweepConfig) -> SweepPlan:
         first = plan_generate(config.generating(0.0, str(folder), engine=engine))
     with flags_of_sweep(reward=True):
         models = tuple(find_reward_models(_score_config(config, first, str(folder))))
-    places = _places(first, models)
+    places = _places(config, first, models)
     judges = [model.location.label for model in models]
     race = plan_race(config, first.prompts, judges) if config.search == "race" else None
     there = earlier_alphas(folder, first.fingerprint, race.settings if race else None, overwrite=config.overwrite)
@@ -266,7 +266,7 @@ def quiet(least: int) -> Iterator[None]:
         root.setLevel(level)
 
 
-def _places(first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, ...]:
+def _places(config: SweepConfig, first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, ...]:
     """Where the policy and each reward model run, as the settings and the sizes say."""
     policy = Model(
         _loaded_bytes(first.model.path, first.config.dtype, theta_of(first).pair.nbytes),
@@ -281,6 +281,8 @@ def _places(first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, 
         )
         for model in models
     ]
+    if config.ray is not None:
+        return tuple(Place((), model.nbytes, on_cluster=True) for model in (policy, *rewards))
     gpus, devices = visible_gpus(), [first.config.device, *(model.config.device for model in models)]
     for number, device in enumerate(devices):
         with flags_of_sweep(reward=number > 0):

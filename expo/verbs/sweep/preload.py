@@ -24,11 +24,11 @@ GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 def preloaded(config: SweepConfig, folder: Path) -> Iterator[list[Worker]]:
     """The processes of the policy and of the first reward model, started; those that nobody took are stopped.
 
-    None where a finished sweep is there, which may need no engine at all.
+    None where a finished sweep is there, which may need no engine at all, and none for engines on other machines.
     """
     workers: list[Worker] = []
     try:
-        if not is_sweep(folder) and not any(driver.exists() for driver in GPU_DRIVERS):
+        if config.ray is None and not is_sweep(folder) and not any(driver.exists() for driver in GPU_DRIVERS):
             policy = ("vllm" if find_spec("vllm") else "transformers") if config.engine == "auto" else config.engine
             reward = "transformers" if config.reward_engine == "auto" else config.reward_engine
             for verb, engine in (("generate", policy), ("score", reward)):

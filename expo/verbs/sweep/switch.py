@@ -8,10 +8,11 @@ in memory.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from expo.engines.switching import Reply, bound_of, difference, is_finite
 from expo.engines.verdicts import Scope, is_proved, keep_proof, proof_key
 from expo.errors import EnvironmentFailure, ExpoError, InputError
 from expo.output.findings import Inspection
+from expo.rows.cluster import forget_names
 from expo.rows.worker import Worker
 from expo.theta.moves import moved_kinds, seen_kinds
 from expo.theta.pair import ThetaPlan, plan_theta
@@ -70,13 +72,29 @@ class _Seen:
     """From the job until the engine had its weights, a process that was started for it included."""
 
 
-def prove(make_worker: Callable[[], Worker], first: GenerateJob, inspected: Inspection | None = None) -> Proof:
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where a proof is made, if not on this machine."""
+
+    hardware: list[str]
+    """The machines."""
+    folder: Path
+    """One that they share with this one."""
+
+
+def prove(
+    make_worker: Callable[[], Worker],
+    first: GenerateJob,
+    inspected: Inspection | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> Proof:
     """See whether a live engine can be switched between the α of a pair, unless that is known already.
 
     Args:
         make_worker: Makes a worker that stays and was not started.
         first: A job with a θ(α), at whose α the engine is to be afterwards.
         inspected: Its pair, where that was inspected: what is identical there need not be read again.
+        elsewhere: Where its processes are, if not here.
 
     Raises:
         InputError: A process refuses to start at the first α.
@@ -85,15 +103,29 @@ def prove(make_worker: Callable[[], Worker], first: GenerateJob, inspected: Insp
     plan, scope = theta_of(first), _scope(first, inspected)
     if not scope.kinds:
         return Proof(True, "no tensor moves with α")
-    key = proof_key(first.engine, first.setup)
+    key = proof_key(first.engine, first.setup, None if elsewhere is None else elsewhere.hardware)
     if is_proved(key, scope):
         return Proof(True, "tested before for this architecture, data type, engine and machine")
     log.info("testing that %s can be switched between α: one more start", first.engine)
-    with tempfile.TemporaryDirectory(prefix="expo-") as folder:
-        proof = _Prover(make_worker, first, plan, scope.kinds, Path(folder) / "answers.json").prove()
+    with _folder_for_answers(elsewhere) as folder:
+        proof = _Prover(make_worker, first, plan, scope.kinds, folder / "answers.json").prove()
     if proof.proved:
         keep_proof(key, Scope(proof.kinds, None if proof.fills_block else scope.context))
     return proof
+
+
+@contextmanager
+def _folder_for_answers(elsewhere: Elsewhere | None) -> Iterator[Path]:
+    if elsewhere is None:
+        with tempfile.TemporaryDirectory(prefix="expo-") as name:
+            yield Path(name)
+        return
+    folder = elsewhere.folder / ".switch"  # also that of a run that was killed in its proof
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder.absolute()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_known(first: GenerateJob, inspected: Inspection | None = None) -> bool:
@@ -244,6 +276,7 @@ class _Prover:
             worker.wait(END_SECONDS)
             reason = worker.last_error_line()
             raise InputError(reason) if code == InputError.exit_code else EnvironmentFailure(reason)
+        forget_names([self.file.parent])
         reply = Reply.read(self.file)
         return _Seen(reply, time.perf_counter() - clock - reply.probe_seconds)
 
