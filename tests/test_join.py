@@ -17,6 +17,8 @@ from expo.engines import Completion, EngineSpec
 from expo.errors import EnvironmentFailure, InputError
 from expo.journal import Journal
 from expo.rows import files, parts
+from expo.rows.loop import left_of
+from expo.rows.parts import missing_parts
 from expo.verbs import generate as verb
 from expo.verbs.generate import Generated
 
@@ -360,6 +362,19 @@ def test_an_output_of_other_settings_is_refused_by_each_part_unless_overwritten(
     whole = run(folder="whole", seed=2).output.read_bytes()
     assert run(join=2, seed=2, overwrite=True).output.read_bytes() == whole
     assert names(out) == ["m.jsonl", "m.meta.json"]
+
+
+def test_overwriting_makes_every_part_anew(run, llama_pair, prompt_file, tmp_path):  # noqa: F811 - the fixture
+    run("0/2", seed=1)
+
+    def left(**how):
+        job = verb.plan(settings(llama_pair[1], prompt_file, tmp_path / "out", name="m", data_parallel=2, **how))
+        return [str(part.part) for part, _ in missing_parts(left_of(job), 2)]
+
+    assert left(seed=1) == left(seed=1, overwrite=True) == ["1/2"]
+    with pytest.raises(InputError, match=r"0-of-2.jsonl was made with a different seed"):
+        left(seed=2)
+    assert left(seed=2, overwrite=True) == ["0/2", "1/2"]
 
 
 # --- going on ------------------------------------------------------------------------------------------------------

@@ -298,6 +298,7 @@ def test_a_job_for_which_no_machine_has_room_is_taken_by_whoever_is_free(staying
     with staying_crew(nowhere, other) as crew:
         crew.watch("generate", 8, 0)
     assert other.done == ["1/2", "0/2"]
+    assert nowhere in crew._idle, "it may find a machine for a later job"
 
 
 def test_that_nobody_has_room_is_said_once(staying_crew, monkeypatch, caplog):

@@ -167,10 +167,18 @@ def _why_not_finished(job: RowJob, found: Found) -> str:
 
 
 def is_finished(job: RowJob) -> bool:
-    """Whether a part is finished, except for rows that cannot be produced."""
+    """Whether a part is finished, except for rows that cannot be produced.
+
+    Raises:
+        InputError: It was made with other settings, and `--overwrite` is not given.
+    """
     try:
         made = read_part(job)
     except NotFinished:
+        return False
+    except InputError:
+        if not job.config.overwrite:
+            raise
         return False
     answered = job.answered(made.rows.values())
     return sum(key not in answered for key in job.keys) == len(job.impossible(answered))

@@ -85,6 +85,7 @@ class Crew:
         workers: In the order in which they get their first jobs.
         jobs: Each with its number of finished rows.
         after: Called after each job.
+        name: What a job is called in messages; no two of them alike.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class Crew:
         workers: Sequence[Worker],
         jobs: Iterable[tuple[Task, int]] = (),
         after: Callable[[Task], None] = lambda _: None,
+        name: Callable[[Task], str] = lambda job: f"part {job.part}",
     ) -> None:
         self._workers = workers
         self._waiting = deque(Waiting(job, kept) for job, kept in jobs)
-        self._after = after
+        self._after, self._name = after, name
         self._finished_rows = 0
         self._running: list[Worker] = []
         self._idle = list(workers)
@@ -227,22 +229,22 @@ class Crew:
 
     def _restart(self, worker: Worker, code: int) -> None:
         """Restart a part whose process died, unless it failed before its first row, as it would fail again."""
-        part, reason = worker.job.part, worker.last_error_line()
+        name, reason = self._name(worker.job), worker.last_error_line()
         if worker.may_restart(code):
-            log.warning("part %s: %s; restarting", part, reason)
+            log.warning("%s: %s; restarting", name, reason)
             self._start(worker)
         else:
-            log.warning("part %s: %s", part, reason)
-            self._lost.append(f"part {part}: {reason}")
+            log.warning("%s: %s", name, reason)
+            self._lost.append(f"{name}: {reason}")
 
     def _give_back(self, worker: Worker, reason: str) -> None:
         """Let another worker have the job of one that has no process any more."""
-        part = str(worker.job.part)
-        self._given_back[part] += 1
-        if self._given_back[part] > MAX_GIVEN_BACK:
-            self._lost.append(f"part {part}: {reason}")
+        name = self._name(worker.job)
+        self._given_back[name] += 1
+        if self._given_back[name] > MAX_GIVEN_BACK:
+            self._lost.append(f"{name}: {reason}")
             return
-        log.warning("part %s: %s; another process takes it up", part, reason)
+        log.warning("%s: %s; another process takes it up", name, reason)
         self._waiting.appendleft(Waiting(worker.job, worker.kept, worker.release()))
 
     def _hand_out(self) -> None:
@@ -258,7 +260,7 @@ class Crew:
                 self._start(worker)
 
     def _take_back(self) -> None:
-        """Take the job of a worker that does not get on, if there is one; its worker has had its turn."""
+        """Take the job of a worker that does not get on, if there is one; one that is too slow gets no other."""
         stuck = next((worker for worker in self._running if not worker.is_placed), None)
         slow = max(self._running, key=self._seconds_left, default=None) if self._speeds else None
         if stuck is None and slow is not None and not self._is_straggler(slow):
@@ -270,6 +272,7 @@ class Crew:
         worker.kill()
         if worker is stuck:
             self._waiting.appendleft(Waiting(worker.job, worker.kept))
+            self._idle.append(worker)
         else:
             self._give_back(worker, f"is far slower than the others ({worker.rows()} of {worker.job.total} are done)")
 
@@ -283,5 +286,5 @@ class Crew:
         there = (worker.job.total - worker.rows()) / usual if usual else math.inf
         waited = time.monotonic() - worker.started_at
         patience = STRAGGLER_SECONDS + STRAGGLER_FACTOR * there
-        first_time = not self._given_back[str(worker.job.part)]
+        first_time = not self._given_back[self._name(worker.job)]
         return first_time and waited > patience and self._seconds_left(worker) > patience

@@ -185,7 +185,7 @@ class Team:
     def _open(self) -> Crew:
         more = self._machines.shares[self._number].processes - len(self._proved)
         self._workers = [*self._proved, *(self._new_worker() for _ in range(more))]
-        self._crew = Crew(self._workers, after=self._finish)
+        self._crew = Crew(self._workers, after=self._finish, name=_name)
         return self._crew
 
     def _new_worker(self) -> Worker:
@@ -228,6 +228,12 @@ class Team:
         divided = self._divided.pop(whole.files.final)
         forget_names([whole.files.parts_folder])
         self._after(join_parts(whole, divided.count).job)
+
+
+def _name(job: Task) -> str:
+    """An α's answers, or their rewards, or a part of them."""
+    own = job.name if isinstance(job, RowJob) else ""
+    return own if job.part is None else f"{own}, part {job.part}"
 
 
 class Teams(Lanes):
