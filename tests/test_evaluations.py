@@ -106,6 +106,7 @@ needs_fastchat = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @needs_fastchat
 def test_mt_bench_from_end_to_end(tmp_path):
