@@ -154,6 +154,16 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> type[Fork]:
     return kind
 
 
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Ray cluster of two machines."""
+    from clusters import Raylets
+
+    raylets = Raylets(tmp_path_factory.mktemp("gate"))
+    yield raylets
+    raylets.shutdown()
+
+
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
     """A hub of the test's own; at the end nothing may have been asked that it does not know."""

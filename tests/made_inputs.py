@@ -61,8 +61,9 @@ def real() -> Inputs | None:
     return Inputs(models, data) if (models / "tiny-rm").exists() and (data / "alpaca_eval").exists() else None
 
 
-on_real_inputs_too = pytest.mark.parametrize("inputs", ["made", *(["real"] if real() else [])], indirect=True)
-"""For tests whose law is worth a look on real inputs; where there are none they run on the made ones alone."""
+_REAL = [pytest.param("real", marks=pytest.mark.full)] if real() else []
+on_real_inputs_too = pytest.mark.parametrize("inputs", ["made", *_REAL], indirect=True)
+"""For tests whose law is worth a look on real inputs, too, in the full check and where there are any."""
 
 
 def made() -> Inputs:

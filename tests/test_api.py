@@ -52,7 +52,9 @@ def not_here() -> str:
 
 
 @pytest.mark.slow
-def test_the_examples_in_the_docstrings_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_in_the_docstrings_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_workers: object
+) -> None:
     for name in ("sft", "dpo", "rm"):
         shutil.copytree(trained / f"tiny-{name}", tmp_path / f"my-{name}")
     write_prompts(trained, tmp_path / "prompts.jsonl")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import Raylets
 from test_orphans import wait_until_gone
-from test_ray import Raylets, ended, raylets, start, started  # noqa: F401 - fixtures
+from test_ray import ended, raylets, start  # noqa: F401 - fixtures
 from test_sweep import (
     assert_same_rows,
     cache,  # noqa: F401

@@ -183,7 +183,7 @@ def test_a_race_that_is_killed_again_and_again_ends_as_it_would_have(raced, tmp_
     verb.run(whole)
     words, folder, chance = ["sweep", *arguments_of(config)], Path(config.output), random.Random(5)
     total, codes = rows_in(Path(whole.output)), []
-    for share in sorted(chance.uniform(0.02, 0.98) for _ in range(sized(ci=2, full=4))):
+    for share in sorted(chance.uniform(0.02, 0.98) for _ in range(sized(ci=1, full=4))):
         codes.append(killed_when(lambda: rows_in(folder) >= share * total, lambda: cli.run(words)))  # noqa: B023
         wait_until_no_row_is_written(folder)
     assert -signal.SIGKILL in codes
