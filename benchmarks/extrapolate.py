@@ -11,9 +11,10 @@ Makes random bfloat16 Llama pairs with different shard layouts on each side (kep
 - with --mergekit PROGRAM, the same by a `mergekit-yaml` of another environment,
 
 compares every weight with float64, and prints a Markdown table. A ratio is the median over rounds of two runs side
-by side; its interval holds the true median with at least 95 %. A round takes its ways in an order drawn at random,
-with a pause before each: memory just set free is cheaper to take again than what a virtual machine gave back to its
-host in the meantime, and expo begins to write seconds after its start.
+by side; its interval holds the true median with at least 95 %. A round takes its ways in an order drawn at random.
+Memory just set free is cheaper to take again than what a virtual machine gave back to its host in the meantime, and
+expo begins to write seconds after its start; so there are two kinds of rounds, in turn: in one the ways come right
+after each other, in the other there is a pause before each. Each has its table.
 
     python benchmarks/extrapolate.py --work /tmp/expo-bench --pair 1b --rounds 11 --fsync --several --paper 3
 """
@@ -31,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +44,19 @@ from safetensors.torch import save_file
 ALPHA = 0.3
 SEVERAL = (0.1, 0.2, 0.3, 0.5)
 CHECK_ELEMENTS = 1 << 22
-PAUSE_S = 5.0
+PAUSES_S = (0.0, 5.0)
+COLUMNS = (
+    "way",
+    "runs",
+    "wall (range)",
+    "× its floor",
+    "combining, × its floor",
+    "CPU",
+    "peak",
+    "read",
+    "off",
+    "violations",
+)
 
 TINY_LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
 LARGER = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 34, "num_key_value_heads": 8}
@@ -115,6 +129,13 @@ class Run:
     """Of expo: from the first read to the last write."""
     start_s: float = math.nan
     """Of expo: from the start of the process to the first read."""
+    import_s: float = math.nan
+    """Of expo: importing torch, while files are read ahead."""
+
+    @property
+    def neither_s(self) -> float:
+        """Of expo: what is left of the process, most of it writing what goes with the weights, and ending."""
+        return self.wall_s - self.start_s - self.import_s - self.combine_s
 
 
 def measure(command: list[str], manifest: Path | None = None) -> Run:
@@ -127,7 +148,9 @@ def measure(command: list[str], manifest: Path | None = None) -> Run:
     if manifest is None:
         return run
     clock = json.loads(manifest.read_text())["clock"]
-    return replace(run, combine_s=clock["combine_seconds"], start_s=clock["first_read"] - float(epoch))
+    start, read = clock["first_read"] - float(epoch), clock["first_read"] - clock["started"]
+    combine = clock["combine_seconds"]
+    return replace(run, combine_s=combine, start_s=start, import_s=clock["seconds"] - read - combine)
 
 
 # --- the checkpoints ----------------------------------------------------------------------------------------------
@@ -281,23 +304,28 @@ def ways(options: argparse.Namespace, sft: Path, dpo: Path) -> dict[str, Way]:
     return found
 
 
-def run_all(found: dict[str, Way], sft: Path, dpo: Path) -> tuple[dict[str, list[Run]], dict[str, Exactness]]:
-    """Every way once a round, in an order of its own."""
-    runs: dict[str, list[Run]] = {name: [] for name in found}
+Runs = dict[tuple[float, str], list[Run]]
+"""By the pause before each, and the way's name."""
+
+
+def run_all(found: dict[str, Way], sft: Path, dpo: Path, pauses: Sequence[float]) -> tuple[Runs, dict[str, Exactness]]:
+    """Every way once a round, in an order of its own, with each pause."""
+    runs: Runs = {(pause, name): [] for pause in pauses for name in found}
     exact: dict[str, Exactness] = {}
     chance = random.Random(0)
     for number in range(-1, max(way.rounds for way in found.values())):
-        for name, way in chance.sample(list(found.items()), len(found)):
-            if number >= way.rounds or (number < 0 and name not in ("floor", "expo")):
-                continue
-            run = measure(way.command, way.manifest)
-            if number >= 0:  # the round before the first warms the page cache
-                runs[name].append(run)
-            if way.exact and name not in exact:
-                exact[name] = check(sft, dpo, way.folder)
-            shutil.rmtree(way.folder)
-            os.sync()
-            time.sleep(PAUSE_S)
+        for pause in pauses:
+            for name, way in chance.sample(list(found.items()), len(found)):
+                if number >= way.rounds or (number < 0 and name not in ("floor", "expo")):
+                    continue
+                time.sleep(pause)
+                run = measure(way.command, way.manifest)
+                if number >= 0:  # the round before the first warms the page cache
+                    runs[pause, name].append(run)
+                if way.exact and name not in exact:
+                    exact[name] = check(sft, dpo, way.folder)
+                shutil.rmtree(way.folder)
+                os.sync()
     return runs, exact
 
 
@@ -339,6 +367,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints, which are kept")
     parser.add_argument("--pair", choices=PAIRS, default="1b", help="2.2 GB or 5 GB a side")
     parser.add_argument("--rounds", type=int, default=11, help="how often the floor and expo")
+    parser.add_argument("--pause", type=float, nargs="*", default=PAUSES_S, metavar="S", help="before each run")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="measure another checkout of expo too")
     parser.add_argument("--fsync", action="store_true", help="measure it with fsync too")
     parser.add_argument("--several", action="store_true", help="measure four α in one pass too")
@@ -351,16 +380,22 @@ def main() -> None:
     found = ways(options, sft, dpo)
     if options.skip_check:
         found = {name: replace(way, exact=False) for name, way in found.items()}
-    runs, exact = run_all(found, sft, dpo)
-    print("| way | runs | wall (range) | × its floor | combining, × its floor | CPU | peak | read | off | violations |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, way in found.items():
-        print(row(way, runs[name], runs[way.beside], exact.get(name)))
+    runs, exact = run_all(found, sft, dpo, options.pause)
+    for pause in options.pause:
+        print(f"\n{'Right after each other' if not pause else f'With {pause:g} s before each'}:\n")
+        print(
+            "| way | runs | wall (range) | × its floor | combining, × its floor | CPU | peak | read | off | violations |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for name, way in found.items():
+            print(row(way, runs[pause, name], runs[pause, way.beside], exact.get(name)))
     torch_s = statistics.median(measure([sys.executable, "-c", "import torch"]).wall_s for _ in range(5))
-    start_s = statistics.median(run.start_s for run in runs["expo"])
+    own = [run for pause in options.pause for run in runs[pause, "expo"]]
+    start_s, neither_s = (statistics.median(getattr(run, name) for run in own) for name in ("start_s", "neither_s"))
     if exact:
         print(f"\n{exact['expo'].weights:,} weights checked against float64; α = {ALPHA}.")
     print(f"From expo's start to its first read: {start_s:.2f} s; `python -c 'import torch'`: {torch_s:.2f} s.")
+    print(f"Neither before the first read, nor importing torch, nor combining: {neither_s:.2f} s.")
     if exact and exact["expo"].violations:
         raise SystemExit("expo's output breaks the bound")
 

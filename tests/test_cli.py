@@ -78,6 +78,19 @@ def test_help_imports_nothing_heavy_and_shows_an_example(command: list[str]) -> 
     assert all(words[1] in (command or COMMANDS) for words in examples)
 
 
+def test_a_plan_from_folders_imports_neither_torch_nor_the_hubs_client(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    script = (
+        "import sys; from expo.cli.program import run; code = run(sys.argv[1:]);"
+        "heavy = ('torch', 'huggingface_hub.hf_api');"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    (pair[1] / "README.md").write_text("---\nbase_model: me/sft\n---\n# A card\n")
+    words = ["extrapolate", "--sft", *pair[:1], "--dpo", *pair[1:], "--alpha", "0.5", "--output", tmp_path / "out"]
+    command = [expo_command()[0], "-c", script, *map(str, words), "--dry-run", "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
 @pytest.mark.parametrize("command", list(config.COMMANDS))
 def test_help_lists_each_option_once_under_the_heading_of_its_class(
     command: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch

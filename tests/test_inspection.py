@@ -412,7 +412,8 @@ def test_faults_are_one_line(
 def test_a_dry_run_reads_headers_alone(pair: tuple[Path, Path]) -> None:
     script = (
         "import sys; from expo.cli.program import run; code = run(sys.argv[1:]);"
-        "print([name for name in ('torch', 'matplotlib') if name in sys.modules], file=sys.stderr); sys.exit(code)"
+        "heavy = ('torch', 'matplotlib', 'huggingface_hub.hf_api');"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     before = tree(pair[0].parent)
     command = [sys.executable, "-c", script, *map(str, sides(pair)), "--dry-run", "--json", "--output", "x.png"]

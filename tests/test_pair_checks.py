@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import write_checkpoint
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
-from expo.checkpoint.folder import Location, read_checkpoint
+from expo.checkpoint.folder import Location, read_card, read_checkpoint
 from expo.errors import InputError
 from expo.theta.pair_checks import check_change, check_pair
 
@@ -48,6 +50,33 @@ def test_a_swapped_pair_is_a_warning(tmp_path: Path, case: str, caplog: pytest.L
     check_pair(*locations, *weights)
     expected = ["org/sft says it was trained from org/dpo: are --sft and --dpo swapped?"]
     assert caplog.messages == (expected if swapped else [])
+
+
+CARDS = (
+    "---\na: 1\n---\n",
+    "---\na: 1\n---",
+    "\n \n---\na: [x, {y: 2}]\nb: é\n---  \n# words\n---\nc: 2\n---\n",
+    "\ufeff---\r\na: 1\r\n---\r\nwords\r\n",
+    "---\n\n---\n",
+    "---\na: 1\n--- no end\n",
+    "---\na: 1\n ---\n",
+    "words\n---\na: 1\n---\n",
+    "---\n- a\n- b\n---\n",
+    "---\na: [\n---\n",
+    "---\na: !!python/object/apply:os.system [ls]\n---\n",
+    "----\na: 1\n---\n",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", CARDS)
+def test_a_card_says_what_the_hubs_library_reads_in_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_bytes(text.encode())
+    try:
+        wanted = metadata_load(tmp_path / "README.md") or {}
+    except (ValueError, YAMLError):
+        wanted = {}
+    assert read_card(tmp_path) == wanted
 
 
 def test_two_folders_of_one_name_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

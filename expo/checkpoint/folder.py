@@ -13,6 +13,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ PARTIAL_FOLDER = ".expo-partial"
 
 FINGERPRINTED = (".safetensors", ".bin", ".json", ".jinja")
 MAX_CARD_BYTES = 1_000_000
+FRONT_MATTER = re.compile(r"\s*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)", re.DOTALL)
 LOADABLE = ("*.safetensors", "*.bin", "*.pt")
 """Files that some engine loads as weights, whatever their names."""
 NOT_LOADABLE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "pytorch_model_fsdp*")
@@ -327,15 +329,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The metadata of a model folder's card (README.md); empty if missing or unreadable."""
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
+    """The metadata of a model folder's card (README.md), its front matter; empty if missing or unreadable."""
+    import yaml  # huggingface_hub's `metadata_load` is this, and takes half a second to import
 
     card = path / "README.md"
     try:
         readable = card.is_file() and card.stat().st_size <= MAX_CARD_BYTES
-        metadata = metadata_load(card) if readable else None
-    except (OSError, ValueError, RecursionError, YAMLError):
+        found = FRONT_MATTER.match(card.read_text(encoding="utf-8-sig")) if readable else None
+        metadata = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         metadata = None
     return metadata if isinstance(metadata, dict) else {}
 

@@ -78,10 +78,10 @@ def find_destinations(repositories: Sequence[str], *, private: bool) -> list[Des
         InputError: No token, one without write access, or a repository with other weights.
         EnvironmentFailure: The hub cannot be reached.
     """
+    if not repositories:
+        return []  # before an import that takes half a second
     from huggingface_hub import HfApi
 
-    if not repositories:
-        return []
     account = _explained(HfApi().whoami, repositories[0])
     for name in repositories:
         _require_writer(account, name)
