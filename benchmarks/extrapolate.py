@@ -383,10 +383,8 @@ def main() -> None:
     runs, exact = run_all(found, sft, dpo, options.pause)
     for pause in options.pause:
         print(f"\n{'Right after each other' if not pause else f'With {pause:g} s before each'}:\n")
-        print(
-            "| way | runs | wall (range) | × its floor | combining, × its floor | CPU | peak | read | off | violations |"
-        )
-        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        print(f"| {' | '.join(COLUMNS)} |")
+        print(f"|{' --- |' * len(COLUMNS)}")
         for name, way in found.items():
             print(row(way, runs[pause, name], runs[pause, way.beside], exact.get(name)))
     torch_s = statistics.median(measure([sys.executable, "-c", "import torch"]).wall_s for _ in range(5))
