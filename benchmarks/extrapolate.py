@@ -6,6 +6,7 @@ Makes random bfloat16 Llama pairs with different shard layouts on each side (kep
 - `expo extrapolate --no-fsync`: its combining phase (first read to last write, as expo.json tells it, all checks
   on) and the whole process,
 - with --fsync, the same with fsync,
+- with --cold N, both sides read from the disk, not from memory: `expo extrapolate` beside `dd` of the same bytes,
 - with --several, four α in one pass, beside reading both sides once and writing four copies in one thread,
 - with --paper, the paper's method: both models in memory, d + α(d − s) in bfloat16, `save_pretrained`,
 - with --mergekit PROGRAM, the same by a `mergekit-yaml` of another environment,
@@ -61,8 +62,9 @@ COLUMNS = (
 TINY_LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
 LARGER = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 34, "num_key_value_heads": 8}
 COMMON = {"num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048}
-PAIRS = {"1b": TINY_LLAMA | COMMON, "2.5b": LARGER | COMMON}
-"""2.2 GB and 5 GB a side; the first has TinyLlama-1.1B's shapes."""
+SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 28, "num_key_value_heads": 32}
+PAIRS = {"1b": TINY_LLAMA | COMMON, "2.5b": LARGER | COMMON, "6b": SEVEN | COMMON}
+"""2.2, 5 and 12 GB a side; the first has TinyLlama-1.1B's shapes, the last has four layers less than Llama-7B."""
 
 LAUNCHER = """
 import os, sys, time
@@ -159,8 +161,10 @@ def measure(command: list[str], manifest: Path | None = None) -> Run:
 def make_pair(work: Path, pair: str) -> tuple[Path, Path]:
     """Two checkpoints with different layouts; ‖Δ‖/‖θ‖ is 0.035 as zephyr's."""
     sft, dpo, done = work / f"sft-{pair}", work / f"dpo-{pair}", work / f"done-{pair}"
+    shapes = parameter_shapes(pair)
+    require_room(work, sum(2 * math.prod(shape) for shape in shapes.values()) * (1 if done.exists() else 3))
     if not done.exists():
-        shapes, generator = parameter_shapes(pair), torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         weights = {name: (0.02 * torch.randn(shape, generator=generator)).bfloat16() for name, shape in shapes.items()}
         save(sft, weights, pair, shards=2)
         for weight in weights.values():
@@ -169,6 +173,14 @@ def make_pair(work: Path, pair: str) -> tuple[Path, Path]:
         save(dpo, weights, pair, shards=5)
         done.touch()
     return sft, dpo
+
+
+def require_room(work: Path, nbytes: int) -> None:
+    """End where the disk has no room for what is to be made."""
+    work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work).free
+    if free < 1.05 * nbytes:
+        raise SystemExit(f"SKIPPED: {work} has {free / 1e9:.1f} GB free, and {1.05 * nbytes / 1e9:.1f} GB are needed")
 
 
 def parameter_shapes(pair: str) -> dict[str, tuple[int, ...]]:
@@ -259,6 +271,8 @@ class Way:
     manifest: Path | None = None
     exact: bool = False
     """Whether its weights are compared with float64."""
+    cold: bool = False
+    """Whether its inputs are taken out of memory before each run."""
 
 
 def ways(options: argparse.Namespace, sft: Path, dpo: Path) -> dict[str, Way]:
@@ -280,6 +294,12 @@ def ways(options: argparse.Namespace, sft: Path, dpo: Path) -> dict[str, Way]:
         found["against"] = Way(label, other, out, options.rounds, "floor", out / "expo.json", True)
     if options.fsync:
         found["fsync"] = Way("`expo extrapolate`", one, out, options.rounds, "floor", out / "expo.json")
+    if options.cold:
+        read = f'for f in "{sft}"/*.safetensors; do dd if="$f" of=/dev/null bs=4M || exit 1; done'
+        write = f'for f in "{dpo}"/*.safetensors; do dd if="$f" of="{copy}/${{f##*/}}" bs=4M conv=fsync || exit 1; done'
+        command = ["sh", "-c", f'mkdir "{copy}" && {read} && {write}']
+        found["dd"] = Way("`dd` of SFT, and of DPO to a copy, cold", command, copy, options.cold, "dd", cold=True)
+        found["cold"] = Way("`expo extrapolate`, cold", one, out, options.cold, "dd", out / "expo.json", cold=True)
     if options.several:
         script = [sys.executable, "-S", "-c", READ_BOTH_WRITE_FOUR, str(sft), str(dpo), str(four)]
         found["four"] = Way("read both sides, write four copies, one thread", script, four, options.rounds, "four")
@@ -304,6 +324,14 @@ def ways(options: argparse.Namespace, sft: Path, dpo: Path) -> dict[str, Way]:
     return found
 
 
+def forget(*folders: Path) -> None:
+    """Take weight files out of the page cache."""
+    os.sync()
+    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 Runs = dict[tuple[float, str], list[Run]]
 """By the pause before each, and the way's name."""
 
@@ -318,6 +346,8 @@ def run_all(found: dict[str, Way], sft: Path, dpo: Path, pauses: Sequence[float]
             for name, way in chance.sample(list(found.items()), len(found)):
                 if number >= way.rounds or (number < 0 and name not in ("floor", "expo")):
                     continue
+                if way.cold:
+                    forget(sft, dpo)
                 time.sleep(pause)
                 run = measure(way.command, way.manifest)
                 if number >= 0:  # the round before the first warms the page cache
@@ -365,11 +395,12 @@ def main() -> None:
     """Measure everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints, which are kept")
-    parser.add_argument("--pair", choices=PAIRS, default="1b", help="2.2 GB or 5 GB a side")
+    parser.add_argument("--pair", choices=PAIRS, default="1b", help="2.2, 5 or 12 GB a side")
     parser.add_argument("--rounds", type=int, default=11, help="how often the floor and expo")
     parser.add_argument("--pause", type=float, nargs="*", default=PAUSES_S, metavar="S", help="before each run")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="measure another checkout of expo too")
     parser.add_argument("--fsync", action="store_true", help="measure it with fsync too")
+    parser.add_argument("--cold", type=int, default=0, metavar="N", help="measure it N times from the disk, too")
     parser.add_argument("--several", action="store_true", help="measure four α in one pass too")
     parser.add_argument("--paper", type=int, default=0, metavar="N", help="measure the paper's method N times")
     parser.add_argument("--skip-check", action="store_true", help="do not compare the weights with float64")

@@ -609,6 +609,14 @@ def test_the_plan_counts_what_is_missing(swept, reward_model, llama_pair, tmp_pa
     assert [(one["for"], one["rows"]) for one in said["cost"]] == [("second", 3 * 5)]
 
 
+def test_the_plan_for_a_cluster_starts_nothing(swept, engines):
+    said = verb.plan(swept(ray="127.0.0.1:9", data_parallel=3)).describe()
+    assert (said["rows_to_generate"], said["rows_to_score"]) == (3 * len(PROMPTS), 3 * len(PROMPTS))
+    assert {one["on"] for one in said["engines"]} == {"the Ray cluster"}
+    assert "cost" not in said
+    assert engines.read_text() == ""
+
+
 def test_the_plan_refuses_what_the_run_refuses(swept, llama_pair, tmp_path, engines):
     far = tmp_path / "far"
     shutil.copytree(llama_pair[0], far)

@@ -66,6 +66,7 @@ ADDED = (
     Added("python -m evaluations.mt_bench", "--data {data}", "FastChat's repository is on another machine"),
     Added("python -m evaluations.leaderboard", "--model-args {engine}", "a CPU has no room for vLLM's defaults"),
     Added("python benchmarks/extrapolate.py", "--work expo-bench --pair 1b --rounds 1 --paper 0", SIZE),
+    Added("python benchmarks/extrapolate.py", "--cold 1", SIZE, having="--cold"),
     Added("python benchmarks/page_offset.py", "--file {models}/tiny-dpo/model.safetensors", SIZE),
     Added("python benchmarks/memory.py", "--work expo-memory --largest 0.3", SIZE),
     Added("python benchmarks/remote.py", "--work expo-remote --rounds 1", SIZE),
