@@ -39,7 +39,9 @@ ruff format --check .
 mypy
 lint-imports
 wait "$inputs"
-[ -z "$fastchat" ] || wait "$fastchat" || say "FastChat could not be installed (bash scripts/mt_bench.sh --smoke shows why): its test skips"
+if [ -n "$fastchat" ]; then
+    wait "$fastchat" || say "FastChat could not be installed (bash scripts/mt_bench.sh --smoke shows why): its test skips"
+fi
 if [ -n "$browser" ]; then wait "$browser" || true; fi
 has_browser || say "no chromium here, and none could be installed: the tests of the report in a browser skip"
 say "tests"

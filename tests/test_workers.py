@@ -309,6 +309,18 @@ def test_that_nobody_has_room_is_said_once(staying_crew, monkeypatch, caplog):
     assert caplog.messages.count("no machine has room for a process; waiting until one has") == 1
 
 
+def test_nothing_is_said_of_room_while_only_a_lock_is_waited_for(staying_crew, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "ROOM_SECONDS", 0.0)
+    crew, room = staying_crew(Staying("row()")), workers.RoomWatch()
+    crew._waiting[0] = replace(crew._waiting[0], is_free=lambda: False)
+    for _ in range(3):
+        crew.step()
+        room.look([crew])
+        time.sleep(0.01)
+    assert not crew.is_over
+    assert caplog.messages == []
+
+
 def test_the_job_of_a_straggler_is_given_to_one_that_is_free(staying_crew, monkeypatch, caplog):
     monkeypatch.setattr(workers, "STRAGGLER_SECONDS", 0.5)
     slow, other = Staying(HANG), Staying("row()")
