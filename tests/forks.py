@@ -92,10 +92,7 @@ def _close_all_but(kept: Sequence[int]) -> None:
 def _program(words: Sequence[str]) -> int:
     sys.argv = ["expo", *words]
     try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
+        return cli.start()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    raise AssertionError("the program did not exit")

@@ -73,11 +73,7 @@ class Case:
     def run(self) -> int:
         """The program, in this process."""
         sys.argv = self.command()
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        raise AssertionError("the program did not exit")
+        return cli.start()
 
 
 def keep_engine(case: Case) -> None:

@@ -6,6 +6,7 @@ where its output goes; a line on stdout tells its exit code.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -35,6 +36,7 @@ def in_a_fork(**asked: Any) -> int:
     child = os.fork()
     if not child:
         mend_torch_threads()
+        atexit._clear()  # the exit handlers of this process are not the child's
         os._exit(run(**asked))
     return ended(child)
 

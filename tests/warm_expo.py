@@ -79,10 +79,7 @@ def _run(asked: Any, streams: list[int], before: Callable[[], object]) -> int:
     before()
     sys.argv = ["expo", *asked.words]
     try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
+        return cli.start()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    raise AssertionError("the program did not exit")

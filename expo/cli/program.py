@@ -29,6 +29,7 @@ from expo import __version__, config, config_files, recipes as known_recipes
 from expo.cli import compare, extrapolate, generate, inspect, recipes, report, score, sweep, work
 from expo.cli.command import Command, Levels, Shown
 from expo.cli.completion import completing
+from expo.cli.ending import leave
 from expo.cli.failures import EXPECTED, clean, exit_code_of, fail, say
 from expo.cpus import QUIET_THREADS
 from expo.errors import PARTLY_FAILED, Stopped
@@ -416,8 +417,13 @@ def _usage_error(error: typer.TyperException) -> int:
     return fail(error, " ".join(message.split()).rstrip(".") + refused_value(error) + hint, 2)
 
 
-def main() -> None:
-    """The `expo` program."""
+def main() -> NoReturn:
+    """The `expo` program, which ends this process."""
+    leave(start())
+
+
+def start() -> int:
+    """Set the process up and run the command it was started with; the exit code."""
     for name, value in (PROCESS_ENVIRONMENT | ({} if sys.stderr.isatty() else NO_BARS)).items():
         os.environ.setdefault(name, value)
     gc.set_threshold(GC_OBJECTS)
@@ -433,5 +439,4 @@ def main() -> None:
     code = run()
     if code in (INTERRUPTED, 128 + signal.SIGTERM):
         say("stopped; rerun the same command to continue")
-    gc.freeze()  # else all that torch and transformers made is looked through once more, for a second or two
-    sys.exit(code)
+    return code

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
 import traceback
 from contextlib import closing, suppress
 from importlib import import_module
-from typing import IO, Annotated, Any, NoReturn
+from typing import IO, Annotated, Any
 
 import typer
 
+from expo.cli.ending import leave
 from expo.cli.failures import EXPECTED, exit_code_of
 from expo.config import COMMANDS, RowsConfig
 from expo.engines import GENERATORS, SCORERS
@@ -34,7 +34,7 @@ def command(
             _tell(answers, exit_code=code)
             if code not in (0, PARTLY_FAILED):
                 raise typer.Exit(code)
-    _end()
+    leave(0)
 
 
 class _Keeper(EngineKeeper):
@@ -53,14 +53,6 @@ class _Keeper(EngineKeeper):
 def _tell(answers: IO[str], **said: int) -> None:
     answers.write(json.dumps(said) + "\n")
     answers.flush()
-
-
-def _end() -> NoReturn:
-    """Exit without taking apart all that was imported, which takes seconds of a core after vLLM; exit handlers run."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _preload(verb: str, engine: str) -> None:

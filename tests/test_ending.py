@@ -1,0 +1,50 @@
+"""A process ends at once, and yet nothing is lost: threads are waited for, exit handlers run, streams are flushed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import atexit, sys, threading
+from expo.cli.ending import leave
+
+class Told:
+    def __del__(self):
+        sys.stderr.write("taken apart\\n")
+
+told = Told()
+go = threading.Event()
+threading.Thread(target=lambda: (go.wait(), print("a thread's last words"))).start()
+atexit.register(print, "a handler's last words")
+print("said before")
+threading.Timer(0.05, go.set).start()
+leave({code})
+"""
+
+
+def run(script: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, env=buffered)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_all_is_said_before_the_end_and_modules_are_left(code: int) -> None:
+    done = run(SCRIPT.replace("{code}", str(code)))
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.splitlines() == ["said before", "a thread's last words", "a handler's last words"]
+
+
+def test_pythons_own_end_would_take_modules_apart() -> None:
+    assert "taken apart" in run(SCRIPT.replace("leave({code})", "sys.exit(0)")).stderr
+
+
+def test_output_that_cannot_be_written_is_no_success() -> None:
+    with open("/dev/full", "w") as full:
+        done = run("from expo.cli.ending import leave; print('data'); leave(0)", full.fileno())
+    assert done.returncode == 120
+    assert "No space left on device" in done.stderr
