@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -41,6 +42,24 @@ def test_all_is_said_before_the_end_and_modules_are_left(code: int) -> None:
 
 def test_pythons_own_end_would_take_modules_apart() -> None:
     assert "taken apart" in run(SCRIPT.replace("leave({code})", "sys.exit(0)")).stderr
+
+
+def test_a_thread_that_hangs_is_not_waited_for_after_an_interrupt() -> None:
+    script = """
+import signal, threading
+from expo.cli.ending import leave
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=threading.Event().wait).start()
+shutdown = threading._shutdown
+threading._shutdown = lambda: (print("waiting", flush=True), shutdown())
+leave(5)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(60), process.stderr.read()) == (5, b"")
 
 
 def test_output_that_cannot_be_written_is_no_success() -> None:

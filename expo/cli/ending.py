@@ -6,7 +6,10 @@ import atexit
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
+
+from expo.errors import Stopped
 
 
 def leave(code: int) -> NoReturn:
@@ -15,7 +18,8 @@ def leave(code: int) -> NoReturn:
     Python would look through and take apart every module before it ends, which takes a quarter of a second after
     torch and seconds of a core after vLLM. Where a stream cannot be flushed it ends in Python's own way, which says so.
     """
-    threading._shutdown()  # type: ignore[attr-defined]
+    with suppress(KeyboardInterrupt, Stopped):  # who does not want to wait for a thread need not
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
