@@ -72,6 +72,7 @@ def test_the_examples_in_the_docstrings_run(
     assert runner.failures == 0, "".join(told)
 
 
+@pytest.mark.full  # in CI the commands of docs/python.md are run, which do the same
 @pytest.mark.slow
 def test_the_notebook_runs(trained: Path, tmp_path: Path) -> None:
     """With the made trio in the place of the demo's: each cell shows what it shows in the repository."""

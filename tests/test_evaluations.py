@@ -93,7 +93,7 @@ def smoke(module: str, folder: Path) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("checked: ")]
 
 
-@pytest.mark.full  # in CI test_acceptance.py has AlpacaEval read our file, and the leaderboard's smoke is run
+@pytest.mark.full  # in CI test_acceptance.py has AlpacaEval read our file
 @pytest.mark.slow
 @needs_alpaca_eval
 def test_alpaca_eval_from_end_to_end(tmp_path):

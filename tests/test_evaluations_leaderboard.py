@@ -386,6 +386,7 @@ def smoke_folder(run_warm: helpers.Run, tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path
 
 
+@pytest.mark.full  # its parts are above; `tools/full_check.sh` runs the smoke of each evaluation
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_the_smoke_run_finds_what_it_checks_and_its_checks_can_fail(

@@ -12,6 +12,7 @@ import signal
 import helpers
 import pytest
 from safetensors.torch import save_file
+from sizes import sized
 from test_orphans import wait_until_gone
 
 SCRIPT = """
@@ -57,15 +58,17 @@ if __name__ == "__main__":
     main()
 """
 
-FORKED = """
+FORKS = """
 import multiprocessing
 from vllm.v1.executor import multiproc_executor
-from expo.cli.program import main
-
 multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+"""
+"""Workers are forked; in the full check those of the first test are started as vLLM starts them, and import it."""
+FORKED = f"""{FORKS}
+from expo.cli.program import main
 main()
 """
-"""The program, with workers that are forked; those of the other test are started as vLLM starts them, and import it."""
+"""The program, with workers that are forked."""
 
 
 @pytest.mark.vllm
@@ -74,7 +77,7 @@ def test_two_workers_answer_as_bare_vllm_and_end_with_a_killed_run(trained, alpa
     pair = trained / "tiny-sft", trained / "tiny-dpo"
     helpers.write(pair, tmp_path / "written", 1.5)
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
+    script.write_text(sized(ci=FORKS, full="") + SCRIPT)
     dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
     arguments = ["generate", "alpaca", "--dataset", dataset, "--engine", "vllm"]
     arguments += ["--sft", pair[0], "--dpo", pair[1], "--alpha", 1.5, "--name", "theta"]
