@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from helpers import run_python
 
 SCRIPT = """
 import atexit, sys, threading
@@ -27,21 +27,18 @@ leave({code})
 """
 
 
-def run(script: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, env=buffered)
+BUFFERED = {"PYTHONUNBUFFERED": ""}
 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_all_is_said_before_the_end_and_modules_are_left(code: int) -> None:
-    done = run(SCRIPT.replace("{code}", str(code)))
-    assert (done.returncode, done.stderr) == (code, "")
+    done = run_python(SCRIPT.replace("{code}", str(code)), env=BUFFERED)
+    assert (done.code, done.stderr) == (code, "")
     assert done.stdout.splitlines() == ["said before", "a thread's last words", "a handler's last words"]
 
 
 def test_pythons_own_end_would_take_modules_apart() -> None:
-    assert "taken apart" in run(SCRIPT.replace("leave({code})", "sys.exit(0)")).stderr
+    assert "taken apart" in run_python(SCRIPT.replace("leave({code})", "sys.exit(0)")).stderr
 
 
 def test_a_thread_that_hangs_is_not_waited_for_after_an_interrupt() -> None:
@@ -63,7 +60,7 @@ leave(5)
 
 
 def test_output_that_cannot_be_written_is_no_success() -> None:
-    with open("/dev/full", "w") as full:
-        done = run("from expo.cli.ending import leave; print('data'); leave(0)", full.fileno())
-    assert done.returncode == 120
+    script = "import sys; sys.stdout = open('/dev/full', 'w'); from expo.cli.ending import leave; print(1); leave(0)"
+    done = run_python(script, env=BUFFERED)
+    assert done.code == 120
     assert "No space left on device" in done.stderr

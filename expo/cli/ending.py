@@ -15,7 +15,7 @@ from expo.errors import Stopped
 def leave(code: int) -> NoReturn:
     """Exit as `sys.exit` does, with threads waited for, exit handlers run and streams flushed, and nothing else.
 
-    Python would look through and take apart every module before it ends, which takes a quarter of a second after
+    Python would look through and take apart every module before it ends, which takes a fifth of a second after
     torch and seconds of a core after vLLM. Where a stream cannot be flushed it ends in Python's own way, which says so.
     """
     with suppress(KeyboardInterrupt, Stopped):  # who does not want to wait for a thread need not
