@@ -36,8 +36,9 @@ __version__: str
 def extrapolate(
     *,
     sft: str | PathLike[str],
-    dpo: str | PathLike[str],
+    dpo: str | PathLike[str] = "",
     alpha: float | Iterable[float] = (),
+    target_step: float | Iterable[float] = (),
     output: str | PathLike[str] | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -48,7 +49,8 @@ def extrapolate(
     fsync: bool = True,
     push_to_hub: str | PathLike[str] | None = None,
     private: bool = False,
-    rule: str | PathLike[str] = "linear",
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
@@ -66,8 +68,9 @@ def extrapolate(
 def extrapolate(
     *,
     sft: str | PathLike[str],
-    dpo: str | PathLike[str],
+    dpo: str | PathLike[str] = "",
     alpha: float | Iterable[float] = (),
+    target_step: float | Iterable[float] = (),
     output: str | PathLike[str] | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -78,7 +81,8 @@ def extrapolate(
     fsync: bool = True,
     push_to_hub: str | PathLike[str] | None = None,
     private: bool = False,
-    rule: str | PathLike[str] = "linear",
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
@@ -109,11 +113,15 @@ def extrapolate(
         EnvironmentFailure: I/O or the hub failed; the same call continues.
 
     Args:
-        sft: The SFT checkpoint θ_sft: a directory, hub id, or id@revision.
-        dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
+        sft: The SFT checkpoint θ_sft, or the model a training run began with: a directory, hub id, or
+            id@revision.
+        dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it. [default:
+            the last checkpoint]
         alpha: Extrapolation strength α; 0 is DPO itself, −1 is SFT; repeatable, one output each.
             [required]
-        output: Output folder; may contain {alpha}. [default: checkpoints/<DPO name>-ExPO-a<A>]
+        target_step: With checkpoint: a step to extrapolate to; repeatable, one output each.
+        output: Output folder; may contain {alpha} or {step}. [default: checkpoints/<DPO
+            name>-ExPO-a<A>, or -t<T>]
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         dtype: Data type of the written weights; auto keeps each DPO tensor's own.
         workers: Number of threads. [default: the CPU count, at most 4]
@@ -124,9 +132,12 @@ def extrapolate(
         verify: Checksum all weights: record the inputs' checksums, and check finished outputs against
             their manifest.
         fsync: Flush every file to disk before it gets its final name.
-        push_to_hub: Upload the finished output to this model repository; may contain {alpha}.
+        push_to_hub: Upload the finished output to this model repository; may contain {alpha} or {step}.
         private: Create that repository as private, if it does not exist yet.
-        rule: Name of the formula that makes θ(α).
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
         exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
         missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
@@ -187,8 +198,10 @@ def inspect(
         EnvironmentFailure: Reading failed.
 
     Args:
-        sft: The SFT checkpoint θ_sft: a directory, hub id, or id@revision.
-        dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
+        sft: The SFT checkpoint θ_sft, or the model a training run began with: a directory, hub id, or
+            id@revision.
+        dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it. [default:
+            the last checkpoint]
         output: Plot ‖Δ‖/‖θ_sft‖ by layer and module to this file (.png, .svg or .pdf).
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         workers: Number of threads. [default: the CPU count, at most 4]
@@ -205,10 +218,12 @@ def generate(
     sft: str | PathLike[str] | None = None,
     dpo: str | PathLike[str] | None = None,
     alpha: float | None = None,
+    target_step: float | None = None,
     name: str | PathLike[str] | None = None,
     base_url: str | PathLike[str] | None = None,
     concurrency: int = 32,
-    rule: str | PathLike[str] = "linear",
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
@@ -253,10 +268,12 @@ def generate(
     sft: str | PathLike[str] | None = None,
     dpo: str | PathLike[str] | None = None,
     alpha: float | None = None,
+    target_step: float | None = None,
     name: str | PathLike[str] | None = None,
     base_url: str | PathLike[str] | None = None,
     concurrency: int = 32,
-    rule: str | PathLike[str] = "linear",
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
@@ -315,11 +332,15 @@ def generate(
         sft: The SFT checkpoint θ_sft. With dpo and alpha, the engine loads θ(α) instead of model.
         dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
         alpha: Extrapolation strength α.
+        target_step: With checkpoint: the step to extrapolate to, in place of α.
         name: Name of the output files, and of the generator in them. [default: the model's, or <DPO
-            name>-ExPO-a<A>]
+            name>-ExPO-a<A> or -t<T>]
         base_url: URL of the server (openai); its API key is read from OPENAI_API_KEY.
         concurrency: Maximum number of concurrent requests (openai).
-        rule: Name of the formula that makes θ(α).
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
         exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
         missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
@@ -574,7 +595,8 @@ def sweep(
     reward_max_length: int | None = None,
     reward_chat_template: str | PathLike[str] | None = None,
     reward_bos: Literal["auto", "template", "none"] = "auto",
-    rule: str | PathLike[str] = "linear",
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
@@ -634,7 +656,8 @@ def sweep(
     reward_max_length: int | None = None,
     reward_chat_template: str | PathLike[str] | None = None,
     reward_bos: Literal["auto", "template", "none"] = "auto",
-    rule: str | PathLike[str] = "linear",
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
@@ -683,8 +706,10 @@ def sweep(
         EnvironmentFailure: An engine, the disk or the network failed; the same call continues.
 
     Args:
-        sft: The SFT checkpoint θ_sft: a directory, hub id, or id@revision.
-        dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.
+        sft: The SFT checkpoint θ_sft, or the model a training run began with: a directory, hub id, or
+            id@revision.
+        dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it. [default:
+            the last checkpoint]
         alpha: A candidate for α; repeatable. α = 0 is always measured as well. [default: 0.1 0.2 0.3
             0.4 0.5]
         with_sft: Also measure SFT itself, which is α = −1, for reference.
@@ -718,7 +743,10 @@ def sweep(
         reward_max_length: Maximum conversation length of the reward model, in tokens.
         reward_chat_template: Jinja file to use instead of the reward model's own chat template.
         reward_bos: Like bos of `expo score`.
-        rule: Name of the formula that makes θ(α).
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
         exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
         missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.

@@ -20,7 +20,7 @@ def arguments_of(settings: CommandConfig) -> list[str]:
         value = getattr(settings, name)
         if setting.positional:
             arguments[:0] = value if isinstance(value, tuple) else [value]
-        elif value is not None and value != defaults[name]:
+        elif value is not None and value != defaults[name] and name not in settings.derived:
             arguments += _words(flag(name), value)
     return arguments
 

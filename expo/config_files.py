@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from expo.config import COMMANDS, ThetaConfig
 from expo.errors import InputError
@@ -101,6 +102,8 @@ def _types_in_json(kind: Any) -> tuple[type, ...]:  # noqa: ANN401 - a type
         return list, tuple
     if get_origin(kind) is Literal:
         return (str,)
+    if isinstance(kind, UnionType):
+        return tuple(one for part in get_args(kind) for one in _types_in_json(part))
     return (int, float) if kind is float else (kind,)
 
 
@@ -112,7 +115,7 @@ def theta_from(values: dict[str, Any], model: str) -> ThetaConfig:
     """The θ(α) described by plain data, such as the options of an engine's loader.
 
     Args:
-        values: The keys of `LOADER_KEYS`; `sft` and `alpha` are needed.
+        values: The keys of `LOADER_KEYS`; `sft` and `alpha`, or `target_step`, are needed.
         model: The engine's model, which is θ_dpo where `dpo` is not given.
 
     Raises:
@@ -122,7 +125,8 @@ def theta_from(values: dict[str, Any], model: str) -> ThetaConfig:
     unknown = sorted(values.keys() - LOADER_KEYS.keys())
     if unknown:
         raise InputError(f"{known}, not {', '.join(unknown)}")
-    lacking = [key for key in ("sft", "alpha") if key not in values]
+    place = "target_step" if "target_step" in values else "alpha"
+    lacking = [key for key in ("sft", place) if key not in values]
     if lacking:
         raise InputError(f"{known}, and {' and '.join(lacking)} must be given")
     for key, value in values.items():
@@ -130,4 +134,5 @@ def theta_from(values: dict[str, Any], model: str) -> ThetaConfig:
         if type(value) not in LOADER_KEYS[key] or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{key} of the load format expo cannot be {value!r}")
     settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return ThetaConfig(**{"dpo": model, **settings})
+    own = {} if settings.get("checkpoint") else {"dpo": model}
+    return ThetaConfig(**{**own, **settings})

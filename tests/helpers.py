@@ -29,9 +29,11 @@ from expo.checkpoint.folder import read_checkpoint
 from expo.config import ExtrapolateConfig
 from expo.errors import EnvironmentFailure
 from expo.output.shard import StagedShard
+from expo.theta.buffers import TORCH_DTYPES
 from expo.theta.decide import plan_pair
 from expo.theta.plan import PairPlan, PairSettings
-from expo.theta.stream import TORCH_DTYPES, Combiner, SourceFiles
+from expo.theta.sources import SourceFiles
+from expo.theta.stream import Combiner
 from expo.verbs import extrapolate
 
 CPU = torch.device("cpu")

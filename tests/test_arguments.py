@@ -21,6 +21,7 @@ OTHERWISE = {
     "batch_tokens": 7, "temperature": 0.30000000000000004, "top_k": -1, "top_p": 0.1, "presence_penalty": -1.5,
     "frequency_penalty": 0.0, "seed": 0, "seed_mode": "shared", "max_tokens": 1, "stop_token_id": (1, 2),
     "sft": "c/d", "dpo": "-my dpo", "alpha": -0.5, "rule": "r", "alpha_for": ("a=1", "b c=2"), "exclude": ("norm",),
+    "checkpoint": ("100=e", "200=-my dpo"), "target_step": 100.0,
     "missing": "copy-dpo", "vocab": "common", "allow_pickle": True, "allow_nonfinite": True,
     "base_url": "http://localhost:1/v1", "concurrency": 5,
 }  # fmt: skip
@@ -54,7 +55,7 @@ def test_every_setting_is_handed_on(resolved):
     assert OTHERWISE.keys() == config_files.field_names("generate"), "a new setting belongs here too"
     alone = {"part": None, "join": None, "data_parallel": None, "ray": None}
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
-    no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", *PAIR_SETTINGS)}
+    no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", "target_step", *PAIR_SETTINGS)}
     for cut in alone:
         for source in (no_pair, {"model": None}):
             made = GenerateConfig(**{**OTHERWISE, **alone, cut: OTHERWISE[cut], **source})

@@ -147,7 +147,7 @@ def test_a_refused_value_is_named(run: Callable[..., Result], args: tuple[str, .
 
 SHARED = "--config --debug --dry-run --json --overwrite --recipe"
 PAIR = f"{SHARED} --aligned --allow-pickle --device --dpo --sft"
-RULES = "--allow-nonfinite --alpha --alpha-for --exclude --missing --rule --vocab"
+RULES = "--allow-nonfinite --alpha --alpha-for --checkpoint --exclude --missing --rule --vocab"
 ROWS = (
     f"{SHARED} --batch-tokens --chat-template --dataset --device --dtype --engine --limit --name --output-dir"
     " --template-date"
@@ -155,10 +155,10 @@ ROWS = (
 PARTS = "--data-parallel --join --part --ray"
 FLAGS = {
     "extrapolate": f"{PAIR} {RULES} {PARTS} --dtype --fsync --max-shard-size --no-fsync --output --private"
-    " --push-to-hub --stream-sft --verify --workers",
+    " --push-to-hub --stream-sft --target-step --verify --workers",
     "generate": f"{PAIR} {RULES} {ROWS} {PARTS} --base-url --concurrency --engine-arg --frequency-penalty"
     " --max-tokens --model --n --presence-penalty --seed --seed-mode --stop-token-id --system"
-    " --temperature"
+    " --target-step --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
     "score": f"{ROWS} {PARTS} --aligned --beta --bos --dpo --implicit-reward --max-length"
     " --outputs --reward-model --sft --trust-remote-code --engine-arg --tensor-parallel",

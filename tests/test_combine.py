@@ -27,11 +27,12 @@ from hypothesis import given, settings, strategies as st
 
 from expo.checkpoint.folder import read_checkpoint
 from expo.errors import EnvironmentFailure, InputError
-from expo.theta import stream as streaming
+from expo.theta import stream as streaming, workers
 from expo.theta.decide import plan_pair
 from expo.theta.plan import PairSettings
 from expo.theta.rules.linear import combine
-from expo.theta.stream import Combiner, SourceFiles
+from expo.theta.sources import SourceFiles
+from expo.theta.stream import Combiner
 
 SHAPES = {"scalar": (), "empty": (0, 3), "one": (1,), "odd": (7, 11), "big": (3, 300_001)}
 """`big` is two pieces of 16-bit values, the second one short."""
@@ -94,7 +95,7 @@ def test_pieces_cover_every_byte_once_in_order(tmp_path: Path) -> None:
     pair = plan(tmp_path, mixed, dpo)
     (shard,) = pair.shards
     position = len(shard.header)
-    for piece in streaming.pieces(shard.segments(), 1 << 20):
+    for piece in workers.pieces(shard.segments(), 1 << 20):
         assert piece.offset == position
         assert 0 < piece.length <= (1 << 20) // 4, "the float32 side must fit too"
         position += 2 * piece.length

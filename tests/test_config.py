@@ -71,10 +71,14 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "rule": "another", "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
         "allow_pickle": True, "verify": True, "stream_sft": True, "data_parallel": 2, "ray": "auto",
     }  # fmt: skip
-    others = {"dry_run", "part", "join"}  # the last two exclude data_parallel
+    others = {"dry_run", "part", "join", "checkpoint", "target_step"}  # these exclude data_parallel, or dpo and alpha
     assert values.keys() | others == config_files.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
     assert resolve(toml="[extrapolate]\n" + "\n".join(lines)) == ExtrapolateConfig(**values)
+    course = 'sft = "s"\ncheckpoint = ["200=b", "100=a"]\ntarget-step = [300, 400]\n'
+    made = resolve(toml=f"[extrapolate]\n{course}")
+    assert made == ExtrapolateConfig(sft="s", checkpoint=("200=b", "100=a"), target_step=(300.0, 400.0))
+    assert (made.dpo, made.alpha, made.rule_name) == ("b", (0.5, 1.0), "relex")
 
 
 def test_a_flag_beats_the_file_beats_the_recipe_beats_the_default(resolve: Callable[..., ExtrapolateConfig]) -> None:

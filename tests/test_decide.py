@@ -12,7 +12,8 @@ from torch import Tensor
 
 from expo.errors import InputError
 from expo.theta.plan import PairPlan, PairSettings
-from expo.theta.stream import Combiner, SourceFiles
+from expo.theta.sources import SourceFiles
+from expo.theta.stream import Combiner
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -50,6 +50,7 @@ from expo.output.shard import StagedShard
 from expo.theta import stream
 from expo.theta.adapter.folders import output_side_files, require_base
 from expo.theta.adapter.tensors import read_adapter
+from expo.theta.sources import SourceFiles
 from expo.verbs import extrapolate
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of every unusual choice, and these are
@@ -168,14 +169,14 @@ def test_a_factor_is_read_once_however_many_pieces_its_tensor_has(
 ) -> None:
     pair = made(CASES[case], torch.float32)
     file = pair[1] / "adapter_model.safetensors"
-    times, read = np.zeros(file.stat().st_size, dtype=int), stream.SourceFiles.read
+    times, read = np.zeros(file.stat().st_size, dtype=int), SourceFiles.read
 
-    def counting(sources: stream.SourceFiles, source: Path, position: int, buffer: memoryview) -> None:
+    def counting(sources: SourceFiles, source: Path, position: int, buffer: memoryview) -> None:
         if source == file:
             times[position : position + len(buffer)] += 1
         read(sources, source, position, buffer)
 
-    monkeypatch.setattr(stream.SourceFiles, "read", counting)
+    monkeypatch.setattr(SourceFiles, "read", counting)
     write(pair, tmp_path / "out", 0.3, 8.0, workers=1)
     first = min(tensor.start for tensor in read_shard(file).tensors)
     assert set(times[first:]) == {1}

@@ -31,7 +31,7 @@ from expo.cli import program as cli
 from expo.config import ExtrapolateConfig, InspectConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.output.findings import Inspection
-from expo.theta import stream
+from expo.theta.sources import SourceFiles
 from expo.verbs import extrapolate, inspect as verb
 
 SHAPES = {
@@ -275,13 +275,13 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_inputs_that_change_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sft, dpo = random_pair(SHAPES)
-    read = stream.SourceFiles.read
+    read = SourceFiles.read
 
-    def touch(self: stream.SourceFiles, file: Path, *args: object) -> None:
+    def touch(self: SourceFiles, file: Path, *args: object) -> None:
         read(self, file, *args)
         write_checkpoint(tmp_path / "sft", {**sft, "x": torch.ones(1)})
 
-    monkeypatch.setattr(stream.SourceFiles, "read", touch)
+    monkeypatch.setattr(SourceFiles, "read", touch)
     with pytest.raises(InputError, match="sft changed while it was read; rerun the command"):
         inspect(tmp_path, sft, dpo, output=str(tmp_path / "x.png"))
     assert not list(tmp_path.glob("*x.png*"))
@@ -291,7 +291,7 @@ def test_a_failing_disk_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise EnvironmentFailure("the disk is gone")
 
-    monkeypatch.setattr(stream.SourceFiles, "read", fail)
+    monkeypatch.setattr(SourceFiles, "read", fail)
     with pytest.raises(EnvironmentFailure, match="the disk is gone"):
         inspect(tmp_path, *random_pair(SHAPES), output=str(tmp_path / "x.png"))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["dpo", "sft"]
@@ -303,7 +303,7 @@ def test_a_picture_without_a_place_is_refused_before_anything_is_measured(
     def fail(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(stream.SourceFiles, "read", fail)
+    monkeypatch.setattr(SourceFiles, "read", fail)
     sft, dpo = random_pair(SHAPES)
     (tmp_path / "file").write_text("x")
     for folder in ("file", "file/new"):

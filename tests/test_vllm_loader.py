@@ -13,6 +13,7 @@ from typing import Any
 import helpers
 import pytest
 
+from expo import extrapolate
 from expo.config import ThetaConfig
 from expo.config_files import LOADER_KEYS, theta_from
 from expo.engines import vllm
@@ -25,6 +26,9 @@ def test_the_model_is_dpo_unless_the_keys_say_another() -> None:
     assert theta_from({"sft": "s", "alpha": 1}, "model@r") == ThetaConfig(sft="s", dpo="model@r", alpha=1.0)
     rules = {"alpha_for": ["a=1"], "exclude": ["b"], "missing": "copy-dpo", "vocab": "common"}
     flags = {"allow_pickle": True, "allow_nonfinite": True}
+    made = theta_from({"sft": "s", "checkpoint": ["1=a", "2=b"], "target_step": 5, "rule": "linear"}, "model")
+    assert made == ThetaConfig(sft="s", checkpoint=("1=a", "2=b"), alpha=1.5, rule="linear")
+    assert made.dpo == "b"
     made = theta_from({"sft": "s", "dpo": "d", "alpha": 0.5, **rules, **flags}, "model")
     tuples = {"alpha_for": ("a=1",), "exclude": ("b",), "missing": "copy-dpo", "vocab": "common"}
     assert made == ThetaConfig(sft="s", dpo="d", alpha=0.5, **tuples, **flags)
@@ -46,6 +50,8 @@ def test_every_setting_of_a_theta_is_a_key() -> None:
         ({"allow_pickle": 1}, "allow_pickle of the load format expo cannot be 1"),
         ({"missing": "drop"}, "--missing must be one of error, copy-dpo, not 'drop'"),
         ({"alpha": float("nan")}, "--alpha must be a finite number"),
+        ({"target_step": 5}, "--target-step needs the training run's checkpoints"),
+        ({"target_step": 5, "checkpoint": ["1=a"]}, "--alpha and --target-step cannot be combined"),
     ],
 )
 def test_keys_that_are_refused(changed: dict[str, Any], message: str) -> None:
@@ -78,18 +84,21 @@ def ask(work, engine):
     prompts = [list(one.prompt_ids) for one in work.requests]
     return {"prompts": prompts, "answers": [found[key] for key in sorted(found)]}
 
-def switch(engine, alpha):
-    engine.load(planned(**{**pair, "alpha": alpha}).setup)
+def switch(engine, **theta):
+    engine.load(planned(**theta).setup)
 
 def main():
     work, engine = start(**pair, alpha=0.5)
     found = {"theta auto": ask(work, engine)}
     for name, alpha in ("switched", 1.5), ("back", 0.5):
-        switch(engine, alpha)
+        switch(engine, **pair, alpha=alpha)
         found[name] = ask(work, engine)
+    switch(engine, **course)
+    found["course"] = ask(work, engine)
     del work, engine
-    gc.collect()
-    found["fresh"] = ask(*start(model=given["written"]["1.5"]))
+    for name, model in ("fresh", "1.5"), ("fresh course", "step"):
+        gc.collect()
+        found[name] = ask(*start(model=given["written"][model]))
     for dtype in ("auto", "float32"):
         gc.collect()  # one engine at a time
         found[f"checkpoint {dtype}"] = ask(*start(model=given["written"]["0.5"], dtype=dtype))
@@ -98,23 +107,34 @@ def main():
     print(json.dumps(found))
 
 given = json.loads(sys.argv[1])
-pair = given["pair"]
+pair, course = given["pair"], {**given["course"], "checkpoint": tuple(given["course"]["checkpoint"])}
 if __name__ == "__main__":
     main()
 """
 
 
 @pytest.fixture(scope="module")
-def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """α → the checkpoint of θ(α)."""
+def course(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A training run of two checkpoints, the first of which is a third of the way, and a step beyond."""
+    folder = tmp_path_factory.mktemp("course") / "early"
+    helpers.write((trained / "tiny-sft", trained / "tiny-dpo"), folder, -2 / 3)
+    steps = [f"100={folder}", f"200={trained / 'tiny-dpo'}"]
+    return {"sft": str(trained / "tiny-sft"), "checkpoint": steps, "target_step": 500.0}
+
+
+@pytest.fixture(scope="module")
+def written(trained: Path, course: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """α → the checkpoint of θ(α), and that of the course."""
     folder = tmp_path_factory.mktemp("written")
     helpers.write((trained / "tiny-sft", trained / "tiny-dpo"), folder / "a{alpha}", 0.5, 1.5)
-    return {alpha: str(folder / f"a{alpha}") for alpha in ("0.5", "1.5")}
+    extrapolate(**course, output=folder / "step", fsync=False)
+    return {"step": str(folder / "step"), **{alpha: str(folder / f"a{alpha}") for alpha in ("0.5", "1.5")}}
 
 
 @pytest.fixture(scope="module")
 def answers(
     trained: Path,
+    course: dict[str, Any],
     written: dict[str, str],
     run_warm: helpers.Run,
     tmp_path_factory: pytest.TempPathFactory,
@@ -128,7 +148,7 @@ def answers(
     script = folder / "offline.py"
     script.write_text(OFFLINE)
     settings = {"task": str(task), "output_dir": str(folder)}
-    done = run_warm(script, json.dumps({"pair": pair, "written": written, "settings": settings}))
+    done = run_warm(script, json.dumps({"pair": pair, "course": course, "written": written, "settings": settings}))
     assert done.code == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -147,6 +167,13 @@ def test_a_live_engine_is_given_another_alpha_and_the_first_again(answers: Any) 
     assert answers["switched"] == answers["fresh"]
     assert answers["switched"] != answers["theta auto"]
     assert answers["back"] == answers["theta auto"]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_live_engine_is_given_a_later_step_of_a_training_run(answers: Any) -> None:
+    assert answers["course"] == answers["fresh course"]
+    assert answers["course"] not in (answers["switched"], answers["theta auto"])
 
 
 # --- several processes --------------------------------------------------------------------------------------------

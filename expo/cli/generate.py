@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from expo.cli.command import Command, Levels, Shown
 from expo.config import PAIR_SETTINGS, GenerateConfig
 from expo.engines import GENERATORS
-from expo.theta.rules import RULES
+from expo.theta.trajectory import rule_names
 
 if TYPE_CHECKING:
     from expo.verbs.generate import Generated
@@ -28,7 +28,7 @@ EXAMPLES = (
     "  expo generate alpaca --model HuggingFaceH4/zephyr-7b-beta --join 8"
 )
 
-PAIR = frozenset({"sft", "dpo", "alpha"})
+PAIR = frozenset({"sft", "dpo", "alpha", "checkpoint", "target_step"})
 
 
 def show(result: Generated) -> Shown:
@@ -59,6 +59,6 @@ COMMAND = Command(
     help="Answer a task's prompts with a model or with θ(α).",
     examples=EXAMPLES,
     show=show,
-    choices={"engine": ("auto", *GENERATORS), "rule": RULES},
+    choices={"engine": ("auto", *GENERATORS), "rule": rule_names()},
     leave_out=not_meant,
 )

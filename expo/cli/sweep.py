@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from expo.cli.command import Command, Shown
 from expo.config import SweepConfig
 from expo.engines import GENERATORS
-from expo.theta.rules import RULES
+from expo.theta.trajectory import rule_names
 
 if TYPE_CHECKING:
     from expo.verbs.sweep import Swept
@@ -47,6 +47,6 @@ COMMAND = Command(
     show=show,
     choices={
         "engine": ("auto", *(name for name, spec in GENERATORS.items() if "local" in spec.can)),
-        "rule": RULES,
+        "rule": rule_names(),
     },
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from expo.config.course import alpha_of, read_checkpoints, shown_step, step_of
 from expo.config.parts import PartsConfig
 from expo.files import is_utf8, shown
 from expo.settings import (
@@ -29,12 +31,17 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 Sft: TypeAlias = Annotated[
-    str, Setting("The SFT checkpoint θ_sft: a directory, hub id, or id@revision.", metavar="SFT")
+    str,
+    Setting(
+        "The SFT checkpoint θ_sft, or the model a training run began with: a directory, hub id, or id@revision.",
+        metavar="SFT",
+    ),
 ]
 Dpo: TypeAlias = Annotated[
     str,
     Setting(
-        "The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it.",
+        "The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it. [default: the last "
+        "--checkpoint]",
         metavar="DPO",
         flags=("--aligned",),
     ),
@@ -52,6 +59,11 @@ class CommandConfig:
     """What every command with settings shares."""
 
     HEADING = "All commands"
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """The settings that follow from others, and are left out of a command line."""
+        return frozenset()
 
     dry_run: Annotated[bool, Setting("Print the plan and write nothing.")] = False
 
@@ -71,7 +83,21 @@ class PairConfig:
 
     HEADING = "How the pair is combined"
 
-    rule: Annotated[str, changes_weights("Name of the formula that makes θ(α).", absent="linear")] = "linear"
+    checkpoint: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A checkpoint of the training run that began with SFT, and its step; repeatable. The last one is θ_dpo.",
+            metavar="STEP=MODEL",
+        ),
+    ] = ()
+    rule: Annotated[
+        str | None,
+        changes_weights(
+            "Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several --checkpoint]",
+            metavar="RULE",
+            absent=None,
+        ),
+    ] = None
     alpha_for: Annotated[
         tuple[str, ...],
         changes_weights(
@@ -106,6 +132,63 @@ class PairConfig:
         bool, changes_weights("Accept NaN and infinity in θ(α) instead of refusing them.", absent=False)
     ] = False
 
+    @property
+    def course(self) -> tuple[tuple[float, str], ...]:
+        """`checkpoint` as steps and models, ascending; empty for a pair."""
+        return read_checkpoints(self.checkpoint)
+
+    @property
+    def last_step(self) -> float | None:
+        """The last step of the course; None for a pair."""
+        return self.course[-1][0] if self.course else None
+
+    @property
+    def rule_name(self) -> str:
+        """The rule, by default the one that goes with the models."""
+        return self.rule or ("relex" if len(self.course) > 1 else "linear")
+
+    def named_by(self, pattern: str, alpha: float) -> str:
+        """A name with {alpha} filled in and, for a training run, {step}."""
+        last = self.last_step
+        step = {} if last is None else {"{step}": shown_step(step_of(alpha, last))}
+        for place, value in {"{alpha}": repr(alpha), **step}.items():
+            pattern = pattern.replace(place, value)
+        return pattern
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """The settings that follow from the others, and need not be spelled out."""
+        return frozenset(("alpha", "dpo")) if self.checkpoint else frozenset()
+
+    def _settle_course(self, dpo: str | None) -> None:
+        """The last of several checkpoints is θ_dpo, and a rule that is the default is not recorded.
+
+        Raises:
+            InputError: A checkpoint is spelled otherwise, `dpo` is another one, or the rule does not go with them.
+        """
+        course = self.course
+        if course:
+            last = course[-1][1]
+            require(dpo in (None, "", last), f"--dpo is the last --checkpoint, {last}: leave out --dpo {dpo}")
+            object.__setattr__(self, "dpo", last)
+        if self.rule == ("relex" if len(course) > 1 else "linear"):
+            object.__setattr__(self, "rule", None)  # as recorded by outputs from before there was a choice
+
+    def _alphas_of_steps(self, alphas: tuple[float, ...], steps: tuple[float, ...]) -> tuple[float, ...]:
+        """The α that steps stand for; where no step is given, `alphas`.
+
+        Raises:
+            InputError: Steps are given without checkpoints, or an α beside them, or neither beside checkpoints.
+        """
+        course = self.course
+        if not steps:
+            require(not course, "--checkpoint needs --target-step, a step to extrapolate to, such as --target-step 500")
+            return alphas
+        require(bool(course), "--target-step needs the training run's checkpoints: --checkpoint STEP=MODEL")
+        found = tuple(alpha_of(step, course[-1][0]) for step in steps)
+        require(alphas in ((), found), "--alpha and --target-step cannot be combined: a step says how far to go")
+        return found
+
     def _require_pair_settings(self) -> None:
         require_choice("--missing", self.missing, Missing)
         require_choice("--vocab", self.vocab, Vocab)
@@ -119,6 +202,7 @@ class PairConfig:
 
 
 PAIR_SETTINGS = tuple(field.name for field in fields(PairConfig))
+"""Those that a command which combines a pair has beside the pair itself and α."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +210,11 @@ class ThetaConfig(PairConfig):
     """One θ(α) that an engine makes while it loads, without a checkpoint of it on the disk."""
 
     sft: Sft
-    alpha: Annotated[float, Setting("Extrapolation strength α; 0 is DPO itself, −1 is SFT.", metavar="A")]
-    dpo: Dpo
+    alpha: Annotated[float, Setting("Extrapolation strength α; 0 is DPO itself, −1 is SFT.", metavar="A")] = math.nan
+    dpo: Dpo = ""
+    target_step: Annotated[
+        float | None, Setting("With checkpoint: the step to extrapolate to, in place of α.", metavar="T")
+    ] = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -135,8 +222,13 @@ class ThetaConfig(PairConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
+        self._settle_course(self.dpo)
         for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo)):
             require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
+        if self.target_step is not None:
+            given = () if math.isnan(self.alpha) else (self.alpha,)
+            object.__setattr__(self, "alpha", self._alphas_of_steps(given, (self.target_step,))[0])
+            object.__setattr__(self, "target_step", None)  # α says it, also where it is replaced
         require_alpha(self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha) + 0.0)  # −0.0 becomes 0.0
         self._require_pair_settings()
@@ -144,10 +236,10 @@ class ThetaConfig(PairConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
-    """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft)."""
+    """`expo extrapolate`: write θ(α) = θ_dpo + α(θ_dpo − θ_sft), or a training run's θ at a later step."""
 
     sft: Sft
-    dpo: Dpo
+    dpo: Dpo = ""
     alpha: Annotated[
         tuple[float, ...],
         Setting(
@@ -155,9 +247,16 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
             metavar="A",
         ),
     ] = ()
+    target_step: Annotated[
+        tuple[float, ...],
+        Setting("With --checkpoint: a step to extrapolate to; repeatable, one output each.", metavar="T"),
+    ] = ()
     output: Annotated[
         str | None,
-        Setting("Output folder; may contain {alpha}. [default: checkpoints/<DPO name>-ExPO-a<A>]", metavar="DIR"),
+        Setting(
+            "Output folder; may contain {alpha} or {step}. [default: checkpoints/<DPO name>-ExPO-a<A>, or -t<T>]",
+            metavar="DIR",
+        ),
     ] = None
     device: Annotated[
         str,
@@ -189,7 +288,8 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
     ] = False
     fsync: Annotated[bool, Setting("Flush every file to disk before it gets its final name.")] = True
     push_to_hub: Annotated[
-        str | None, Setting("Upload the finished output to this model repository; may contain {alpha}.", metavar="ID")
+        str | None,
+        Setting("Upload the finished output to this model repository; may contain {alpha} or {step}.", metavar="ID"),
     ] = None
     private: Annotated[bool, Setting("Create that repository as private, if it does not exist yet.")] = False
 
@@ -199,13 +299,17 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
+        self._settle_course(self.dpo)
+        require(bool(self.dpo), "--dpo is missing: give the DPO model, or a training run's --checkpoint STEP=MODEL")
         for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
             require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
+        object.__setattr__(self, "alpha", self._alphas_of_steps(self.alpha, self.target_step))
         require(len(self.alpha) > 0, "--alpha is missing: give at least one, such as --alpha 0.3")
         for alpha in self.alpha:
             require_alpha(alpha)
-        twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
-        require(twice is None, f"--alpha {twice} is given more than once")
+        for name, values in (("--target-step", self.target_step), ("--alpha", self.alpha)):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            require(twice is None, f"{name} {twice} is given more than once")
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         require_choice("--dtype", self.dtype, Dtype)
         self._require_pair_settings()
@@ -213,6 +317,8 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
         require_device(self.device)
         require(self.workers is None or self.workers > 0, f"--workers must be positive, not {self.workers}")
         require(self.push_to_hub is not None or not self.private, "--private needs --push-to-hub")
+        several = self.stream_sft and len(self.checkpoint) > 1
+        require(not several, "--stream-sft and several --checkpoint cannot be combined: each tensor is read twice")
         self._require_one_way()
         require_repositories(self.repositories, inputs=(self.sft, self.dpo))
 
@@ -221,7 +327,7 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
         """Where on the hub each α's output goes, in the order of `alpha`; empty where none does."""
         if self.push_to_hub is None:
             return ()
-        return tuple(self.push_to_hub.replace("{alpha}", repr(alpha)) for alpha in self.alpha)
+        return tuple(self.named_by(self.push_to_hub, alpha) for alpha in self.alpha)
 
     @property
     def max_shard_bytes(self) -> int | None:

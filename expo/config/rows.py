@@ -86,7 +86,8 @@ def _moment(text: str) -> str:
 class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
     """`expo generate`: answer a task's prompts. The decoding defaults are the paper's.
 
-    The model is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads.
+    The model is `model`, or the θ(α) that `sft`, `dpo`, `alpha` and the rules make while the engine loads, or that of
+    a training run's `checkpoint`s and a `target_step`.
     """
 
     model: Annotated[
@@ -111,10 +112,15 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
         ),
     ] = None
     alpha: Annotated[float | None, Setting("Extrapolation strength α.", metavar="A", needs="local")] = None
+    target_step: Annotated[
+        float | None,
+        Setting("With --checkpoint: the step to extrapolate to, in place of α.", metavar="T", needs="local"),
+    ] = None
     name: Annotated[
         str | None,
         Setting(
-            "Name of the output files, and of the generator in them. [default: the model's, or <DPO name>-ExPO-a<A>]",
+            "Name of the output files, and of the generator in them. [default: the model's, or <DPO name>-ExPO-a<A> "
+            "or -t<T>]",
             metavar="NAME",
         ),
     ] = None
@@ -143,6 +149,11 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
         require_name(self.name)
 
     def _require_source(self) -> None:
+        if self.model is None:
+            self._settle_course(self.dpo)
+            steps = () if self.target_step is None else (self.target_step,)
+            alphas = self._alphas_of_steps(() if self.alpha is None else (self.alpha,), steps)
+            object.__setattr__(self, "alpha", alphas[0] if alphas else None)
         pair = {"--sft": self.sft, "--dpo": self.dpo, "--alpha": self.alpha}
         given = [name for name, value in pair.items() if value is not None]
         if self.model is None:
@@ -150,7 +161,8 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
             require(bool(given), "no model given: pass --model, or --sft, --dpo and --alpha")
             require(not lacking, f"θ(α) needs --sft, --dpo and --alpha; missing: {lacking}")
         else:
-            rules = [flag(name) for name in PAIR_SETTINGS if getattr(self, name) != getattr(PairConfig, name)]
+            defaults = {**{name: getattr(PairConfig, name) for name in PAIR_SETTINGS}, "target_step": None}
+            rules = [flag(name) for name, default in defaults.items() if getattr(self, name) != default]
             require(
                 not given,
                 f"--model and {', '.join(given)} cannot be combined: give either --model, or --sft, --dpo and --alpha",

@@ -141,6 +141,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
         twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
         require(twice is None, f"--alpha {twice} is given more than once")
+        require(not self.checkpoint, "expo sweep takes no --checkpoint: give a pair, --sft and --dpo")
         only = f"--alpha {' '.join(f'{alpha:g}' for alpha in self.alpha)}"
         require(max(self.alphas) > 0, f"{only} leaves nothing to choose: give an α above 0 to compare with 0")
         require_choice("--search", self.search, Search)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from expo.checkpoint.folder import Location, read_card
 
 PAPER = "https://arxiv.org/abs/2404.16792"
+RELEX = "https://arxiv.org/abs/2605.21468"
 
 
 def model_card(
@@ -20,6 +23,8 @@ def model_card(
     command: str,
     figures: dict[str, Any],
     is_adapter: bool = False,
+    steps: Mapping[str, Location] = MappingProxyType({}),
+    target_step: float | None = None,
 ) -> str:
     """Write the card.
 
@@ -32,6 +37,8 @@ def model_card(
         command: The command that makes this checkpoint.
         figures: Name → value, shown in a table.
         is_adapter: Whether DPO is an adapter over SFT.
+        steps: The checkpoints of a training run but the last, which is DPO, by what they are.
+        target_step: The step it is extrapolated to.
 
     Returns:
         Markdown with a YAML front matter: `base_model` [dpo, sft] where both are on the hub, tags, licence.
@@ -51,21 +58,26 @@ def model_card(
         kind = ", a LoRA adapter merged into θ_sft"
         origin = f"The config is that of {sft.label}; so are tokenizer and chat template where {dpo.label} has none."
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    made = f"model extrapolation ([ExPO]({PAPER})) from an SFT model and the aligned model trained\nfrom it"
+    result = f"{formula}, with α = {alpha!r}"
+    if target_step is not None:
+        made = f"extrapolating a training run's checkpoints ([RELEX]({RELEX}))\nto step T = {target_step}"
+        result = formula
+    earlier = "".join(f"\n| {side} | {one.label} | {one.revision or 'local'} |" for side, one in steps.items())
     return f"""---
 {yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()}
 ---
 
 # {title}
 
-This checkpoint was made by model extrapolation ([ExPO]({PAPER})) from an SFT model and the aligned model trained
-from it, without further training:
+This checkpoint was made by {made}, without further training:
 
-{formula}, with α = {alpha!r}
+{result}
 
 | | model | revision |
 | --- | --- | --- |
 | θ_dpo | {dpo.label}{kind} | {dpo.revision or "local"} |
-| θ_sft | {sft.label} | {sft.revision or "local"} |
+| θ_sft | {sft.label} | {sft.revision or "local"} |{earlier}
 
 | figure | value |
 | --- | --- |

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from expo import __version__
 from expo.arguments import shown
 from expo.checkpoint.folder import Location
 from expo.config import ExtrapolateConfig
+from expo.config.course import plain, shown_step, step_of
 from expo.files import Row
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
@@ -23,6 +25,9 @@ from expo.theta.names import theta_name
 from expo.theta.plan import PairPlan
 from expo.theta.rules import find_rule
 
+if TYPE_CHECKING:
+    from expo.theta.trajectory.fit import Fit
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -30,10 +35,20 @@ class Origin:
 
     config: ExtrapolateConfig
     sft: Location
+    earlier: tuple[Location, ...]
+    """The checkpoints of a training run but the last, which is `dpo`."""
     dpo: Location
     pair: PairPlan
     weights: Checksums | None
     """With --verify: side → file name → checksum of the sources' weights."""
+
+    @property
+    def sources(self) -> dict[str, Location]:
+        """All models, by what they are."""
+        steps = {
+            f"step {shown_step(step)}": one for (step, _), one in zip(self.config.course, self.earlier, strict=False)
+        }
+        return {"sft": self.sft, "dpo": self.dpo, **steps}
 
 
 def delta_figures(records: Mapping[str, ShardRecord]) -> Row:
@@ -57,6 +72,48 @@ def vocabulary_rows(pair: PairPlan) -> Row:
     return {"vocabulary": rows | {"rows_copied_from_dpo": dpo - common, "rows_of_sft_dropped": sft - common}}
 
 
+def _formula(origin: Origin) -> str:
+    course = origin.pair.settings.course
+    if course is None:
+        return find_rule(origin.config.rule_name).formula
+    from expo.theta.trajectory.fit import LINE_RULES
+
+    return LINE_RULES[course.rule].formula
+
+
+def fits_in(records: Mapping[str, ShardRecord]) -> dict[str, Fit]:
+    """The line of every tensor of a training run that moves, by name; none for a pair."""
+    rows = {name: row for record in records.values() for name, row in record.fits.items()}
+    if not rows:
+        return {}
+    from expo.theta.trajectory.fit import read_fits  # imports numpy
+
+    return read_fits(rows)
+
+
+def _trajectory(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> Row:
+    """Which line θ(T) lies on, and how well it describes the run; empty for a pair."""
+    course = origin.pair.settings.course
+    if course is None:
+        return {}
+    from expo.theta.trajectory.fit import describe
+
+    found = {"rule": course.rule, "steps": [*map(plain, course.steps)], "target_step": course.step_of(alpha)}
+    return {"trajectory": {**found, **describe(fits_in(records))}}
+
+
+def _course(origin: Origin, alpha: float) -> Row:
+    """A training run's settings; empty for a pair."""
+    config = origin.config
+    if config.last_step is None:
+        return {"rule": config.rule_name}
+    names = [
+        f"{shown_step(step)}={model if one.hub_id else one.name}"
+        for (step, model), one in zip(config.course, (*origin.earlier, origin.dpo), strict=True)
+    ]
+    return {"rule": config.rule_name, "checkpoint": names, "target_step": step_of(alpha, config.last_step)}
+
+
 def _source_names(origin: Origin) -> Row:
     """The sources as given; for a path, its last part, since the rest means nothing to others."""
     config = origin.config
@@ -73,10 +130,15 @@ def manifest(
     content = {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
-        "config": {**_source_names(origin), "alpha": alpha, **recorded(origin.config, "weights")},
+        "config": {
+            **_source_names(origin),
+            "alpha": alpha,
+            **recorded(origin.config, "weights"),
+            **_course(origin, alpha),
+        },
         "alpha": alpha,
-        "rule": origin.config.rule,
-        "formula": find_rule(origin.config.rule).formula,
+        "rule": origin.config.rule_name,
+        "formula": _formula(origin),
         "fingerprint": fingerprint,
         "sources": {
             side: {
@@ -84,12 +146,13 @@ def manifest(
                 "revision": location.revision,
                 **({"xxh3": origin.weights[side]} if origin.weights else {}),
             }
-            for side, location in (("sft", origin.sft), ("dpo", origin.dpo))
+            for side, location in origin.sources.items()
         },
         "tensors": origin.pair.tensor_counts(),
         **vocabulary_rows(origin.pair),
         **({} if origin.pair.adapter is None else {"lora": origin.pair.adapter.describe()}),
         "delta": delta_figures(records),
+        **_trajectory(origin, alpha, records),
         "bytes": origin.pair.nbytes,
         "shards": {name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(records.items())},
         "files": files,
@@ -102,15 +165,17 @@ def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> st
     """The text of the model card."""
     counts, relative = origin.pair.tensor_counts(), delta_figures(records)["relative"]
     return model_card(
-        title=theta_name(origin.dpo.name, alpha),
+        title=theta_name(origin.dpo.name, alpha, origin.config.last_step),
         alpha=alpha,
-        formula=find_rule(origin.config.rule).formula,
+        formula=_formula(origin),
         sft=origin.sft,
         dpo=origin.dpo,
         command=_command(origin, alpha),
         is_adapter=origin.pair.adapter is not None,
+        steps={side: one for side, one in origin.sources.items() if side.startswith("step")},
+        target_step=None if origin.config.last_step is None else step_of(alpha, origin.config.last_step),
         figures={
-            "rule": origin.config.rule,
+            "rule": origin.config.rule_name,
             "tensors extrapolated": counts["extrapolated"] + counts.get("merged", 0),
             "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
@@ -125,9 +190,17 @@ def _command(origin: Origin, alpha: float) -> str:
     be run again; else by its name, since a published card should not show where files lie on a machine.
     """
     names = (*changing(ExtrapolateConfig, "weights"), "allow_pickle")
-    given = ((origin.sft, origin.config.sft), (origin.dpo, origin.config.dpo))
-    sft, dpo = (f"{one.hub_id}@{one.revision}" if one.hub_id else _below(text) or one.name for one, text in given)
-    settings = {name: getattr(origin.config, name) for name in names}
+    config, last = origin.config, origin.config.last_step
+    given = ((origin.sft, config.sft), *zip(origin.earlier, (model for _, model in config.course), strict=False))
+    sft, *earlier, dpo = (
+        f"{one.hub_id}@{one.revision}" if one.hub_id else _below(text) or one.name
+        for one, text in (*given, (origin.dpo, config.dpo))
+    )
+    settings = {name: getattr(config, name) for name in names}
+    if last is not None:
+        steps = [shown_step(step) for step, _ in config.course]
+        settings["checkpoint"] = tuple(f"{step}={model}" for step, model in zip(steps, (*earlier, dpo), strict=True))
+        settings["target_step"] = (step_of(alpha, last),)
     return shown("extrapolate", ExtrapolateConfig(sft=sft, dpo=dpo, alpha=(alpha,), **settings))
 
 

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
@@ -59,17 +59,23 @@ class ShardRecord:
     """‖θ_dpo − θ_sft‖² over the tensors that are extrapolated."""
     sft_squared: float
     """‖θ_sft‖² over the same."""
+    fits: Mapping[str, Row] = field(default_factory=dict)
+    """Of a training run: the line of each tensor in it that moves (`trajectory.fit.Fit`), by name."""
+
+    def row(self) -> Row:
+        """As a journal records it."""
+        return {name: value for name, value in asdict(self).items() if value or name != "fits"}
 
 
 Checksums = Mapping[str, Mapping[str, str]]
 """With --verify: side → weight file → XXH3-128 of the sources, as `checkpoint.weights_xxh3` gives it."""
 
-RECORD_KEYS = {field.name for field in fields(ShardRecord)}
+RECORD_KEYS = {one.name for one in fields(ShardRecord)}
 
 
 def record_of(row: Row) -> ShardRecord | None:
     """The shard that a row of a journal records; None where it says something else."""
-    return ShardRecord(**row) if row.keys() == RECORD_KEYS else None
+    return ShardRecord(**row) if row.keys() | {"fits"} == RECORD_KEYS else None
 
 
 def read_records(journal: Path) -> list[ShardRecord]:
@@ -289,7 +295,7 @@ class StagedOutput:
     def record(self, record: ShardRecord) -> None:
         """Record that a shard is complete; a rerun keeps it."""
         self.records[record.shard] = record
-        self._journal.append([asdict(record)])
+        self._journal.append([record.row()])
 
     def finish_part(self, times: Row) -> None:
         """Record that a part is complete, and when it was made."""

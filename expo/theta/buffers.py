@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expo.checkpoint.dtypes import FROM_TORCH
 from expo.theta.norms import Scratch
+from expo.theta.trajectory.pieces import Changes
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, of_torch) for of_torch, name in FROM_TORCH.items()}
 """By the name in safetensors headers, without 4-bit and 6-bit types, which torch does not have."""
@@ -49,12 +50,19 @@ class HostBuffer:
 
 
 class Lane:
-    """A worker's own buffers and, on a GPU, its own stream."""
+    """A worker's own buffers and, on a GPU, its own stream.
 
-    def __init__(self, piece_bytes: int, device: torch.device) -> None:
+    Args:
+        piece_bytes: Of a piece of one side, at most.
+        device: Where the arithmetic runs.
+        steps: Of a training run, of which it needs all changes at once; 0 for a pair.
+    """
+
+    def __init__(self, piece_bytes: int, device: torch.device, steps: int = 0) -> None:
         on_gpu = device.type == "cuda"
         self.sft, self.dpo = (HostBuffer(piece_bytes, pinned=on_gpu) for _ in range(2))
         self.scratch = Scratch(piece_bytes, device)
+        self.changes = Changes(steps, piece_bytes if steps else 0, device)
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._on_device = [torch.empty(piece_bytes, dtype=torch.uint8, device=device) for _ in range(3 * on_gpu)]
 
@@ -98,11 +106,11 @@ class Outputs:
         self._users = 0
         self._home: SimpleQueue[Outputs | None]
 
-    def lend(self, home: SimpleQueue[Outputs | None]) -> None:
-        """Every sink is about to be given its buffer; `home` is the queue to come back to."""
+    def lend(self, home: SimpleQueue[Outputs | None], sinks: int) -> None:
+        """Each of so many sinks is about to be given its buffer; `home` is the queue to come back to."""
         self._home = home
-        self._users = len(self.buffers)
-        if not self.buffers:
+        self._users = sinks
+        if not sinks:
             home.put(self)
 
     def done(self) -> None:

@@ -17,7 +17,7 @@ from expo.checkpoint.tied import TIED_HEADS, ties_head
 from expo.theta.adapter.tensors import LowRank
 from expo.theta.buffers import TORCH_DTYPES
 from expo.theta.plan import PairPlan, Segment
-from expo.theta.stream import SourceFiles
+from expo.theta.sources import SourceFiles
 from expo.theta.tensors import Theta
 
 NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
@@ -96,13 +96,15 @@ def stored_heads(plan: PairPlan) -> dict[str, dict[str, bool]]:
 
 
 def _differs(segment: Segment, sources: SourceFiles) -> bool:
+    """Whether θ_dpo, or any step of a training run, differs from θ_sft."""
     if segment.is_raw:  # DPO's bytes
         return False
-    if segment.low_rank is not None and _acts(segment.low_rank, sources):
+    if any(step.low_rank is not None and _acts(step.low_rank, sources) for step in segment.steps):
         return True
-    if segment.sft is None or segment.sft == segment.dpo:
-        return False
-    return not _is_same(segment.sft, segment.dpo, sources)
+    sft = segment.sft
+    return sft is not None and any(
+        step.tensor != sft and not _is_same(sft, step.tensor, sources) for step in segment.steps
+    )
 
 
 def _is_same(one: TensorInfo, other: TensorInfo, sources: SourceFiles) -> bool:

@@ -6,25 +6,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from expo.checkpoint.folder import Location, find_folder, is_adapter, source_fingerprint
+from expo.checkpoint.folder import Checkpoint, Location, find_folder, is_adapter, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.remote import locate_remote
 from expo.checkpoint.tokens import require_same_tokens
 from expo.config import Dtype, ExtrapolateConfig, PairConfig, ThetaConfig
+from expo.config.course import step_of
 from expo.errors import InputError
 from expo.files import Row
 from expo.theta.adapter.folders import output_side_files, require_base
-from expo.theta.decide import plan_pair
-from expo.theta.decide_adapter import plan_adapter
+from expo.theta.decide_trajectory import plan_adapters, plan_trajectory
 from expo.theta.names import theta_name
-from expo.theta.pair_checks import check_pair
-from expo.theta.plan import PairPlan, PairSettings
-from expo.theta.rules import require_rule
+from expo.theta.pair_checks import check_pair, check_steps, check_target
+from expo.theta.plan import Course, PairPlan, PairSettings
+from expo.theta.rules import DEFAULT_RULE, RULES, require_rule
+from expo.theta.trajectory import LINES, require_line
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
         InputError: One of them does not exist, or no rule has that name.
         EnvironmentFailure: The hub cannot be reached.
     """
-    require_rule(config.rule)  # before anything is fetched
+    _look_at_course(config)  # before anything is fetched
     if isinstance(config, ExtrapolateConfig) and config.stream_sft:
         return _find_streamed(config)
     sft = find_folder(config.sft) or locate(config.sft, weights_only=True, pickled=config.allow_pickle)
@@ -44,6 +45,31 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
     if is_adapter(dpo.path):  # then SFT's config and other side files are θ(α)'s
         sft = find_folder(config.sft) or locate(config.sft, pickled=config.allow_pickle)
     return sft, dpo
+
+
+def _look_at_course(config: ThetaConfig | ExtrapolateConfig) -> None:
+    """Refuse a rule that is none for these models, and warn of a far target."""
+    if config.last_step is None:
+        if config.rule in LINES and config.rule not in RULES:
+            raise InputError(f"--rule {config.rule} is for a training run: give its --checkpoint STEP=MODEL")
+        require_rule(config.rule_name)
+        return
+    require_line(config.rule, len(config.course))
+    for alpha in config.alpha if isinstance(config.alpha, tuple) else (config.alpha,):
+        check_target(step_of(alpha, config.last_step), config.last_step)
+
+
+def find_earlier(config: PairConfig) -> tuple[Location, ...]:
+    """The checkpoints of a training run but the last, which is θ_dpo; none for a pair.
+
+    Raises:
+        InputError: One of them does not exist.
+        EnvironmentFailure: The hub cannot be reached.
+    """
+    models = [model for _, model in config.course[:-1]]
+    return tuple(
+        find_folder(model) or locate(model, weights_only=True, pickled=config.allow_pickle) for model in models
+    )
 
 
 def _find_streamed(config: ExtrapolateConfig) -> tuple[Location, Location]:
@@ -63,9 +89,12 @@ def pair_settings(
     config: PairConfig, alphas: Iterable[float], *, dtype: Dtype = "auto", max_shard_bytes: int | None = None
 ) -> PairSettings:
     """How a pair is combined, from a command's settings."""
+    several = len(config.course) > 1
+    steps = tuple(step for step, _ in config.course)
     return PairSettings(
         alphas=tuple(alphas),
-        rule=config.rule,
+        rule=DEFAULT_RULE if config.course else config.rule_name,
+        course=Course(config.rule_name, steps) if several else None,
         alpha_for=config.alphas_for,
         exclude=config.exclude,
         copy_missing=config.missing == "copy-dpo",
@@ -76,13 +105,27 @@ def pair_settings(
     )
 
 
-def plan_located(sft: Location, dpo: Location, settings: PairSettings, *, allow_pickle: bool) -> PairPlan:
+def plan_located(
+    sft: Location,
+    dpo: Location,
+    settings: PairSettings,
+    *,
+    allow_pickle: bool,
+    earlier: Sequence[Location] = (),
+) -> PairPlan:
     """Decide from headers what happens to every tensor, and warn about what is dropped.
+
+    Args:
+        sft: θ_sft, or what a training run began with.
+        dpo: θ_dpo, or the run's last checkpoint.
+        settings: How to combine them.
+        allow_pickle: Whether weights that exist only as pickles are read.
+        earlier: The run's other checkpoints, in the order of `settings.course.steps`.
 
     Raises:
         InputError: The checkpoints are damaged or do not match, or nothing would be extrapolated.
     """
-    pair = _plan_weights(sft, dpo, settings, allow_pickle)
+    pair = _plan_weights(sft, (*earlier, dpo), settings, allow_pickle)
     if not pair.has_change:
         raise InputError(f"no tensor would be extrapolated: every θ(α) would be a copy of {dpo.label}")
     common = pair.vocabulary.common if pair.vocabulary else 0
@@ -111,13 +154,19 @@ def _say(pair: PairPlan, sft: Location) -> None:
         )
 
 
-def _plan_weights(sft: Location, dpo: Location, settings: PairSettings, allow_pickle: bool) -> PairPlan:
-    if is_adapter(sft.path) or is_adapter(dpo.path):
-        require_base(sft, dpo)
-    if is_adapter(dpo.path):
-        return plan_adapter(read_source(sft, allow_pickle), dpo.path, settings)
-    pair = plan_pair(read_source(sft, allow_pickle), read_source(dpo, allow_pickle), settings)
-    check_pair(sft, dpo, pair.sft, pair.dpo)
+def _plan_weights(sft: Location, steps: Sequence[Location], settings: PairSettings, allow_pickle: bool) -> PairPlan:
+    kinds = {is_adapter(one.path) for one in steps}
+    if len(kinds) > 1:
+        raise InputError("some of the checkpoints are adapters and others are not: give those of one kind")
+    for one in steps:
+        if is_adapter(sft.path) or is_adapter(one.path):
+            require_base(sft, one)
+    base = read_source(sft, allow_pickle)
+    if kinds == {True}:
+        return plan_adapters(base, [one.path for one in steps], settings)
+    pair = plan_trajectory(base, [read_source(one, allow_pickle) for one in steps], settings)
+    check_pair(sft, steps[-1], pair.sft, pair.dpo)
+    check_steps(steps, [*(one for one in pair.earlier if isinstance(one, Checkpoint)), pair.dpo])
     return pair
 
 
@@ -130,16 +179,17 @@ class ThetaPlan:
     sft: Location
     dpo: Location
     pair: PairPlan
+    earlier: tuple[Location, ...] = ()
+    """The checkpoints of a training run but the last, which is `dpo`."""
 
     @property
     def name(self) -> str:
         """The name of θ(α), as its folder would be named."""
-        return theta_name(self.dpo.name, self.config.alpha)
+        return theta_name(self.dpo.name, self.config.alpha, self.config.last_step)
 
     def weights(self) -> Row:
         """What decides the values of θ(α): the settings, and the state of both models as it is now."""
-        sides = {"sft": self.sft, "dpo": self.dpo}
-        return {"settings": asdict(self.config), **{side: source_fingerprint(one) for side, one in sides.items()}}
+        return {"settings": asdict(self.config), **source_fingerprints(self.config, self.sft, self.dpo, self.earlier)}
 
     @property
     def side_files(self) -> dict[str, Path]:
@@ -155,5 +205,19 @@ def plan_theta(config: ThetaConfig) -> ThetaPlan:
         EnvironmentFailure: The hub cannot be reached.
     """
     sft, dpo = find_pair(config)
-    pair = plan_located(sft, dpo, pair_settings(config, (config.alpha,)), allow_pickle=config.allow_pickle)
-    return ThetaPlan(replace(config, sft=str(sft.path), dpo=str(dpo.path)), sft, dpo, pair)
+    earlier = find_earlier(config)
+    settings = pair_settings(config, (config.alpha,))
+    pair = plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle, earlier=earlier)
+    steps = [step for step, _ in config.course]
+    found = tuple(f"{step!r}={one.path}" for step, one in zip(steps, (*earlier, dpo), strict=bool(steps)))
+    return ThetaPlan(replace(config, sft=str(sft.path), dpo=str(dpo.path), checkpoint=found), sft, dpo, pair, earlier)
+
+
+def source_fingerprints(config: PairConfig, sft: Location, dpo: Location, earlier: Sequence[Location]) -> Row:
+    """What the weights of a pair, or of a training run, are now."""
+    steps = [step for step, _ in config.course]
+    course = [
+        {"step": step, **source_fingerprint(one)} for step, one in zip(steps, (*earlier, dpo), strict=bool(steps))
+    ]
+    several = {"course": course} if earlier else {}  # with one checkpoint, it is a pair
+    return {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo), **several}

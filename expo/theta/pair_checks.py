@@ -6,14 +6,24 @@ A certain mistake is refused; an unlikely pair gets a warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from expo.checkpoint.folder import Checkpoint, Location, Shard, read_card, read_config
 from expo.errors import InputError
 
+if TYPE_CHECKING:
+    from expo.theta.trajectory.fit import Quality
+
 UNRELATED_CHANGE = 0.3
 """‖θ_dpo − θ_sft‖/‖θ_sft‖ above which a pair is suspect: zephyr's SFT → DPO has 0.036, pretrained → SFT 0.99."""
+
+FAR = 20
+"""Times the last checkpoint's step, up to which RELEX (arXiv 2605.21468) shows trajectories."""
+LOW_R2, LOW_EXPLAINED = 0.9, 0.5
+"""Below these, a run's changes are no straight lines."""
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +38,17 @@ def check_pair(sft: Location, dpo: Location, sft_weights: Checkpoint, dpo_weight
         raise InputError(f"SFT ({sft.path}) and DPO ({dpo.path}) are the same files; every θ(α) would be DPO")
     if _is_made_from(sft, dpo) and not _is_made_from(dpo, sft):
         log.warning("%s says it was trained from %s: are --sft and --dpo swapped?", sft.label, dpo.label)
+
+
+def check_steps(steps: Sequence[Location], weights: Sequence[Checkpoint]) -> None:
+    """Look for a training run's checkpoint that is given twice.
+
+    Raises:
+        InputError: Two of them are the same files.
+    """
+    for (one, files), (other, others) in combinations(zip(steps, map(_files, weights), strict=True), 2):
+        if files == others:
+            raise InputError(f"the checkpoints {one.path} and {other.path} are the same files, and so one step")
 
 
 def _files(checkpoint: Checkpoint) -> set[tuple[int, int]]:
@@ -51,6 +72,43 @@ def _bases(model: Location) -> Iterator[str]:
     for name in (*(base if isinstance(base, list) else [base]), read_config(model.path).get("_name_or_path")):
         if isinstance(name, str) and name:
             yield name
+
+
+def check_target(target: float, last: float) -> None:
+    """Warn of a step that is far out.
+
+    Args:
+        target: T, in steps.
+        last: The last step that has a checkpoint.
+    """
+    if target > FAR * last:
+        log.warning(
+            "step %g is %.3g times the last checkpoint's: the furthest that was published is %d times, for RL with "
+            "verifiable rewards (RELEX), not for DPO",
+            *(target, target / last, FAR),
+        )
+
+
+def check_lines(found: Quality, steps: int) -> None:
+    """Warn of a training run that does not move along straight lines.
+
+    Args:
+        found: Of all its tensors.
+        steps: The number of its checkpoints.
+    """
+    explained, r2 = found.explained or 0.0, 1.0 if found.r2 is None else found.r2
+    fit = f"the lines explain {explained:.0%} of the changes, R² {r2:.3f}"
+    if r2 < LOW_R2 or explained < LOW_EXPLAINED:
+        log.warning(
+            "this run does not move along straight lines (%s): see first how well a step that has a checkpoint is "
+            "reached from earlier ones. That RL runs with verifiable rewards do is RELEX's finding; for DPO nobody "
+            "has shown it",
+            fit,
+        )
+    elif steps == 2:
+        log.info("%s; any two checkpoints lie on a line: a third one shows whether the run does", fit)
+    else:
+        log.info("%s", fit)
 
 
 def check_change(norm: float | None, relative: float | None) -> None:

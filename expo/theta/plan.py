@@ -12,12 +12,27 @@ from typing import Literal
 
 from expo.checkpoint.folder import SINGLE_FILE, Checkpoint, Shard, TensorInfo
 from expo.checkpoint.tied import has_row_per_token
+from expo.config.course import step_of
 from expo.theta.adapter.tensors import Adapter, LowRank
 from expo.theta.rules import DEFAULT_RULE
 
 Action = Literal["extrapolate", "merge", "copy", "convert", "match"]
 """Compute θ(α); add an adapter's ΔW and compute θ(α); take DPO's bytes; take DPO's values in another dtype; take DPO's
 bytes, which must equal SFT's."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """The checkpoints of a training run that are combined."""
+
+    rule: str
+    """A key of `trajectory.fit.LINE_RULES`."""
+    steps: tuple[float, ...]
+    """Those of the checkpoints, ascending; θ_dpo is the last one, s, and θ_sft is the start, step 0."""
+
+    def step_of(self, alpha: float) -> float:
+        """The step T that α stands for: 1 + α = T/s, as in the pair of the start and the last step."""
+        return step_of(alpha, self.steps[-1])
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,17 @@ class PairSettings:
     max_shard_bytes: int | None = None
     """Maximum bytes of one output file; None preserves the DPO shard layout."""
     allow_nonfinite: bool = False
+    course: Course | None = None
+    """Where the pair is the start and the last step of a training run with more than one checkpoint."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A tensor, or consecutive rows of it, at a step of a training run."""
+
+    tensor: TensorInfo
+    low_rank: LowRank | None = None
+    """What is added to it, if the step is an adapter."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +87,13 @@ class Segment:
     """Output bytes."""
     low_rank: LowRank | None = None
     """What is added to `dpo` to get θ_dpo, if it is merged."""
+    earlier: tuple[Step, ...] = ()
+    """The same at each step of the course but the last, which is `dpo`; none where it is no part of the course."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The same at every step of the course."""
+        return (*self.earlier, Step(self.dpo, self.low_rank))
 
     @property
     def is_raw(self) -> bool:
@@ -153,11 +186,13 @@ class PairPlan:
     matches: tuple[Match, ...] = ()
     vocabulary: Vocabulary | None = None
     adapter: Adapter | None = None
+    earlier: tuple[Checkpoint | Adapter, ...] = ()
+    """The checkpoints of the course but the last."""
 
     @property
     def sources(self) -> tuple[Checkpoint | Adapter, ...]:
         """The checkpoints whose files are read."""
-        return (self.sft, self.dpo) if self.adapter is None else (self.sft, self.adapter)
+        return (self.sft, self.dpo if self.adapter is None else self.adapter, *self.earlier)
 
     @property
     def nbytes(self) -> int:

@@ -9,28 +9,21 @@ copies, arithmetic and writes of different workers overlap.
 from __future__ import annotations
 
 import math
-import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
-from itertools import count
-from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple, Protocol, TypeAlias
+from itertools import count, groupby
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._C import set_num_threads  # vLLM's CPU worker replaces torch's own by a warning
 
-from expo.checkpoint.folder import Checkpoint, TensorInfo
-from expo.checkpoint.read_ahead import ReadAhead
+from expo.checkpoint.folder import TensorInfo
 from expo.cpus import usable_cpus
-from expo.errors import EnvironmentFailure, InputError
-from expo.theta.adapter.tensors import Adapter, LowRank
-from expo.theta.buffers import PAGE, TORCH_DTYPES, HostBuffer, Lane, Outputs
-from expo.theta.merge import CPU_TILE, CUDA_TILE, Deltas, tile_rows
+from expo.errors import InputError
+from expo.theta.adapter.tensors import LowRank
+from expo.theta.buffers import PAGE, HostBuffer, Lane, Outputs
+from expo.theta.merge import CPU_TILE, CUDA_TILE, Deltas
 from expo.theta.norms import (
     Norms,
     Scratch,
@@ -46,12 +39,19 @@ from expo.theta.norms import (
 )
 from expo.theta.plan import PairSettings, Segment
 from expo.theta.rules import find_rule
+from expo.theta.sources import SourceFiles
+from expo.theta.trajectory.fit import LINE_RULES, Fit, Floats, fit
+from expo.theta.trajectory.pieces import combine, gram, total
+from expo.theta.workers import Piece, Sink, Workers, pieces, unit_dtype
 
 CPU_PIECE_BYTES = 1 << 20
 CUDA_PIECE_BYTES = 4 << 20
+COURSE_PIECE_BYTES = 1 << 18
+"""Of a training run on a CPU: a piece's changes at all steps, float32, should fit the processor's cache."""
+WINDOW_BYTES = 64 << 20
+"""Of its tensors that are fitted before they are combined: read twice, the second time from memory."""
 MAX_OUTPUT_BYTES = 64 << 20
 """Limit for all output buffers together; with very many α the pieces become smaller."""
-PROGRESS_S = 0.1
 MAX_DEFAULT_WORKERS = 4
 
 
@@ -60,158 +60,8 @@ def default_workers() -> int:
     return min(MAX_DEFAULT_WORKERS, usable_cpus())
 
 
-class Sink(Protocol):
-    """Takes one output."""
-
-    def put(self, number: int, offset: int, data: memoryview, done: Callable[[], None]) -> None:
-        """Take piece `number`, whose first byte belongs at `offset`; call `done` when `data` is no longer needed.
-
-        Called from several threads, in any order; the numbers count from 0 without gaps, in order of offsets.
-        """
-
-
 MakeTheta: TypeAlias = Callable[[float, Tensor], Tensor]
 """Computes θ(α) of a piece: (α, out) → out."""
-
-
-class Piece(NamedTuple):
-    """Some consecutive elements of one segment of a tensor."""
-
-    segment: Segment
-    first: int
-    length: int
-    """Elements, or bytes if the segment is handled as bytes."""
-    offset: int
-    """Of its first output byte, as the sinks count."""
-
-
-def unit_dtype(segment: Segment, dtype: str) -> torch.dtype:
-    """The type one unit of a side with this dtype is read as."""
-    return torch.uint8 if segment.is_raw else TORCH_DTYPES[dtype]
-
-
-def pieces(segments: Iterable[tuple[Segment, int]], piece_bytes: int, tile: int = CPU_TILE) -> Iterator[Piece]:
-    """Cut segments, each with the offset of its first output byte, into pieces.
-
-    Args:
-        segments: The segments to cut.
-        piece_bytes: The maximum bytes of a piece on one side.
-        tile: Elements of an adapter's ΔW that are multiplied at once; a piece is within one tile.
-    """
-    for segment, start in segments:
-        sides = [segment.dtype, segment.dpo.dtype, *([segment.sft.dtype] if segment.sft else [])]
-        sides += ["F32"] if segment.low_rank else []  # ΔW
-        step = piece_bytes // max(unit_dtype(segment, dtype).itemsize for dtype in sides)
-        out_bytes = unit_dtype(segment, segment.dtype).itemsize
-        for begin, end in _spans(segment, tile):
-            for first in range(begin, end, step):
-                yield Piece(segment, first, min(step, end - first), start + first * out_bytes)
-
-
-def _spans(segment: Segment, tile: int) -> Iterator[tuple[int, int]]:
-    if segment.low_rank is None:
-        yield 0, segment.units
-        return
-    size = tile_rows(segment.low_rank, tile) * segment.low_rank.shape[1]
-    yield from ((first, min(first + size, segment.units)) for first in range(0, segment.units, size))
-
-
-class SourceFiles:
-    """Open weight files, read at offsets; a context manager.
-
-    Of files that stay on the hub, only what `expect` was told can be read, and it is fetched in that order.
-    """
-
-    def __init__(self, *checkpoints: Checkpoint | Adapter) -> None:
-        self._stack = ExitStack()
-        with ExitStack() as opening:
-            self._descriptors: dict[Path, int] = {}
-            self._remote: dict[Path, ReadAhead] = {}
-            for checkpoint in checkpoints:
-                files = [shard.file for shard in checkpoint.shards]
-                if isinstance(checkpoint, Checkpoint) and checkpoint.open_remote is not None:
-                    self._remote |= dict.fromkeys(files, opening.enter_context(closing(checkpoint.open_remote())))
-                    continue
-                for file in files:
-                    descriptor = os.open(file, os.O_RDONLY)
-                    opening.callback(os.close, descriptor)
-                    self._descriptors[file] = descriptor
-            self._stack = opening.pop_all()
-
-    def __enter__(self) -> SourceFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def expect(self, segments: Sequence[Segment]) -> None:
-        """Say what will be read next, and in which order."""
-        for remote in set(self._remote.values()):
-            infos = (segment.sft for segment in segments if segment.sft is not None)
-            remote.expect(info for info in infos if self._remote.get(info.file) is remote)
-
-    def stop(self) -> None:
-        """Whoever waits for bytes of a file on the hub gets an error."""
-        for remote in self._remote.values():
-            remote.stop()
-
-    def read(self, file: Path, position: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `position` of the file.
-
-        Raises:
-            EnvironmentFailure: The file cannot be read, or was truncated.
-        """
-        if remote := self._remote.get(file):
-            remote.read(file, position, buffer)
-            return
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._descriptors[file], [buffer[done:]], position + done)
-            except OSError as error:
-                raise EnvironmentFailure(f"reading {file} failed: {error.strerror}") from error
-            if got == 0:
-                raise EnvironmentFailure(f"{file} became shorter while it was read")
-            done += got
-
-
-class _Job:
-    """One run of the combiner, shared by its workers."""
-
-    def __init__(self, todo: Iterator[Piece], sinks: Sequence[Sink], free: SimpleQueue[Outputs | None]) -> None:
-        self.sinks = sinks
-        self.norms: list[tuple[int, Segment, Norms]] = []
-        self.handled = 0
-        self._todo = zip(count(), todo, strict=False)
-        self._free = free
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def take(self) -> tuple[int, Piece, Outputs] | None:
-        """The next piece with buffers for it; None if there is none, or the run was stopped."""
-        # Buffers first: the worker with the lowest unfinished number can then always proceed.
-        outputs = self._free.get()
-        if outputs is None:
-            return None
-        with self._lock:
-            number, piece = (None, None) if self._stopped else next(self._todo, (None, None))
-        if number is None or piece is None:
-            self._free.put(outputs)
-            return None
-        outputs.lend(self._free)
-        return number, piece, outputs
-
-    def note(self, number: int, piece: Piece, norms: Norms, nbytes: int) -> None:
-        """A piece is combined."""
-        with self._lock:
-            self.norms.append((number, piece.segment, norms))
-            self.handled += nbytes
-
-    def stop(self, workers: int) -> None:
-        """Stop handing out pieces."""
-        self._stopped = True
-        for _ in range(workers):
-            self._free.put(None)
 
 
 class Combiner:
@@ -239,15 +89,20 @@ class Combiner:
         self._settings = settings
         self._rule = find_rule(settings.rule)
         self._exact_norms = exact_norms
-        self._workers = workers
+        self._course = settings.course
+        self.fits: dict[str, Fit] = {}
+        """Of a training run: the line of each tensor that was combined, by name."""
         outputs, sets = len(settings.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
+        wanted = COURSE_PIECE_BYTES if self._course and device.type == "cpu" else wanted
         self._piece_bytes = min(wanted, max(MAX_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
         self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
         self._deltas = Deltas(sources.read, device, self._tile)
-        self._lanes = [Lane(self._piece_bytes, device) for _ in range(workers)]
+        steps = len(self._course.steps) if self._course else 0
+        lanes = [Lane(self._piece_bytes, device, steps) for _ in range(workers)]
         pinned = device.type == "cuda"
-        self._outputs = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
+        buffers = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
+        self._workers = Workers(lanes, buffers, stop=sources.stop)
 
     def run(
         self,
@@ -272,44 +127,49 @@ class Combiner:
         """
         segments = list(segments)
         self._sources.expect([segment for segment, _ in segments])
-        free: SimpleQueue[Outputs | None] = SimpleQueue()
-        job = _Job(pieces(segments, self._piece_bytes, self._tile), sinks, free)
-        for outputs in self._outputs:
-            free.put(outputs)
-        threads, reported = torch.get_num_threads(), 0
-        pool = ThreadPoolExecutor(self._workers, initializer=set_num_threads, initargs=(1,))
-        try:
-            running = {pool.submit(self._work, job, lane) for lane in self._lanes}
-            while running:
-                ended, running = wait(running, PROGRESS_S, FIRST_EXCEPTION)
-                for worker in ended:
-                    worker.result()
-                if on_bytes is not None and job.handled > reported:
-                    on_bytes(job.handled - reported)
-                    reported = job.handled
-        except BaseException:
-            self._sources.stop()  # else a worker may wait for bytes whose turn never comes
-            raise
-        finally:
-            job.stop(self._workers)
-            pool.shutdown(wait=True, cancel_futures=True)
-            set_num_threads(threads)  # a worker's setting partly affects the whole process
-        return [(segment, norms) for _, segment, norms in sorted(job.norms, key=lambda entry: entry[0])]
+        norms: list[tuple[Segment, Norms]] = []
+        for window in self._windows(segments):
+            self._fit(window)
+            todo = zip(count(len(norms)), self._pieces(window), strict=False)
+            norms += self._workers.each(self._combine, todo, sinks, on_bytes)
+        return norms
 
-    def _work(self, job: _Job, lane: Lane) -> None:
-        with lane.running():
-            while (task := job.take()) is not None:
-                number, piece, outputs = task
-                dtype = unit_dtype(piece.segment, piece.segment.dtype)
-                nbytes = piece.length * dtype.itemsize
-                places = [buffer.to_write_from(piece.offset, nbytes, dtype) for buffer in outputs.buffers]
-                norms = self._combine(piece, lane, [tensor for tensor, _ in places])
-                job.note(number, piece, norms, nbytes * max(len(places), 1))
-                for sink, (_, data) in zip(job.sinks, places, strict=True):
-                    sink.put(number, piece.offset, data, outputs.done)
+    def _pieces(self, segments: Iterable[tuple[Segment, int]]) -> Iterator[Piece]:
+        return pieces(segments, self._piece_bytes, self._tile)
+
+    def _windows(self, segments: list[tuple[Segment, int]]) -> Iterator[list[tuple[Segment, int]]]:
+        """Of a training run, consecutive tensors of about WINDOW_BYTES; of a pair, all there is."""
+        if self._course is None:
+            yield segments
+            return
+        window: list[tuple[Segment, int]] = []
+        for _, tensor in groupby(segments, key=lambda entry: entry[0].dpo.name):
+            if sum(segment.nbytes for segment, _ in window) > WINDOW_BYTES:
+                yield window
+                window = []
+            window += tensor
+        yield window
+
+    def _fit(self, segments: Sequence[tuple[Segment, int]]) -> None:
+        """Find the lines of the tensors that a training run moves, from their changes at every step."""
+        moving = [(segment, offset) for segment, offset in segments if segment.earlier]
+        if self._course is None or not moving:
+            return
+        found = self._workers.each(self._gram, enumerate(self._pieces(moving)), [])
+        rule = LINE_RULES[self._course.rule]
+        for name, grams in groupby(found, key=lambda entry: entry[0].dpo.name):
+            gram = total([of_piece for _, of_piece in grams])
+            if not np.isfinite(gram).all():
+                raise InputError(
+                    f"tensor {name} contains NaN or infinity at one of the steps, and no line can be found for it; "
+                    f"--exclude '^{re.escape(name)}$' copies it from the last step"
+                )
+            self.fits[name] = fit(rule, gram, self._course.steps)
 
     def _combine(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
         segment, norms = piece.segment, Norms()
+        if segment.earlier:
+            return self._follow(piece, lane, outputs)
         dpo = lane.load(self._read(piece, segment.dpo, lane.dpo), 0)
         if segment.low_rank is not None:
             norms = self._merge(piece, segment.low_rank, dpo, outputs, lane)
@@ -325,6 +185,44 @@ class Combiner:
                 self._extrapolate(segment, self._of_pair(sft, dpo, lane), norms, outputs, lane, (sft, dpo))
         lane.finish()
         return norms
+
+    def _gram(self, piece: Piece, lane: Lane, _outputs: Sequence[Tensor]) -> Floats:
+        """The inner products of the piece's changes."""
+        _, changes = self._changes(piece, lane)
+        return gram(changes)
+
+    def _follow(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
+        """θ(T) on the line that was found for the tensor."""
+        segment, course = piece.segment, self._course
+        assert course is not None
+        start, changes = self._changes(piece, lane)
+        norms = delta_norms(start, changes[-1], lane.scratch, of_dpo=self._exact_norms)
+        line, room = self.fits[segment.dpo.name], lane.changes.sum_of(changes)
+        weights = [line.weights(course.step_of(alpha)) for alpha in segment.alphas]
+        values = combine(start, changes, weights, [lane.target(out) for out in outputs], room)
+        for out, value in zip(outputs, values, strict=True):
+            if not (self._settings.allow_nonfinite or is_finite(value)):
+                _refuse_nonfinite(segment)
+            lane.store(value, out)
+        lane.finish()
+        return norms
+
+    def _changes(self, piece: Piece, lane: Lane) -> tuple[Tensor, Tensor]:
+        """θ_0 of the piece, and Δ of every step [steps, elements]."""
+        segment = piece.segment
+        assert segment.sft is not None
+        start = lane.load(self._read(piece, segment.sft, lane.sft), 1)
+        dtypes = {unit_dtype(segment, step.tensor.dtype) for step in segment.steps}
+        wide = torch.float64 if torch.float64 in {start.dtype, *dtypes} else torch.float32
+        changes = lane.changes.rows(wide, piece.length)
+        for step, row in zip(segment.steps, changes, strict=True):
+            if step.low_rank is not None:
+                row.copy_(self._deltas.delta(step.low_rank, piece.first, piece.length, wide, lane))
+            if step.low_rank is None or step.tensor != segment.sft:
+                values = lane.load(self._read(piece, step.tensor, lane.dpo), 0)
+                row.copy_(values).sub_(start) if step.low_rank is None else row.add_(values).sub_(start)
+            lane.finish()  # the next step is read into the same memory
+        return start, changes
 
     def _merge(self, piece: Piece, pair: LowRank, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> Norms:
         """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter replaces it."""

@@ -22,9 +22,11 @@ from torch import Tensor
 from expo.errors import InputError
 from expo.theta.buffers import TORCH_DTYPES
 from expo.theta.norms import Norms
-from expo.theta.pair_checks import check_change
+from expo.theta.pair_checks import check_change, check_lines
 from expo.theta.plan import PairPlan, Segment, TensorPlan
-from expo.theta.stream import Combiner, SourceFiles, default_workers, total_norms
+from expo.theta.sources import SourceFiles
+from expo.theta.stream import Combiner, default_workers, total_norms
+from expo.theta.trajectory.fit import quality
 
 CPU = torch.device("cpu")
 
@@ -148,6 +150,8 @@ class Theta:
             delta, sft = total.delta, total.sft
             known = math.isfinite(delta) and math.isfinite(sft)
             check_change(math.sqrt(delta) if known else None, math.sqrt(delta / sft) if known and sft else None)
+            if (course := self._plan.settings.course) is not None:
+                check_lines(quality(self._combiner.fits.values()), len(course.steps))
 
 
 def _require_known(tensor: TensorPlan) -> None:

@@ -35,7 +35,7 @@ from expo.theta.decide_adapter import overlap_adapter
 from expo.theta.plan import Overlap, PairSettings, Segment
 
 if TYPE_CHECKING:
-    from expo.theta.stream import SourceFiles  # imports torch, which planning does without
+    from expo.theta.sources import SourceFiles  # imports torch, which planning does without
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
 
 
 def _measure(job: InspectPlan) -> Inspection:
-    from expo.theta.stream import SourceFiles
+    from expo.theta.sources import SourceFiles
 
     both = job.overlap
     with SourceFiles(*both.sources) as sources, closing(bytes_bar(job.nbytes, "inspect")) as progress:

@@ -12,12 +12,12 @@ from expo.arguments import shown
 from expo.checkpoint.folder import CONFIG_FILE, INDEX_FILE, config_text
 from expo.errors import InputError, listed
 from expo.files import Row
-from expo.output.manifest import card, delta_figures, manifest
+from expo.output.manifest import card, delta_figures, fits_in, manifest
 from expo.output.parts import PartState, adopt_parts, hold_parts
 from expo.output.writer import CARD_FILE, MANIFEST_FILE, ShardRecord, StagedOutput
 from expo.parts import Part, array_list
 from expo.progress import bytes_bar
-from expo.theta.pair_checks import check_change
+from expo.theta.pair_checks import check_change, check_lines
 from expo.theta.plan import index_json
 from expo.verbs.extrapolate.plan import ExtrapolatePlan, Output
 
@@ -97,7 +97,7 @@ def complete(job: ExtrapolatePlan, output: Output, folder: StagedOutput, times: 
 
 
 def check_changes(job: ExtrapolatePlan, records: Sequence[Mapping[str, ShardRecord]]) -> None:
-    """See that θ_dpo differs from θ_sft as a pair's sides do.
+    """See that θ_dpo differs from θ_sft as a pair's sides do, and how well a training run's lines fit.
 
     Args:
         job: The plan.
@@ -107,3 +107,7 @@ def check_changes(job: ExtrapolatePlan, records: Sequence[Mapping[str, ShardReco
     if changed and job.pair.has_change:
         figures = delta_figures(changed[0])
         check_change(figures["norm"], figures["relative"])
+    if changed and (course := job.pair.settings.course) is not None:
+        from expo.theta.trajectory.fit import quality
+
+        check_lines(quality(fits_in(changed[0]).values()), len(course.steps))

@@ -33,13 +33,16 @@ class Written:
     """Where it is on the hub, if it was pushed."""
     part: str | None = None
     """The part that was made, i/N; None for the whole."""
+    target_step: float | None = None
+    """Of a training run, the step that it is extrapolated to."""
 
     def __fspath__(self) -> str:
         return str(self.path)
 
     def describe(self) -> Row:
         """The output as plain data."""
-        return {name: value for name, value in asdict(self).items() if name != "part" or value is not None}
+        own = ("part", "target_step")
+        return {name: value for name, value in asdict(self).items() if name not in own or value is not None}
 
 
 class Extrapolated(tuple[Written, ...]):
@@ -99,4 +102,4 @@ def _written(job: ExtrapolatePlan, output: Output) -> Written:
     pushed = push(output.destination, output.folder) if output.destination else None
     part = None if job.part is None else str(job.part)
     status = "already complete" if output.complete else "written"
-    return Written(output.alpha, output.folder, status, pushed, part)
+    return Written(output.alpha, output.folder, status, pushed, part, output.target_step)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from expo.checkpoint.folder import Location, refuse_inside, source_fingerprint, weights_xxh3
+from expo.checkpoint.folder import Location, refuse_inside, weights_xxh3
 from expo.checkpoint.side_files import warn_of_missing
 from expo.config import ExtrapolateConfig
+from expo.config.course import plain, shown_step, step_of
 from expo.files import Row
 from expo.output.manifest import Origin, vocabulary_rows
 from expo.output.parts import PartState, require_same_cut, share, state_of, states_of
@@ -20,7 +21,7 @@ from expo.parts import Part, all_parts, array_list, read_part
 from expo.settings import Fingerprint, absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
 from expo.theta.names import theta_name
-from expo.theta.pair import find_pair, pair_settings, plan_located
+from expo.theta.pair import find_earlier, find_pair, pair_settings, plan_located, source_fingerprints
 from expo.theta.plan import PairPlan, ShardPlan
 
 FORMAT = 1
@@ -40,11 +41,14 @@ class Output:
     """Whether it, or the part of it that is asked for, already exists."""
     destination: Destination | None
     """Where it is pushed; None if it is not."""
+    target_step: float | None = None
+    """Of a training run, the step that α stands for."""
 
     def describe(self) -> Row:
         """The output as plain data."""
         goes = {"push_to": self.destination.repository} if self.destination else {}
-        return {"alpha": self.alpha, "path": str(self.folder), "complete": self.complete, **goes}
+        step = {} if self.target_step is None else {"target_step": self.target_step}
+        return {"alpha": self.alpha, **step, "path": str(self.folder), "complete": self.complete, **goes}
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,21 @@ class ExtrapolatePlan(Origin):
         states = states_of(output.folder, count, output.fingerprint, self.weights, overwrite=self.config.overwrite)
         return [state for state in states if share(self.pair.shards, state.part)]
 
+    def _describe_course(self) -> list[Row]:
+        steps = [step for step, _ in self.config.course]
+        return [
+            {"step": plain(step), "path": str(one.path)}
+            for step, one in zip(steps, (*self.earlier, self.dpo), strict=True)
+        ]
+
     def describe(self) -> Row:
         """The plan as plain data."""
         pair = self.pair
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
-            "rule": self.config.rule,
+            **({"checkpoints": self._describe_course()} if self.config.course else {}),
+            "rule": self.config.rule_name,
             "outputs": [output.describe() for output in self.outputs],
             "tensors": pair.tensor_counts(),
             "share_copied": round(pair.copied[1], 4),
@@ -145,34 +157,38 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     repositories = config.repositories if config.part is None else ()  # a part is not pushed
     destinations = find_destinations(repositories, private=config.private)
     sft, dpo = find_pair(config)
+    earlier = find_earlier(config)
     folders = _output_folders(config, dpo)
     for folder in folders:
-        refuse_inside(folder, sft, dpo)
-    sources = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+        refuse_inside(folder, sft, dpo, *earlier)
+    sources = source_fingerprints(config, sft, dpo, earlier)
     outputs = tuple(
         _plan_output(config, alpha, folder, sources, destination)
         for alpha, folder, destination in zip_longest(config.alpha, folders, destinations)
     )
-    pair = _plan_pair(config, sft, dpo, outputs)
-    weights = _checksums(sft, dpo) if config.verify else None  # last, since it takes long
+    pair = _plan_pair(config, (sft, *earlier, dpo), outputs)
+    weights = _checksums(config, sft, dpo, earlier) if config.verify else None  # last, since it takes long
     verified = tuple(_verified(config, output, weights) for output in outputs)
     if verified != outputs:
-        pair = _plan_pair(config, sft, dpo, verified)
+        pair = _plan_pair(config, (sft, *earlier, dpo), verified)
     files = output_side_files(sft.path, dpo.path)
     if todo := [output for output in verified if not output.complete]:
         warn_of_missing(sft, dpo, files.keys(), todo[0].folder)
-    return ExtrapolatePlan(config, sft, dpo, pair, weights, verified, files)
+    return ExtrapolatePlan(config, sft, earlier, dpo, pair, weights, verified, files)
 
 
-def _plan_pair(config: ExtrapolateConfig, sft: Location, dpo: Location, outputs: Sequence[Output]) -> PairPlan:
+def _plan_pair(config: ExtrapolateConfig, models: Sequence[Location], outputs: Sequence[Output]) -> PairPlan:
+    sft, *earlier, dpo = models
     todo = (output.alpha for output in outputs if not output.complete)
     settings = pair_settings(config, todo, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
-    return plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle)
+    return plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle, earlier=earlier)
 
 
-def _checksums(sft: Location, dpo: Location) -> Checksums:
-    log.info("reading %s and %s for their checksums", sft.label, dpo.label)
-    return {"sft": weights_xxh3(sft.path), "dpo": weights_xxh3(dpo.path)}
+def _checksums(config: ExtrapolateConfig, sft: Location, dpo: Location, earlier: Sequence[Location]) -> Checksums:
+    steps = {f"step {step:g}": one for (step, _), one in zip(config.course, earlier, strict=False)}
+    models = {"sft": sft, "dpo": dpo, **steps}
+    log.info("reading %s for their checksums", ", ".join(one.label for one in models.values()))
+    return {side: weights_xxh3(one.path) for side, one in models.items()}
 
 
 def _verified(config: ExtrapolateConfig, output: Output, weights: Checksums | None) -> Output:
@@ -206,12 +222,14 @@ def part_of(config: ExtrapolateConfig) -> Part | None:
 
 
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
+    last = config.last_step
     if config.output is None:
-        return [Path("checkpoints") / theta_name(dpo.name, alpha) for alpha in config.alpha]
-    if "{alpha}" in config.output:
-        return [Path(config.output.replace("{alpha}", repr(alpha))) for alpha in config.alpha]
-    if len(config.alpha) == 1:
-        return [Path(config.output)]
+        return [Path("checkpoints") / theta_name(dpo.name, alpha, last) for alpha in config.alpha]
+    named = [Path(config.named_by(config.output, alpha)) for alpha in config.alpha]
+    if len(config.alpha) == 1 or named[0] != Path(config.output):
+        return named
+    if last is not None:
+        return [Path(config.output) / f"step-{shown_step(step_of(alpha, last))}" for alpha in config.alpha]
     return [Path(config.output) / f"alpha-{alpha!r}" for alpha in config.alpha]
 
 
@@ -223,4 +241,5 @@ def _plan_output(
     complete = _is_complete(config, folder, made_from)
     if destination and not config.overwrite:
         destination.require_same_output(made_from)
-    return Output(alpha, folder, made_from, complete, destination)
+    last = config.last_step
+    return Output(alpha, folder, made_from, complete, destination, None if last is None else step_of(alpha, last))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expo.checkpoint.folder import source_fingerprint
 from expo.disk import Background, reading_ahead
 from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure, InputError
@@ -19,11 +18,13 @@ from expo.files import Row
 from expo.output.shard import StagedShard
 from expo.output.writer import ShardRecord, StagedOutput, staging_folder
 from expo.progress import Progress, bytes_bar
+from expo.theta.pair import source_fingerprints
 from expo.theta.plan import PairPlan, ShardPlan
 from expo.verbs.extrapolate.commit import check_changes, complete
 from expo.verbs.extrapolate.plan import ExtrapolatePlan
 
 if TYPE_CHECKING:
+    from expo.theta.norms import Norms
     from expo.theta.stream import Combiner  # imports torch, which planning does without
 
 
@@ -78,11 +79,12 @@ def _write_shards(job: ExtrapolatePlan, staged: Sequence[StagedOutput]) -> Row:
     first_read, settings = time.time(), job.pair.settings
     with reading_ahead(_in_turn(job.pair, job.shards)):
         from expo.theta import stream
+        from expo.theta.sources import SourceFiles
     device, workers = find_device(job.config.device, prefer_gpu=False), job.config.workers or stream.default_workers()
     with ExitStack() as stack:
         progress = stack.enter_context(closing(bytes_bar(job.nbytes * len(staged), "extrapolate")))
         started = time.perf_counter()
-        sources = stack.enter_context(stream.SourceFiles(*job.pair.sources))
+        sources = stack.enter_context(SourceFiles(*job.pair.sources))
         disk = stack.enter_context(Background())
         if job.pair.equal and job.checks_equal:
             stream.Combiner(sources, replace(settings, alphas=()), device, workers).run(
@@ -117,18 +119,22 @@ def _write_shard(
             files.append(output.start_shard(shard.name, shard.header, shard.nbytes, disk))
             stack.callback(files[-1].close)
         pieces = combiner.run(shard.segments(), files, progress.update)
-        norms = total_norms(norms for _, norms in pieces)
+        norms, lines = total_norms(norms for _, norms in pieces), combiner.fits
+        fits = {tensor.name: asdict(lines[tensor.name]) for tensor in shard.tensors if tensor.name in lines}
         for output, file in zip(staged, files, strict=True):
-            disk.submit(_finish_shard, output, file, shard, norms.delta, norms.sft)
+            disk.submit(_finish_shard, output, file, shard, norms, fits)
         stack.pop_all()  # the files are the background's now
 
 
-def _finish_shard(output: StagedOutput, file: StagedShard, shard: ShardPlan, delta: float, sft: float) -> None:
+def _finish_shard(
+    output: StagedOutput, file: StagedShard, shard: ShardPlan, norms: Norms, fits: Mapping[str, Row]
+) -> None:
     with closing(file):
-        output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), delta, sft))
+        output.record(ShardRecord(shard.name, shard.nbytes, file.finish(), norms.delta, norms.sft, fits))
 
 
 def _require_unchanged(job: ExtrapolatePlan) -> None:
-    for side, location in (("sft", job.sft), ("dpo", job.dpo)):
-        if source_fingerprint(location) != job.todo[0].fingerprint[side]:
+    now = source_fingerprints(job.config, job.sft, job.dpo, job.earlier)
+    for side, location in (("sft", job.sft), ("dpo", job.dpo), ("course", job.dpo)):
+        if now.get(side) != job.todo[0].fingerprint.get(side):
             raise InputError(f"{location.path} changed while it was read; rerun the command")

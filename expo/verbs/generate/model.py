@@ -25,6 +25,7 @@ from expo.checkpoint.folder import (
 from expo.checkpoint.hub import locate
 from expo.checkpoint.vocabulary import embedding_rows, rows_in
 from expo.config import GenerateConfig, ThetaConfig
+from expo.config.course import plain, step_of
 from expo.engines import EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
 from expo.engines.coverage import require_whole
@@ -33,7 +34,7 @@ from expo.errors import InputError
 from expo.files import Row
 from expo.settings import recorded
 from expo.tasks import Message
-from expo.theta.pair import ThetaPlan, plan_theta
+from expo.theta.pair import ThetaPlan, plan_theta, source_fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,7 @@ def describe_theta(theta: ThetaPlan) -> Row:
         "sft": str(theta.sft.path),
         "dpo": str(theta.dpo.path),
         "alpha": theta.config.alpha,
+        **_course(theta),
         "tensors": theta.pair.tensor_counts(),
     }
 
@@ -226,16 +228,25 @@ def _theta_source(config: ThetaConfig, output: Path) -> ModelSource:
     theta = plan_theta(config)
     for location in (theta.sft, theta.dpo):
         require_generator(location.path)
-    refuse_inside(output, theta.sft, theta.dpo, flag="--output-dir")
+    refuse_inside(output, theta.sft, theta.dpo, *theta.earlier, flag="--output-dir")
     folder = _linked(theta) if is_adapter(theta.dpo.path) else theta.dpo.path
     sides = {"sft": theta.sft, "dpo": theta.dpo}
     fingerprint = {
-        **{side: source_fingerprint(location) for side, location in sides.items()},
+        **source_fingerprints(config, theta.sft, theta.dpo, theta.earlier),
         "alpha": config.alpha,
         **recorded(config, "weights"),
     }
-    record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha}
+    record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha, **_course(theta)}
     return ModelSource(folder, theta.name, fingerprint, record, theta)
+
+
+def _course(theta: ThetaPlan) -> Row:
+    """A training run's checkpoints, and where it is extrapolated to; empty for a pair."""
+    if theta.config.last_step is None:
+        return {}
+    steps = [plain(step) for step, _ in theta.config.course]
+    found = [{"step": step, **_record(one)} for step, one in zip(steps, (*theta.earlier, theta.dpo), strict=True)]
+    return {"checkpoints": found, "target_step": step_of(theta.config.alpha, theta.config.last_step)}
 
 
 def _record(location: Location) -> Row:
