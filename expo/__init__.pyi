@@ -49,14 +49,14 @@ def extrapolate(
     fsync: bool = True,
     push_to_hub: str | PathLike[str] | None = None,
     private: bool = False,
-    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
-    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     data_parallel: int | None = None,
     ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
@@ -81,14 +81,14 @@ def extrapolate(
     fsync: bool = True,
     push_to_hub: str | PathLike[str] | None = None,
     private: bool = False,
-    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
-    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     data_parallel: int | None = None,
     ray: str | PathLike[str] | None = None,
     part: str | PathLike[str] | None = None,
@@ -134,10 +134,6 @@ def extrapolate(
         fsync: Flush every file to disk before it gets its final name.
         push_to_hub: Upload the finished output to this model repository; may contain {alpha} or {step}.
         private: Create that repository as private, if it does not exist yet.
-        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
-            last one is θ_dpo.
-        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
-            checkpoint]
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
         exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
         missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
@@ -145,6 +141,10 @@ def extrapolate(
             copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         data_parallel: Number of processes that share the work, each with GPUs of its own. [default: 1;
             with ray, as many as the cluster has room for]
         ray: Run these processes on the machines of a Ray cluster; auto takes the one that this machine
@@ -161,11 +161,13 @@ def extrapolate(
 def inspect(
     *,
     sft: str | PathLike[str],
-    dpo: str | PathLike[str],
+    dpo: str | PathLike[str] = "",
     output: str | PathLike[str] | None = None,
     device: str | PathLike[str] = "auto",
     workers: int | None = None,
     allow_pickle: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     overwrite: bool = False,
     dry_run: Literal[True],
 ) -> dict[str, Any]: ...
@@ -173,11 +175,13 @@ def inspect(
 def inspect(
     *,
     sft: str | PathLike[str],
-    dpo: str | PathLike[str],
+    dpo: str | PathLike[str] = "",
     output: str | PathLike[str] | None = None,
     device: str | PathLike[str] = "auto",
     workers: int | None = None,
     allow_pickle: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
 ) -> Inspection:
@@ -202,10 +206,15 @@ def inspect(
             id@revision.
         dpo: The DPO/RLHF checkpoint θ_dpo trained from it, or a LoRA adapter trained on it. [default:
             the last checkpoint]
-        output: Plot ‖Δ‖/‖θ_sft‖ by layer and module to this file (.png, .svg or .pdf).
+        output: Plot ‖Δ‖/‖θ_sft‖ by layer and module, or a training run's way over its steps, to this
+            file (.png, .svg or .pdf).
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         workers: Number of threads. [default: the CPU count, at most 4]
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         overwrite: Replace an output made with different settings, once the new one is complete.
         dry_run: Print the plan and write nothing.
     """
@@ -222,14 +231,14 @@ def generate(
     name: str | PathLike[str] | None = None,
     base_url: str | PathLike[str] | None = None,
     concurrency: int = 32,
-    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
-    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     engine: str | PathLike[str] = "auto",
     dataset: str | PathLike[str] | None = None,
     system: str | PathLike[str] | None = None,
@@ -272,14 +281,14 @@ def generate(
     name: str | PathLike[str] | None = None,
     base_url: str | PathLike[str] | None = None,
     concurrency: int = 32,
-    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
-    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     engine: str | PathLike[str] = "auto",
     dataset: str | PathLike[str] | None = None,
     system: str | PathLike[str] | None = None,
@@ -337,10 +346,6 @@ def generate(
             name>-ExPO-a<A> or -t<T>]
         base_url: URL of the server (openai); its API key is read from OPENAI_API_KEY.
         concurrency: Maximum number of concurrent requests (openai).
-        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
-            last one is θ_dpo.
-        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
-            checkpoint]
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
         exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
         missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
@@ -348,6 +353,10 @@ def generate(
             copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         engine: Inference engine; auto is vLLM if it is installed and can run, else transformers.
         dataset: Read the task's prompts from a local file or another hub dataset.
         system: System message put before every prompt.
@@ -595,14 +604,14 @@ def sweep(
     reward_max_length: int | None = None,
     reward_chat_template: str | PathLike[str] | None = None,
     reward_bos: Literal["auto", "template", "none"] = "auto",
-    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
-    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     engine: str | PathLike[str] = "auto",
     dataset: str | PathLike[str] | None = None,
     system: str | PathLike[str] | None = None,
@@ -656,14 +665,14 @@ def sweep(
     reward_max_length: int | None = None,
     reward_chat_template: str | PathLike[str] | None = None,
     reward_bos: Literal["auto", "template", "none"] = "auto",
-    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
-    rule: str | PathLike[str] | None = None,
     alpha_for: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     exclude: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
     missing: Literal["error", "copy-dpo"] = "error",
     vocab: Literal["error", "common"] = "error",
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
+    checkpoint: str | PathLike[str] | Iterable[str | PathLike[str]] = (),
+    rule: str | PathLike[str] | None = None,
     engine: str | PathLike[str] = "auto",
     dataset: str | PathLike[str] | None = None,
     system: str | PathLike[str] | None = None,
@@ -743,10 +752,6 @@ def sweep(
         reward_max_length: Maximum conversation length of the reward model, in tokens.
         reward_chat_template: Jinja file to use instead of the reward model's own chat template.
         reward_bos: Like bos of `expo score`.
-        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
-            last one is θ_dpo.
-        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
-            checkpoint]
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
         exclude: Copy tensors whose names match from DPO, whatever alpha_for says; repeatable.
         missing: Tensors that only one model has: refuse the pair, or copy DPO's and drop SFT's.
@@ -754,6 +759,10 @@ def sweep(
             copy DPO's rest.
         allow_pickle: Read weights that exist only as pickles (.bin), with torch's weights_only loader.
         allow_nonfinite: Accept NaN and infinity in θ(α) instead of refusing them.
+        checkpoint: A checkpoint of the training run that began with SFT, and its step; repeatable. The
+            last one is θ_dpo.
+        rule: Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several
+            checkpoint]
         engine: Inference engine; auto is vLLM if it is installed and can run, else transformers.
         dataset: Read the task's prompts from a local file or another hub dataset.
         system: System message put before every prompt.

@@ -165,7 +165,7 @@ FLAGS = {
     "compare": "--config --dataset --debug --dry-run --flips --intersect --json --markdown --output-dir --task",
     "report": "--config --dataset --debug --dry-run --figures --intersect --json --output --output-dir --overwrite"
     " --task",
-    "inspect": f"{PAIR} --output --workers",
+    "inspect": f"{PAIR} --checkpoint --output --rule --workers",
     "sweep": f"{PAIR} {RULES}"
     " --any-pair --batch-tokens --chat-template --confidence --confirm --data-parallel --dataset --dtype --engine"
     " --engine-arg --frequency-penalty --indifference --limit --max-tokens --n --output --presence-penalty"

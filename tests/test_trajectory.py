@@ -32,14 +32,15 @@ from test_partners import fuse
 from torch import Tensor
 
 from expo.cli import program as cli
-from expo.config import ExtrapolateConfig, GenerateConfig, ThetaConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ThetaConfig
 from expo.errors import InputError
+from expo.output.findings import Inspection
 from expo.parts import all_parts
 from expo.theta import stream
 from expo.theta.pair import plan_theta
 from expo.theta.tensors import Theta
 from expo.theta.trajectory.fit import LINE_RULES, fit, quality
-from expo.verbs import extrapolate, generate
+from expo.verbs import extrapolate, generate, inspect
 
 STEPS = (50, 100, 300)
 TARGETS = (300, 1000, 2500)
@@ -131,6 +132,18 @@ def require_close(found: Tensor, right: np.ndarray, dtype: torch.dtype) -> None:
     loss = 2e-6 if dtype != torch.float64 else 1e-12
     step = 0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 2 * (1 + 1e-3)
     assert (np.abs(values - right) <= loss * size + step * np.abs(right)).all()
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """The program, in this process."""
+
+    def run(*words: object) -> Result:
+        code = cli.run(list(map(str, words)))
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
 
 
 # --- the law --------------------------------------------------------------------------------------------------------
@@ -360,6 +373,117 @@ def test_adapters_that_are_not_of_one_run_are_refused(tmp_path: Path) -> None:
         follow(Run(base, {**steps, 300: full}), tmp_path / "out")
 
 
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def look(run: Run, **settings: Any) -> Inspection:
+    return inspect.run(InspectConfig(**{**run.settings, **settings}))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_inspect_finds_what_extrapolate_records(tmp_path: Path, rule: str) -> None:
+    run = save(tmp_path, states(torch.bfloat16))
+    (made,) = follow(run, tmp_path / "out", rule=rule)
+    recorded = json.loads((made.path / "expo.json").read_text())["trajectory"]
+    found = look(run, rule=rule)
+    described = json.loads(json.dumps(found.describe()))
+    assert described["trajectory"]["tensors"] == recorded["tensors"]
+    for name in ("rule", "steps", "explained_variance", "r2"):
+        assert described["trajectory"][name] == recorded[name]
+    pair = inspect.run(InspectConfig(sft=str(run.start), dpo=str(run.steps[300]))).describe()
+    assert {name: value for name, value in found.describe().items() if name != "trajectory"} == pair
+
+
+def test_a_modules_way_is_that_of_its_tensors_side_by_side(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (9, 5) for layer in range(3)} | {"lm_head.weight": (7, 5)}
+    tensors = states(torch.float64, shapes)
+    found = look(save(tmp_path, tensors)).trajectory
+    assert found is not None
+    ways = {way.name: way for way in (*found.modules, found.total)}
+    assert list(ways) == ["mlp.up_proj", "lm_head", "total"]
+    for name, way in ways.items():
+        own = [one for one in shapes if name in (*one.split("."), "total") or name in one]
+        on_line = []
+        for one in own:
+            changes = np.stack([(tensors[step][one] - tensors[0][one]).numpy().ravel() for step in STEPS])
+            direction = np.linalg.svd(changes, full_matrices=False)[2][0]
+            on_line.append(np.outer(changes @ direction, direction))
+        side_by_side = np.concatenate(on_line, axis=1)
+        last = side_by_side[-1]
+        assert way.reached == pytest.approx(side_by_side @ last / (last @ last), rel=1e-9)
+        assert way.reached[-1] == pytest.approx(1.0)
+        assert way.fitted == pytest.approx(np.polyfit(STEPS, side_by_side @ last / (last @ last), 1), rel=1e-6)
+        assert way.tensors == len(own)
+    assert sum(way.share for way in found.modules) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_picture_of_the_way_is_replaced_only_by_one_of_the_same_weights(tmp_path: Path, suffix: str) -> None:
+    run = save(tmp_path, states())
+    file = tmp_path / f"way.{suffix}"
+    assert look(run, output=str(file)).picture == file
+    first = file.read_bytes()
+    look(run, output=str(file))
+    assert file.read_bytes() == first
+    write_checkpoint(run.steps[50], states()[0], shards=2)
+    with pytest.raises(InputError, match="drawn from other weights"):
+        look(run, output=str(file))
+
+
+def test_inspect_shows_a_table_of_the_steps(tmp_path: Path, program: Callable[..., Result]) -> None:
+    run = save(tmp_path, states())
+    words = run.words()[1:-1]  # without --no-fsync
+    done = program("inspect", *words)
+    assert done.code == 0
+    assert "step 50  step 100  step 300  tensors" in done.stdout
+    assert "trajectory: the lines explain 9" in done.stdout
+    planned = json.loads(program("inspect", *words, "--dry-run", "--json").stdout)
+    assert planned["checkpoints"] == [str(run.steps[step]) for step in STEPS]
+
+
+def test_inspect_of_one_checkpoint_is_that_of_the_pair(tmp_path: Path) -> None:
+    run = save(tmp_path, states(steps=(400,)))
+    found = look(run)
+    assert found.trajectory is None
+    assert found.describe() == inspect.run(InspectConfig(sft=str(run.start), dpo=str(run.steps[400]))).describe()
+
+
+def test_inspect_of_tensors_that_some_steps_lack(tmp_path: Path) -> None:
+    tensors = states()
+    for step in (0, 50, 300):
+        tensors[step]["extra"] = torch.randn(5) + step
+    found = look(save(tmp_path, tensors)).trajectory
+    assert found is not None
+    assert {one.name for one in found.tensors} == set(SHAPES)
+
+
+def test_inspect_follows_adapters(tmp_path: Path) -> None:
+    make, config = CASES["plain"]
+    base = save_base(make, torch.float32, tmp_path / "base")
+    steps = {}
+    for number, step in enumerate((10, 20), start=1):
+        steps[step] = save_adapter(base, tmp_path / f"a{step}", LoraConfig(r=2, lora_alpha=4 * number, **config))
+    found = look(Run(base, steps)).trajectory
+    assert found is not None
+    assert found.total.quality.explained == pytest.approx(1.0)
+    assert found.total.reached == pytest.approx((0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"checkpoint": ()}, "--dpo is missing"),
+        ({"dpo": "x"}, "--dpo is the last --checkpoint"),
+        ({"rule": "spline"}, "--rule must be one of relex, linear"),
+        ({"checkpoint": ("1=a",), "rule": "relex"}, "--rule relex needs two or more"),
+    ],
+)
+def test_what_inspect_refuses(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    run = save(tmp_path, states())
+    with pytest.raises(InputError, match=message):
+        look(run, **{**changed, **({"checkpoint": (f"1={run.start}",)} if changed.get("checkpoint") else {})})
+
+
 # --- engines --------------------------------------------------------------------------------------------------------
 
 
@@ -499,18 +623,6 @@ def test_a_target_that_overflows_the_type_is_refused(tmp_path: Path) -> None:
     run = save(tmp_path, states(torch.float16))
     with pytest.raises(InputError, match="contains NaN or infinity"):
         follow(run, tmp_path / "out", 1e9)
-
-
-@pytest.fixture
-def program(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """The program, in this process."""
-
-    def run(*words: object) -> Result:
-        code = cli.run(list(map(str, words)))
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
 
 
 def test_the_program_says_how_well_the_lines_fit(

@@ -1,11 +1,93 @@
-"""The settings of a training run's checkpoints, which take the place of a pair's second side."""
+"""A training run's checkpoints, which take the place of a pair's second side: their settings, and steps as α."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from expo.settings import require, require_alpha
+from expo.settings import Setting, changes_weights, require, require_alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourseConfig:
+    """A training run in place of θ_dpo, and the rule."""
+
+    HEADING = "How the pair is combined"
+
+    checkpoint: Annotated[
+        tuple[str, ...],
+        Setting(
+            "A checkpoint of the training run that began with SFT, and its step; repeatable. The last one is θ_dpo.",
+            metavar="STEP=MODEL",
+        ),
+    ] = ()
+    rule: Annotated[
+        str | None,
+        changes_weights(
+            "Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several --checkpoint]",
+            metavar="RULE",
+            absent=None,
+        ),
+    ] = None
+
+    @property
+    def course(self) -> tuple[tuple[float, str], ...]:
+        """`checkpoint` as steps and models, ascending; empty for a pair."""
+        return read_checkpoints(self.checkpoint)
+
+    @property
+    def last_step(self) -> float | None:
+        """The last step of the course; None for a pair."""
+        return self.course[-1][0] if self.course else None
+
+    @property
+    def rule_name(self) -> str:
+        """The rule, by default the one that goes with the models."""
+        return self.rule or ("relex" if len(self.course) > 1 else "linear")
+
+    def named_by(self, pattern: str, alpha: float) -> str:
+        """A name with {alpha} filled in and, for a training run, {step}."""
+        last = self.last_step
+        step = {} if last is None else {"{step}": shown_step(step_of(alpha, last))}
+        for place, value in {"{alpha}": repr(alpha), **step}.items():
+            pattern = pattern.replace(place, value)
+        return pattern
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """The settings that follow from the others, and need not be spelled out."""
+        return frozenset(("alpha", "dpo")) if self.checkpoint else frozenset()
+
+    def _settle_course(self, dpo: str | None) -> None:
+        """The last of several checkpoints is θ_dpo, and a rule that is the default is not recorded.
+
+        Raises:
+            InputError: A checkpoint is spelled otherwise, `dpo` is another one, or the rule does not go with them.
+        """
+        course = self.course
+        if course:
+            last = course[-1][1]
+            require(dpo in (None, "", last), f"--dpo is the last --checkpoint, {last}: leave out --dpo {dpo}")
+            object.__setattr__(self, "dpo", last)
+        if self.rule == ("relex" if len(course) > 1 else "linear"):
+            object.__setattr__(self, "rule", None)  # as recorded by outputs from before there was a choice
+
+    def _alphas_of_steps(self, alphas: tuple[float, ...], steps: tuple[float, ...]) -> tuple[float, ...]:
+        """The α that steps stand for; where no step is given, `alphas`.
+
+        Raises:
+            InputError: Steps are given without checkpoints, or an α beside them, or neither beside checkpoints.
+        """
+        course = self.course
+        if not steps:
+            require(not course, "--checkpoint needs --target-step, a step to extrapolate to, such as --target-step 500")
+            return alphas
+        require(bool(course), "--target-step needs the training run's checkpoints: --checkpoint STEP=MODEL")
+        found = tuple(alpha_of(step, course[-1][0]) for step in steps)
+        require(alphas in ((), found), "--alpha and --target-step cannot be combined: a step says how far to go")
+        return found
 
 
 def read_checkpoints(values: Sequence[str]) -> tuple[tuple[float, str], ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from expo.config.course import alpha_of, read_checkpoints, shown_step, step_of
+from expo.config.course import CourseConfig
 from expo.config.parts import PartsConfig
 from expo.files import is_utf8, shown
 from expo.settings import (
@@ -27,6 +27,7 @@ Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 Missing: TypeAlias = Literal["error", "copy-dpo"]
 Vocab: TypeAlias = Literal["error", "common"]
 
+NO_DPO = "--dpo is missing: give the DPO model, or a training run's --checkpoint STEP=MODEL"
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -78,26 +79,11 @@ class CommonConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairConfig:
+class PairConfig(CourseConfig):
     """How θ_sft and θ_dpo are combined, beside α."""
 
     HEADING = "How the pair is combined"
 
-    checkpoint: Annotated[
-        tuple[str, ...],
-        Setting(
-            "A checkpoint of the training run that began with SFT, and its step; repeatable. The last one is θ_dpo.",
-            metavar="STEP=MODEL",
-        ),
-    ] = ()
-    rule: Annotated[
-        str | None,
-        changes_weights(
-            "Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several --checkpoint]",
-            metavar="RULE",
-            absent=None,
-        ),
-    ] = None
     alpha_for: Annotated[
         tuple[str, ...],
         changes_weights(
@@ -131,63 +117,6 @@ class PairConfig:
     allow_nonfinite: Annotated[
         bool, changes_weights("Accept NaN and infinity in θ(α) instead of refusing them.", absent=False)
     ] = False
-
-    @property
-    def course(self) -> tuple[tuple[float, str], ...]:
-        """`checkpoint` as steps and models, ascending; empty for a pair."""
-        return read_checkpoints(self.checkpoint)
-
-    @property
-    def last_step(self) -> float | None:
-        """The last step of the course; None for a pair."""
-        return self.course[-1][0] if self.course else None
-
-    @property
-    def rule_name(self) -> str:
-        """The rule, by default the one that goes with the models."""
-        return self.rule or ("relex" if len(self.course) > 1 else "linear")
-
-    def named_by(self, pattern: str, alpha: float) -> str:
-        """A name with {alpha} filled in and, for a training run, {step}."""
-        last = self.last_step
-        step = {} if last is None else {"{step}": shown_step(step_of(alpha, last))}
-        for place, value in {"{alpha}": repr(alpha), **step}.items():
-            pattern = pattern.replace(place, value)
-        return pattern
-
-    @property
-    def derived(self) -> frozenset[str]:
-        """The settings that follow from the others, and need not be spelled out."""
-        return frozenset(("alpha", "dpo")) if self.checkpoint else frozenset()
-
-    def _settle_course(self, dpo: str | None) -> None:
-        """The last of several checkpoints is θ_dpo, and a rule that is the default is not recorded.
-
-        Raises:
-            InputError: A checkpoint is spelled otherwise, `dpo` is another one, or the rule does not go with them.
-        """
-        course = self.course
-        if course:
-            last = course[-1][1]
-            require(dpo in (None, "", last), f"--dpo is the last --checkpoint, {last}: leave out --dpo {dpo}")
-            object.__setattr__(self, "dpo", last)
-        if self.rule == ("relex" if len(course) > 1 else "linear"):
-            object.__setattr__(self, "rule", None)  # as recorded by outputs from before there was a choice
-
-    def _alphas_of_steps(self, alphas: tuple[float, ...], steps: tuple[float, ...]) -> tuple[float, ...]:
-        """The α that steps stand for; where no step is given, `alphas`.
-
-        Raises:
-            InputError: Steps are given without checkpoints, or an α beside them, or neither beside checkpoints.
-        """
-        course = self.course
-        if not steps:
-            require(not course, "--checkpoint needs --target-step, a step to extrapolate to, such as --target-step 500")
-            return alphas
-        require(bool(course), "--target-step needs the training run's checkpoints: --checkpoint STEP=MODEL")
-        found = tuple(alpha_of(step, course[-1][0]) for step in steps)
-        require(alphas in ((), found), "--alpha and --target-step cannot be combined: a step says how far to go")
-        return found
 
     def _require_pair_settings(self) -> None:
         require_choice("--missing", self.missing, Missing)
@@ -300,7 +229,7 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
             InputError: A value is out of its range; the message names the flag.
         """
         self._settle_course(self.dpo)
-        require(bool(self.dpo), "--dpo is missing: give the DPO model, or a training run's --checkpoint STEP=MODEL")
+        require(bool(self.dpo), NO_DPO)
         for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
             require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
         object.__setattr__(self, "alpha", self._alphas_of_steps(self.alpha, self.target_step))
@@ -336,13 +265,21 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(CommonConfig):
-    """`expo inspect`: how far θ_dpo is from θ_sft, and whether the pair looks like one ExPO suits."""
+class InspectConfig(CourseConfig, CommonConfig):
+    """`expo inspect`: how far θ_dpo is from θ_sft, and whether the pair looks like one ExPO suits.
+
+    With several checkpoints of a training run also whether it moves along straight lines.
+    """
 
     sft: Sft
-    dpo: Dpo
+    dpo: Dpo = ""
     output: Annotated[
-        str | None, Setting("Plot ‖Δ‖/‖θ_sft‖ by layer and module to this file (.png, .svg or .pdf).", metavar="FILE")
+        str | None,
+        Setting(
+            "Plot ‖Δ‖/‖θ_sft‖ by layer and module, or a training run's way over its steps, to this file (.png, .svg or "
+            ".pdf).",
+            metavar="FILE",
+        ),
     ] = None
     device: Annotated[
         str,
@@ -357,6 +294,8 @@ class InspectConfig(CommonConfig):
         Raises:
             InputError: A value is out of its range; the message names the flag.
         """
+        self._settle_course(self.dpo)
+        require(bool(self.dpo), NO_DPO)
         known = self.output is None or Path(self.output).suffix.lower() in PICTURE_SUFFIXES
         require(known, f"--output must be a picture ({', '.join(PICTURE_SUFFIXES)}), not {self.output!r}")
         require_device(self.device)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from expo.checkpoint.places import Place
 from expo.errors import listed
 from expo.output.frames import frame
+from expo.output.trajectory import Trajectory
 from expo.stats.changes import cosine_distance, relative_change
 from expo.theta.pair_checks import UNRELATED_CHANGE
 from expo.theta.plan import Overlap, Segment
@@ -171,6 +172,8 @@ class Inspection:
     moved: tuple[str, ...] = ()
     """Tokens that both tokenizers have with different ids: 'token' SFT's ≠ DPO's."""
     picture: Path | None = None
+    trajectory: Trajectory | None = None
+    """Of a training run with several checkpoints, the last of which is θ_dpo."""
 
     @property
     def _finite(self) -> list[Measured]:
@@ -258,6 +261,7 @@ class Inspection:
             "vocabulary": both.vocabulary
             and {**dataclasses.asdict(both.vocabulary), "compared": both.vocabulary.common},
             "picture": None if self.picture is None else str(self.picture),
+            **({} if self.trajectory is None else {"trajectory": self.trajectory.describe()}),
         }
 
     def to_pandas(self) -> DataFrame:
@@ -279,7 +283,9 @@ class Inspection:
                 f"vocabularies of {sizes.sft} and {sizes.dpo} rows: only the {sizes.common} in both are compared "
                 "(`expo extrapolate` needs --vocab common for this pair)"
             )
-        return "\n".join([*_aligned(rows), "", *notes, f"{self.suits}: {self.verdict}"])
+        run = self.trajectory
+        course = [] if run is None else [*_aligned(run.rows()), "", f"trajectory: {run.verdict}"]
+        return "\n".join([*_aligned(rows), "", *course, *notes, f"{self.suits}: {self.verdict}"])
 
 
 # --- the verdict --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 NO_CHANGE = "0.85"
 """A light grey: on a logarithmic scale zero has no colour of its own."""
@@ -42,7 +43,6 @@ def change_map(
     Returns:
         The file's content.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     layers = sorted({layer for row in modules.values() for layer in row})
@@ -55,6 +55,19 @@ def change_map(
     figure.suptitle(title, parse_math=False)
     if names:
         _draw_cells(figure.add_subplot(), names, grid, layers, len(modules))
+    return saved(figure, suffix, mark)
+
+
+def saved(figure: Figure, suffix: str, mark: str) -> bytes:
+    """A figure as a file, the same for the same figure.
+
+    Args:
+        figure: What was drawn.
+        suffix: .png, .svg or .pdf.
+        mark: A line of ASCII text stored uncompressed in the file's metadata.
+    """
+    from matplotlib import rc_context
+
     metadata, content = {MARK_KEYS[suffix]: mark, **NO_DATES[suffix]}, io.BytesIO()
     with rc_context({"svg.hashsalt": mark}):
         figure.savefig(content, format=suffix[1:], dpi=150, metadata=metadata)

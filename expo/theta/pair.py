@@ -16,7 +16,7 @@ from expo.checkpoint.pickled import read_source
 from expo.checkpoint.remote import locate_remote
 from expo.checkpoint.tokens import require_same_tokens
 from expo.config import Dtype, ExtrapolateConfig, PairConfig, ThetaConfig
-from expo.config.course import step_of
+from expo.config.course import CourseConfig, step_of
 from expo.errors import InputError
 from expo.files import Row
 from expo.theta.adapter.folders import output_side_files, require_base
@@ -47,19 +47,30 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
     return sft, dpo
 
 
+def require_rule_for(config: CourseConfig) -> None:
+    """Refuse a rule that is none for these models.
+
+    Raises:
+        InputError: It is not; the message lists the names.
+    """
+    if config.course:
+        require_line(config.rule, len(config.course))
+    elif config.rule in LINES and config.rule not in RULES:
+        raise InputError(f"--rule {config.rule} is for a training run: give its --checkpoint STEP=MODEL")
+    else:
+        require_rule(config.rule_name)
+
+
 def _look_at_course(config: ThetaConfig | ExtrapolateConfig) -> None:
     """Refuse a rule that is none for these models, and warn of a far target."""
-    if config.last_step is None:
-        if config.rule in LINES and config.rule not in RULES:
-            raise InputError(f"--rule {config.rule} is for a training run: give its --checkpoint STEP=MODEL")
-        require_rule(config.rule_name)
-        return
-    require_line(config.rule, len(config.course))
+    require_rule_for(config)
+    last = config.last_step
     for alpha in config.alpha if isinstance(config.alpha, tuple) else (config.alpha,):
-        check_target(step_of(alpha, config.last_step), config.last_step)
+        if last is not None:
+            check_target(step_of(alpha, last), last)
 
 
-def find_earlier(config: PairConfig) -> tuple[Location, ...]:
+def find_earlier(config: CourseConfig, *, allow_pickle: bool) -> tuple[Location, ...]:
     """The checkpoints of a training run but the last, which is θ_dpo; none for a pair.
 
     Raises:
@@ -67,9 +78,7 @@ def find_earlier(config: PairConfig) -> tuple[Location, ...]:
         EnvironmentFailure: The hub cannot be reached.
     """
     models = [model for _, model in config.course[:-1]]
-    return tuple(
-        find_folder(model) or locate(model, weights_only=True, pickled=config.allow_pickle) for model in models
-    )
+    return tuple(find_folder(model) or locate(model, weights_only=True, pickled=allow_pickle) for model in models)
 
 
 def _find_streamed(config: ExtrapolateConfig) -> tuple[Location, Location]:
@@ -205,7 +214,7 @@ def plan_theta(config: ThetaConfig) -> ThetaPlan:
         EnvironmentFailure: The hub cannot be reached.
     """
     sft, dpo = find_pair(config)
-    earlier = find_earlier(config)
+    earlier = find_earlier(config, allow_pickle=config.allow_pickle)
     settings = pair_settings(config, (config.alpha,))
     pair = plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle, earlier=earlier)
     steps = [step for step, _ in config.course]
@@ -213,7 +222,7 @@ def plan_theta(config: ThetaConfig) -> ThetaPlan:
     return ThetaPlan(replace(config, sft=str(sft.path), dpo=str(dpo.path), checkpoint=found), sft, dpo, pair, earlier)
 
 
-def source_fingerprints(config: PairConfig, sft: Location, dpo: Location, earlier: Sequence[Location]) -> Row:
+def source_fingerprints(config: CourseConfig, sft: Location, dpo: Location, earlier: Sequence[Location]) -> Row:
     """What the weights of a pair, or of a training run, are now."""
     steps = [step for step, _ in config.course]
     course = [

@@ -89,6 +89,35 @@ def check_target(target: float, last: float) -> None:
         )
 
 
+def is_straight(found: Quality) -> bool:
+    """Whether a training run moves along straight lines, as far as its checkpoints show.
+
+    Args:
+        found: Of all its tensors.
+    """
+    return (found.explained or 0.0) >= LOW_EXPLAINED and (found.r2 is None or found.r2 >= LOW_R2)
+
+
+def told_lines(found: Quality, steps: int) -> str:
+    """The same as a sentence.
+
+    Args:
+        found: Of all its tensors.
+        steps: The number of its checkpoints.
+    """
+    if found.explained is None:
+        return "no checkpoint differs from the start"
+    r2 = "" if found.r2 is None else f", R² {found.r2:.3f}"
+    fit = f"the lines explain {found.explained:.0%} of the changes{r2}"
+    if not is_straight(found):
+        return (
+            f"this run does not move along straight lines ({fit}): see first how well a step that has a checkpoint is "
+            "reached from earlier ones. That RL runs with verifiable rewards do is RELEX's finding; for DPO nobody "
+            "has shown it"
+        )
+    return f"{fit}; any two checkpoints lie on a line: a third one shows whether the run does" if steps == 2 else fit
+
+
 def check_lines(found: Quality, steps: int) -> None:
     """Warn of a training run that does not move along straight lines.
 
@@ -96,19 +125,7 @@ def check_lines(found: Quality, steps: int) -> None:
         found: Of all its tensors.
         steps: The number of its checkpoints.
     """
-    explained, r2 = found.explained or 0.0, 1.0 if found.r2 is None else found.r2
-    fit = f"the lines explain {explained:.0%} of the changes, R² {r2:.3f}"
-    if r2 < LOW_R2 or explained < LOW_EXPLAINED:
-        log.warning(
-            "this run does not move along straight lines (%s): see first how well a step that has a checkpoint is "
-            "reached from earlier ones. That RL runs with verifiable rewards do is RELEX's finding; for DPO nobody "
-            "has shown it",
-            fit,
-        )
-    elif steps == 2:
-        log.info("%s; any two checkpoints lie on a line: a third one shows whether the run does", fit)
-    else:
-        log.info("%s", fit)
+    log.log(logging.INFO if is_straight(found) else logging.WARNING, "%s", told_lines(found, steps))
 
 
 def check_change(norm: float | None, relative: float | None) -> None:

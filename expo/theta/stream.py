@@ -129,7 +129,7 @@ class Combiner:
         self._sources.expect([segment for segment, _ in segments])
         norms: list[tuple[Segment, Norms]] = []
         for window in self._windows(segments):
-            self._fit(window)
+            self._fit(window, None)
             todo = zip(count(len(norms)), self._pieces(window), strict=False)
             norms += self._workers.each(self._combine, todo, sinks, on_bytes)
         return norms
@@ -150,12 +150,26 @@ class Combiner:
             window += tensor
         yield window
 
-    def _fit(self, segments: Sequence[tuple[Segment, int]]) -> None:
+    def fit(self, segments: Iterable[Segment], on_bytes: Callable[[int], object] | None = None) -> None:
+        """Find the lines of a training run's tensors, for `fits`, without combining them.
+
+        Args:
+            segments: Those of whole tensors.
+            on_bytes: Called from time to time, from this thread, with the number of bytes of the last step that were
+                read since, each with those of the other steps.
+
+        Raises:
+            InputError: A value is not finite.
+            EnvironmentFailure: Reading failed.
+        """
+        self._fit([(segment, 0) for segment in segments], on_bytes)
+
+    def _fit(self, segments: Sequence[tuple[Segment, int]], on_bytes: Callable[[int], object] | None) -> None:
         """Find the lines of the tensors that a training run moves, from their changes at every step."""
         moving = [(segment, offset) for segment, offset in segments if segment.earlier]
         if self._course is None or not moving:
             return
-        found = self._workers.each(self._gram, enumerate(self._pieces(moving)), [])
+        found = self._workers.each(self._gram, enumerate(self._pieces(moving)), [], on_bytes)
         rule = LINE_RULES[self._course.rule]
         for name, grams in groupby(found, key=lambda entry: entry[0].dpo.name):
             gram = total([of_piece for _, of_piece in grams])

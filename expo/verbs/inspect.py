@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from expo.checkpoint.folder import Location, is_adapter, refuse_inside, source_fingerprint
+from expo.checkpoint.folder import Location, is_adapter, refuse_inside
 from expo.checkpoint.hub import locate
 from expo.checkpoint.pickled import read_source
 from expo.checkpoint.places import places
@@ -27,12 +28,14 @@ from expo.engines.torch_tools import find_device
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, json_line, open_file, shown, write_atomic
 from expo.output.findings import Figures, Inspection, Measured, mismatches
-from expo.output.plots import change_map
+from expo.output.plots import change_map, saved
+from expo.output.trajectory import Followed, Trajectory, picture
 from expo.progress import Progress, bytes_bar
 from expo.theta.adapter.folders import require_base
 from expo.theta.decide import overlap
 from expo.theta.decide_adapter import overlap_adapter
-from expo.theta.plan import Overlap, PairSettings, Segment
+from expo.theta.pair import find_earlier, plan_located, require_rule_for, source_fingerprints
+from expo.theta.plan import Course, Overlap, PairPlan, PairSettings, Segment
 
 if TYPE_CHECKING:
     from expo.theta.sources import SourceFiles  # imports torch, which planning does without
@@ -50,9 +53,13 @@ class InspectPlan:
     config: InspectConfig
     sft: Location
     dpo: Location
+    earlier: tuple[Location, ...]
+    """The checkpoints of a training run but the last, which is `dpo`."""
     overlap: Overlap
+    course: PairPlan | None
+    """A training run's tensors with their partners at every step, where there are several checkpoints."""
     fingerprints: Row
-    """The state of both inputs."""
+    """The state of all inputs."""
     picture: Path | None
 
     @property
@@ -60,12 +67,19 @@ class InspectPlan:
         """Bytes of DPO that are measured."""
         return sum(segment.nbytes for segment in self.overlap.segments)
 
+    @property
+    def moving(self) -> list[Segment]:
+        """What a training run has at every step."""
+        shards = () if self.course is None else self.course.shards
+        return [segment for shard in shards for segment, _ in shard.segments() if segment.earlier]
+
     def describe(self) -> Row:
         """The plan as plain data."""
         both = self.overlap
         return {
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
+            **({"checkpoints": [str(one.path) for one in (*self.earlier, self.dpo)]} if self.earlier else {}),
             "tensors": {"measured": len(both.segments), "compared": len(both.exact) + len(both.heads)},
             "mismatches": {kind: list(names) for kind, names in mismatches(both).items()},
             "bytes": self.nbytes,
@@ -97,12 +111,25 @@ def plan(config: InspectConfig) -> InspectPlan:
             something else.
     """
     sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
-    fingerprints = {"sft": source_fingerprint(sft), "dpo": source_fingerprint(dpo)}
+    earlier = find_earlier(config, allow_pickle=config.allow_pickle)
+    fingerprints = source_fingerprints(config, sft, dpo, earlier)
     picture = None if config.output is None else Path(config.output)
     if picture is not None:
-        refuse_inside(picture, sft, dpo)
+        refuse_inside(picture, sft, dpo, *earlier)
         _refuse_picture(picture, _mark(fingerprints), overwrite=config.overwrite)
-    return InspectPlan(config, sft, dpo, _overlap(sft, dpo, config.allow_pickle), fingerprints, picture)
+    both = _overlap(sft, dpo, config.allow_pickle)
+    return InspectPlan(config, sft, dpo, earlier, both, _course(config, sft, dpo, earlier), fingerprints, picture)
+
+
+def _course(config: InspectConfig, sft: Location, dpo: Location, earlier: Sequence[Location]) -> PairPlan | None:
+    """A training run's plan, as far as its checkpoints have tensors in common; None for a pair."""
+    require_rule_for(config)
+    steps = tuple(step for step, _ in config.course)
+    if not earlier:
+        return None
+    course = Course(config.rule_name, steps)
+    settings = PairSettings(alphas=(), copy_missing=True, common_vocabulary=True, course=course)
+    return plan_located(sft, dpo, settings, allow_pickle=config.allow_pickle, earlier=earlier)
 
 
 def _overlap(sft: Location, dpo: Location, allow_pickle: bool) -> Overlap:
@@ -126,7 +153,27 @@ def _measure(job: InspectPlan) -> Inspection:
     tensors = {segment.dpo.name: segment for segment in both.segments}  # a fused tensor has several
     where = places(tensors)
     measured = tuple(Measured(segment, where[name], figures[name]) for name, segment in tensors.items())
-    return Inspection(job.sft.label, job.dpo.label, both, measured, unequal, untied, _moved_tokens(job))
+    run = None if job.course is None else _follow(job, job.course)
+    return Inspection(job.sft.label, job.dpo.label, both, measured, unequal, untied, _moved_tokens(job), trajectory=run)
+
+
+def _follow(job: InspectPlan, course: PairPlan) -> Trajectory:
+    """Find the line of every tensor that a training run has at all of its steps."""
+    from expo.theta import stream
+    from expo.theta.sources import SourceFiles
+
+    device, workers = find_device(job.config.device, prefer_gpu=False), job.config.workers or stream.default_workers()
+    moving = job.moving
+    nbytes = sum(segment.nbytes for segment in moving)
+    with SourceFiles(*course.sources) as sources, closing(bytes_bar(nbytes, "trajectory")) as progress:
+        combiner = stream.Combiner(sources, course.settings, device, workers)
+        combiner.fit(moving, progress.update)
+    where = places(combiner.fits)
+    return Trajectory(
+        job.config.rule_name,
+        tuple(step for step, _ in job.config.course),
+        tuple(Followed(name, where[name], fit) for name, fit in combiner.fits.items()),
+    )
 
 
 def _moved_tokens(job: InspectPlan) -> tuple[str, ...]:
@@ -171,8 +218,9 @@ def _is_equal(segment: Segment, sources: SourceFiles) -> bool:
 
 
 def _require_unchanged(job: InspectPlan) -> None:
-    for side, location in (("sft", job.sft), ("dpo", job.dpo)):
-        if source_fingerprint(location) != job.fingerprints[side]:
+    now = source_fingerprints(job.config, job.sft, job.dpo, job.earlier)
+    for side, location in (("sft", job.sft), ("dpo", job.dpo), ("course", job.dpo)):
+        if now.get(side) != job.fingerprints.get(side):
             raise InputError(f"{location.path} changed while it was read; rerun the command")
 
 
@@ -209,6 +257,8 @@ def _require_writable(folder: Path) -> None:
 
 
 def _draw(found: Inspection, suffix: str, mark: str) -> bytes:
+    if found.trajectory is not None:
+        return saved(picture(found.trajectory, f"{found.sft} → {found.dpo}"), suffix, mark)
     modules, relative = found.modules, found.total.relative
     size = "no tensor in common" if relative is None else f"{relative:.3g} in total"
     return change_map(

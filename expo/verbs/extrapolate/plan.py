@@ -157,7 +157,7 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     repositories = config.repositories if config.part is None else ()  # a part is not pushed
     destinations = find_destinations(repositories, private=config.private)
     sft, dpo = find_pair(config)
-    earlier = find_earlier(config)
+    earlier = find_earlier(config, allow_pickle=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
         refuse_inside(folder, sft, dpo, *earlier)
