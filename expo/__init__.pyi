@@ -579,8 +579,9 @@ def compare(
 def sweep(
     *,
     sft: str | PathLike[str],
-    dpo: str | PathLike[str],
+    dpo: str | PathLike[str] = "",
     alpha: float | Iterable[float] = (),
+    target_step: float | Iterable[float] = (),
     with_sft: bool = False,
     search: Literal["grid", "race"] = "grid",
     task: str | PathLike[str] = "ultrafeedback",
@@ -640,8 +641,9 @@ def sweep(
 def sweep(
     *,
     sft: str | PathLike[str],
-    dpo: str | PathLike[str],
+    dpo: str | PathLike[str] = "",
     alpha: float | Iterable[float] = (),
+    target_step: float | Iterable[float] = (),
     with_sft: bool = False,
     search: Literal["grid", "race"] = "grid",
     task: str | PathLike[str] = "ultrafeedback",
@@ -721,6 +723,8 @@ def sweep(
             the last checkpoint]
         alpha: A candidate for α; repeatable. α = 0 is always measured as well. [default: 0.1 0.2 0.3
             0.4 0.5]
+        target_step: With checkpoint: a candidate for the step to extrapolate to, in place of α;
+            repeatable. The last checkpoint itself is always measured as well.
         with_sft: Also measure SFT itself, which is α = −1, for reference.
         search: grid: every α answers every prompt; race: α that fall behind are dropped, and the best
             one is tested on prompts set aside, for at most half of the tokens.

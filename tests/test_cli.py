@@ -171,8 +171,8 @@ FLAGS = {
     " --engine-arg --frequency-penalty --indifference --limit --max-tokens --n --output --presence-penalty"
     " --ray --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
     " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
-    " --search --seed --seed-mode --slice --stop-token-id --system --task --temperature --tensor-parallel"
-    " --top-k --top-p --trust-remote-code --with-sft --write",
+    " --search --seed --seed-mode --slice --stop-token-id --system --target-step --task --temperature"
+    " --tensor-parallel --top-k --top-p --trust-remote-code --with-sft --write",
     "recipes": "--debug --json --show",
 }
 ARGUMENTS = {"generate": {"task"}, "score": {"task"}, "compare": {"runs"}, "report": {"runs"}, "recipes": {"names"}}

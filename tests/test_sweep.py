@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from expo.errors import InputError
 from expo.rows import dates
 from expo.verbs import extrapolate, generate, report, score, sweep as verb
 from expo.verbs.sweep import conclude
+from expo.verbs.sweep.choice import choose
 from expo.verbs.sweep.figures import Choice
 from expo.verbs.sweep.plan import in_sweep
 
@@ -410,7 +412,7 @@ def test_the_plan_costs_little_and_writes_nothing(swept, processes, tmp_path):
 
 def test_the_chosen_checkpoint_is_the_one_that_the_command_writes(swept, monkeypatch, tmp_path, capsys):
     real = conclude.choose
-    monkeypatch.setattr(conclude, "choose", lambda runs, raced: replace(real(runs, raced), best_alpha=0.5))
+    monkeypatch.setattr(conclude, "choose", lambda *given: replace(real(*given), best_alpha=0.5))
     monkeypatch.chdir(tmp_path)
     result = verb.run(swept(write=True))
     assert result.checkpoint is not None
@@ -584,7 +586,7 @@ def test_a_mistaken_sft_is_no_obstacle(swept, llama_pair):
 
 def test_overwrite_replaces_the_checkpoint_too(swept, monkeypatch, llama_pair, tmp_path):
     real = conclude.choose
-    monkeypatch.setattr(conclude, "choose", lambda runs, raced: replace(real(runs, raced), best_alpha=0.5))
+    monkeypatch.setattr(conclude, "choose", lambda *given: replace(real(*given), best_alpha=0.5))
     dpo = Path(shutil.copytree(llama_pair[1], tmp_path / "dpo"))
     first = verb.run(swept(dpo=str(dpo), write=True))
     assert first.checkpoint is not None
@@ -638,3 +640,111 @@ def test_messages_name_the_flags_of_a_sweep():
     assert in_sweep(said, reward=False) == said.replace(" --name", " --output").replace("--output-dir", "--output")
     assert in_sweep(said, reward=True).startswith("--reward-device must be …; pass --reward-chat-template FILE")
     assert in_sweep(said, reward=True).endswith("/a--device/b--name")
+
+
+# --- a training run -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_run(swept, llama_pair, tmp_path):
+    """A function that gives the settings of a sweep of the steps of a training run, whose last model is the pair's."""
+    before, after = map(helpers.read_checkpoint_tensors, llama_pair)
+    torch.manual_seed(0)
+    middle = {
+        name: (one.float().lerp(after[name].float(), 0.4) + 0.002 * torch.randn(one.shape)).to(one.dtype)
+        for name, one in before.items()
+    }
+    early = helpers.write_checkpoint(tmp_path / "step_20", middle)
+
+    def settings(**others: Any) -> SweepConfig:
+        course = {"dpo": "", "alpha": (), "checkpoint": (f"20={early}", f"40={llama_pair[1]}")}
+        return swept(**{**course, "target_step": (60.0, 120.0), "rule": "linear", **others})
+
+    return settings
+
+
+def test_steps_are_swept_as_alphas_are(of_run, llama_pair, reward_model, task, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = of_run(with_sft=True)
+    found = verb.run(config)
+    folder, plain = Path(config.output), tmp_path / "plain"
+    names = ["dpo-ExPO-a-1.0", "dpo-ExPO-a0.0", "dpo-ExPO-t60", "dpo-ExPO-t120"]
+    assert sorted(file.stem for file in folder.glob("outputs_questions/*.jsonl")) == sorted(names)
+    assert [(one["alpha"], one["target_step"], one["name"]) for one in found.record["alphas"]] == list(
+        zip((-1.0, 0.0, 0.5, 2.0), (0, 40, 60, 120), names, strict=True)
+    )
+    assert found.best_step == {0.0: 40, 0.5: 60, 2.0: 120}[found.best_alpha]
+    assert "2 (step 120)" in found.text
+    assert "trajectory: the lines explain" in caplog.text
+    (written,) = extrapolate.run(
+        ExtrapolateConfig(
+            sft=config.sft, checkpoint=config.checkpoint, target_step=(120.0,), rule="linear", output=str(plain / "m")
+        )
+    )
+    models = {"dpo-ExPO-a0.0": llama_pair[1], "dpo-ExPO-a-1.0": llama_pair[0], "dpo-ExPO-t120": written.path}
+    for name, model in models.items():
+        common = {"task": str(task), "name": name, "output_dir": str(plain), "device": "cpu", "dtype": "float32"}
+        generate.run(GenerateConfig(model=str(model), max_tokens=9, batch_tokens=60, engine="transformers", **common))
+        score.run(ScoreConfig(reward_model=(str(reward_model),), batch_tokens=60, **common))
+        for kind in ("outputs_questions", "rewards_questions"):
+            ours, theirs = (base / kind / f"{name}.jsonl" for base in (folder, plain))
+            assert ours.read_bytes() == theirs.read_bytes(), (name, kind)
+
+
+def test_a_sweep_of_steps_is_complete_extended_and_none_of_another_run(of_run, swept, tmp_path, processes):
+    config = of_run()
+    verb.run(config)
+    processes.clear()
+    assert verb.run(config).status == "already complete"
+    assert processes == []
+    before = rows_of(Path(config.output))
+    found = verb.run(of_run(target_step=(80.0,)))
+    assert [one["target_step"] for one in found.record["alphas"]] == [40, 60, 80, 120]
+    assert before.items() <= rows_of(Path(config.output)).items()
+    other = helpers.write_checkpoint(
+        tmp_path / "other", helpers.read_checkpoint_tensors(Path(config.checkpoint[0].partition("=")[2]))
+    )
+    for changed in (
+        {"checkpoint": (f"20={other}", config.checkpoint[1])},
+        {"checkpoint": (config.checkpoint[0].replace("20=", "30=", 1), config.checkpoint[1])},
+        {"rule": None},
+    ):
+        with pytest.raises(InputError, match="made with a different"):
+            verb.run(of_run(**changed))
+    with pytest.raises(InputError, match="made with a different"):
+        verb.run(swept())
+
+
+def test_the_chosen_step_is_written_and_the_page_is_of_its_sweep(of_run, monkeypatch, tmp_path):
+    monkeypatch.setattr("expo.verbs.sweep.conclude.choose", chosen_last)
+    found = verb.run(of_run(write=True))
+    assert found.best_step == 120
+    assert found.checkpoint == Path(found.file).parent / "checkpoints" / "dpo-ExPO-t120"
+    assert "--target-step 120 " in found.record["command"]
+    assert "--alpha" not in found.record["command"]
+    said = json.loads((found.checkpoint / "expo.json").read_text())
+    assert (said["trajectory"]["target_step"], said["trajectory"]["rule"]) == (120, "linear")
+    page = report.run(ReportConfig(runs=(str(found.file.parent),), output=str(tmp_path / "page.html")))
+    assert list(page.runs) == ["dpo-ExPO-a0.0", "dpo-ExPO-t60", "dpo-ExPO-t120"]
+
+
+def chosen_last(runs: list[Any], raced: Any, last_step: float | None) -> Any:
+    """A choice as it is, but for that the last α is the one."""
+    choice = choose(runs, raced, last_step)
+    return replace(choice, best_alpha=choice.alphas[-1].alpha)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"target_step": ()}, "--checkpoint needs --target-step"),
+        ({"target_step": (30.0, 40.0)}, "--target-step 30 40 leaves nothing to choose: give one beyond the last"),
+        ({"target_step": (60.0, 60.0)}, "--target-step 60.0 is given more than once"),
+        ({"alpha": (0.3,)}, "--alpha and --target-step cannot be combined"),
+        ({"checkpoint": ()}, "--dpo is missing"),
+        ({"alpha_for": ("norm=0",)}, "a sweep takes no --alpha-for beside --checkpoint"),
+    ],
+)
+def test_steps_that_are_refused(of_run, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        of_run(**changed)

@@ -85,9 +85,11 @@ class CourseConfig:
             require(not course, "--checkpoint needs --target-step, a step to extrapolate to, such as --target-step 500")
             return alphas
         require(bool(course), "--target-step needs the training run's checkpoints: --checkpoint STEP=MODEL")
-        found = tuple(alpha_of(step, course[-1][0]) for step in steps)
-        require(alphas in ((), found), "--alpha and --target-step cannot be combined: a step says how far to go")
-        return found
+        last = course[-1][0]
+        found = tuple(alpha_of(step, last) for step in steps)
+        same = [step_of(alpha, last) for alpha in alphas] == [step_of(alpha, last) for alpha in found]
+        require(same or not alphas, "--alpha and --target-step cannot be combined: a step says how far to go")
+        return alphas or found
 
 
 def read_checkpoints(values: Sequence[str]) -> tuple[tuple[float, str], ...]:

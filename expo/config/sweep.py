@@ -6,8 +6,9 @@ import math
 from dataclasses import Field, dataclass, fields
 from typing import Annotated, Any, Literal, TypeAlias
 
+from expo.config.course import shown_step, step_of
 from expo.config.engines import require_engine_args, require_tensor_parallel
-from expo.config.pair import PAIR_SETTINGS, Dpo, Dtype, PairConfig, Sft
+from expo.config.pair import NO_DPO, PAIR_SETTINGS, Dpo, Dtype, PairConfig, Sft
 from expo.config.parts import ClusterConfig
 from expo.config.rows import DEFAULT_REWARD_MODEL, Bos, GenerateConfig, ScoreConfig, checked_reward_models
 from expo.config.sampling import SamplingConfig
@@ -100,12 +101,20 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
     """`expo sweep`: find the α whose answers a reward model prefers, with engines that go from one α to the next."""
 
     sft: Sft
-    dpo: Dpo
+    dpo: Dpo = ""
     alpha: Annotated[
         tuple[float, ...],
         Setting(
             "A candidate for α; repeatable. α = 0 is always measured as well. [default: 0.1 0.2 0.3 0.4 0.5]",
             metavar="A",
+        ),
+    ] = ()
+    target_step: Annotated[
+        tuple[float, ...],
+        Setting(
+            "With --checkpoint: a candidate for the step to extrapolate to, in place of α; repeatable. The last "
+            "checkpoint itself is always measured as well.",
+            metavar="T",
         ),
     ] = ()
     with_sft: Annotated[bool, Setting("Also measure SFT itself, which is α = −1, for reference.")] = False
@@ -134,18 +143,24 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
             InputError: A value is out of its range; the message names the flag.
         """
         super().__post_init__()
+        self._settle_course(self.dpo)
+        require(bool(self.dpo), NO_DPO)
         for spelling, path in (("--sft", self.sft), ("--dpo", self.dpo), ("--output", self.output or "")):
             require(is_utf8(path), f"{spelling} {shown(path)} is not UTF-8; rename the folder")
+        object.__setattr__(self, "alpha", self._alphas_of_steps(self.alpha, self.target_step))
         for alpha in self.alpha:
             require_alpha(alpha)
         object.__setattr__(self, "alpha", tuple(float(alpha) + 0.0 for alpha in self.alpha))  # −0.0 becomes 0.0
-        twice = next((alpha for alpha in self.alpha if self.alpha.count(alpha) > 1), None)
-        require(twice is None, f"--alpha {twice} is given more than once")
-        require(not self.checkpoint, "expo sweep takes no --checkpoint: give a pair, --sft and --dpo")
-        only = f"--alpha {' '.join(f'{alpha:g}' for alpha in self.alpha)}"
-        require(max(self.alphas) > 0, f"{only} leaves nothing to choose: give an α above 0 to compare with 0")
+        for name, values in (("--target-step", self.target_step), ("--alpha", self.alpha)):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            require(twice is None, f"{name} {twice} is given more than once")
+        self._require_candidate()
         require_choice("--search", self.search, Search)
         self._require_race_settings()
+        require(
+            not (self.checkpoint and self.alpha_for),
+            "a sweep takes no --alpha-for beside --checkpoint: --exclude keeps tensors as the last checkpoint has them",
+        )
         moved = next((f"{pattern}={alpha:g}" for pattern, alpha in self.alphas_for if alpha), None)
         require(
             moved is None,
@@ -166,6 +181,12 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         require_text("--task", self.task)
         self._require_cluster_settings()
         self._require_pair_settings()
+
+    def _require_candidate(self) -> None:
+        given, beyond = ["--alpha", *(f"{alpha:g}" for alpha in self.alpha)], "an α above 0 to compare with 0"
+        if self.target_step:
+            given, beyond = ["--target-step", *map(shown_step, self.target_step)], "one beyond the last --checkpoint"
+        require(max(self.alphas) > 0, f"{' '.join(given)} leaves nothing to choose: give {beyond}")
 
     def _require_race_settings(self) -> None:
         if self.search != "race":
@@ -210,12 +231,23 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
             output_dir: The sweep's folder.
             changes: Settings that differ from the sweep's.
         """
-        names = (*PAIR_SETTINGS, *(field.name for field in fields(SamplingConfig)))
-        own = {name: getattr(self, name) for name in names}
+        names = (field.name for field in fields(SamplingConfig))
+        own = {**self.theta_settings(alpha), **{name: getattr(self, name) for name in names}}
         settings: dict[str, Any] = {**own, "dry_run": False, **changes}
-        return GenerateConfig(
-            task=self.task, sft=self.sft, dpo=self.dpo, alpha=alpha, output_dir=output_dir, **settings
-        )
+        return GenerateConfig(task=self.task, output_dir=output_dir, **settings)
+
+    def theta_settings(self, alpha: float) -> dict[str, Any]:
+        """The settings of one θ(α), without α.
+
+        Of a training run, α = 0 is the last checkpoint itself and −1 the start, as of a pair; others are on its lines.
+        """
+        own: dict[str, Any] = {name: getattr(self, name) for name in PAIR_SETTINGS}
+        pair = {"sft": self.sft, "dpo": self.dpo, "alpha": alpha, **own}
+        if self.last_step is None:
+            return pair
+        if alpha in (0.0, SFT_ALPHA):
+            return {**pair, "checkpoint": (), "rule": None}
+        return {**pair, "target_step": step_of(alpha, self.last_step)}
 
     def scoring(self, name: str, output_dir: str, **changes: object) -> ScoreConfig:
         """The settings of `expo score` for the output of this name.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from expo.config.course import shown_step, step_of
 from expo.output.charts import COLOURS, INK, LABEL, MUTED, PAPER, WIDTH, Estimate
 from expo.output.course import CROSS
 
@@ -72,6 +73,7 @@ def alpha_curve(
     dropped: Collection[float] = (),
     confirmed: Confirmed | None = None,
     of: str = "",
+    last_step: float | None = None,
     title: str | None = None,
     reward: str = "mean reward",
 ) -> Figure:
@@ -88,6 +90,7 @@ def alpha_curve(
         dropped: Those that a race dropped: their points are crosses.
         confirmed: What confirms the α that a race found, or does not; it stands on the mean of α = 0.
         of: Which prompts the band is from, where that has to be said.
+        last_step: Of a training run's last checkpoint, which is α = 0: steps are named, too.
         title: Over everything.
         reward: What the first panel shows.
     """
@@ -101,7 +104,7 @@ def alpha_curve(
         panels["length"] = lambda axes: _draw_lengths(axes, points, unit)
     if any(point.ended is not None for point in points):
         panels["ended"] = lambda axes: _draw_ended(axes, points)
-    marks = _marks([point.alpha for point in points], chosen)
+    marks = _marks([point.alpha for point in points], chosen, last_step)
     heights = [HEIGHTS[name] for name in panels]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.75 + (0.3 if title else 0)), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -111,7 +114,7 @@ def alpha_curve(
             axes.axvline(mark.alpha, color=mark.colour, linewidth=1, linestyle=":", zorder=1)
     if confirmed is not None:
         _draw_confirmation(grid[0], confirmed, points)
-    grid[-1].set_xlabel("α")
+    grid[-1].set_xlabel("α" if last_step is None else f"α: step T = {shown_step(last_step)} (1 + α)")
     grid[0].margins(x=0.04)
     _write_marks(grid[0], marks)
     _explain(figure, [*_handles(points, rejected, dropped, of), *_handles_of(confirmed)])
@@ -174,13 +177,14 @@ def _draw_ended(axes: Axes, points: Sequence[CurvePoint]) -> None:
 # --- marks ----------------------------------------------------------------------------------------------------------
 
 
-def _marks(alphas: Collection[float], chosen: float | None) -> list[Mark]:
+def _marks(alphas: Collection[float], chosen: float | None, last_step: float | None) -> list[Mark]:
     """What is marked: SFT, DPO, and the α that is chosen."""
     marks = [Mark(-1.0, "SFT", MUTED)] if -1.0 in alphas else []
     if 0.0 in alphas:
         marks.append(Mark(0.0, "DPO: no α is chosen" if chosen == 0 else "DPO", INK if chosen == 0 else MUTED))
     if chosen:
-        marks.append(Mark(chosen, f"α = {chosen:g} is chosen", INK))
+        which = f"α = {chosen:g}" if last_step is None else f"step {shown_step(step_of(chosen, last_step))}"
+        marks.append(Mark(chosen, f"{which} is chosen", INK))
     return marks
 
 

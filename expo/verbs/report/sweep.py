@@ -21,10 +21,12 @@ def sweep_files(folder: Path, record: SweepRecord) -> list[str]:
     Raises:
         InputError: They are not beside sweep.json.
     """
+    by_name = {name: alpha for alpha, name in record.names.items()}
+    unnamed = set(record.alphas) - set(record.names)
     found = {
         alpha: file
         for file in _outputs(folder, record.task)
-        if (alpha := _alpha(file.stem)) in record.alphas and record.names.get(alpha, file.stem) == file.stem
+        if (alpha := by_name.get(file.stem, _alpha(file.stem))) in unnamed or file.stem in by_name
     }
     if not found and record.content.get("n") == 0:
         raise InputError(f"{folder} has nothing to show: {record.verdict}")

@@ -23,7 +23,7 @@ from expo.verbs.compare.run import RowKey, Run
 from expo.verbs.compare.verdict import is_above_zero, is_significant, only_longer, shown_p, within
 from expo.verbs.sweep.endings import ENDING_LOSS, ENDS_AT_LEAST
 from expo.verbs.sweep.figures import AlphaFigures, Choice, Raced, Rejection
-from expo.verbs.sweep.words import race_verdict, verdict
+from expo.verbs.sweep.words import race_verdict, shown_for, verdict
 
 OF_RACE = (
     "the figures of each α cover all prompts that it and α = 0 have answered, race + confirmation: the race used some "
@@ -31,13 +31,14 @@ OF_RACE = (
 )
 
 
-def choose(runs: Sequence[Run], raced: Raced | None = None) -> Choice:
+def choose(runs: Sequence[Run], raced: Raced | None = None, last_step: float | None = None) -> Choice:
     """Compare the α of a sweep with α = 0, and choose one; or say what a race chose.
 
     Args:
         runs: One run per α, in any order, scored by the same reward models; the first reward model of α = 0's decides.
             Rows that α = 0 does not have are left out, and an α may lack rows that α = 0 has.
         raced: How the race of these α went, where they had one.
+        last_step: Of a training run's last checkpoint, which is α = 0; None for a pair.
 
     Raises:
         InputError: There is no α = 0, or nothing else, or an α twice, or a run without rewards.
@@ -58,22 +59,24 @@ def choose(runs: Sequence[Run], raced: Raced | None = None) -> Choice:
     if raced is not None:
         return Choice(
             best_alpha=raced.best_alpha,
-            verdict=race_verdict(raced),
+            verdict=race_verdict(raced, shown_for(last_step)),
             notes=(*comparison.notes, *_notes_on_answers(comparison), OF_RACE),
             comparison=comparison,
             alphas=tuple(raced.told(one) for one in alphas),
             shared_rows=shared_rows,
             raced=raced,
+            last_step=last_step,
         )
     passing = [one for one in alphas if one.passes and one.ranked_by is not None]
     best = max(passing, key=lambda one: (one.ranked_by or 0.0, -one.alpha), default=None)
     return Choice(
         best_alpha=0.0 if best is None else best.alpha,
-        verdict=verdict(alphas, best),
+        verdict=verdict(alphas, best, shown_for(last_step)),
         notes=(*comparison.notes, *_notes_on_answers(comparison), *_notes_on_rows(comparison, shared_rows)),
         comparison=comparison,
         alphas=alphas,
         shared_rows=shared_rows,
+        last_step=last_step,
     )
 
 

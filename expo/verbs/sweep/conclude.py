@@ -7,12 +7,12 @@ import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from expo import __version__
 from expo.arguments import shown
 from expo.checkpoint.folder import refuse_inside
-from expo.config import PAIR_SETTINGS, ExtrapolateConfig, SweepConfig
+from expo.config import ExtrapolateConfig, SweepConfig
 from expo.files import Row, json_text, write_atomic
 from expo.output.frames import frame
 from expo.output.sweeps import PICTURE, RECORD
@@ -70,6 +70,12 @@ class Swept:
         return float(self.record["best_alpha"])
 
     @property
+    def best_step(self) -> float | None:
+        """Of a training run: the chosen step, or the last checkpoint's where none is better; None for a pair."""
+        step: float | None = self.record.get("best_step")
+        return step
+
+    @property
     def verdict(self) -> str:
         """Why, in a sentence."""
         return str(self.record["verdict"])
@@ -100,7 +106,7 @@ def conclude(job: SweepPlan, made: Making, raced: Raced | None, started: float) 
     runs = dict(zip(job.jobs, made.runs(tuple(job.jobs)), strict=True))
     if raced is not None:
         runs = {alpha: _asked(run, raced.asked_of(alpha)) for alpha, run in runs.items()}
-    choice = choose(list(runs.values()), raced)
+    choice = choose(list(runs.values()), raced, job.config.last_step)
     metas = {alpha: [file.look().meta for file in (one.files, *made.rewards[alpha])] for alpha, one in job.jobs.items()}
     there = read_record(job.folder)
     earlier = None if there is None else there.content
@@ -159,7 +165,7 @@ def _described(job: SweepPlan, best_alpha: float, made: Making) -> Row:
         "search": job.config.search,
         **{side: {"name": location.label, "revision": location.revision} for side, location in sides.items()},
         "command": _command(job, best_alpha),
-        "fingerprint": dict(made_from(job.first.fingerprint)),
+        "fingerprint": dict(made_from(job.fingerprint)),
         "rows_xxh3": digest(rows),
     }
 
@@ -192,9 +198,11 @@ def _clock(made: Making, metas: Sequence[Row], started: float) -> Row:
 
 
 def _extrapolation(job: SweepPlan, alpha: float) -> ExtrapolateConfig:
-    own: dict[str, Any] = {name: getattr(job.config, name) for name in PAIR_SETTINGS}
-    folder = job.folder / "checkpoints" / theta_name(theta_of(job.first).dpo.name, alpha)
-    return ExtrapolateConfig(sft=job.config.sft, dpo=job.config.dpo, alpha=(alpha,), output=str(folder), **own)
+    own = job.config.theta_settings(alpha)
+    step = {"target_step": (own["target_step"],)} if "target_step" in own else {}
+    last = job.config.last_step if step else None
+    folder = job.folder / "checkpoints" / theta_name(theta_of(job.first).dpo.name, alpha, last)
+    return ExtrapolateConfig(**{**own, **step, "alpha": (alpha,), "output": str(folder)})
 
 
 def _command(job: SweepPlan, alpha: float) -> str | None:

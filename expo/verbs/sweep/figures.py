@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from expo.config.course import step_of
 from expo.files import Row
 from expo.stats.resampling import LEVEL, RESAMPLES
 from expo.verbs.compare.figures import Comparison, ModelFigures, Table
@@ -247,12 +248,19 @@ class Choice:
     """The rows that α are ranked by."""
     raced: Raced | None = None
     """How the race went, where they had one."""
+    last_step: float | None = None
+    """Of a training run's last checkpoint, which is α = 0; None for a pair."""
+
+    def _step(self, name: str, alpha: float) -> Row:
+        """The step that an α stands for; nothing for a pair."""
+        return {} if self.last_step is None else {name: step_of(alpha, self.last_step)}
 
     def describe(self) -> Row:
         """As plain data, with the contract's names."""
         first, *further = self.comparison.tables
         return {
             "best_alpha": self.best_alpha,
+            **self._step("best_step", self.best_alpha),
             "verdict": self.verdict,
             "notes": list(self.notes),
             "task": self.comparison.task,
@@ -263,7 +271,7 @@ class Choice:
             "shared_rows": self.shared_rows,
             "level": LEVEL,
             "resamples": RESAMPLES,
-            "alphas": [one.describe() for one in self.alphas],
+            "alphas": [{**one.describe(), **self._step("target_step", one.alpha)} for one in self.alphas],
             "further": [{**_scored_by(table), "alphas": _by_another(table)} for table in further],
             **(self.raced.describe() if self.raced else {}),
         }

@@ -32,7 +32,7 @@ def run(config: SweepConfig) -> Swept:
         if job.to_generate:
             inspected = inspect_pair(config)
             if inspected.suits == EQUAL:
-                return of_equal_models(config, made_from(job.first.fingerprint), inspected.verdict)
+                return of_equal_models(config, made_from(job.fingerprint), inspected.verdict)
         with Making(job, processes, inspected) as made:
             raced = None if job.race is None else run_race(job, job.race, made)
             if raced is None:

@@ -119,7 +119,7 @@ class Making:
                 self._add(self._policy, one)
         if self._running.is_over:
             return
-        mark_unfinished(self._job.folder, self._job.first.fingerprint)
+        mark_unfinished(self._job.folder, self._job.fingerprint)
         before()
         if not self._is_proved:
             self._prove(self._policy.waiting, may_switch=more or len(self._policy.waiting) > 1)

@@ -24,8 +24,18 @@ def inspect_pair(config: SweepConfig) -> Inspection:
     Raises:
         InputError: No α will improve it, as far as norms can tell, and `--any-pair` is not given.
     """
-    found = inspect.run(InspectConfig(sft=config.sft, dpo=config.dpo, allow_pickle=config.allow_pickle))
+    found = inspect.run(
+        InspectConfig(
+            sft=config.sft,
+            dpo=config.dpo,
+            checkpoint=config.checkpoint,
+            rule=config.rule,
+            allow_pickle=config.allow_pickle,
+        )
+    )
     log.info("pair: %s: %s", found.suits, found.verdict)
+    if (run := found.trajectory) is not None:
+        log.log(logging.INFO if run.is_straight else logging.WARNING, "trajectory: %s", run.verdict)
     if found.suits == "suspect" and not config.any_pair:
         raise InputError(
             f"{found.dpo} does not suit ExPO with {found.sft}: {found.verdict}; --any-pair sweeps the pair anyway"

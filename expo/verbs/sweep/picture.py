@@ -26,6 +26,7 @@ def picture(choice: Choice) -> bytes:
             dropped=dropped,
             confirmed=_confirmed(raced.confirmation) if raced else None,
             of=OF_RACE if raced else "",
+            last_step=choice.last_step,
             title=f"Reward of θ(α) on {choice.comparison.task}, {choice.comparison.n:,} rows",
             reward=f"mean reward by\n{charts.short(table.reward_model, 28)}" if table.reward_model else "mean reward",
         )

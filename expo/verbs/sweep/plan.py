@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from expo.checkpoint.folder import Location, find_folder
+from expo.checkpoint.folder import Location, find_folder, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig, SweepConfig
 from expo.config.sweep import REWARD
@@ -24,7 +24,8 @@ from expo.engines.torch_tools import find_device, gpu_bytes, own_dtype, visible_
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
 from expo.rows import is_complete
-from expo.theta.pair import ThetaPlan
+from expo.settings import Fingerprint
+from expo.theta.pair import ThetaPlan, find_earlier
 from expo.verbs.generate import GenerateJob
 from expo.verbs.generate.plan import plan as plan_generate
 from expo.verbs.score import ReadyModel, ScoreJob, find_reward_models
@@ -81,6 +82,11 @@ class SweepPlan:
     def first(self) -> GenerateJob:
         """The job of α = 0."""
         return self.jobs[0.0]
+
+    @cached_property
+    def fingerprint(self) -> Row:
+        """What the sweep is made from, and α = 0."""
+        return fingerprint_of(self.config, self.first)
 
     @cached_property
     def to_generate(self) -> dict[float, GenerateJob]:
@@ -156,7 +162,8 @@ def plan(config: SweepConfig) -> SweepPlan:
     places = _places(config, first, models)
     judges = [model.location.label for model in models]
     race = plan_race(config, first.prompts, judges) if config.search == "race" else None
-    there = earlier_alphas(folder, first.fingerprint, race.settings if race else None, overwrite=config.overwrite)
+    made_of = fingerprint_of(config, first)
+    there = earlier_alphas(folder, made_of, race.settings if race else None, overwrite=config.overwrite)
     found = SweepPlan(config, folder, {}, models, places, race)
     for alpha in [0.0, *sorted({*config.alphas, *there} - {0.0}, key=lambda alpha: (alpha < 0, alpha))]:
         found.jobs[alpha] = _plan_alpha(config, alpha, folder, first, places[0])
@@ -164,6 +171,17 @@ def plan(config: SweepConfig) -> SweepPlan:
     for note in found.notes:
         log.warning("%s", note)
     return found
+
+
+def fingerprint_of(config: SweepConfig, first: GenerateJob) -> Row:
+    """What a sweep is made from, and α = 0: of a training run also its checkpoints, which α = 0 has nothing of."""
+    if not config.checkpoint:
+        return first.fingerprint
+    theta = theta_of(first)
+    models = (*find_earlier(config, allow_pickle=config.allow_pickle), theta.dpo)
+    steps = [{"step": step, **source_fingerprint(one)} for (step, _), one in zip(config.course, models, strict=True)]
+    absent = first.fingerprint.absent if isinstance(first.fingerprint, Fingerprint) else {}
+    return Fingerprint({**first.fingerprint, "rule": config.rule, "course": steps}, {**absent, "course": None})
 
 
 def _plan_alpha(config: SweepConfig, alpha: float, folder: Path, like: GenerateJob, place: Place) -> GenerateJob:

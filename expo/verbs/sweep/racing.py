@@ -26,7 +26,7 @@ from expo.verbs.sweep.plan import SweepPlan
 from expo.verbs.sweep.race import Answered, Ask, Course, Look, race
 from expo.verbs.sweep.race_plan import RacePlan
 from expo.verbs.sweep.record import made_from, read_record, write_unfinished
-from expo.verbs.sweep.words import not_confirmed, shown_alpha, told_look
+from expo.verbs.sweep.words import not_confirmed, shown_for, told_look
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class _Racing:
         self._job, self._plan, self._made = job, plan, made
         self._rows_of = Counter(key[0] for key in job.first.keys)  # prompt → its rows
         self._said = 0  # looks
+        self._shown = shown_for(job.config.last_step)
 
     def clusters(self, questions: Sequence[Sequence[str]]) -> Whole:
         """(rows,): the number of the question of each row of these questions."""
@@ -71,7 +72,7 @@ class _Racing:
     def say(self, looks: Sequence[Look]) -> None:
         """Tell of the looks that have not been told of."""
         for look in looks[self._said :]:
-            log.info("%s", told_look(look))
+            log.info("%s", told_look(look, self._shown))
         self._said = len(looks)
 
     def answers(self, ask: Ask) -> dict[float, Answered]:
@@ -96,7 +97,7 @@ class _Racing:
         passed_over = {alpha: against[alpha] for alpha in ahead}
         if candidate is None:
             return Raced(self._plan, course, None, passed_over, None, (), self._share(course, None))
-        log.info("α = %s is to be confirmed on %d prompts", shown_alpha(candidate), len(order.confirmation))
+        log.info("α = %s is to be confirmed on %d prompts", self._shown(candidate), len(order.confirmation))
         ids = [*order.in_race(asked), *order.to_confirm]
         jobs = {alpha: self._job.job_of(alpha).of(ids) for alpha in (0.0, candidate)}
         before = partial(self._write, course.looks, course.last.left, candidate)
@@ -146,7 +147,7 @@ class _Racing:
             "search": self._job.config.search,
             "task": self._job.first.task.name,
             "alphas": [{"alpha": alpha, "name": job.name} for alpha, job in jobs.items()],
-            "fingerprint": dict(made_from(self._job.first.fingerprint)),
+            "fingerprint": dict(made_from(self._job.fingerprint)),
             **self._made.known,
             "race": {"settings": self._plan.settings, "looks": described, "ended": None, "candidate": candidate},
         }

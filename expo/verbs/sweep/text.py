@@ -10,7 +10,7 @@ from expo.stats.resampling import LEVEL
 from expo.verbs.compare.figures import ModelFigures, Table
 from expo.verbs.compare.text import NOTHING, WIDTH, Grid, aligned, difference, number, printable, probability, win_rate
 from expo.verbs.sweep.figures import AlphaFigures, Choice
-from expo.verbs.sweep.words import NOT_CONFIRMED, shown_alpha, told_look
+from expo.verbs.sweep.words import NOT_CONFIRMED, shown_for, told_look
 
 INSIGNIFICANT = "not significant"
 REFERENCES = {0.0: "DPO", -1.0: "SFT"}
@@ -40,7 +40,7 @@ def _grid(choice: Choice, table: Table, place: int) -> Grid:
 def _row(one: AlphaFigures, model: ModelFigures, choice: Choice, *, first: bool) -> tuple[str, ...]:
     error = f" ± {number(model.standard_error)}" if model.standard_error is not None else ""
     figures = (
-        shown_alpha(one.alpha),
+        shown_for(choice.last_step)(one.alpha),
         *_prompts(one),
         f"{number(model.mean)}{error}",
         difference(model.paired),
@@ -78,7 +78,8 @@ def _mark(one: AlphaFigures, choice: Choice) -> str:
 def _race(choice: Choice) -> Iterator[str]:
     """A race as it went, and what it took."""
     if choice.raced is not None:
-        yield from map(told_look, choice.raced.course.looks)
+        shown = shown_for(choice.last_step)
+        yield from (told_look(look, shown) for look in choice.raced.course.looks)
         share = f"{choice.raced.share:.0%}".replace("%", " %")
         yield f"The race and its confirmation took {share} of the tokens that the grid would have."
 
@@ -90,7 +91,7 @@ def _rejected(choice: Choice) -> Iterator[str]:
         if one.answered is not None and one.answered.dropped_after is not None:
             continue  # the looks say it
         if reasons:
-            yield f"α = {shown_alpha(one.alpha)} is rejected: {'; '.join(reasons)}."
+            yield f"α = {shown_for(choice.last_step)(one.alpha)} is rejected: {'; '.join(reasons)}."
 
 
 def _how(choice: Choice) -> str:
