@@ -40,6 +40,7 @@ def extrapolate(
     alpha: float | Iterable[float] = (),
     target_step: float | Iterable[float] = (),
     output: str | PathLike[str] | None = None,
+    as_adapter: bool = False,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     workers: int | None = None,
@@ -72,6 +73,7 @@ def extrapolate(
     alpha: float | Iterable[float] = (),
     target_step: float | Iterable[float] = (),
     output: str | PathLike[str] | None = None,
+    as_adapter: bool = False,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     workers: int | None = None,
@@ -122,6 +124,8 @@ def extrapolate(
         target_step: With checkpoint: a step to extrapolate to; repeatable, one output each.
         output: Output folder; may contain {alpha} or {step}. [default: checkpoints/<DPO
             name>-ExPO-a<A>, or -t<T>]
+        as_adapter: Write a LoRA adapter that makes θ(α) of SFT, where DPO is one, instead of a
+            checkpoint.
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         dtype: Data type of the written weights; auto keeps each DPO tensor's own.
         workers: Number of threads. [default: the CPU count, at most 4]

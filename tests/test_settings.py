@@ -28,9 +28,11 @@ RULES = {
 }
 EVERYTHING = ("rows", "batches", "weights")
 ABSENT = {
-    ExtrapolateConfig(sft="s", dpo="d", alpha=(1,)): {**RULES, "dtype": "auto", "max_shard_size": "keep"},
+    ExtrapolateConfig(sft="s", dpo="d", alpha=(1,)): {
+        **RULES, "as_adapter": False, "dtype": "auto", "max_shard_size": "keep",
+    },
     ThetaConfig(sft="s", dpo="d", alpha=1): RULES,
-    InspectConfig(sft="s", dpo="d"): {},
+    InspectConfig(sft="s", dpo="d"): {"rule": "linear"},
     ScoreConfig(task="alpaca", name="m"): {
         "dtype": "auto", "engine_arg": [], "batch_tokens": 16384, "max_length": None, "bos": "template",
     },

@@ -9,6 +9,9 @@ from typing import Annotated
 
 from expo.settings import Setting, changes_weights, require, require_alpha
 
+PAIR_RULE, COURSE_RULE = "linear", "relex"
+"""The rule where none is given: for a pair, and for several checkpoints."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CourseConfig:
@@ -28,7 +31,7 @@ class CourseConfig:
         changes_weights(
             "Name of the formula that makes θ(α), or θ of a step. [default: linear; relex for several --checkpoint]",
             metavar="RULE",
-            absent=None,
+            absent=PAIR_RULE,
         ),
     ] = None
 
@@ -43,9 +46,13 @@ class CourseConfig:
         return self.course[-1][0] if self.course else None
 
     @property
+    def _usual_rule(self) -> str:
+        return COURSE_RULE if len(self.checkpoint) > 1 else PAIR_RULE
+
+    @property
     def rule_name(self) -> str:
         """The rule, by default the one that goes with the models."""
-        return self.rule or ("relex" if len(self.course) > 1 else "linear")
+        return self.rule or self._usual_rule
 
     def named_by(self, pattern: str, alpha: float) -> str:
         """A name with {alpha} filled in and, for a training run, {step}."""
@@ -58,10 +65,11 @@ class CourseConfig:
     @property
     def derived(self) -> frozenset[str]:
         """The settings that follow from the others, and need not be spelled out."""
-        return frozenset(("alpha", "dpo")) if self.checkpoint else frozenset()
+        course = ("alpha", "dpo") if self.checkpoint else ()
+        return frozenset((*course, *(("rule",) if self.rule == self._usual_rule else ())))
 
     def _settle_course(self, dpo: str | None) -> None:
-        """The last of several checkpoints is θ_dpo, and a rule that is the default is not recorded.
+        """Take the last of several checkpoints as θ_dpo, and the rule that goes with the models where none is given.
 
         Raises:
             InputError: A checkpoint is spelled otherwise, `dpo` is another one, or the rule does not go with them.
@@ -71,8 +79,7 @@ class CourseConfig:
             last = course[-1][1]
             require(dpo in (None, "", last), f"--dpo is the last --checkpoint, {last}: leave out --dpo {dpo}")
             object.__setattr__(self, "dpo", last)
-        if self.rule == ("relex" if len(course) > 1 else "linear"):
-            object.__setattr__(self, "rule", None)  # as recorded by outputs from before there was a choice
+        object.__setattr__(self, "rule", self.rule_name)
 
     def _alphas_of_steps(self, alphas: tuple[float, ...], steps: tuple[float, ...]) -> tuple[float, ...]:
         """The α that steps stand for; where no step is given, `alphas`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from expo.config.as_adapter import require_alone
 from expo.config.course import CourseConfig
 from expo.config.parts import PartsConfig
 from expo.files import is_utf8, shown
@@ -187,6 +188,12 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
             metavar="DIR",
         ),
     ] = None
+    as_adapter: Annotated[
+        bool,
+        changes_weights(
+            "Write a LoRA adapter that makes θ(α) of SFT, where DPO is one, instead of a checkpoint.", absent=False
+        ),
+    ] = False
     device: Annotated[
         str,
         Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
@@ -249,6 +256,8 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
         several = self.stream_sft and len(self.checkpoint) > 1
         require(not several, "--stream-sft and several --checkpoint cannot be combined: each tensor is read twice")
         self._require_one_way()
+        if self.as_adapter:
+            require_alone(self)
         require_repositories(self.repositories, inputs=(self.sft, self.dpo))
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Literal, TypeAlias
 
+from expo.config.course import PAIR_RULE
 from expo.config.engines import BatchTokens, EngineConfig
 from expo.config.pair import PAIR_SETTINGS, PairConfig, ThetaConfig
 from expo.config.parts import PartsConfig
@@ -161,7 +162,9 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
             require(bool(given), "no model given: pass --model, or --sft, --dpo and --alpha")
             require(not lacking, f"θ(α) needs --sft, --dpo and --alpha; missing: {lacking}")
         else:
-            defaults = {**{name: getattr(PairConfig, name) for name in PAIR_SETTINGS}, "target_step": None}
+            object.__setattr__(self, "rule", self.rule_name)
+            defaults = {name: getattr(PairConfig, name) for name in PAIR_SETTINGS}
+            defaults |= {"target_step": None, "rule": PAIR_RULE}
             rules = [flag(name) for name, default in defaults.items() if getattr(self, name) != default]
             require(
                 not given,

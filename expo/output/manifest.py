@@ -18,6 +18,7 @@ from expo.checkpoint.folder import Location
 from expo.config import ExtrapolateConfig
 from expo.config.course import plain, shown_step, step_of
 from expo.files import Row
+from expo.output.adapter_card import adapter_card
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
 from expo.settings import changing, recorded
@@ -151,7 +152,7 @@ def manifest(
         "tensors": origin.pair.tensor_counts(),
         **vocabulary_rows(origin.pair),
         **({} if origin.pair.adapter is None else {"lora": origin.pair.adapter.describe()}),
-        "delta": delta_figures(records),
+        **({} if origin.config.as_adapter else {"delta": delta_figures(records)}),
         **_trajectory(origin, alpha, records),
         "bytes": origin.pair.nbytes,
         "shards": {name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(records.items())},
@@ -163,6 +164,8 @@ def manifest(
 
 def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     """The text of the model card."""
+    if origin.config.as_adapter:
+        return _adapter_card(origin, alpha)
     counts, relative = origin.pair.tensor_counts(), delta_figures(records)["relative"]
     return model_card(
         title=theta_name(origin.dpo.name, alpha, origin.config.last_step),
@@ -180,6 +183,20 @@ def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> st
             "‖θ_dpo − θ_sft‖ / ‖θ_sft‖ of these": "not finite" if relative is None else f"{relative:.5f}",
             "tensors copied from θ_dpo": counts["copied"] + counts["equal"],
         },
+    )
+
+
+def _adapter_card(origin: Origin, alpha: float) -> str:
+    adapter = origin.pair.adapter
+    assert adapter is not None
+    return adapter_card(
+        title=theta_name(origin.dpo.name, alpha) + "-adapter",
+        alpha=alpha,
+        formula=_formula(origin),
+        sft=origin.sft,
+        dpo=origin.dpo,
+        command=_command(origin, alpha),
+        figures={"modules with LoRA factors": len(adapter.modules), "tensors stored whole": len(adapter.whole)},
     )
 
 

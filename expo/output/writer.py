@@ -2,7 +2,8 @@
 
 An output is built in `<folder>/.expo-partial/` under names that end in `.partial`, which no loader mistakes for
 weights. A journal there records each complete shard. When all files are complete they are renamed into the folder:
-shards first, then the manifest, the index and config.json, without which nothing loads the folder. After a kill, even
+shards first, then the manifest, the index and config.json (of an adapter adapter_config.json), without which nothing
+loads the folder. After a kill, even
 between two renames, rerunning the command continues. A part of an output is staged in a folder of its own in there, and
 its files get their final names from there (`parts.py`).
 """
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
-from expo.checkpoint.folder import CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
+from expo.checkpoint.folder import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, PARTIAL_FOLDER, read_json
 from expo.disk import Background
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, hash_file, sync, sync_folder
@@ -30,7 +31,7 @@ from expo.settings import require_same
 
 MANIFEST_FILE = "expo.json"
 CARD_FILE = "README.md"
-LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE)
+LAST_FILES = (MANIFEST_FILE, INDEX_FILE, CONFIG_FILE, ADAPTER_CONFIG)
 """Renamed last, in this order; removed first, in reverse order."""
 
 JOURNAL_FILE = "journal.jsonl"

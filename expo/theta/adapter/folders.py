@@ -40,7 +40,7 @@ def require_base(sft: Location, dpo: Location) -> None:
             "on both, merge it into that model with peft's merge_and_unload and give the merged checkpoint"
         )
     trained_on = read_json(dpo.path / ADAPTER_CONFIG).get("base_model_name_or_path") if is_adapter(dpo.path) else None
-    if isinstance(trained_on, str) and _is_another(trained_on, sft):
+    if isinstance(trained_on, str) and is_another_base(trained_on, sft):
         given = sft.hub_id or sft.path
         log.warning("%s was trained on %s, and --sft is %s: are they the same model?", dpo.label, trained_on, given)
 
@@ -51,7 +51,7 @@ def hub_id_in_cache(path: str) -> str | None:
     return "/".join(cached.groups()) if cached else None
 
 
-def _is_another(trained_on: str, sft: Location) -> bool:
+def is_another_base(trained_on: str, sft: Location) -> bool:
     """Whether an adapter's recorded base is another model than SFT, as far as their names say."""
     cached = hub_id_in_cache(trained_on)
     name = cached or trained_on

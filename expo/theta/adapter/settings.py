@@ -54,6 +54,9 @@ NEUTRAL_SETTINGS = frozenset(
 
 MERGE_FIRST = "merge it into its base with peft's merge_and_unload and give the merged checkpoint as --dpo"
 
+MAX_ALPHA = 1e30
+"""lora_alpha is below it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -84,9 +87,13 @@ class Settings:
         """The rank a module's factors should have."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
+    def alpha_of(self, module: str) -> float:
+        """A module's lora_alpha."""
+        return _by_pattern(self.alpha_pattern, module, self.alpha)
+
     def scale_of(self, module: str) -> float:
         """The factor before a module's B·A."""
-        rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
@@ -140,7 +147,7 @@ def _rank(file: Path, key: str, value: object) -> int:
 
 
 def _alpha(file: Path, key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_ALPHA:
         raise InputError(f"{file}: {key} is {value!r}, not a number")
     return float(value)
 

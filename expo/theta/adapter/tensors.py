@@ -104,6 +104,10 @@ class Adapter:
     says so, and the size of the adapter's vocabulary."""
     resized: dict[str, tuple[int, int]]
     """Embedding and head, if the vocabularies differ in size: the base's rows and the adapter's."""
+    modules: dict[str, str]
+    """The adapter's name of a module that has factors → the base's tensor that they are added to."""
+    whole: dict[str, str]
+    """A tensor that is stored whole, as its file calls it → the base's tensor that it replaces; copies too."""
 
     def describe(self) -> dict[str, object]:
         """The adapter in figures."""
@@ -143,7 +147,17 @@ def read_adapter(path: Path, base: Checkpoint) -> Adapter:
         problems.append(problem)
     if problems:
         raise InputError(_does_not_fit(path, base, problems))
-    return Adapter(path, settings, low_rank, saved, (shard,), with_rows(layout, rows) if rows else layout, rows)
+    return Adapter(
+        path,
+        settings,
+        low_rank,
+        saved,
+        (shard,),
+        with_rows(layout, rows) if rows else layout,
+        rows,
+        modules={name.removesuffix(".weight"): targets[name] for name in named.factors},
+        whole={stored: targets[name] for stored, name in named.whole.items()},
+    )
 
 
 def _does_not_fit(path: Path, base: Checkpoint, problems: list[str]) -> str:
@@ -176,6 +190,8 @@ class _Named:
     saved: dict[str, TensorInfo]
     trained: frozenset[str]
     """Which of `saved` were trained whole."""
+    whole: dict[str, str]
+    """Every tensor that is stored whole, as its file calls it → its name in `saved`."""
 
 
 def _sort(shard: Shard, settings: Settings) -> _Named:
@@ -185,8 +201,9 @@ def _sort(shard: Shard, settings: Settings) -> _Named:
     plain: dict[str, TensorInfo] = {}
     wrapped: dict[str, TensorInfo] = {}
     trained, renamed = set(), ""
+    whole: dict[str, str] = {}
     for tensor in shard.tensors:
-        name = _own_name(file, tensor)
+        name = own_name(file, tensor)
         renamed = renamed or (tensor.name if tensor.name != PREFIX + name else "")
         factor = _FACTOR.fullmatch(name)
         if factor is None and (".lora_" in name or ".token_adapter." in name):
@@ -196,6 +213,7 @@ def _sort(shard: Shard, settings: Settings) -> _Named:
         elif ".original_module." not in name:  # the untrained copy, if embeddings were saved too
             target = _WRAPPER.sub("", name)
             _add_saved(file, plain if target == name else wrapped, target, tensor)
+            whole[tensor.name] = target
             if settings.trains(target.rpartition(".")[0]) or ".modules_to_save." in name:
                 trained.add(target)
     _require_pairs(file, factors)
@@ -203,10 +221,15 @@ def _sort(shard: Shard, settings: Settings) -> _Named:
         raise InputError(f"{file} contains no tensors; save the adapter again")
     if renamed:
         log.warning("%s: names such as %s contain a training wrapper's prefix, which is dropped", file, renamed)
-    return _Named(factors, {**wrapped, **plain}, frozenset(trained))
+    return _Named(factors, {**wrapped, **plain}, frozenset(trained), whole)
 
 
-def _own_name(file: Path, tensor: TensorInfo) -> str:
+def own_name(file: Path, tensor: TensorInfo) -> str:
+    """A tensor's name without PEFT's prefix and what wrappers add.
+
+    Raises:
+        InputError: It lacks the prefix, without which PEFT ignores it.
+    """
     name = without_wrappers(tensor.name)
     if not name.startswith(PREFIX):
         raise InputError(

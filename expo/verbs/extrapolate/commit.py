@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from expo.arguments import shown
-from expo.checkpoint.folder import CONFIG_FILE, INDEX_FILE, config_text
+from expo.checkpoint.folder import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, config_text
 from expo.errors import InputError, listed
 from expo.files import Row
 from expo.output.manifest import card, delta_figures, fits_in, manifest
@@ -17,8 +17,10 @@ from expo.output.parts import PartState, adopt_parts, hold_parts
 from expo.output.writer import CARD_FILE, MANIFEST_FILE, ShardRecord, StagedOutput
 from expo.parts import Part, array_list
 from expo.progress import bytes_bar
+from expo.theta.decide_scaled import ScaledPlan
 from expo.theta.pair_checks import check_change, check_lines
 from expo.theta.plan import index_json
+from expo.verbs.extrapolate.adapter import adapter_config, check_factors
 from expo.verbs.extrapolate.plan import ExtrapolatePlan, Output
 
 Wrong: TypeAlias = Mapping[Part, str]
@@ -86,14 +88,22 @@ def complete(job: ExtrapolatePlan, output: Output, folder: StagedOutput, times: 
     """
     for name, file in job.side_files.items():
         folder.add_copy(name, file)
-    if CONFIG_FILE in job.side_files and (job.config.dtype != "auto" or job.pair.changes_config):
-        folder.add_text(CONFIG_FILE, config_text(job.pair.dpo.config, job.config.dtype))
-    if not job.pair.is_single_file:
-        folder.add_text(INDEX_FILE, index_json(job.pair))
-    folder.add_text(CARD_FILE, card(job, output.alpha, folder.records))
-    files = sorted({*job.side_files, *folder.records, CARD_FILE, *([] if job.pair.is_single_file else [INDEX_FILE])})
+    texts = {**_config_texts(job, output), CARD_FILE: card(job, output.alpha, folder.records)}
+    for name, text in texts.items():
+        folder.add_text(name, text)
+    files = sorted({*job.side_files, *folder.records, *texts})
     folder.add_text(MANIFEST_FILE, manifest(job, output.alpha, output.fingerprint, folder.records, files, times))
     folder.commit()
+
+
+def _config_texts(job: ExtrapolatePlan, output: Output) -> dict[str, str]:
+    """The files that say how the weights are read, except where DPO's is copied."""
+    if isinstance(job.pair, ScaledPlan):
+        return {ADAPTER_CONFIG: adapter_config(job, job.pair, output.alpha)}
+    texts = {} if job.pair.is_single_file else {INDEX_FILE: index_json(job.pair)}
+    if CONFIG_FILE in job.side_files and (job.config.dtype != "auto" or job.pair.changes_config):
+        texts[CONFIG_FILE] = config_text(job.pair.dpo.config, job.config.dtype)
+    return texts
 
 
 def check_changes(job: ExtrapolatePlan, records: Sequence[Mapping[str, ShardRecord]]) -> None:
@@ -104,7 +114,9 @@ def check_changes(job: ExtrapolatePlan, records: Sequence[Mapping[str, ShardReco
         records: Of each output, all of its shards.
     """
     changed = [shards for output, shards in zip(job.todo, records, strict=True) if output.alpha]
-    if changed and job.pair.has_change:
+    if isinstance(job.pair, ScaledPlan):
+        check_factors(job.pair, changed)
+    elif changed and job.pair.has_change:
         figures = delta_figures(changed[0])
         check_change(figures["norm"], figures["relative"])
     if changed and (course := job.pair.settings.course) is not None:

@@ -23,6 +23,7 @@ from expo.theta.adapter.folders import output_side_files
 from expo.theta.names import theta_name
 from expo.theta.pair import find_earlier, find_pair, pair_settings, plan_located, source_fingerprints
 from expo.theta.plan import PairPlan, ShardPlan
+from expo.verbs.extrapolate.adapter import adapter_files, adapter_plan, require_adapter
 
 FORMAT = 1
 """Incremented when the same settings would give different bytes."""
@@ -157,6 +158,8 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     repositories = config.repositories if config.part is None else ()  # a part is not pushed
     destinations = find_destinations(repositories, private=config.private)
     sft, dpo = find_pair(config)
+    if config.as_adapter:
+        require_adapter(dpo)
     earlier = find_earlier(config, allow_pickle=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
@@ -171,6 +174,8 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     verified = tuple(_verified(config, output, weights) for output in outputs)
     if verified != outputs:
         pair = _plan_pair(config, (sft, *earlier, dpo), verified)
+    if config.as_adapter:
+        return ExtrapolatePlan(config, sft, (), dpo, adapter_plan(pair, dpo), weights, verified, adapter_files(dpo))
     files = output_side_files(sft.path, dpo.path)
     if todo := [output for output in verified if not output.complete]:
         warn_of_missing(sft, dpo, files.keys(), todo[0].folder)
@@ -224,7 +229,8 @@ def part_of(config: ExtrapolateConfig) -> Part | None:
 def _output_folders(config: ExtrapolateConfig, dpo: Location) -> list[Path]:
     last = config.last_step
     if config.output is None:
-        return [Path("checkpoints") / theta_name(dpo.name, alpha, last) for alpha in config.alpha]
+        kind = "-adapter" if config.as_adapter else ""
+        return [Path("checkpoints") / (theta_name(dpo.name, alpha, last) + kind) for alpha in config.alpha]
     named = [Path(config.named_by(config.output, alpha)) for alpha in config.alpha]
     if len(config.alpha) == 1 or named[0] != Path(config.output):
         return named
