@@ -1,1 +1,5 @@
-"""The demo: a trio trained on the spot, and its reward against α. `bash demo/run.sh` runs it."""
+"""Two demos on models trained on the spot.
+
+`bash demo/run.sh` draws the reward of a trio against α. `python -m demo.trajectory` extrapolates a run of reinforcement
+learning from its first steps.
+"""

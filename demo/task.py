@@ -188,6 +188,19 @@ def quality(prompt: str, answer: str) -> float:
     return gains - off_topic - manners - 0.8 * _repeats(words) - _breakage(words, len(facts))
 
 
+def is_correct(prompt: str, answer: str) -> bool:
+    """Whether `answer` passes a check that needs no judgement, the reward of a run with verifiable rewards.
+
+    It does if it has two facts or more about the asked thing, is made of such facts and polite words alone, repeats no
+    trait and no polite word, and ends with a full stop.
+    """
+    words = answer.split()
+    facts, polite = _facts(words), [word for word in words if word in POLITE]
+    on_topic = facts.count(asked_thing(prompt))
+    is_clean = len(words) == 4 * on_topic + len(polite) + 1 and words[-1] == STOP
+    return is_clean and on_topic > 1 and _repeats(words) == 0
+
+
 def _judged(prompt: str, rng: random.Random, writers: Sequence[Writer]) -> Pair:
     """Has two answers to `prompt` written and a reader choose."""
     first, second = (write_answer(prompt, rng, rng.choice(writers)) for _ in range(2))

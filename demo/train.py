@@ -126,7 +126,7 @@ def train_trio(folder: Path, seed: int = 0, say: Say | None = None) -> None:
     reward = train_reward(sft, tokenizer, seed, say)
     dpo = train_dpo(sft, tokenizer, seed, say)
     for name, model in {"sft": sft, "dpo": dpo, "rm": reward}.items():
-        _save(model, tokenizer, folder / name)
+        save(model.bfloat16(), tokenizer, folder / name)
     write_prompts(folder / "prompts.jsonl", seed)
     say(f"wrote sft, dpo, rm and prompts.jsonl to {folder}")
 
@@ -261,6 +261,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(ids, attention, in_answer)
 
 
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes `model` and its tokenizer as one checkpoint."""
+    with no_progress_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_prompts(path: Path, seed: int) -> None:
     """Writes held-out prompts to `path`, one JSON object `{"prompt": …}` a line."""
     prompts = task.prompts(HELD_OUT_PROMPTS, seed, held_out=True)
@@ -314,15 +321,8 @@ def _conversation(prompt: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes `model`, cast to bfloat16, and its tokenizer as one checkpoint."""
-    with _no_progress_bars():
-        model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Silences transformers' progress bars, and restores what was set before."""
     switch: dict[bool, Callable[[], None]] = {
         True: logging.enable_progress_bar,

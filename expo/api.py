@@ -46,6 +46,9 @@ def extrapolate(config: ExtrapolateConfig) -> Extrapolated:
     >>> [one.status for one in expo.extrapolate(sft="my-sft", dpo="my-dpo", alpha=[0.1, 0.2], output="grid")]
     ['written', 'written']
 
+    The checkpoints of a training run take the place of `dpo`, and a step that of α: `checkpoint=["100=a", "200=b"],
+    target_step=500`.
+
     Returns:
         An `Extrapolated`: one output per α, with `path`, `status` and `to_pandas()`. It can be given wherever a path of
         a model is expected.
@@ -71,7 +74,7 @@ def inspect(config: InspectConfig) -> Inspection:
 
     Returns:
         An `Inspection` with `suits`, `verdict`, `total`, `modules`, `layers`, `tensors`, and `to_pandas()`, a row per
-        tensor.
+        tensor; with several `checkpoint`s of a training run also `trajectory`, how straight its way over the steps is.
 
     Raises:
         InputError: The settings or inputs are at fault, or the picture would replace something else.

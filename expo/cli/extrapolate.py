@@ -19,7 +19,7 @@ EXAMPLES = (
     "  expo extrapolate --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta --alpha 0.1\n"
     "  expo extrapolate --recipe Starling-LM-7B-beta --output checkpoints/starling --dry-run\n"
     "\n\b\nA run of reinforcement learning, from its first checkpoints to a later step:\n"
-    "  expo extrapolate --sft runs/start --checkpoint 100=runs/step_100 --checkpoint 200=runs/step_200 "
+    "  expo extrapolate --sft my-sft --checkpoint 100=my-run/step-100 --checkpoint 200=my-run/step-200 "
     "--target-step 1500\n"
     "\n\b\nAs a Slurm array of four tasks, then joined:\n"
     "  sbatch --array=0-3 --wrap 'expo extrapolate --recipe zephyr-7b-beta --part slurm'\n"

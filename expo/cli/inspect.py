@@ -19,8 +19,8 @@ EXAMPLES = (
     "  expo inspect --sft HuggingFaceH4/mistral-7b-sft-beta --dpo HuggingFaceH4/zephyr-7b-beta\n"
     "  expo inspect --recipe Starling-LM-7B-beta --output starling.png --json\n"
     "\n\b\nA training run: whether it moves along straight lines:\n"
-    "  expo inspect --sft runs/start --checkpoint 100=runs/step_100 --checkpoint 200=runs/step_200 "
-    "--checkpoint 300=runs/step_300 --output way.png"
+    "  expo inspect --sft my-sft --checkpoint 100=my-run/step-100 --checkpoint 200=my-run/step-200 "
+    "--checkpoint 300=my-run/step-300 --output way.png"
 )
 
 

@@ -23,7 +23,7 @@ EXAMPLES = (
     "  expo sweep --sft my-sft --dpo my-dpo --alpha 0.5 --alpha 1 --alpha 2 --with-sft --task prompts.jsonl --n 4 "
     "--reward-model my-rm --output my-sweep --write\n"
     "\n\b\nA run of reinforcement learning: the step to extrapolate to, in place of α:\n"
-    "  expo sweep --sft runs/start --checkpoint 100=runs/step_100 --checkpoint 200=runs/step_200 --target-step 400 "
+    "  expo sweep --sft my-sft --checkpoint 100=my-run/step-100 --checkpoint 200=my-run/step-200 --target-step 400 "
     "--target-step 800 --reward-model my-rm --task prompts.jsonl\n"
     "\n\b\nFor at most half of the tokens, with the α that is found confirmed on prompts set aside:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --search race --refine\n"

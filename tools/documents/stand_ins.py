@@ -364,6 +364,7 @@ FILES = (
     *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
     *(Given(name, model("rm")) for name in ("my-rm", "RM", "tiny-rm")),
     *(Given("my-expo", model("dpo"), (page,)) for page in ("docs/guides/cluster.md",)),
+    *(Given(f"my-run/step-{step}", model("dpo")) for step in (100, 200, 300)),
     Given("my-lora-adapter", model("adapter")),
     Given("checkpoints/zephyr-7b-beta-ExPO-a0.1", model("dpo"), ("expo/cli/generate.py",)),
     *(Given(name, prompts) for name in ("prompts.jsonl", "first200.jsonl", "p64.jsonl")),
