@@ -288,7 +288,7 @@ def test_memory_is_bounded_whatever_the_number_of_alphas(tmp_path: Path) -> None
     pair = plan(tmp_path, *random_pair({"w": (4, 1 << 18)}), alphas=tuple(float(a) for a in range(1, 201)))
     with SourceFiles(pair.sft, pair.dpo) as sources:
         combiner = Combiner(sources, pair.settings, CPU, 4)
-        buffers = sum(len(out.buffers) for out in combiner._outputs)
+        buffers = sum(len(out.buffers) for out in combiner._workers._outputs)
         assert buffers * combiner._piece_bytes <= streaming.MAX_OUTPUT_BYTES
 
 

@@ -195,12 +195,41 @@ def test_a_tensor_larger_than_pieces_and_windows(tmp_path: Path, monkeypatch: py
     tensors = states(shapes={f"w{number}": (301, 70) for number in range(6)})
     run = save(tmp_path, tensors)
     (whole,) = follow(run, tmp_path / "whole")
-    monkeypatch.setattr(stream, "COURSE_PIECE_BYTES", 4096)
+    monkeypatch.setattr(stream, "COURSE_BYTES", {"cpu": 5 * 4096})
     monkeypatch.setattr(stream, "WINDOW_BYTES", 100_000)
     (made,) = follow(run, tmp_path / "out", workers=3)
     for name, found in read_checkpoint_tensors(made.path).items():
         require_close(found, expected(tensors, name, 1000, "relex")[0], torch.float32)
         torch.testing.assert_close(found, read_checkpoint_tensors(whole.path)[name], rtol=0, atol=1e-6)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from expo.config import ExtrapolateConfig
+from expo.verbs.extrapolate import run
+
+peaks = []
+for name in ("small", "large"):
+    root = Path(sys.argv[1]) / name
+    steps = [f"{step}={root / f'step_{step}'}" for step in (50, 100, 300)]
+    settings = {"sft": str(root / "step_0"), "checkpoint": tuple(steps), "target_step": (1000.0,)}
+    run(ExtrapolateConfig(**settings, output=str(root / "out"), fsync=False))
+    peaks.append(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_model_nor_its_largest_tensor(tmp_path: Path) -> None:
+    for name, numel in (("small", 15_000_000), ("large", 60_000_000)):
+        for number, step in enumerate((0, *STEPS)):
+            values = torch.full((numel,), 1 + number / 64, dtype=torch.bfloat16)
+            write_checkpoint(tmp_path / name / f"step_{step}", {"w": values})
+    done = helpers.run_python(MEASURE, tmp_path)
+    assert done.code == 0, done.stderr
+    assert float(done.stdout) < 16
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -62,7 +62,7 @@ class Lane:
         on_gpu = device.type == "cuda"
         self.sft, self.dpo = (HostBuffer(piece_bytes, pinned=on_gpu) for _ in range(2))
         self.scratch = Scratch(piece_bytes, device)
-        self.changes = Changes(steps, piece_bytes if steps else 0, device)
+        self.changes = Changes(steps, piece_bytes, device)
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._on_device = [torch.empty(piece_bytes, dtype=torch.uint8, device=device) for _ in range(3 * on_gpu)]
 

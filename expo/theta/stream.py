@@ -34,20 +34,21 @@ from expo.theta.norms import (
     keep_equal,
     pair_norms,
     sampled_norms,
+    sampled_square,
     stays_finite,
     wider,
 )
 from expo.theta.plan import PairSettings, Segment
 from expo.theta.rules import find_rule
 from expo.theta.sources import SourceFiles
-from expo.theta.trajectory.fit import LINE_RULES, Fit, Floats, fit
-from expo.theta.trajectory.pieces import combine, gram, total
+from expo.theta.trajectory.fit import LINE_RULES, Fit, fit
+from expo.theta.trajectory.pieces import Moved, Rows, combine, gram, total
 from expo.theta.workers import Piece, Sink, Workers, pieces, unit_dtype
 
 CPU_PIECE_BYTES = 1 << 20
 CUDA_PIECE_BYTES = 4 << 20
-COURSE_PIECE_BYTES = 1 << 18
-"""Of a training run on a CPU: a piece's changes at all steps, float32, should fit the processor's cache."""
+COURSE_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+"""Of a training run: a piece at all steps, float32, for each worker."""
 WINDOW_BYTES = 64 << 20
 """Of its tensors that are fitted before they are combined: read twice, the second time from memory."""
 MAX_OUTPUT_BYTES = 64 << 20
@@ -94,11 +95,12 @@ class Combiner:
         """Of a training run: the line of each tensor that was combined, by name."""
         outputs, sets = len(settings.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
-        wanted = COURSE_PIECE_BYTES if self._course and device.type == "cpu" else wanted
+        steps = len(self._course.steps) if self._course else 0
+        if steps:
+            wanted = min(wanted, max(COURSE_BYTES[device.type] // (steps + 2) // PAGE, 1) * PAGE)
         self._piece_bytes = min(wanted, max(MAX_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
         self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
         self._deltas = Deltas(sources.read, device, self._tile)
-        steps = len(self._course.steps) if self._course else 0
         lanes = [Lane(self._piece_bytes, device, steps) for _ in range(workers)]
         pinned = device.type == "cuda"
         buffers = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
@@ -200,43 +202,42 @@ class Combiner:
         lane.finish()
         return norms
 
-    def _gram(self, piece: Piece, lane: Lane, _outputs: Sequence[Tensor]) -> Floats:
+    def _gram(self, piece: Piece, lane: Lane, _outputs: Sequence[Tensor]) -> Rows:
         """The inner products of the piece's changes."""
-        _, changes = self._changes(piece, lane)
-        return gram(changes)
+        return gram(self._moved(piece, lane).changes)
 
     def _follow(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
         """θ(T) on the line that was found for the tensor."""
         segment, course = piece.segment, self._course
         assert course is not None
-        start, changes = self._changes(piece, lane)
-        norms = delta_norms(start, changes[-1], lane.scratch, of_dpo=self._exact_norms)
-        line, room = self.fits[segment.dpo.name], lane.changes.sum_of(changes)
+        moved, line = self._moved(piece, lane), self.fits[segment.dpo.name]
         weights = [line.weights(course.step_of(alpha)) for alpha in segment.alphas]
-        values = combine(start, changes, weights, [lane.target(out) for out in outputs], room)
+        values = combine(moved, weights, [lane.target(out) for out in outputs])
         for out, value in zip(outputs, values, strict=True):
             if not (self._settings.allow_nonfinite or is_finite(value)):
                 _refuse_nonfinite(segment)
             lane.store(value, out)
         lane.finish()
-        return norms
+        is_first = segment.offset == 0 and piece.first == 0
+        return Norms(line.squares[-1] if is_first else 0.0, sampled_square(moved.start), sampled=True)
 
-    def _changes(self, piece: Piece, lane: Lane) -> tuple[Tensor, Tensor]:
-        """θ_0 of the piece, and Δ of every step [steps, elements]."""
+    def _moved(self, piece: Piece, lane: Lane) -> Moved:
+        """θ_0 of the piece, and its change at every step."""
         segment = piece.segment
         assert segment.sft is not None
-        start = lane.load(self._read(piece, segment.sft, lane.sft), 1)
+        stored = lane.load(self._read(piece, segment.sft, lane.sft), 1)
         dtypes = {unit_dtype(segment, step.tensor.dtype) for step in segment.steps}
-        wide = torch.float64 if torch.float64 in {start.dtype, *dtypes} else torch.float32
-        changes = lane.changes.rows(wide, piece.length)
-        for step, row in zip(segment.steps, changes, strict=True):
+        wide = torch.float64 if torch.float64 in {stored.dtype, *dtypes} else torch.float32
+        moved = lane.changes.of(wide, piece.length)
+        start = moved.start.copy_(stored)
+        for step, row in zip(segment.steps, moved.changes, strict=True):
             if step.low_rank is not None:
                 row.copy_(self._deltas.delta(step.low_rank, piece.first, piece.length, wide, lane))
             if step.low_rank is None or step.tensor != segment.sft:
                 values = lane.load(self._read(piece, step.tensor, lane.dpo), 0)
                 row.copy_(values).sub_(start) if step.low_rank is None else row.add_(values).sub_(start)
             lane.finish()  # the next step is read into the same memory
-        return start, changes
+        return moved
 
     def _merge(self, piece: Piece, pair: LowRank, dpo: Tensor, outputs: Sequence[Tensor], lane: Lane) -> Norms:
         """θ_dpo is `dpo` and ΔW; `dpo` is SFT's own tensor unless the adapter replaces it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -10,54 +11,64 @@ from torch import Tensor
 
 from expo.theta.trajectory.fit import Floats
 
+Rows: TypeAlias = list[list[float]]
+"""A small matrix."""
+
+
+class Moved(NamedTuple):
+    """A piece of a training run, float32 (float64 where a side is)."""
+
+    start: Tensor  # θ_0 [elements]
+    changes: Tensor  # Δ_t = θ_t − θ_0 [steps, elements]
+    room: Tensor  # for a sum [elements]
+
 
 class Changes:
-    """Δ_t = θ_t − θ_0 of a piece for all steps, float32 (float64 where a side is); reused from piece to piece.
+    """Memory for a piece of a training run, reused from piece to piece.
 
     Args:
-        steps: How many there are.
-        nbytes: Of one of these, at most.
+        steps: How many checkpoints there are.
+        nbytes: Of a piece at one of them, at most.
         device: Where the pieces are.
     """
 
     def __init__(self, steps: int, nbytes: int, device: torch.device) -> None:
-        self._memory = torch.empty((steps + 1) * nbytes, dtype=torch.uint8, device=device)
-        self._steps = steps
+        self._memory = torch.empty((steps + 2) * nbytes if steps else 0, dtype=torch.uint8, device=device)
+        self._rows = steps + 2
 
-    def rows(self, dtype: torch.dtype, count: int) -> Tensor:
-        """Room for Δ [steps, count]."""
-        return self._memory[: self._steps * count * dtype.itemsize].view(dtype).view(-1, count)
-
-    def sum_of(self, changes: Tensor) -> Tensor:
-        """Room for a sum of these rows [count]."""
-        return self._memory[changes.nbytes :][: changes[0].nbytes].view(changes.dtype)
+    def of(self, dtype: torch.dtype, count: int) -> Moved:
+        """Room for a piece of so many elements."""
+        start, *_, room = rows = self._memory[: self._rows * count * dtype.itemsize].view(dtype).view(-1, count)
+        return Moved(start, rows[1:-1], room)
 
 
-def gram(changes: Tensor) -> Floats:
+def gram(changes: Tensor) -> Rows:
     """G = ΔΔᵀ of a piece, [steps, steps], summed in the type of Δ.
 
     Args:
         changes: Δ [steps, elements], float32 or float64.
+
+    Returns:
+        Plain numbers: small arrays that are kept until all pieces are there would leave holes in the memory.
     """
-    product: Floats = (changes @ changes.T).double().cpu().numpy()
-    return product
+    lower = [
+        (changes[: row + 1] @ change).tolist() for row, change in enumerate(changes)
+    ]  # half of it: it is symmetric
+    return [[lower[max(row, column)][min(row, column)] for column in range(len(lower))] for row in range(len(lower))]
 
 
-def combine(
-    start: Tensor, changes: Tensor, weights: Sequence[Sequence[float]], out: Sequence[Tensor], room: Tensor
-) -> Iterator[Tensor]:
+def combine(piece: Moved, weights: Sequence[Sequence[float]], out: Sequence[Tensor]) -> Iterator[Tensor]:
     """θ(T) = θ_0 + Σ_t w_t Δ_t for each target, in the type of Δ, one rounding to the output's.
 
     Args:
-        start: θ_0 [elements], any floating-point type.
-        changes: Δ [steps, elements], float32 or float64.
+        piece: θ_0 and Δ.
         weights: w_t for each target.
         out: For each target, where θ(T) goes [elements].
-        room: For a sum, [elements], of the type of Δ.
 
     Yields:
         Each of `out`. A target's values do not depend on what the others are.
     """
+    start, changes, room = piece
     for own, target in zip(weights, out, strict=True):
         torch.mul(changes[0], own[0], out=room)
         for weight, change in zip(own[1:], changes[1:], strict=True):
@@ -65,7 +76,7 @@ def combine(
         yield target.copy_(room.add_(start))
 
 
-def total(pieces: Sequence[Floats]) -> Floats:
+def total(pieces: Sequence[Rows]) -> Floats:
     """The sum of several pieces' G, float64."""
     sums: Floats = np.sum(pieces, axis=0, dtype=np.float64)
     return sums
