@@ -35,6 +35,12 @@ def tied_llama() -> nn.Module:
     return llama(tied=True)
 
 
+def wide_llama() -> nn.Module:
+    """Its heads have as many dimensions as vLLM computes with on a CPU."""
+    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **TOKENS, num_key_value_heads=1, tie_word_embeddings=False))
+
+
 def qwen() -> nn.Module:
     """Its attention has biases."""
     return Qwen2ForCausalLM(Qwen2Config(**SIZES, **TOKENS, num_key_value_heads=2, tie_word_embeddings=False))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import CASES, PLAIN, SIZES, TOKENS, Maker, llama, qwen, save_adapter, tied_llama, write_adapter
+from adapters import CASES, PLAIN, Maker, llama, qwen, save_adapter, tied_llama, wide_llama, write_adapter
 from helpers import (
     Result,
     Run,
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from sizes import sized
 from test_extrapolate_adapter import law
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from expo.checkpoint.folder import Location
 from expo.cli import program as cli
@@ -298,12 +298,6 @@ def main():
 if __name__ == "__main__":
     main()
 """
-
-
-def wide_llama() -> torch.nn.Module:
-    """Its heads have as many dimensions as vLLM computes with on a CPU."""
-    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **TOKENS, num_key_value_heads=1, tie_word_embeddings=False))
 
 
 @pytest.mark.vllm

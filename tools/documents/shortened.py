@@ -77,6 +77,11 @@ ADDED = (
     Added("python benchmarks/score.py", "--rounds 1 --limit 8", SIZE),
     Added("python benchmarks/coverage.py", "--simulations 4 --prompts 30", SIZE),
     Added("python benchmarks/failures.py", "--replays 2", SIZE),
+    Added(
+        "python benchmarks/lora_server.py",
+        "--model {models}/tiny-sft --work expo-lora-server --rounds 1 --prompts 2 --tokens 4",
+        SIZE,
+    ),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
     Added("python benchmarks/pipeline.py", "--limit 8 --max-tokens 8", SIZE),
     Added("python benchmarks/switch.py", f"--work expo-switch --rounds 1 {PAIR}", SIZE),
