@@ -78,8 +78,8 @@ ADDED = (
     Added("python benchmarks/coverage.py", "--simulations 4 --prompts 30", SIZE),
     Added("python benchmarks/failures.py", "--replays 2", SIZE),
     Added(
-        "python benchmarks/lora_server.py",
-        "--model {models}/tiny-sft --work expo-lora-server --rounds 1 --prompts 2 --tokens 4",
+        "python benchmarks/lora_engine.py",
+        "--model {models}/tiny-sft --work expo-lora-engine --rounds 1 --prompts 2 --tokens 4",
         SIZE,
     ),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
