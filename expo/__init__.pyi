@@ -41,6 +41,7 @@ def extrapolate(
     target_step: float | Iterable[float] = (),
     output: str | PathLike[str] | None = None,
     as_adapter: bool = False,
+    rank: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     workers: int | None = None,
@@ -74,6 +75,7 @@ def extrapolate(
     target_step: float | Iterable[float] = (),
     output: str | PathLike[str] | None = None,
     as_adapter: bool = False,
+    rank: int | None = None,
     device: str | PathLike[str] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     workers: int | None = None,
@@ -127,8 +129,10 @@ def extrapolate(
         target_step: With checkpoint: a step to extrapolate to; repeatable, one output each.
         output: Output folder; may contain {alpha} or {step}. [default: checkpoints/<DPO
             name>-ExPO-a<A>, or -t<T>]
-        as_adapter: Write a LoRA adapter that makes θ(α) of SFT, where DPO is one, instead of a
-            checkpoint.
+        as_adapter: Write a LoRA adapter that makes θ(α) of SFT, where DPO is one or with rank, instead
+            of a checkpoint.
+        rank: With as_adapter, where DPO is a whole checkpoint: the rank of the factors that approximate
+            θ_dpo − θ_sft, layer by layer.
         device: Device to compute on; auto is the CPU, which keeps up with the disk.
         dtype: Data type of the written weights; auto keeps each DPO tensor's own.
         workers: Number of threads. [default: the CPU count, at most 4]

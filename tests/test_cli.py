@@ -155,7 +155,7 @@ ROWS = (
 PARTS = "--data-parallel --join --part --ray"
 FLAGS = {
     "extrapolate": f"{PAIR} {RULES} {PARTS} --as-adapter --dtype --fsync --max-shard-size --no-fsync --output"
-    " --private --push-to-hub --stream-sft --target-step --verify --workers",
+    " --private --push-to-hub --rank --stream-sft --target-step --verify --workers",
     "generate": f"{PAIR} {RULES} {ROWS} {PARTS} --base-url --concurrency --engine-arg --frequency-penalty"
     " --max-tokens --model --n --presence-penalty --seed --seed-mode --stop-token-id --system"
     " --target-step --temperature"

@@ -71,7 +71,7 @@ def test_a_file_gives_every_setting(resolve: Callable[..., ExtrapolateConfig]) -
         "rule": "another", "alpha_for": ("mlp=0.5", "a=b=-1e-1"), "max_shard_size": "5GB", "vocab": "common",
         "allow_pickle": True, "verify": True, "stream_sft": True, "data_parallel": 2, "ray": "auto",
     }  # fmt: skip
-    others = {"dry_run", "part", "join", "checkpoint", "target_step", "as_adapter"}  # these exclude some that are given
+    others = {"dry_run", "part", "join", "checkpoint", "target_step", "as_adapter", "rank"}  # exclude others
     assert values.keys() | others == config_files.field_names("extrapolate"), "a new setting belongs here too"
     lines = [f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in values.items()]
     assert resolve(toml="[extrapolate]\n" + "\n".join(lines)) == ExtrapolateConfig(**values)
@@ -220,6 +220,8 @@ OUT_OF_RANGE = [
     (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": (float("inf"),)}, "--alpha must be a finite number, not inf"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "alpha": (0.0, -0.0)}, "given more than once"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "device": "cuda:x"}, "--device"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "as_adapter": True, "rank": 0}, "--rank must be positive, not 0"),
+    (ExtrapolateConfig, {**EXTRAPOLATE, "rank": 4}, "--rank is for an adapter: give --as-adapter, too"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "missing": "skip"}, "--missing must be one of error, copy-dpo, not 'skip'"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "private": True}, "--private needs --push-to-hub"),
     (ExtrapolateConfig, {**EXTRAPOLATE, "push_to_hub": "x"}, "must be a hub id such as me/my-model, not 'x'"),

@@ -29,7 +29,7 @@ RULES = {
 EVERYTHING = ("rows", "batches", "weights")
 ABSENT = {
     ExtrapolateConfig(sft="s", dpo="d", alpha=(1,)): {
-        **RULES, "as_adapter": False, "dtype": "auto", "max_shard_size": "keep",
+        **RULES, "as_adapter": False, "dtype": "auto", "max_shard_size": "keep", "rank": None,
     },
     ThetaConfig(sft="s", dpo="d", alpha=1): RULES,
     InspectConfig(sft="s", dpo="d"): {"rule": "linear"},

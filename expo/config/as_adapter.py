@@ -21,11 +21,38 @@ USUAL: dict[str, tuple[tuple[object, ...], str]] = {
 """Setting → its values that go with `--as-adapter`, and what the option does instead of the others."""
 
 
-def require_alone(config: object) -> None:
+_OF_SFT = "makes an adapter to SFT, which has no place for what DPO alone has"
+
+USUAL_RANKED: dict[str, tuple[tuple[object, ...], str]] = {
+    **{name: entry for name, entry in USUAL.items() if name not in ("dtype", "rule")},
+    "rule": ((None, "linear"), "approximates θ_dpo − θ_sft, which the rule linear alone scales"),
+    "missing": (("error",), _OF_SFT),
+    "vocab": (("error",), _OF_SFT),
+    "allow_nonfinite": ((False,), "approximates numbers, and neither NaN nor infinity"),
+}
+"""The same with `--rank`."""
+
+
+def require_alone(config: object, *, ranked: bool) -> None:
     """Check that no setting of whole checkpoints is given beside `--as-adapter`.
+
+    Args:
+        config: The settings.
+        ranked: Whether `--rank` is given.
 
     Raises:
         InputError: One is; the message names it.
     """
-    for name, (usual, what) in USUAL.items():
-        require(getattr(config, name) in usual, f"--as-adapter {what}: leave out {flag(name)}")
+    given = "--rank" if ranked else "--as-adapter"
+    for name, (usual, what) in (USUAL_RANKED if ranked else USUAL).items():
+        require(getattr(config, name) in usual, f"{given} {what}: leave out {flag(name)}")
+
+
+def require_rank(rank: int | None, *, as_adapter: bool) -> None:
+    """Check `--rank`.
+
+    Raises:
+        InputError: It is not positive, or without `--as-adapter`.
+    """
+    require(rank is None or rank > 0, f"--rank must be positive, not {rank}")
+    require(rank is None or as_adapter, "--rank is for an adapter: give --as-adapter, too, or leave out --rank")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from expo.config.as_adapter import require_alone
+from expo.config.as_adapter import require_alone, require_rank
 from expo.config.course import CourseConfig
 from expo.config.parts import PartsConfig
 from expo.files import is_utf8, shown
@@ -191,9 +191,19 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
     as_adapter: Annotated[
         bool,
         changes_weights(
-            "Write a LoRA adapter that makes θ(α) of SFT, where DPO is one, instead of a checkpoint.", absent=False
+            "Write a LoRA adapter that makes θ(α) of SFT, where DPO is one or with --rank, instead of a checkpoint.",
+            absent=False,
         ),
     ] = False
+    rank: Annotated[
+        int | None,
+        changes_weights(
+            "With --as-adapter, where DPO is a whole checkpoint: the rank of the factors that approximate "
+            "θ_dpo − θ_sft, layer by layer.",
+            metavar="R",
+            absent=None,
+        ),
+    ] = None
     device: Annotated[
         str,
         Setting("Device to compute on; auto is the CPU, which keeps up with the disk.", metavar="auto|cpu|cuda[:i]"),
@@ -257,7 +267,8 @@ class ExtrapolateConfig(PairConfig, PartsConfig, CommonConfig):
         require(not several, "--stream-sft and several --checkpoint cannot be combined: each tensor is read twice")
         self._require_one_way()
         if self.as_adapter:
-            require_alone(self)
+            require_alone(self, ranked=self.rank is not None)
+        require_rank(self.rank, as_adapter=self.as_adapter)
         require_repositories(self.repositories, inputs=(self.sft, self.dpo))
 
     @property

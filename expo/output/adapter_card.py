@@ -9,7 +9,15 @@ from expo.output.card import PAPER, licence
 
 
 def adapter_card(
-    *, title: str, alpha: float, formula: str, sft: Location, dpo: Location, command: str, figures: dict[str, Any]
+    *,
+    title: str,
+    alpha: float,
+    formula: str,
+    sft: Location,
+    dpo: Location,
+    command: str,
+    figures: dict[str, Any],
+    rank: int | None = None,
 ) -> str:
     """Write the card.
 
@@ -21,6 +29,7 @@ def adapter_card(
         dpo: The adapter that it is made of, whose licence is carried over; SFT's where it has none.
         command: The command that makes it.
         figures: Name → value, shown in a table.
+        rank: Where θ_dpo is a whole checkpoint, that of its approximation.
 
     Returns:
         Markdown with a YAML front matter: `base_model` sft where that is on the hub, tags, licence.
@@ -34,23 +43,32 @@ def adapter_card(
         "tags": ["lora", "expo", "model-extrapolation", "alignment"],
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    is_approximate = rank is not None
+    made_from = "the checkpoint" if is_approximate else "the adapter"
+    made_of = (
+        f"Its LoRA factors are the best approximation of rank {rank} of θ_dpo − θ_sft, layer by layer, and the same\n"
+        "for every α; `lora_alpha` is 1 + α times the rank. Norms, biases, embeddings and the head stay those of θ_sft."
+        if is_approximate
+        else "Its LoRA factors are those of θ_dpo, and their scaling (`lora_alpha`) is 1 + α times as large; modules "
+        "with an α of\ntheir own are in `alpha_pattern`."
+    )
+    kind = "" if is_approximate else ", a LoRA adapter on θ_sft"
     return f"""---
 {yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()}
 ---
 
 # {title}
 
-This LoRA adapter was made by model extrapolation ([ExPO]({PAPER})) from the adapter θ_dpo, without further training.
-Applied to θ_sft it is the model
+This LoRA adapter was made by model extrapolation ([ExPO]({PAPER})) from {made_from} θ_dpo, without further training.
+Applied to θ_sft it is {"close to " if is_approximate else ""}the model
 
 {formula}, with α = {alpha!r}
 
-Its LoRA factors are those of θ_dpo, and their scaling (`lora_alpha`) is 1 + α times as large; modules with an α of
-their own are in `alpha_pattern`.
+{made_of}
 
 | | model | revision |
 | --- | --- | --- |
-| θ_dpo | {dpo.label}, a LoRA adapter on θ_sft | {dpo.revision or "local"} |
+| θ_dpo | {dpo.label}{kind} | {dpo.revision or "local"} |
 | θ_sft | {sft.label} | {sft.revision or "local"} |
 
 | figure | value |

@@ -19,6 +19,7 @@ from expo.config import ExtrapolateConfig
 from expo.config.course import plain, shown_step, step_of
 from expo.files import Row
 from expo.output.adapter_card import adapter_card
+from expo.output.approximation import Figures, approximation, card_figures
 from expo.output.card import model_card
 from expo.output.writer import Checksums, ShardRecord
 from expo.settings import changing, recorded
@@ -92,6 +93,11 @@ def fits_in(records: Mapping[str, ShardRecord]) -> dict[str, Fit]:
     return read_fits(rows)
 
 
+def figures_in(records: Mapping[str, ShardRecord]) -> Figures:
+    """What an adapter of a given rank has of each tensor; none for other outputs."""
+    return {name: row for record in records.values() for name, row in record.approximation.items()}
+
+
 def _trajectory(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> Row:
     """Which line θ(T) lies on, and how well it describes the run; empty for a pair."""
     course = origin.pair.settings.course
@@ -128,6 +134,7 @@ def manifest(
     origin: Origin, alpha: float, fingerprint: Row, records: Mapping[str, ShardRecord], files: list[str], times: Row
 ) -> str:
     """The text of expo.json."""
+    is_scaled = origin.config.as_adapter and origin.config.rank is None
     content = {
         "command": "extrapolate",
         "versions": {"expo": __version__, "torch": version("torch"), "python": platform.python_version()},
@@ -152,7 +159,8 @@ def manifest(
         "tensors": origin.pair.tensor_counts(),
         **vocabulary_rows(origin.pair),
         **({} if origin.pair.adapter is None else {"lora": origin.pair.adapter.describe()}),
-        **({} if origin.config.as_adapter else {"delta": delta_figures(records)}),
+        **({} if is_scaled else {"delta": delta_figures(records)}),
+        **({"approximation": approximation(found)} if (found := figures_in(records)) else {}),
         **_trajectory(origin, alpha, records),
         "bytes": origin.pair.nbytes,
         "shards": {name: {"bytes": record.nbytes, "xxh3": record.xxh3} for name, record in sorted(records.items())},
@@ -165,7 +173,7 @@ def manifest(
 def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     """The text of the model card."""
     if origin.config.as_adapter:
-        return _adapter_card(origin, alpha)
+        return _adapter_card(origin, alpha, records)
     counts, relative = origin.pair.tensor_counts(), delta_figures(records)["relative"]
     return model_card(
         title=theta_name(origin.dpo.name, alpha, origin.config.last_step),
@@ -186,9 +194,8 @@ def card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> st
     )
 
 
-def _adapter_card(origin: Origin, alpha: float) -> str:
+def _adapter_card(origin: Origin, alpha: float, records: Mapping[str, ShardRecord]) -> str:
     adapter = origin.pair.adapter
-    assert adapter is not None
     return adapter_card(
         title=theta_name(origin.dpo.name, alpha) + "-adapter",
         alpha=alpha,
@@ -196,7 +203,10 @@ def _adapter_card(origin: Origin, alpha: float) -> str:
         sft=origin.sft,
         dpo=origin.dpo,
         command=_command(origin, alpha),
-        figures={"modules with LoRA factors": len(adapter.modules), "tensors stored whole": len(adapter.whole)},
+        rank=origin.config.rank,
+        figures=card_figures(approximation(figures_in(records)))
+        if adapter is None
+        else {"modules with LoRA factors": len(adapter.modules), "tensors stored whole": len(adapter.whole)},
     )
 
 

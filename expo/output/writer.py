@@ -62,21 +62,25 @@ class ShardRecord:
     """‖θ_sft‖² over the same."""
     fits: Mapping[str, Row] = field(default_factory=dict)
     """Of a training run: the line of each tensor in it that moves (`trajectory.fit.Fit`), by name."""
+    approximation: Mapping[str, Row] = field(default_factory=dict)
+    """Of an adapter of a given rank: what it has of each tensor (`approximation.Figures`), by name."""
 
     def row(self) -> Row:
         """As a journal records it."""
-        return {name: value for name, value in asdict(self).items() if value or name != "fits"}
+        return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
 
 
 Checksums = Mapping[str, Mapping[str, str]]
 """With --verify: side → weight file → XXH3-128 of the sources, as `checkpoint.weights_xxh3` gives it."""
 
 RECORD_KEYS = {one.name for one in fields(ShardRecord)}
+OPTIONAL = {"fits", "approximation"}
+"""Those that a journal leaves out where there are none."""
 
 
 def record_of(row: Row) -> ShardRecord | None:
     """The shard that a row of a journal records; None where it says something else."""
-    return ShardRecord(**row) if row.keys() | {"fits"} == RECORD_KEYS else None
+    return ShardRecord(**row) if row.keys() | OPTIONAL == RECORD_KEYS else None
 
 
 def read_records(journal: Path) -> list[ShardRecord]:

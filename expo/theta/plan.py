@@ -311,6 +311,11 @@ def keep_layout(shards: Iterable[Shard], tensors: dict[str, TensorPlan]) -> tupl
     return tuple(plans)
 
 
+def file_of(name: str, tensors: Sequence[TensorPlan], metadata: dict[str, str]) -> ShardPlan:
+    """One file of consecutive tensors."""
+    return _shard(name, make_header(tensors, metadata), tensors)
+
+
 def reshard(shards: Sequence[Shard], tensors: dict[str, TensorPlan], max_bytes: int) -> tuple[ShardPlan, ...]:
     """DPO's tensors in their order, in files of at most `max_bytes` (one tensor may be larger)."""
     groups: list[list[TensorPlan]] = [[]]

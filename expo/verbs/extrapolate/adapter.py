@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from expo.checkpoint.folder import ADAPTER_CONFIG, Location, is_adapter, read_json
-from expo.checkpoint.side_files import side_files
+from expo.checkpoint.side_files import CODE, CONFIGS, side_files
 from expo.errors import InputError
-from expo.output.manifest import Origin, delta_figures
+from expo.output.approximation import approximation, said
+from expo.output.manifest import Origin, delta_figures, figures_in
 from expo.output.writer import ShardRecord
 from expo.theta.adapter.folders import is_another_base
 from expo.theta.adapter.scaled import scaled_config
 from expo.theta.adapter.tensors import Adapter
+from expo.theta.decide_ranked import RankedPlan
 from expo.theta.decide_scaled import ScaledPlan, plan_scaled
 from expo.theta.pair_checks import check_change
 from expo.theta.plan import PairPlan
@@ -25,20 +28,25 @@ REWARD_HEADS = (".score.weight", ".classifier.weight")
 EXPERTS = ".experts."
 """In the names of modules that PEFT fuses with transformers 5, with lora_alpha for all, whatever alpha_pattern says."""
 
+NOTED_ERROR = 0.01
+"""From this share of ‖θ_dpo − θ_sft‖ on, what an adapter lacks is warned of."""
+
 log = logging.getLogger(__name__)
 
 
-def require_adapter(dpo: Location) -> None:
-    """Refuse a DPO model that is a whole checkpoint.
+def require_kind(dpo: Location, rank: int | None) -> None:
+    """Refuse a DPO model that is a whole checkpoint without `--rank`, or an adapter with it.
 
     Raises:
         InputError: It is.
     """
-    if not is_adapter(dpo.path):
+    if not is_adapter(dpo.path) and rank is None:
         raise InputError(
-            f"--as-adapter scales the LoRA adapter that --dpo is, and {dpo.label} is a whole checkpoint: leave out "
-            "--as-adapter, or give the adapter that was trained on SFT"
+            f"--as-adapter scales the LoRA adapter that --dpo is, and {dpo.label} is a whole checkpoint: give --rank R "
+            "for the adapter of rank R that comes closest to it, or leave out --as-adapter"
         )
+    if is_adapter(dpo.path) and rank is not None:
+        raise InputError(f"{dpo.label} is an adapter already, and keeps its own rank: leave out --rank")
 
 
 def adapter_plan(merged: PairPlan, dpo: Location) -> ScaledPlan:
@@ -69,7 +77,33 @@ def adapter_plan(merged: PairPlan, dpo: Location) -> ScaledPlan:
 
 def adapter_files(dpo: Location) -> dict[str, Path]:
     """The files beside the adapter's weights: tokenizer, chat template, licence; name in the output → file."""
-    return {str(file): dpo.path / file for file in side_files(dpo.path)}
+    left = () if is_adapter(dpo.path) else (*CONFIGS, *CODE)
+    files = (file for file in side_files(dpo.path) if not any(fnmatch.fnmatch(file.name, one) for one in left))
+    return {str(file): dpo.path / file for file in files}
+
+
+def ranked_config(origin: Origin, plan: RankedPlan, alpha: float) -> str:
+    """The text of adapter_config.json of an adapter of a given rank at one α."""
+    settings = plan.lora_settings
+    given = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": origin.sft.hub_id or origin.config.sft,
+        "revision": origin.sft.revision,
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "target_modules": plan.target_modules,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
+        "bias": "none",
+        "fan_in_fan_out": settings.fan_in_fan_out,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    return json.dumps(scaled_config(given, settings, plan.alphas_of(alpha), alpha), indent=2, ensure_ascii=False) + "\n"
 
 
 def adapter_config(origin: Origin, plan: ScaledPlan, alpha: float) -> str:
@@ -118,3 +152,17 @@ def _look(adapter: Adapter) -> tuple[bool, bool]:
             finite = finite and all(map(is_finite, factors))
             moves = moves or all(bool(factor.any()) for factor in factors)
     return finite, moves
+
+
+def check_approximation(records: Mapping[str, ShardRecord]) -> None:
+    """See that the pair is one, and that factors have some of its change; say how much.
+
+    Raises:
+        InputError: Nothing differs, or nothing that can have factors.
+    """
+    change, figures = delta_figures(records), figures_in(records)
+    check_change(change["norm"], change["relative"])
+    found = approximation(figures)
+    if not any(row["norm"] for row in found["modules"].values()):
+        raise InputError("SFT and DPO differ in no layer that gets LoRA factors: leave out --as-adapter and --rank")
+    log.log(logging.WARNING if found["relative_error"] >= NOTED_ERROR else logging.INFO, "%s", said(found))

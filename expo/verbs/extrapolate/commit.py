@@ -17,10 +17,11 @@ from expo.output.parts import PartState, adopt_parts, hold_parts
 from expo.output.writer import CARD_FILE, MANIFEST_FILE, ShardRecord, StagedOutput
 from expo.parts import Part, array_list
 from expo.progress import bytes_bar
+from expo.theta.decide_ranked import RankedPlan
 from expo.theta.decide_scaled import ScaledPlan
 from expo.theta.pair_checks import check_change, check_lines
 from expo.theta.plan import index_json
-from expo.verbs.extrapolate.adapter import adapter_config, check_factors
+from expo.verbs.extrapolate.adapter import adapter_config, check_approximation, check_factors, ranked_config
 from expo.verbs.extrapolate.plan import ExtrapolatePlan, Output
 
 Wrong: TypeAlias = Mapping[Part, str]
@@ -100,6 +101,8 @@ def _config_texts(job: ExtrapolatePlan, output: Output) -> dict[str, str]:
     """The files that say how the weights are read, except where DPO's is copied."""
     if isinstance(job.pair, ScaledPlan):
         return {ADAPTER_CONFIG: adapter_config(job, job.pair, output.alpha)}
+    if isinstance(job.pair, RankedPlan):
+        return {ADAPTER_CONFIG: ranked_config(job, job.pair, output.alpha)}
     texts = {} if job.pair.is_single_file else {INDEX_FILE: index_json(job.pair)}
     if CONFIG_FILE in job.side_files and (job.config.dtype != "auto" or job.pair.changes_config):
         texts[CONFIG_FILE] = config_text(job.pair.dpo.config, job.config.dtype)
@@ -116,6 +119,8 @@ def check_changes(job: ExtrapolatePlan, records: Sequence[Mapping[str, ShardReco
     changed = [shards for output, shards in zip(job.todo, records, strict=True) if output.alpha]
     if isinstance(job.pair, ScaledPlan):
         check_factors(job.pair, changed)
+    elif isinstance(job.pair, RankedPlan):
+        check_approximation(records[0])
     elif changed and job.pair.has_change:
         figures = delta_figures(changed[0])
         check_change(figures["norm"], figures["relative"])

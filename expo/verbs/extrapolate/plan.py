@@ -20,10 +20,11 @@ from expo.output.writer import Checksums, is_complete
 from expo.parts import Part, all_parts, array_list, read_part
 from expo.settings import Fingerprint, absent_values, recorded
 from expo.theta.adapter.folders import output_side_files
+from expo.theta.decide_ranked import plan_ranked
 from expo.theta.names import theta_name
 from expo.theta.pair import find_earlier, find_pair, pair_settings, plan_located, source_fingerprints
 from expo.theta.plan import PairPlan, ShardPlan
-from expo.verbs.extrapolate.adapter import adapter_files, adapter_plan, require_adapter
+from expo.verbs.extrapolate.adapter import adapter_files, adapter_plan, require_kind
 
 FORMAT = 1
 """Incremented when the same settings would give different bytes."""
@@ -159,7 +160,7 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     destinations = find_destinations(repositories, private=config.private)
     sft, dpo = find_pair(config)
     if config.as_adapter:
-        require_adapter(dpo)
+        require_kind(dpo, config.rank)
     earlier = find_earlier(config, allow_pickle=config.allow_pickle)
     folders = _output_folders(config, dpo)
     for folder in folders:
@@ -175,7 +176,8 @@ def plan(config: ExtrapolateConfig) -> ExtrapolatePlan:
     if verified != outputs:
         pair = _plan_pair(config, (sft, *earlier, dpo), verified)
     if config.as_adapter:
-        return ExtrapolatePlan(config, sft, (), dpo, adapter_plan(pair, dpo), weights, verified, adapter_files(dpo))
+        made = adapter_plan(pair, dpo) if config.rank is None else plan_ranked(pair, config.rank, config.dtype)
+        return ExtrapolatePlan(config, sft, (), dpo, made, weights, verified, adapter_files(dpo))
     files = output_side_files(sft.path, dpo.path)
     if todo := [output for output in verified if not output.complete]:
         warn_of_missing(sft, dpo, files.keys(), todo[0].folder)

@@ -18,10 +18,12 @@ from expo.files import Row
 from expo.output.shard import StagedShard
 from expo.output.writer import ShardRecord, StagedOutput, staging_folder
 from expo.progress import Progress, bytes_bar
+from expo.theta.decide_ranked import RankedPlan
 from expo.theta.pair import source_fingerprints
 from expo.theta.plan import PairPlan, ShardPlan
 from expo.verbs.extrapolate.commit import check_changes, complete
 from expo.verbs.extrapolate.plan import ExtrapolatePlan
+from expo.verbs.extrapolate.ranked import write_factors
 
 if TYPE_CHECKING:
     from expo.theta.norms import Norms
@@ -46,7 +48,8 @@ def write(job: ExtrapolatePlan) -> None:
             )
             for output in job.todo
         ]
-        times = {"started": started, **_write_shards(job, staged)}
+        made = write_factors(job, job.pair, staged) if isinstance(job.pair, RankedPlan) else _write_shards(job, staged)
+        times = {"started": started, **made}
         _require_unchanged(job)
         times["seconds"] = round(time.perf_counter() - clock, 3)
         if job.part is not None:
