@@ -103,11 +103,13 @@ def logits(model: torch.nn.Module) -> Tensor:
         return model.eval()(torch.arange(3, 30)[None]).logits
 
 
-def greedy(model: torch.nn.Module) -> list[list[int]]:
-    prompts = torch.arange(3, 63).reshape(6, 10)
-    return (
-        model.eval().generate(prompts, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0).tolist()
-    )
+PROMPTS = torch.arange(3, 63).reshape(6, 10)
+
+
+def greedy(model: torch.nn.Module, prompts: Tensor = PROMPTS) -> list[list[int]]:
+    """The answers' tokens."""
+    usual = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    return model.eval().generate(prompts, **usual)[:, prompts.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("alpha", [0.5, -0.5])
@@ -280,7 +282,7 @@ def ask(engine, **settings):
     return [list(one.outputs[0].token_ids) for one in engine.generate(prompts, greedy, use_tqdm=False, **settings)]
 
 def main():
-    engine = start(given["base"], enable_lora=True, max_lora_rank=8)
+    engine = start(given["base"], enable_lora=True, max_lora_rank=64)
     found = {"base": ask(engine)}
     for number, (name, folder) in enumerate(given["adapters"].items(), start=1):
         found[name] = ask(engine, lora_request=LoRARequest(name, number, folder))
@@ -300,10 +302,22 @@ if __name__ == "__main__":
 """
 
 
+def approximated(base: Path, folder: Path) -> Path:
+    """An adapter of rank 48, and in smaller layers less, to a base, of a DPO model that differs in all tensors."""
+    torch.manual_seed(4)
+    tensors = read_checkpoint_tensors(base)
+    shutil.copytree(base, folder / "dpo")
+    write_checkpoint(folder / "dpo", {name: one + 0.05 * torch.randn_like(one) for name, one in tensors.items()})
+    return scaled((base, folder / "dpo"), folder / "ranked", 0.5, rank=48, alpha_for=("q_proj=2",))
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_answers_with_it_as_with_the_checkpoint(made: Maker, run_warm: Run, tmp_path: Path) -> None:
-    """With one scaling for all modules, and with an α of their own over patterns and rsLoRA."""
+    """With one scaling for all modules, with an α of their own over patterns and rsLoRA, and of two checkpoints.
+
+    What vLLM should answer with the last one PEFT does.
+    """
     cases = {"uniform": ("all linear", {}), "own": ("patterns, rank-stabilised", OWN)}
     folders = {}
     for name, (case, settings) in cases.items():
@@ -313,9 +327,10 @@ def test_vllm_answers_with_it_as_with_the_checkpoint(made: Maker, run_warm: Run,
     shutil.copytree(folders["own"], tmp_path / "without")
     (tmp_path / "without" / CONFIG).write_text(json.dumps({**config_of(tmp_path / "own"), "alpha_pattern": {}}))
     base, saved = made((wide_llama, CASES["saved modules"][1]), torch.float32)
+    ranked = approximated(base, tmp_path)
     given = {
         "base": str(base),
-        "adapters": {**folders, "without": str(tmp_path / "without")},
+        "adapters": {**folders, "without": str(tmp_path / "without"), "ranked": str(ranked)},
         "checkpoints": {name: str(tmp_path / f"whole-{name}") for name in cases},
         "refused": str(scaled((base, saved), tmp_path / "saved", 0.5)),
     }
@@ -327,6 +342,9 @@ def test_vllm_answers_with_it_as_with_the_checkpoint(made: Maker, run_warm: Run,
         assert found[name] == found[f"checkpoint {name}"] != found["base"], name
     assert found["without"] != found["own"], "it reads alpha_pattern"
     assert "modules_to_save" in found["refused"], "what the command warns of"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    prompts = torch.tensor([list(range(first, first + 10)) for first in range(3, 53, 5)])
+    assert found["ranked"] == greedy(PeftModel.from_pretrained(model, ranked), prompts) != found["base"]
 
 
 # --- what is recorded, and what goes along ------------------------------------------------------------------------

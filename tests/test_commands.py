@@ -104,7 +104,7 @@ def test_words_of_a_line(text: str, words: list[list[str]]) -> None:
         ("sbatch --array=1,5 --wrap 'expo generate alpaca --model M --part slurm/8'", None),
         ("expo extrapolate --sft a --dpo b --alpha $alpha", None),
         ("expo extrapolate --sft a --dpo b --alpha 0.1 --verfiy", "No such option: --verfiy"),
-        ("expo extrapolate --sft a --alpha 0.1", "Missing option '--dpo'"),
+        ("expo extrapolate --sft a --alpha 0.1", "--dpo is missing"),
         ("expo extrapolate --sft a --dpo b --alpha high", "valid number"),
         ("expo sweep --recipe zephyr-7b-gamma", "no recipe 'zephyr-7b-gamma'"),
         ("expo compare A.json --task", "requires an argument"),
