@@ -93,15 +93,19 @@ class Combiner:
         self._course = settings.course
         self.fits: dict[str, Fit] = {}
         """Of a training run: the line of each tensor that was combined, by name."""
+        self._changed: dict[str, tuple[Segment, Norms]] = {}
+        """The first segment of each of these tensors that moves, and the norms of all that do, which it reports."""
         outputs, sets = len(settings.alphas), 2 * workers
         wanted = CPU_PIECE_BYTES if device.type == "cpu" else CUDA_PIECE_BYTES
         steps = len(self._course.steps) if self._course else 0
         if steps:
             wanted = min(wanted, max(COURSE_BYTES[device.type] // (steps + 2) // PAGE, 1) * PAGE)
         self._piece_bytes = min(wanted, max(MAX_OUTPUT_BYTES // max(outputs * sets, 1) // PAGE, 1) * PAGE)
+        lane_bytes = wanted if steps else self._piece_bytes
+        self._fit_bytes = wanted  # whatever the number of α, so that sums and lines are the same
         self._tile = CPU_TILE if device.type == "cpu" else CUDA_TILE
         self._deltas = Deltas(sources.read, device, self._tile)
-        lanes = [Lane(self._piece_bytes, device, steps) for _ in range(workers)]
+        lanes = [Lane(lane_bytes, device, steps) for _ in range(workers)]
         pinned = device.type == "cuda"
         buffers = [Outputs(self._piece_bytes, outputs, pinned=pinned) for _ in range(sets)]
         self._workers = Workers(lanes, buffers, stop=sources.stop)
@@ -132,12 +136,9 @@ class Combiner:
         norms: list[tuple[Segment, Norms]] = []
         for window in self._windows(segments):
             self._fit(window, None)
-            todo = zip(count(len(norms)), self._pieces(window), strict=False)
+            todo = zip(count(len(norms)), pieces(window, self._piece_bytes, self._tile), strict=False)
             norms += self._workers.each(self._combine, todo, sinks, on_bytes)
         return norms
-
-    def _pieces(self, segments: Iterable[tuple[Segment, int]]) -> Iterator[Piece]:
-        return pieces(segments, self._piece_bytes, self._tile)
 
     def _windows(self, segments: list[tuple[Segment, int]]) -> Iterator[list[tuple[Segment, int]]]:
         """Of a training run, consecutive tensors of about WINDOW_BYTES; of a pair, all there is."""
@@ -171,16 +172,19 @@ class Combiner:
         moving = [(segment, offset) for segment, offset in segments if segment.earlier]
         if self._course is None or not moving:
             return
-        found = self._workers.each(self._gram, enumerate(self._pieces(moving)), [], on_bytes)
+        todo = enumerate(pieces(moving, self._fit_bytes, self._tile))
+        found = self._workers.each(self._gram, todo, [], on_bytes)
         rule = LINE_RULES[self._course.rule]
-        for name, grams in groupby(found, key=lambda entry: entry[0].dpo.name):
-            gram = total([of_piece for _, of_piece in grams])
+        for name, of_tensor in groupby(found, key=lambda entry: entry[0].dpo.name):
+            parts, grams, sizes = zip(*((segment, *of_piece) for segment, of_piece in of_tensor), strict=True)
+            gram = total(grams)
             if not np.isfinite(gram).all():
                 raise InputError(
                     f"tensor {name} contains NaN or infinity at one of the steps, and no line can be found for it; "
                     f"--exclude '^{re.escape(name)}$' copies it from the last step"
                 )
             self.fits[name] = fit(rule, gram, self._course.steps)
+            self._changed[name] = parts[0], Norms(float(gram[-1, -1]), math.fsum(sizes), sampled=True)
 
     def _combine(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
         segment, norms = piece.segment, Norms()
@@ -202,9 +206,10 @@ class Combiner:
         lane.finish()
         return norms
 
-    def _gram(self, piece: Piece, lane: Lane, _outputs: Sequence[Tensor]) -> Rows:
-        """The inner products of the piece's changes."""
-        return gram(self._moved(piece, lane).changes)
+    def _gram(self, piece: Piece, lane: Lane, _outputs: Sequence[Tensor]) -> tuple[Rows, float]:
+        """The inner products of the piece's changes, and about ‖θ_0‖² of it."""
+        moved = self._moved(piece, lane)
+        return gram(moved.changes), sampled_square(moved.start)
 
     def _follow(self, piece: Piece, lane: Lane, outputs: Sequence[Tensor]) -> Norms:
         """θ(T) on the line that was found for the tensor."""
@@ -218,8 +223,8 @@ class Combiner:
                 _refuse_nonfinite(segment)
             lane.store(value, out)
         lane.finish()
-        is_first = segment.offset == 0 and piece.first == 0
-        return Norms(line.squares[-1] if is_first else 0.0, sampled_square(moved.start), sampled=True)
+        first, norms = self._changed[segment.dpo.name]
+        return norms if segment is first and piece.first == 0 else Norms()
 
     def _moved(self, piece: Piece, lane: Lane) -> Moved:
         """θ_0 of the piece, and its change at every step."""
