@@ -311,6 +311,7 @@ def approximated(base: Path, folder: Path) -> Path:
     return scaled((base, folder / "dpo"), folder / "ranked", 0.5, rank=48, alpha_for=("q_proj=2",))
 
 
+@pytest.mark.full  # in CI vLLM's server answers with adapters, one of them with patterns: `test_lora_server.py`
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_answers_with_it_as_with_the_checkpoint(made: Maker, run_warm: Run, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from expo.cli import program as cli
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 STARTED, LATER = (0.0, 0.3, 0.5), 1.0
+OWN = {0.5: ("q_proj=2",)}
+"""`--alpha-for` of some: modules with an α of their own, in `alpha_pattern`."""
 NAMES = ("sft", *(f"a{alpha}" for alpha in STARTED))
 LONG = 140
 """Tokens of a prompt: more than a block of vLLM's cache, which must not be shared by two α."""
@@ -105,7 +107,8 @@ def served(made: Maker, llama_pair: helpers.Pair, tmp_path_factory: pytest.TempP
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(llama_pair[0] / file, sft)
     pair = sft, lora
-    helpers.write(pair, folder / "adapters" / "a{alpha}", *STARTED, LATER, as_adapter=True)
+    for alpha in (*STARTED, LATER):
+        helpers.write(pair, folder / "adapters" / f"a{alpha}", alpha, alpha_for=OWN.get(alpha, ()), as_adapter=True)
     options = [
         *("--served-model-name", "sft", "--max-model-len", 512, "--kv-cache-memory-bytes", 64 << 20),
         *("--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192),
@@ -114,7 +117,8 @@ def served(made: Maker, llama_pair: helpers.Pair, tmp_path_factory: pytest.TempP
     ]
     log, runtime = folder / "log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with helpers.vllm_server(sft, *options, log=log, **runtime) as answering:
-        helpers.write(pair, folder / "a{alpha}", *STARTED, LATER)
+        for alpha in (*STARTED, LATER):
+            helpers.write(pair, folder / f"a{alpha}", alpha, alpha_for=OWN.get(alpha, ()))
         prompts = torch.randint(6, 64, (ROWS, LONG), generator=torch.Generator().manual_seed(0)).tolist()
         models = {"sft": sft, **{f"a{alpha}": folder / f"a{alpha}" for alpha in (*STARTED, LATER)}}
         expected = {name: by_transformers(model, prompts) for name, model in models.items()}
@@ -123,6 +127,8 @@ def served(made: Maker, llama_pair: helpers.Pair, tmp_path_factory: pytest.TempP
 
 def test_each_name_answers_as_its_checkpoint(served: Served) -> None:
     assert served.listed() == {*NAMES}
+    patterns = [json.loads((served.folder / f"adapters/a{alpha}/adapter_config.json").read_text()) for alpha in STARTED]
+    assert [bool(one["alpha_pattern"]) for one in patterns] == [alpha in OWN for alpha in STARTED]
     for name in NAMES:
         assert served.answers(name, served.prompts) == served.expected[name], name
 

@@ -149,12 +149,11 @@ class LineRule:
     direction: Direction
     through_zero: bool
     """Whether the line goes through θ_0 at t = 0, so that b = 0."""
-    least_steps: int
 
 
 LINE_RULES = {
-    "relex": LineRule("θ(T) = θ_0 + (a·T + b) v, v the leading direction of the Δ_t", leading, False, 2),
-    "linear": LineRule("θ(T) = θ_0 + T · Σ_t t Δ_t / Σ_t t²", through_start, True, 1),
+    "relex": LineRule("θ(T) = θ_0 + (a·T + b) v, v the leading direction of the Δ_t", leading, False),
+    "linear": LineRule("θ(T) = θ_0 + T · Σ_t t Δ_t / Σ_t t²", through_start, True),
 }
 """Name → rule."""
 
