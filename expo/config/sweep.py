@@ -237,7 +237,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         return GenerateConfig(task=self.task, output_dir=output_dir, **settings)
 
     def theta_settings(self, alpha: float) -> dict[str, Any]:
-        """The settings of one θ(α), without α.
+        """The settings of one θ(α).
 
         Of a training run, α = 0 is the last checkpoint itself and −1 the start, as of a pair; others are on its lines.
         """
