@@ -14,8 +14,7 @@ from adapters import Maker, gpt2, llama, qwen, save_base, tied_llama
 from helpers import Result, read_checkpoint_tensors, run_python, tree, write, write_checkpoint
 from peft import PeftModel
 from safetensors.torch import load_file
-from sizes import sized
-from test_as_adapter import CONFIG, WEIGHTS, config_of, greedy, logits
+from test_as_adapter import CONFIG, WEIGHTS, config_of, greedy, logits, require_same_after_kills
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -429,48 +428,10 @@ def test_different_alphas_within_a_fused_module_are_refused(
 
 # --- killed, and in little memory ---------------------------------------------------------------------------------
 
-KILLED = """
-import json, shutil, sys
-from pathlib import Path
-from crashes import die_at, ended, finished, forked, run, tree, warm_up
-
-sft, dpo, folder = map(Path, sys.argv[1:4])
-stride, sys.stdout, results = int(sys.argv[4]), sys.stderr, sys.stdout
-
-def command(output):
-    return run(sft, dpo, output, "--alpha", "0.3", "--as-adapter", "--rank", "4")
-
-def broken(output, step):
-    die_at(step, output)
-    return command(output)
-
-warm_up(sft, dpo, folder)
-assert ended(forked(lambda: command(folder / "whole"))) == 0
-whole, output, wrong, kills = finished(folder / "whole"), folder / "out", [], 0
-for step in range(0, 10_000, stride):
-    code = ended(forked(lambda: broken(output, step)))
-    left = {name for name in tree(output) if not name.startswith(".expo-partial")}
-    if "adapter_config.json" in left and left != {*whole}:
-        wrong.append(f"at {step} it loads, and is not whole: {sorted(left)}")
-    if ended(forked(lambda: command(output))) or finished(output) != whole:
-        wrong.append(f"after {step} the rerun ended otherwise")
-    shutil.rmtree(output)
-    if code == 0:
-        break
-    kills += 1
-print(json.dumps([kills, wrong]), file=results)
-"""
-
 
 @pytest.mark.slow
 def test_a_killed_run_is_run_again_to_the_same_bytes(by_hand: Pair, tmp_path: Path) -> None:
-    done = run_python(
-        KILLED, *by_hand, tmp_path, sized(ci=5, full=1), env={"PYTHONPATH": str(Path(__file__).parent)}, timeout=300
-    )
-    assert done.code == 0, done.stderr
-    kills, wrong = json.loads(done.stdout.splitlines()[-1])
-    assert wrong == []
-    assert kills > 5
+    require_same_after_kills(by_hand, tmp_path, "--rank", 4)
 
 
 MEASURE = """

@@ -18,7 +18,7 @@ from expo.theta.adapter.settings import Settings
 from expo.theta.adapter.tensors import ADAPTER_WEIGHTS, CONV1D, CONV1D_MODELS, PREFIX
 from expo.theta.decide import plan_pair
 from expo.theta.partners import BASE_PREFIXES
-from expo.theta.plan import Match, PairPlan, Segment, ShardPlan, TensorPlan, file_of
+from expo.theta.plan import AdapterPlan, Match, PairPlan, Segment, ShardPlan, TensorPlan, file_of
 
 WEIGHT = ".weight"
 NO_LINEAR = re.compile(r"embed|emb$|^(wte|wpe|shared|gate|router|shared_expert_gate|score|classifier|head|conv\d*d?)$")
@@ -62,7 +62,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class RankedPlan(PairPlan):
+class RankedPlan(AdapterPlan):
     """The plan of the adapter's one file."""
 
     modules: tuple[Module, ...] = ()
@@ -73,16 +73,6 @@ class RankedPlan(PairPlan):
     """Integers, which must be equal on both sides."""
     rank: int = 0
     """The largest of the modules' ranks."""
-
-    @property
-    def is_single_file(self) -> bool:
-        """An adapter has no index."""
-        return True
-
-    @property
-    def changes_config(self) -> bool:
-        """An adapter has no config of a model."""
-        return False
 
     @property
     def copied(self) -> tuple[int, float]:

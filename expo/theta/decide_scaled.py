@@ -12,28 +12,18 @@ from expo.checkpoint.folder import TensorInfo
 from expo.errors import InputError
 from expo.theta.adapter.names import tied_heads
 from expo.theta.adapter.tensors import ADAPTER_WEIGHTS, PREFIX, Adapter, own_name
-from expo.theta.plan import PairPlan, Segment, TensorPlan, keep_layout
+from expo.theta.plan import AdapterPlan, PairPlan, Segment, TensorPlan, keep_layout
 
 SAVE_AGAIN = "load it with peft and save it again with save_pretrained"
 _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
 @dataclass(frozen=True)
-class ScaledPlan(PairPlan):
+class ScaledPlan(AdapterPlan):
     """The plan of an adapter's one file; what is said of tensors is said of the model that it makes of SFT."""
 
     merged: PairPlan | None = None
     """The plan of that model."""
-
-    @property
-    def is_single_file(self) -> bool:
-        """An adapter has no index."""
-        return True
-
-    @property
-    def changes_config(self) -> bool:
-        """An adapter has no config of a model."""
-        return False
 
     @property
     def copied(self) -> tuple[int, float]:

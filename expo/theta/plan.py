@@ -262,6 +262,21 @@ class PairPlan:
         return {**merged, **made, "equal": self.count("match")}
 
 
+@dataclass(frozen=True)
+class AdapterPlan(PairPlan):
+    """The plan of a LoRA adapter's one file, in place of a checkpoint's."""
+
+    @property
+    def is_single_file(self) -> bool:
+        """An adapter has no index."""
+        return True
+
+    @property
+    def changes_config(self) -> bool:
+        """An adapter has no config of a model."""
+        return False
+
+
 def _is_copied(tensor: TensorPlan) -> bool:
     return all(segment.sft is None for segment in tensor.segments)
 
