@@ -38,7 +38,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import ScoreConfig
-from expo.engines import tight_batches
+from expo.engines.batches import tight_batches
 from expo.engines.transformers_reward import CPU_BATCH_TOKENS, TransformersScorer
 from expo.verbs.score import plan
 

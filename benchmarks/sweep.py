@@ -47,7 +47,8 @@ from switch import make_pair
 
 from expo.cli.program import PROCESS_ENVIRONMENT
 from expo.config import GenerateConfig, ScoreConfig
-from expo.engines import tight_batches, vllm as vllm_engine, vllm_reward
+from expo.engines import vllm as vllm_engine, vllm_reward
+from expo.engines.batches import tight_batches
 from expo.engines.torch_tools import visible_gpus
 from expo.engines.transformers_reward import CPU_BATCH_TOKENS
 from expo.theta.names import theta_name

@@ -595,6 +595,7 @@ def sweep(
     target_step: float | Iterable[float] = (),
     with_sft: bool = False,
     search: Literal["grid", "race"] = "grid",
+    switch: Literal["auto", "reload", "adapter"] = "auto",
     task: str | PathLike[str] = "ultrafeedback",
     output: str | PathLike[str] | None = None,
     any_pair: bool = False,
@@ -657,6 +658,7 @@ def sweep(
     target_step: float | Iterable[float] = (),
     with_sft: bool = False,
     search: Literal["grid", "race"] = "grid",
+    switch: Literal["auto", "reload", "adapter"] = "auto",
     task: str | PathLike[str] = "ultrafeedback",
     output: str | PathLike[str] | None = None,
     any_pair: bool = False,
@@ -739,6 +741,10 @@ def sweep(
         with_sft: Also measure SFT itself, which is α = −1, for reference.
         search: grid: every α answers every prompt; race: α that fall behind are dropped, and the best
             one is tested on prompts set aside, for at most half of the tokens.
+        switch: How the policy's engine goes from one α to the next: reload gives it other weights;
+            adapter, for a LoRA pair with vllm, has all α in one batch, each as an adapter that is
+            applied to SFT; auto is adapter on a GPU where a test finds it as fast, with the same
+            answers.
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output: Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default:
             sweeps/<DPO name>]

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from expo.config import GenerateConfig
-from expo.engines import GENERATORS, SCORERS, Request, token_batches
+from expo.engines import GENERATORS, SCORERS, Request
+from expo.engines.batches import token_batches
 from expo.engines.transformers import PenaltyProcessor, SeededChoice, sampling_noise
 
 COMPARE = """

@@ -171,7 +171,7 @@ FLAGS = {
     " --engine-arg --frequency-penalty --indifference --limit --max-tokens --n --output --presence-penalty"
     " --ray --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
     " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
-    " --search --seed --seed-mode --slice --stop-token-id --system --target-step --task --temperature"
+    " --search --seed --seed-mode --slice --stop-token-id --switch --system --target-step --task --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code --with-sft --write",
     "recipes": "--debug --json --show",
 }

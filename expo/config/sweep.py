@@ -16,6 +16,7 @@ from expo.files import is_utf8, shown
 from expo.settings import Setting, require, require_alpha, require_choice, require_device, require_text
 
 Search: TypeAlias = Literal["grid", "race"]
+Switch: TypeAlias = Literal["auto", "reload", "adapter"]
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
 """The paper's candidates for fully trained models."""
@@ -125,6 +126,14 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
             "prompts set aside, for at most half of the tokens."
         ),
     ] = "grid"
+    switch: Annotated[
+        Switch,
+        Setting(
+            "How the policy's engine goes from one α to the next: reload gives it other weights; adapter, for a LoRA "
+            "pair with vllm, has all α in one batch, each as an adapter that is applied to SFT; auto is adapter on a "
+            "GPU where a test finds it as fast, with the same answers."
+        ),
+    ] = "auto"
     task: Annotated[
         str, Setting("ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.", metavar="TASK")
     ] = "ultrafeedback"
@@ -156,6 +165,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
             require(twice is None, f"{name} {twice} is given more than once")
         self._require_candidate()
         require_choice("--search", self.search, Search)
+        require_choice("--switch", self.switch, Switch)
         self._require_race_settings()
         require(
             not (self.checkpoint and self.alpha_for),

@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from expo.config.sweep import SFT_ALPHA
 from expo.errors import InputError
 from expo.settings import flag, settings_of
 from expo.tasks import Message
 
 if TYPE_CHECKING:
-    from expo.config import GenerateConfig, RowsConfig, ScoreConfig
+    from expo.config import GenerateConfig, RowsConfig, ScoreConfig, ThetaConfig
+    from expo.theta.applied import Applied
     from expo.theta.pair import ThetaPlan
 
 
@@ -110,15 +112,26 @@ class GeneratorSetup:
     """The θ(α) to load; None to load the weights in the model's folder."""
     gpu_share: float | None = None
     """The share of each GPU's memory for an engine that reserves it; None for the engine's own default."""
+    applied: Applied | None = None
+    """The adapter that makes `theta` of SFT while the engine answers; None to load the weights of `theta` itself."""
 
     @property
     def name(self) -> str:
         """The model's name in messages."""
         return self.model.name if self.theta is None else self.theta.name
 
+    @property
+    def loaded(self) -> ThetaConfig | None:
+        """The θ(α) whose weights the engine loads: SFT, where an adapter is applied to it; None for a model's own."""
+        if self.theta is None:
+            return None
+        if self.applied is None:
+            return self.theta.config
+        return replace(self.theta.config, alpha=SFT_ALPHA, alpha_for=(), exclude=())
+
     def weights(self) -> dict[str, Any] | None:
-        """What decides the values of a θ(α), as it is now: two plans of one are one; None for a model's own weights."""
-        return None if self.theta is None else self.theta.weights()
+        """What decides the values that it loads, as they are now: two plans of one are one; None for a model's own."""
+        return None if self.theta is None or self.loaded is None else self.theta.weights(self.loaded)
 
     @property
     def _source(self) -> tuple[Path, ...]:
@@ -128,8 +141,10 @@ class GeneratorSetup:
     def takes_over(self, started: GeneratorSetup) -> bool:
         """Whether an engine that was started with another setup can go on with this one, given its weights."""
         settings = ("device", "dtype", "engine_arg", "tensor_parallel", "trust_remote_code", "base_url", "concurrency")
+        places = [one.applied and one.applied.place for one in (self, started)]
         return (
             (self._source, self.stop_ids, self.pad_id) == (started._source, started.stop_ids, started.pad_id)
+            and places[0] == places[1]
             and self.context_length <= started.context_length
             and all(getattr(self.config, name) == getattr(started.config, name) for name in settings)
         )
@@ -250,7 +265,7 @@ class EngineSpec:
     """Its class, as `module:class`."""
     can: frozenset[str] = frozenset()
     """What settings may ask of it (`Setting.needs`): `local` (it runs here, on a model folder), `server` (it asks one),
-    `engine_arg`, `tensor_parallel`."""
+    `engine_arg`, `tensor_parallel`, `adapters` (it answers for several α in one batch: a `SharedGenerator`)."""
     pads: bool = False
     """Whether it pads rows to batches, so that what changes batches changes rows in their last bits."""
     absent: Mapping[str, object] = field(default_factory=dict)
@@ -282,7 +297,7 @@ class EngineSpec:
 GENERATORS = {
     "vllm": EngineSpec(
         "expo.engines.vllm:VllmGenerator",
-        can=frozenset({"local", "engine_arg", "tensor_parallel"}),
+        can=frozenset({"local", "engine_arg", "tensor_parallel", "adapters"}),
         why_not="expo.engines.vllm_tools:why_not",
         context_limit="expo.engines.vllm_tools:context_limit",
         preload="expo.engines.vllm_tools:import_vllm",
@@ -393,54 +408,3 @@ def require_fitting(engines: Mapping[str, EngineSpec], config: RowsConfig, engin
 def _load(place: str) -> Any:  # noqa: ANN401 - a class or function, whose type the callers know
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group rows into padded batches of at most `budget` tokens, longest rows first.
-
-    A pure function of all rows' lengths: a rerun groups them as the first run did. Longest first, so that a lack
-    of memory shows at once.
-
-    Args:
-        lengths: Tokens of each row.
-        budget: The maximum number of tokens in a batch, including padding; a longer row is a batch of its own.
-
-    Returns:
-        Row numbers, batch by batch.
-    """
-    batches: list[list[int]] = []
-    order = sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
-    for number in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(number)
-        else:
-            batches.append([number])
-    return batches
-
-
-MOST_PADDED = 1.06
-"""Padded over real tokens of a batch of `tight_batches`, at most."""
-
-
-def tight_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group rows into padded batches as `token_batches` does, but end one before it is much more padding than tokens.
-
-    Args:
-        lengths: Tokens of each row.
-        budget: The maximum number of tokens in a batch, including padding; a longer row is a batch of its own.
-
-    Returns:
-        Row numbers, batch by batch, longest rows first; each batch is at most `MOST_PADDED` × its tokens.
-    """
-    batches: list[list[int]] = []
-    width = tokens = 0
-    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        length = lengths[number]
-        padded = width * (len(batches[-1]) + 1) if batches else 0
-        if batches and padded <= min(budget, MOST_PADDED * (tokens + length)):
-            batches[-1].append(number)
-            tokens += length
-        else:
-            batches.append([number])
-            width = tokens = length
-    return batches

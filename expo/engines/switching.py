@@ -32,6 +32,8 @@ BEYOND_BLOCK = 16
 """Tokens of a prompt after a larger block."""
 NEW_TOKENS = 8
 """Generated after each prompt; the log probability of each depends on every row of the head."""
+BATCH = 32
+"""Answers whose time is taken, where that is asked."""
 
 BOUNDS = {"float32": 1e-3, "float16": 2.0**-7, "bfloat16": 2.0**-4}
 """Dtype → how far log probabilities may differ on a GPU, in nats: a rounding step of a logit between 8 and 16 (float32:
@@ -60,8 +62,17 @@ def bound_of(config: GenerateConfig, model: Path) -> float:
     """How far log probabilities of one model in two engines may differ, in nats; 0 on a CPU, where they are equal."""
     if config.device == "cpu" or not visible_gpus():
         return 0.0
-    dtype = own_dtype(model) if config.dtype == "auto" else config.dtype
-    return BOUNDS.get(dtype, BOUNDS["bfloat16"])
+    return BOUNDS.get(own_dtype(model) if config.dtype == "auto" else config.dtype, BOUNDS["bfloat16"])
+
+
+def rounding_of(config: GenerateConfig, model: Path) -> float:
+    """How far log probabilities may differ where θ(α) is loaded in one engine and not in the other, in nats.
+
+    One is rounded to the checkpoint's data type before it runs in the engine's.
+    """
+    stored = own_dtype(model)
+    runs_in = stored if config.dtype == "auto" else config.dtype
+    return max(BOUNDS.get(dtype, BOUNDS["bfloat16"]) for dtype in (stored, runs_in))
 
 
 def difference(one: Sequence[Probed], other: Sequence[Probed], bound: float) -> str | None:
@@ -112,6 +123,8 @@ class Reply:
     ready_seconds: float
     """From the job until the engine had the job's weights."""
     probe_seconds: float
+    batch_seconds: float | None = None
+    """What a batch of `BATCH` answers took; None where that was not asked."""
 
     def write(self, file: Path) -> None:
         """Hand it to the process that asked.

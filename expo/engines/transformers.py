@@ -28,7 +28,8 @@ from transformers import (
 
 from expo.checkpoint.folder import is_adapter
 from expo.config import GenerateConfig
-from expo.engines import Completion, GeneratorSetup, Key, Probed, Request, token_batches
+from expo.engines import Completion, GeneratorSetup, Key, Probed, Request
+from expo.engines.batches import token_batches
 from expo.engines.coverage import is_token, require_trained
 from expo.engines.held import Held, held_by
 from expo.engines.torch_tools import find_device, loading, out_of_memory_hint

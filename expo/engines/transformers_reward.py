@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expo.engines import ScorerSetup, tight_batches
+from expo.engines import ScorerSetup
+from expo.engines.batches import tight_batches
 from expo.engines.coverage import is_token
 from expo.engines.reward_classes import READ_PADDING, attends_forwards, class_of_last, moves_positions, padding_table
 from expo.engines.reward_loading import load_reward_model

@@ -43,6 +43,7 @@ UNHEARD = ("LOGGING", "USAGE_STATS", "API_KEY")
 LOADERS = (
     *("engines/vllm.py", "engines/vllm_loader.py", "engines/transformers.py", "engines/transformers_theta.py"),
     *("engines/held.py", "engines/switching.py", "theta/tensors.py"),
+    *("engines/shared.py", "theta/applied.py"),
 )
 """What of expo loads another θ(α), and asks for it: expo's version is the same for many commits."""
 CPU_FACTS = ("model name", "flags", "CPU part", "Features")

@@ -10,23 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from expo.config import GenerateConfig
 from expo.engines import Completion, GeneratorSetup, Key, Probed, Request
 from expo.engines.refusals import LOAD_FORMAT, reraise_refusals
 from expo.engines.vllm_tools import VllmEngine, common_arguments, given_arguments, has_gpu, refusing
 from expo.errors import EnvironmentFailure
 
 if TYPE_CHECKING:
+    from expo.config import ThetaConfig
     from expo.engines.held import Held
-    from expo.theta.pair import ThetaPlan
+    from expo.theta.applied import Applied
 
 SIZES = frozenset({"max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization"})
 """Arguments that change how many rows run at once, but no row."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`."""
 
 EXTENSION, HELD_EXTENSION = "worker_extension_cls", "expo.engines.held.HeldExtension"
 """What is mixed into vLLM's workers where weights are θ(α)."""
@@ -52,7 +55,7 @@ def _make_loader_known(arguments: dict[str, Any]) -> None:
 
 
 class VllmGenerator(VllmEngine):
-    """See `expo.engines.Generator`.
+    """See `expo.engines.Generator`, and `expo.engines.shared.SharedGenerator`.
 
     Args:
         setup: What to start.
@@ -66,8 +69,10 @@ class VllmGenerator(VllmEngine):
     def __init__(self, setup: GeneratorSetup) -> None:
         self._setup = self._started = setup  # what it was started with lives as long: a θ(α) has links to its files
         self._weights = setup.weights()
+        self._asked: dict[str, Request] = {}
+        self._numbers: dict[str, int] = {}  # θ(α) → by what number vLLM knows its adapter
         super().__init__(setup.name, engine_arguments(setup), memory_advice=MEMORY_ADVICE)
-        self.repeatable = is_repeatable(setup.config)
+        self.repeatable = is_repeatable(setup)
 
     def before_start(self, arguments: dict[str, Any]) -> None:
         """Register the loader of θ(α)."""
@@ -76,21 +81,53 @@ class VllmGenerator(VllmEngine):
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows as the engine finishes them."""
-        todo = [request for request in requests if request.key not in done]
-        params_of = functools.cache(self._params)  # rows of one seed share them: vLLM copies them for each request
+        left = set(self.submit([request for request in requests if request.key not in done], self._setup))
+        try:
+            while left:
+                answers = self.step()
+                left.difference_update(name for name, _ in answers)
+                if answers:
+                    yield [answer for _, answer in answers]
+        except GeneratorExit:
+            self.give_up([*left])
+            raise
+
+    def submit(self, requests: Sequence[Request], setup: GeneratorSetup) -> list[str]:
+        """Give the engine requests beside those that it has; its names for them."""
+        params_of = functools.cache(functools.partial(_params, setup))  # shared: vLLM copies them for each request
         with refusing("the sampling settings"):
-            params = [params_of(request.temperature, request.seed, request.max_tokens) for request in todo]
-        with closing(self._answers([request.prompt_ids for request in todo], params)) as answers:
-            for finished in answers:
-                yield [_completion(todo[number], output) for number, output in finished]
+            params = [params_of(request.temperature, request.seed, request.max_tokens) for request in requests]
+        names = self._enqueue([request.prompt_ids for request in requests], params, setup)
+        self._asked |= dict(zip(names, requests, strict=True))
+        return names
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """One step of the engine: the requests that it finished."""
+        return [(name, _completion(self._asked.pop(name), output)) for name, output in self._finished()]
+
+    def give_up(self, names: Sequence[str]) -> None:
+        """Forget requests that are not finished."""
+        for name in names:
+            self._asked.pop(name, None)
+        with suppress(Exception):  # an engine that has died cannot be asked to
+            self._llm.llm_engine.abort_request(list(names))
 
     def probe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Probed]:
         """What follows each prompt, made as rows are; their beginnings are looked up in the prefix cache, too."""
+        return self.probe_together(prompts, new_tokens, [self._setup])[0]
+
+    def probe_together(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, setups: Sequence[GeneratorSetup]
+    ) -> list[list[Probed]]:
+        """What follows each prompt in each setup, all in one batch."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False)
-        found = dict(pair for finished in self._answers(prompts, [params] * len(prompts)) for pair in finished)
-        return [_probed(found[number]) for number in range(len(prompts))]
+        names = [self._enqueue(prompts, [params] * len(prompts), setup) for setup in setups]
+        found: dict[str, Any] = {}
+        while len(found) < len(setups) * len(prompts):
+            found |= dict(self._finished())
+        return [[_probed(found[name]) for name in of_setup] for of_setup in names]
 
     @property
     def block_tokens(self) -> int:
@@ -111,41 +148,26 @@ class VllmGenerator(VllmEngine):
             found: list[Held] = self._watched(lambda: llm.collective_rpc("expo_held"))
         return found
 
-    def _answers(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[object]
-    ) -> Generator[list[tuple[int, Any]], None, None]:
-        """The prompts' numbers and vLLM's outputs, as the engine finishes them; closing it gives up the rest."""
+    def _enqueue(self, prompts: Sequence[Sequence[int]], params: Sequence[object], setup: GeneratorSetup) -> list[str]:
+        """Give the engine prompts; by which names their outputs come."""
         from vllm.inputs import TokensPrompt
 
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        with self.running(), refusing(f"the prompts of {self._setup.name}"):
-            engine_ids = self._llm.enqueue(asked, params, use_tqdm=False)
-        numbers = {str(name).split("-")[0]: number for number, name in enumerate(engine_ids)}
-        engine = self._llm.llm_engine
-        while engine.has_unfinished_requests():
-            finished = [(numbers[output.request_id.split("-")[0]], output) for output in self.finished()]
-            if finished:
-                try:
-                    yield finished
-                except GeneratorExit:
-                    engine.abort_request(list(numbers))
-                    raise
+        adapter = None if setup.applied is None else self._adapter(setup.name, setup.applied)
+        with self.running(), refusing(f"the prompts of {setup.name}"):
+            names = self._llm.enqueue(asked, params, lora_request=adapter, use_tqdm=False)
+        return [_name(name) for name in names]
 
-    def _params(self, temperature: float, seed: int, max_tokens: int) -> object:
-        from vllm import SamplingParams
+    def _finished(self) -> list[tuple[str, Any]]:
+        """One step of the engine: the names and vLLM's outputs of what it finished."""
+        return [(_name(output.request_id), output) for output in self.finished()]
 
-        config = self._setup.config
-        return SamplingParams(
-            temperature=temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            presence_penalty=config.presence_penalty,
-            frequency_penalty=config.frequency_penalty,
-            seed=seed,
-            max_tokens=max_tokens,
-            stop_token_ids=list(self._setup.stop_ids),
-            detokenize=False,
-        )
+    def _adapter(self, name: str, applied: Applied) -> object:
+        """How a request asks for the adapter of a θ(α); it is read when it is first asked for."""
+        from vllm.lora.request import LoRARequest
+
+        number = self._numbers.setdefault(name, len(self._numbers) + 1)
+        return LoRARequest(name, number, str(applied.folder))
 
     def load(self, setup: GeneratorSetup) -> None:
         """Go on with other settings, and with the weights of another θ(α) in the live engine.
@@ -153,17 +175,17 @@ class VllmGenerator(VllmEngine):
         An engine whose weights could not be replaced is closed: some layers may have the new ones.
         """
         weights = setup.weights()
-        if setup.theta is not None and weights != self._weights:
+        if setup.loaded is not None and weights != self._weights:
             try:
-                self._reload(setup.theta)
+                self._reload(setup.loaded)
             except BaseException:
                 self.close()
                 raise
         self._setup, self._weights = setup, weights
-        self.repeatable = is_repeatable(setup.config)
+        self.repeatable = is_repeatable(setup)
 
-    def _reload(self, theta: ThetaPlan) -> None:
-        keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(theta.config)}
+    def _reload(self, theta: ThetaConfig) -> None:
+        keys = {"load_format": LOAD_FORMAT, "model_loader_extra_config": dataclasses.asdict(theta)}
         llm = self._llm
         with self.running(), reraise_refusals():
             self._watched(lambda: llm.collective_rpc("update_config", args=({"load_config": keys},)))
@@ -174,6 +196,28 @@ class VllmGenerator(VllmEngine):
             raise EnvironmentFailure(
                 "vLLM kept a prefix cache made with other weights; rerun the same command to continue"
             )
+
+
+def _params(setup: GeneratorSetup, temperature: float, seed: int, max_tokens: int) -> object:
+    from vllm import SamplingParams
+
+    config = setup.config
+    return SamplingParams(
+        temperature=temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop_token_ids=list(setup.stop_ids),
+        detokenize=False,
+    )
+
+
+def _name(engine_id: str) -> str:
+    """A request's name, to which the engine may add something of its own."""
+    return str(engine_id).split("-")[0]
 
 
 def _completion(request: Request, output: Any) -> Completion:  # noqa: ANN401 - vLLM's RequestOutput
@@ -196,15 +240,23 @@ def engine_arguments(setup: GeneratorSetup) -> dict[str, Any]:
     config = setup.config
     arguments = common_arguments(config, setup.model, setup.context_length, setup.gpu_share)
     arguments |= {"dtype": config.dtype, "seed": config.seed}
-    if setup.theta is not None:
+    if setup.loaded is not None:
         arguments["load_format"] = LOAD_FORMAT
         arguments[EXTENSION] = HELD_EXTENSION
-        arguments["model_loader_extra_config"] = dataclasses.asdict(setup.theta.config)
+        arguments["model_loader_extra_config"] = dataclasses.asdict(setup.loaded)
+    if setup.applied is not None:
+        rank = next((rank for rank in LORA_RANKS if rank >= setup.applied.rank), setup.applied.rank)
+        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": setup.applied.room}
     return arguments | given_arguments(config)
 
 
-def is_repeatable(config: GenerateConfig) -> bool:
-    """Whether rows do not depend on their batch: tested on a CPU with expo's arguments; on a GPU vLLM's setting."""
+def is_repeatable(setup: GeneratorSetup) -> bool:
+    """Whether rows do not depend on their batch: tested on a CPU with expo's arguments; on a GPU vLLM's setting.
+
+    Not with adapters, whose kernels take the rows of all α together.
+    """
+    if setup.applied is not None:
+        return False
     if has_gpu():
         return os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-    return given_arguments(config).keys() <= SIZES
+    return given_arguments(setup.config).keys() <= SIZES

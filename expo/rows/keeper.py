@@ -15,6 +15,9 @@ class EngineKeeper:
     Close it at the end (`contextlib.closing`).
     """
 
+    is_shared = False
+    """Whether the engine works for other jobs at the same time, so that time is theirs, too."""
+
     def __init__(self) -> None:
         self.opened = False
         """Whether the engine was opened for the job it is at, and did not go on from another."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -25,7 +25,18 @@ log = logging.getLogger(__name__)
 
 
 def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Done:
-    """Produce every missing row of a job, or of one part of it.
+    """Produce every missing row of a job, or of one part of it; as `steps_of_rows`."""
+    steps = steps_of_rows(job, kept, keeper)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            done: Done = ended.value
+            return done
+
+
+def steps_of_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Generator[None, None, Done]:
+    """Produce every missing row of a job, or of one part of it, a few with each step.
 
     Args:
         job: What to do.
@@ -56,7 +67,7 @@ def run_rows(job: RowJob, kept: Rows, keeper: EngineKeeper | None = None) -> Don
         job, done = left.job, left.done
         extends = bool(kept) or (bool(done or left.beside) and job.files.final.exists())
         done |= kept
-        figures = _make(job, keeper, journal, done)
+        figures = yield from _make(job, keeper, journal, done)
         job.require_sound(done)
         done |= job.impossible(done)
         output, rows = left.output(done)
@@ -223,7 +234,7 @@ def left_of(job: RowJob) -> Left:
     return sort_rows(job, rows, len(rows))
 
 
-def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows) -> Figures:
+def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows) -> Generator[None, None, Figures]:
     """Run the engine over the rows that are not done, adding them to `done` and to the journal."""
     if not job.pending(done):
         return Figures()
@@ -235,19 +246,22 @@ def _make(job: RowJob, keeper: EngineKeeper | None, journal: Journal, done: Rows
         started, before, count, tokens = time.perf_counter(), getattr(engine, "step_seconds", 0.0), 0, 0
         with closing(rows_progress(job.verb, total, there)) as progress:
             for rows in job.execute(engine, done):
-                journal.append(rows)
+                if rows:
+                    journal.append(rows)
                 whole = [row for row in rows if not job.is_interim(row)]
                 done |= job.by_key(whole)
                 new_tokens = sum(job.tokens(row) for row in whole if job.is_answered(row))
                 count, tokens = count + len(whole), tokens + new_tokens
                 if whole:
                     progress.update(len(whole), new_tokens)
+                yield
+        step_seconds = getattr(engine, "step_seconds", 0.0) - before
         return Figures(
             rows=count,
             tokens=tokens,
             engine_start_seconds=started - clock,
-            seconds=time.perf_counter() - started,
-            engine_step_seconds=getattr(engine, "step_seconds", 0.0) - before,
+            seconds=step_seconds if kept_engine.is_shared else time.perf_counter() - started,
+            engine_step_seconds=step_seconds,
             repeatable=getattr(engine, "repeatable", False),
             versions=engine.versions(),
         )

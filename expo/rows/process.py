@@ -1,8 +1,9 @@
 """A process that does jobs: the seam between whoever gives it jobs and where it runs, and the one that runs here.
 
 The protocol: jobs go to the process as lines of JSON on one pipe, and it answers on another: a line that says which
-process it is, a line when its engine is open and has the job's weights, one when the job has ended. It exits when the
-first pipe is closed, or after a job that failed. Its standard input is a third pipe, by which it notices that this
+process it is, a line when its engine is open and has the job's weights, one when the job has ended. A line may have
+several jobs, which are done together (`together.py`), and each that ends is told of. The process exits when the first
+pipe is closed, or after a job that failed. Its standard input is a third pipe, by which it notices that this
 process is gone (`expo.orphans`). `expo/cli/work.py` is the other end; `cluster.py` has processes on other machines.
 """
 

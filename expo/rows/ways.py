@@ -9,7 +9,7 @@ from typing import TypeVar
 from expo.config import RowsConfig
 from expo.rows.cluster import Cluster, forget_names, local_inputs
 from expo.rows.dates import agree
-from expo.rows.job import Done, RowJob
+from expo.rows.job import Done, RowJob, Rows
 from expo.rows.keeper import EngineKeeper
 from expo.rows.loop import is_complete, left_of, run_rows
 from expo.rows.parts import join_parts, kept_of_the_whole, missing_parts, parts_begun
@@ -43,8 +43,13 @@ def run(job: RowJob, keeper: EngineKeeper | None = None) -> Done:
         return run_on_cluster(job, job.config.ray)
     if job.config.processes > 1:
         return run_in_processes(job)
+    return run_rows(job, kept_rows(job), keeper)
+
+
+def kept_rows(job: RowJob) -> Rows:
+    """Where a job is a part, or has parts: the rows that the whole output already has."""
     is_cut = job.whole is not None or job.files.parts_folder.is_dir()
-    return run_rows(job, kept_of_the_whole(job) if is_cut else {}, keeper)
+    return kept_of_the_whole(job) if is_cut else {}
 
 
 def run_in_processes(whole: RowJob) -> Done:

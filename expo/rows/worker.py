@@ -32,7 +32,7 @@ MAX_RELEASE_SECONDS = 300.0
 
 
 class Task(Protocol):
-    """What a worker is given to do: a row job, or a part of another verb's work."""
+    """What a worker is given to do: a row job, several of them, or a part of another verb's work."""
 
     @property
     def part(self) -> Part | None:
@@ -79,6 +79,8 @@ class Worker:
         self.starts = 0
         self.kept = kept
         self._count = job.counter()
+        self.ended: set[int] = set()
+        """Of jobs that are done together: the numbers of those that have ended."""
         self._rows_at_start = 0
         self._reply: int | None = None
 
@@ -138,6 +140,7 @@ class Worker:
         exit_code = self.exit_code()
         for said in self._process.replies() if self._process is not None and self._reply is None else ():
             self._has_opened = self._has_opened or "ready" in said
+            self.ended |= {said["done"]} if "done" in said else set()
             self._reply = said.get("exit_code", self._reply)
         return exit_code if self._reply is None else self._reply
 

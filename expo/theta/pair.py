@@ -196,9 +196,10 @@ class ThetaPlan:
         """The name of θ(α), as its folder would be named."""
         return theta_name(self.dpo.name, self.config.alpha, self.config.last_step)
 
-    def weights(self) -> Row:
-        """What decides the values of θ(α): the settings, and the state of both models as it is now."""
-        return {"settings": asdict(self.config), **source_fingerprints(self.config, self.sft, self.dpo, self.earlier)}
+    def weights(self, config: ThetaConfig | None = None) -> Row:
+        """What decides the values of θ(α), or of another one of the pair: settings, and the state of both models."""
+        sources = source_fingerprints(self.config, self.sft, self.dpo, self.earlier)
+        return {"settings": asdict(config or self.config), **sources}
 
     @property
     def side_files(self) -> dict[str, Path]:

@@ -5,6 +5,6 @@
 """
 
 from expo.verbs.generate.job import GenerateJob
-from expo.verbs.generate.plan import Generated, plan, run
+from expo.verbs.generate.plan import Generated, plan, run, run_together
 
-__all__ = ["GenerateJob", "Generated", "plan", "run"]
+__all__ = ["GenerateJob", "Generated", "plan", "run", "run_together"]

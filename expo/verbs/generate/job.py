@@ -28,13 +28,15 @@ from expo.rows.files import Columns, require_columns
 from expo.rows.job import Figures, Key, RowJob, Rows
 from expo.rows.parts import describe_parts
 from expo.tasks import Answer, Prompt, Task, read_outputs, read_rows
-from expo.verbs.generate.model import Model
+from expo.verbs.generate.model import Model, applied_adapter
 from expo.verbs.generate.requests import RequestBuilder, Turn
 
 NAMES = ("id", "sample", "turn")
 """A row's key, as the journal names it."""
 WHY = ("reason", "lasting")
 """What a failed row also has."""
+APPLIED = "applied as an adapter"
+"""How the engine had θ(α), where it did not load its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ class GenerateJob(RowJob):
     setup: GeneratorSetup
     probe: Path | None = None
     """In a process that is given this job: the file for what the engine answers to a probe, made instead of rows."""
+    timed: bool = False
+    """Whether a probe also says how long a batch takes."""
+    room: int | None = None
+    """For how many α in one batch the engine has room, which applies adapters; None for one that loads θ(α)."""
 
     # --- its rows
 
@@ -175,14 +181,24 @@ class GenerateJob(RowJob):
         """The same job with an engine that has this share of each GPU's memory."""
         return replace(self, setup=replace(self.setup, gpu_share=share))
 
+    def with_adapter(self, room: int) -> Self:
+        """The same job with an engine that applies θ(α) to SFT as an adapter; it is written now.
+
+        Raises:
+            InputError: The pair is none of a LoRA adapter that can be applied.
+        """
+        return replace(self, room=room, setup=replace(self.setup, applied=applied_adapter(self.setup.theta, room)))
+
     def worker_options(self) -> dict[str, Any]:
-        """The date in prompts, which prompts, the engine's share of a GPU, and the file of a probe."""
-        share, probe = self.setup.gpu_share, self.probe
+        """The date in prompts, which prompts, the engine's share of a GPU, how it has θ(α), and the file of a probe."""
+        share, probe, room = self.setup.gpu_share, self.probe, self.room
         return {
             **super().worker_options(),
             **({} if self.only is None else {"prompts": list(self.only)}),
             **({} if share is None else {"gpu_share": share}),
+            **({} if room is None else {"room": room}),
             **({} if probe is None else {"probe": str(probe)}),
+            **({"timed": True} if self.timed else {}),
         }
 
     def open_engine(self) -> Generator:
@@ -301,6 +317,7 @@ class GenerateJob(RowJob):
             "name": self.name,
             "config": config,
             "engine": self.engine,
+            **({} if self.setup.applied is None else {"weights": APPLIED}),
             "versions": {"expo": __version__, **figures.versions},
             **self.model.record,
             "rows": len(rows),

@@ -34,6 +34,7 @@ from expo.errors import InputError
 from expo.files import Row
 from expo.settings import recorded
 from expo.tasks import Message
+from expo.theta.applied import Applied, rank_of, why_not_applied, write_applied
 from expo.theta.pair import ThetaPlan, plan_theta, source_fingerprints
 
 log = logging.getLogger(__name__)
@@ -253,10 +254,34 @@ def _record(location: Location) -> Row:
     return {"name": location.label, "revision": location.revision}
 
 
-def _linked(theta: ThetaPlan) -> Path:
-    """A folder of links to the side files of SFT and the adapter, and the config; it lives as long as the plan."""
+def applied_adapter(theta: ThetaPlan | None, room: int) -> Applied:
+    """The adapter that makes θ(α) of SFT; its folder lives as long as the plan.
+
+    Args:
+        theta: The plan.
+        room: For how many α the engine has room in a batch.
+
+    Raises:
+        InputError: The pair is none of an adapter that can be applied.
+    """
+    why = "the model is no pair" if theta is None else why_not_applied(theta.pair)
+    if theta is None or why is not None:
+        raise InputError(f"θ(α) cannot be applied as an adapter: {why}")
+    folder = _folder_of(theta)
+    write_applied(theta.pair, theta.config.alpha, folder)
+    return Applied(folder, rank_of(theta.pair), room)
+
+
+def _folder_of(theta: ThetaPlan) -> Path:
+    """An empty folder that lives as long as a plan."""
     folder = Path(tempfile.mkdtemp(prefix="expo-"))
     weakref.finalize(theta, shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _linked(theta: ThetaPlan) -> Path:
+    """A folder of links to the side files of SFT and the adapter, and the config; it lives as long as the plan."""
+    folder = _folder_of(theta)
     for name, file in theta.side_files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(file.resolve())

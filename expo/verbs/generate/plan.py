@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expo.config import DEFAULT_TEMPERATURE, GenerateConfig
 from expo.engines import (
     GENERATORS,
     GeneratorSetup,
-    Prober,
     find_engine,
     require_fitting,
 )
-from expo.engines.switching import Reply, probe_prompts
+from expo.engines.shared import Seats
 from expo.errors import InputError
 from expo.files import Row, read_rows, texts_sha256
 from expo.output.frames import frame
@@ -26,10 +23,13 @@ from expo.parts import read_part
 from expo.rows import EngineKeeper, kept_or_own, plan_to_run, run as run_job
 from expo.rows.dates import find_date
 from expo.rows.files import RowFiles, refuse_replacing
+from expo.rows.job import Done
+from expo.rows.together import run_together as run_jobs_together
 from expo.settings import Fingerprint, absent_values, recorded, require_name
 from expo.tasks import find_task, load_prompts
 from expo.verbs.generate.job import GenerateJob
 from expo.verbs.generate.model import find_model, require_server
+from expo.verbs.generate.probing import probe_engine
 from expo.verbs.generate.requests import RequestBuilder, require_one_system_message
 
 if TYPE_CHECKING:
@@ -66,54 +66,90 @@ class Generated:
 def run(
     config: GenerateConfig,
     keeper: EngineKeeper | None = None,
-    *,
-    moment: str | None = None,
-    prompts: Collection[str] | None = None,
-    gpu_share: float | None = None,
-    probe: str | None = None,
+    **options: Any,  # noqa: ANN401 - of `job_of`
 ) -> Generated:
     """Generate every missing row.
 
     Args:
         config: The settings.
         keeper: Keeps the engine open after this run; without one, the engine is closed at the end.
-        moment: As `plan` has it.
-        prompts: As `plan` has it.
-        gpu_share: The engine's share of each GPU's memory, where it is not alone there.
-        probe: A file for what the engine answers to a probe; then no rows are made.
+        options: What a process is given beside the settings (`GenerateJob.worker_options`); see `job_of`.
 
     Raises:
         InputError: The settings or inputs are at fault.
         EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
     """
-    if probe is not None:
+    job = job_of(config, **options)
+    if job.probe is not None:
         with kept_or_own(keeper) as engines:
-            return _probe(plan(config, moment, prompts).with_gpu_share(gpu_share), engines, Path(probe))
-    planned = plan_to_run(partial(plan, moment=moment, prompts=prompts), config)
-    done = run_job(planned.with_gpu_share(gpu_share), keeper)
+            probe_engine([job], engines)
+        return _probed(job)
+    return _generated(run_job(job, keeper))
+
+
+def run_together(
+    given: Sequence[tuple[GenerateConfig, Mapping[str, Any]]], keeper: EngineKeeper
+) -> Iterator[tuple[int, Generated]]:
+    """Generate the missing rows of several θ(α) of a LoRA pair in one engine's batch.
+
+    Args:
+        given: The settings of each, and the options of `job_of`; each has `room`.
+        keeper: Keeps the engine open after this run.
+
+    Yields:
+        The number of each that has ended, and its result.
+
+    Raises:
+        InputError: The settings or inputs are at fault.
+        EnvironmentFailure: The engine, the disk or the network failed; calling again continues.
+    """
+    jobs = [job_of(config, **options) for config, options in given]
+    if jobs[0].probe is not None:
+        probe_engine(jobs, keeper)
+        yield from enumerate(map(_probed, jobs))
+        return
+    for number, done in run_jobs_together(jobs, Seats(keeper)):
+        yield number, _generated(done)
+
+
+def job_of(
+    config: GenerateConfig,
+    *,
+    moment: str | None = None,
+    prompts: Collection[str] | None = None,
+    gpu_share: float | None = None,
+    room: int | None = None,
+    probe: str | None = None,
+    timed: bool = False,
+) -> GenerateJob:
+    """The plan of a run, with what a process is given beside the settings.
+
+    Args:
+        config: The settings.
+        moment: As `plan` has it.
+        prompts: As `plan` has it.
+        gpu_share: The engine's share of each GPU's memory, where it is not alone there.
+        room: For a LoRA pair: how many α the engine, which applies the adapter while it answers, has room for in a
+            batch; None for one that loads θ(α).
+        probe: A file for what the engine answers to a probe; then no rows are made.
+        timed: Whether the probe says how long a batch takes.
+
+    Raises:
+        InputError: The settings or inputs are at fault.
+        EnvironmentFailure: The hub cannot be reached, or the disk failed.
+    """
+    planned = plan_to_run(partial(plan, moment=moment, prompts=prompts), config).with_gpu_share(gpu_share)
+    planned = planned if room is None else planned.with_adapter(room)
+    return replace(planned, probe=None if probe is None else Path(probe), timed=timed)
+
+
+def _probed(job: GenerateJob) -> Generated:
+    return Generated(job.files.final, job.files.meta, "probed", rows=0, failed=0)
+
+
+def _generated(done: Done) -> Generated:
     files, meta = done.job.files, done.meta
     return Generated(files.final, files.meta, done.status, meta["rows"], meta["failed"], done.reason, done.can_retry)
-
-
-def _probe(job: GenerateJob, keeper: EngineKeeper, file: Path) -> Generated:
-    """Open the engine, or switch it, as for the job's rows, and write what it answers to a probe."""
-    if "local" not in job.spec.can or job.model.tokenizer is None:
-        raise InputError(f"the {job.engine} engine does not run here: what it was given cannot be probed")
-    clock = time.perf_counter()
-    engine: Prober = keeper.engine_for(job)
-    ready = time.perf_counter()
-    block, ids = engine.block_tokens, job.model.tokenizer.text_ids
-    prompts, new_tokens = probe_prompts(ids, job.setup.context_length, block)
-    Reply(
-        answers=engine.probe(prompts, new_tokens),
-        held=engine.held(),
-        pid=os.getpid(),
-        opened=keeper.opened,
-        fills_block=len(prompts[0]) > block,
-        ready_seconds=ready - clock,
-        probe_seconds=time.perf_counter() - ready,
-    ).write(file)
-    return Generated(job.files.final, job.files.meta, "probed", rows=0, failed=0)
 
 
 def plan(config: GenerateConfig, moment: str | None = None, prompts: Collection[str] | None = None) -> GenerateJob:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import xxhash
 
 from expo.checkpoint.folder import Location
-from expo.engines import token_batches
+from expo.engines.batches import token_batches
 from expo.engines.log_probs import Answered, LogProbs, LogProbSetup, Side
 from expo.files import Row
 from expo.rows.files import Columns

@@ -34,7 +34,7 @@ from expo.verbs.sweep.text import as_text
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TRANSIENT = ("overwrite", "dry_run", "output", "write", "data_parallel", "ray")
+TRANSIENT = ("overwrite", "dry_run", "output", "write", "data_parallel", "ray", "switch")
 """Settings of how a run is executed, not of what it finds."""
 
 log = logging.getLogger(__name__)

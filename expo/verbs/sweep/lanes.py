@@ -25,7 +25,8 @@ from expo.cpus import usable_cpus
 from expo.errors import EnvironmentFailure, InputError
 from expo.progress import rows_progress
 from expo.rows import RowJob
-from expo.rows.worker import Worker
+from expo.rows.together import Together
+from expo.rows.worker import Task, Worker
 from expo.rows.workers import FINISHED, STOP_SECONDS, stop_all
 from expo.verbs.sweep.placement import Place
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 AfterJob = Callable[[RowJob], None]
 """Called when a job's files are there."""
+Joining = Callable[[Sequence[RowJob]], Together]
+"""Makes one task of several jobs."""
 
 
 def environment_of(place: Place) -> dict[str, str]:
@@ -60,11 +63,13 @@ class Engines(Protocol):
     """The GPUs that others' engines may be on, too."""
     stays: bool
     """Whether a process, and its engine, go on from job to job."""
+    join: Joining | None
+    """Makes one task of all jobs that wait, for an engine that does them at once; None where it does one by one."""
 
     def add(self, job: RowJob) -> None:
         """Add a job to be done after the others."""
 
-    def new_worker(self, job: RowJob) -> Worker:
+    def new_worker(self, job: Task) -> Worker:
         """A process whose first job this is, which `start` begins."""
 
     def take_over(self, worker: Worker) -> None:
@@ -123,12 +128,15 @@ class Lane:
         self.shares = frozenset(shares)
         self.stays = True
         """Whether the process, and its engine, go on from job to job."""
+        self.join: Joining | None = None
+        """As of `Engines`."""
         self.rows_done = 0
         self._environment = environment
         self._after = after
         self._fed_by = fed_by
         self._queue: deque[RowJob] = deque()
-        self._current: RowJob | None = None
+        self._current: RowJob | Together | None = None
+        self._told: set[int] = set()  # of jobs that are done together: those that have ended
         self._is_held = False
         """Whether the present job is still to be started, or started again."""
         self._worker: Worker | None = None
@@ -152,7 +160,7 @@ class Lane:
         self._preloaded = Worker(None, self._environment, stays=True)
         self._preloaded.preload(verb, engine)
 
-    def new_worker(self, job: RowJob) -> Worker:
+    def new_worker(self, job: Task) -> Worker:
         """A process of this lane whose first job this is, which `start` begins."""
         worker, self._preloaded = self._preloaded or Worker(None, self._environment), None
         worker.stays = self.stays
@@ -201,6 +209,7 @@ class Lane:
             self._begin(may_open)
             return
         code = self._worker.outcome()
+        self._tell_of(self._worker.ended)
         if code is None:
             return
         if code in FINISHED:
@@ -212,7 +221,7 @@ class Lane:
         """Take up the next job, where there is one, and start it as soon as an engine is there or may be opened."""
         if self._current is None and self._queue:
             self._dismissed = None  # a process that was let go is started again
-            self._current, self._is_held = self._queue.popleft(), True
+            self._current, self._is_held = self._next(), True
             self._worker = self._worker or self.new_worker(self._current)
             self._worker.stays = self.stays
             self._worker.take(self._current)
@@ -220,14 +229,31 @@ class Lane:
             self._is_held = False
             self._worker.start()
 
-    def _finish(self, worker: Worker, job: RowJob, may_open: bool) -> None:
-        self.rows_done += len(job.keys)
+    def _next(self) -> RowJob | Together:
+        """Take the next job, or all that wait."""
+        self._told = set()
+        if self.join is None:
+            return self._queue.popleft()
+        jobs = self.join(self._queue)
+        self._queue.clear()
+        return jobs
+
+    def _tell_of(self, ended: Collection[int]) -> None:
+        """Go on with what was done together and has ended."""
+        for number in sorted(set(ended) - self._told):
+            assert isinstance(self._current, Together)
+            self._told.add(number)
+            self._after(self._current.jobs[number])
+
+    def _finish(self, worker: Worker, job: RowJob | Together, may_open: bool) -> None:
+        self.rows_done += job.total
         self._current = None
         if not self.stays:
             worker.wait(STOP_SECONDS)
             worker.kill()
         self._begin(may_open)  # the engine works while what comes after is planned
-        self._after(job)
+        if isinstance(job, RowJob):
+            self._after(job)
 
     def _recover(self, worker: Worker, code: int) -> None:
         worker.wait(STOP_SECONDS)  # it gives back what its engine holds

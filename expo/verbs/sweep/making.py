@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Self
@@ -14,12 +15,14 @@ from expo.output.findings import Inspection
 from expo.rows import RowJob, is_complete
 from expo.rows.files import RowFiles
 from expo.rows.parts import parts_begun
+from expo.rows.together import Together
 from expo.rows.worker import Worker
 from expo.verbs.compare.finding import Source
 from expo.verbs.compare.reading import read_sources
 from expo.verbs.compare.run import Run
 from expo.verbs.generate import GenerateJob
 from expo.verbs.score import ScoreJob
+from expo.verbs.sweep.adapters import room_for, try_adapters
 from expo.verbs.sweep.lanes import Engines, Lane, Lanes, environment_of, shared_gpus
 from expo.verbs.sweep.pair import inspect_pair
 from expo.verbs.sweep.plan import SweepPlan, quiet
@@ -160,12 +163,14 @@ class Making:
             return
         self._is_proved = True
         first = self._job.job_of(self._alpha_of[waiting[0].files.final])
+        if self._job.tries_adapters and self._try_adapters(waiting[0], first):
+            return
         self._inspected = self._inspected or inspect_pair(self._job.config)
         there = None if self._machines is None else Elsewhere(self._machines.cluster.hardware, self._job.folder)
         proof = prove(lambda: self._new_policy(waiting[0]), first, self._inspected, there)
         seconds = {"start_seconds": proof.start_seconds, "switch_seconds": proof.switch_seconds}
         known = {key: round(value, 3) for key, value in seconds.items() if value is not None}
-        self.switch = {"proved": proof.proved, "reason": proof.reason, **known}
+        self.switch = {"way": "reload", "proved": proof.proved, "reason": proof.reason, **known}
         if proof.worker is not None:
             self._policy.take_over(proof.worker)
         if proof.proved:
@@ -173,6 +178,22 @@ class Making:
         else:
             log.warning("%s; starting a new engine for each α instead", proof.reason)
             self._policy.stays = False
+
+    def _try_adapters(self, waiting: RowJob, first: GenerateJob) -> bool:
+        """Whether the policy's engine has all α in one batch; if so, it is given those that wait together."""
+        alphas, insist = tuple(self._job.jobs), self._job.config.switch == "adapter"
+        trial = try_adapters(lambda: self._new_policy(waiting), first, alphas, insist=insist)
+        timed = {} if trial.slowdown is None else {"slowdown": round(trial.slowdown, 3)}
+        if not trial.works:
+            log.log(logging.WARNING if insist else logging.INFO, "each α is loaded by itself: %s", trial.reason)
+            return False
+        log.info("all α in one batch, each as an adapter: %s", trial.reason)
+        self.switch = {"way": "adapter", "proved": True, "reason": trial.reason, **timed}
+        room = room_for(alphas)
+        self._policy.join = lambda jobs: Together(tuple(_with_room(job, room) for job in jobs))
+        if trial.worker is not None:
+            self._policy.take_over(trial.worker)
+        return True
 
     def _new_policy(self, first: RowJob) -> Worker:
         """A process for a proof; the one that comes after it imports its engine meanwhile."""
@@ -205,6 +226,12 @@ class Making:
             self._add(self._judges[job.number], job)
         self._settled.add(alpha)  # or will be, before its next answers are asked for
         return sum(len(job.keys) for job in missing)
+
+
+def _with_room(job: RowJob, room: int) -> RowJob:
+    """A job for an engine that applies adapters."""
+    assert isinstance(job, GenerateJob)
+    return replace(job, room=room)
 
 
 def _import_what_chooses() -> None:

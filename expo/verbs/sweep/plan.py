@@ -25,6 +25,7 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
 from expo.rows import is_complete
 from expo.settings import Fingerprint
+from expo.theta.applied import why_not_applied
 from expo.theta.pair import ThetaPlan, find_earlier
 from expo.verbs.generate import GenerateJob
 from expo.verbs.generate.plan import plan as plan_generate
@@ -59,6 +60,8 @@ class SweepPlan:
     """Of the policy, and of each reward model."""
     race: RacePlan | None = None
     """With `--search race`."""
+    tries_adapters: bool = False
+    """Whether the policy's engine may have all α in one batch, as adapters, if a trial shows that it can."""
 
     def job_of(self, alpha: float) -> GenerateJob:
         """The answers of an α to all prompts; it is planned now where it has not been.
@@ -135,6 +138,7 @@ class SweepPlan:
             "sft": str(theta_of(self.first).sft.path),
             "dpo": str(theta_of(self.first).dpo.path),
             "alphas": ", ".join(map(repr, self.jobs)),
+            **({"switch": "adapter, if a trial shows that it can be"} if self.tries_adapters else {}),
             **({"race": self.race.settings} if self.race else {}),
             "task": self.first.task.name,
             "rows_per_alpha": self.rows,
@@ -164,13 +168,33 @@ def plan(config: SweepConfig) -> SweepPlan:
     race = plan_race(config, first.prompts, judges) if config.search == "race" else None
     made_of = fingerprint_of(config, first)
     there = earlier_alphas(folder, made_of, race.settings if race else None, overwrite=config.overwrite)
-    found = SweepPlan(config, folder, {}, models, places, race)
+    found = SweepPlan(config, folder, {}, models, places, race, _tries_adapters(config, first, places[0]))
     for alpha in [0.0, *sorted({*config.alphas, *there} - {0.0}, key=lambda alpha: (alpha < 0, alpha))]:
         found.jobs[alpha] = _plan_alpha(config, alpha, folder, first, places[0])
         _require_same_prompts(found.first, found.jobs[alpha])
     for note in found.notes:
         log.warning("%s", note)
     return found
+
+
+def _tries_adapters(config: SweepConfig, first: GenerateJob, place: Place) -> bool:
+    """Whether it is to be tried to have all α in one batch.
+
+    Raises:
+        InputError: It is asked for, and cannot be.
+    """
+    if config.switch == "reload":
+        return False
+    why = why_not_applied(theta_of(first).pair)
+    if "adapters" not in first.spec.can:
+        why = f"the {first.engine} engine loads one α at a time"
+    elif config.ray is not None:
+        why = "on a cluster each engine loads one α at a time"
+    elif config.checkpoint:
+        why = "θ(T) of a training run is no adapter that is scaled"
+    if why is not None and config.switch == "adapter":
+        raise InputError(f"--switch adapter has all α in one batch as LoRA adapters: {why}; leave it out")
+    return why is None and (config.switch == "adapter" or bool(place.gpus))
 
 
 def fingerprint_of(config: SweepConfig, first: GenerateJob) -> Row:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from expo.engines.verdicts import Scope, is_proved, keep_proof, proof_key
 from expo.errors import EnvironmentFailure, ExpoError, InputError
 from expo.output.findings import Inspection
 from expo.rows.cluster import forget_names
-from expo.rows.worker import Worker
+from expo.rows.worker import Task, Worker
 from expo.theta.moves import moved_kinds, seen_kinds
 from expo.theta.pair import ThetaPlan, plan_theta
 from expo.verbs.generate import GenerateJob
@@ -184,10 +184,10 @@ class _Prover:
             problem = self._problem(second, cold.reply, before.reply, switched.reply, back.reply)
             kinds = self._kinds(second, cold.reply) if problem is None else frozenset()
         except _NotProved as why:
-            _discard(worker)
+            discard(worker)
             return Proof(False, str(why))
         except BaseException:
-            _discard(worker)
+            discard(worker)
             raise
         start_seconds = max(cold.start_seconds, before.start_seconds)
         switch_seconds = max(switched.reply.ready_seconds, back.reply.ready_seconds)
@@ -217,11 +217,11 @@ class _Prover:
             try:
                 seen = self._ask(worker, second)
             except InputError as error:  # such as values too large for float16
-                _discard(worker)
+                discard(worker)
                 why = f"no engine starts at α = {second!r}: {error}"
                 continue
             except BaseException:
-                _discard(worker)
+                discard(worker)
                 raise
             worker.end(END_SECONDS)
             if is_finite(seen.reply.answers):
@@ -266,22 +266,36 @@ class _Prover:
             InputError: It refuses.
             EnvironmentFailure: It died.
         """
-        self.file.unlink(missing_ok=True)
-        clock = time.perf_counter()
-        worker.take(replace(self.first, config=replace(self.first.config, alpha=alpha), probe=self.file))
-        worker.start()
-        while (code := worker.outcome()) is None:
-            time.sleep(POLL_SECONDS)
-        if code != 0:
-            worker.wait(END_SECONDS)
-            reason = worker.last_error_line()
-            raise InputError(reason) if code == InputError.exit_code else EnvironmentFailure(reason)
-        forget_names([self.file.parent])
+        job = replace(self.first, config=replace(self.first.config, alpha=alpha), probe=self.file)
+        seconds = ask(worker, job, [self.file])
         reply = Reply.read(self.file)
-        return _Seen(reply, time.perf_counter() - clock - reply.probe_seconds)
+        return _Seen(reply, seconds - reply.probe_seconds)
 
 
-def _discard(worker: Worker) -> None:
+def ask(worker: Worker, job: Task, files: Sequence[Path]) -> float:
+    """Have a process do a job that writes answers to a probe into files; the seconds that it took.
+
+    Raises:
+        InputError: It refuses.
+        EnvironmentFailure: It died.
+    """
+    for file in files:
+        file.unlink(missing_ok=True)
+    clock = time.perf_counter()
+    worker.take(job)
+    worker.start()
+    while (code := worker.outcome()) is None:
+        time.sleep(POLL_SECONDS)
+    if code != 0:
+        worker.wait(END_SECONDS)
+        reason = worker.last_error_line()
+        raise InputError(reason) if code == InputError.exit_code else EnvironmentFailure(reason)
+    forget_names([file.parent for file in files])
+    return time.perf_counter() - clock
+
+
+def discard(worker: Worker) -> None:
+    """End a process that is no good."""
     with suppress(Exception):
         worker.kill()
     worker.close()

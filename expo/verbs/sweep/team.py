@@ -23,7 +23,7 @@ from expo.rows.parts import join_parts, missing_parts, parts_begun
 from expo.rows.ways import parts_for
 from expo.rows.worker import Task, Worker
 from expo.rows.workers import POLL_SECONDS, Crew, RoomWatch, stop_all
-from expo.verbs.sweep.lanes import AfterJob, Lanes
+from expo.verbs.sweep.lanes import AfterJob, Joining, Lanes
 from expo.verbs.sweep.plan import SweepPlan, flags_of_sweep
 
 ROOM_SECONDS = 5.0
@@ -111,6 +111,7 @@ class Team:
     ) -> None:
         self.label = label
         self.stays = True
+        self.join: Joining | None = None  # its engines load weights
         self._machines, self._number, self._after, self._fed_by = machines, number, after, fed_by
         self._new: list[RowJob] = []
         self._divided: dict[Path, _Divided] = {}
@@ -123,7 +124,7 @@ class Team:
         """Add a job to be done after the others."""
         self._new.append(job)
 
-    def new_worker(self, job: RowJob) -> Worker:
+    def new_worker(self, job: Task) -> Worker:
         """An engine of this team whose first job this is, which `start` begins."""
         worker = self._new_worker()
         worker.take(job)
