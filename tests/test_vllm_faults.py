@@ -61,9 +61,7 @@ def fake(monkeypatch):
                 if start is not None:
                     raise start
 
-            def enqueue(
-                self, prompts: list[Any], params: list[Any], lora_request: None, use_tqdm: bool
-            ) -> list[str]:
+            def enqueue(self, prompts: list[Any], params: list[Any], lora_request: None, use_tqdm: bool) -> list[str]:
                 if asked is not None:
                     raise asked
                 engine.waiting = [f"{number}-x" for number in range(len(prompts))]

@@ -82,6 +82,11 @@ ADDED = (
         "--model {models}/tiny-sft --work expo-lora-engine --rounds 1 --prompts 2 --tokens 4",
         SIZE,
     ),
+    Added(
+        "python benchmarks/lora_sweep.py",
+        "--model {models}/tiny-sft --reward-model {models}/tiny-rm --work expo-lora-sweep --rounds 1 --prompts 4 --tokens 4",
+        SIZE,
+    ),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
     Added("python benchmarks/pipeline.py", "--limit 8 --max-tokens 8", SIZE),
     Added("python benchmarks/switch.py", f"--work expo-switch --rounds 1 {PAIR}", SIZE),
