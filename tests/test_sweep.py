@@ -726,6 +726,9 @@ def test_the_chosen_step_is_written_and_the_page_is_of_its_sweep(of_run, monkeyp
     assert (said["trajectory"]["target_step"], said["trajectory"]["rule"]) == (120, "linear")
     page = report.run(ReportConfig(runs=(str(found.file.parent),), output=str(tmp_path / "page.html")))
     assert list(page.runs) == ["dpo-ExPO-a0.0", "dpo-ExPO-t60", "dpo-ExPO-t120"]
+    text = (tmp_path / "page.html").read_text()
+    assert "α = 2 (step 120) is chosen" in text
+    assert "step T = 40 (1 + α)" in text
 
 
 def chosen_last(runs: list[Any], raced: Any, last_step: float | None) -> Any:

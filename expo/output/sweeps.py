@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from expo.config.course import shown_step, step_of
 from expo.errors import InputError
 from expo.files import Row, read_json, shown
 from expo.output.races import RaceRecord, number, read_race
@@ -36,6 +37,14 @@ class SweepRecord:
     """α → why it was not chosen, of those that gain and do not pass, or were dropped."""
     race: RaceRecord | None = None
     """How the race went, where the sweep is one."""
+    last_step: float | None = None
+    """Of the last checkpoint, where the sweep is of a training run's steps: α = 0."""
+
+    def shown(self, alpha: float) -> str:
+        """An α for a sentence, with the step that it stands for."""
+        if self.last_step is None:
+            return f"{alpha:g}"
+        return f"{alpha:.4g} (step {shown_step(step_of(alpha, self.last_step))})"
 
     @property
     def rejected_gains(self) -> Mapping[float, str]:
@@ -76,4 +85,5 @@ def read_sweep(folder: Path) -> SweepRecord:
         notes=tuple(filter(lambda note: isinstance(note, str), notes)) if isinstance(notes, list) else (),
         rejected={alpha: why for alpha, one in alphas.items() if isinstance(why := one.get("rejected"), str)},
         race=read_race(record),
+        last_step=number(alphas.get(0.0, {}).get("target_step")),
     )

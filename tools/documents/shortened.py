@@ -84,7 +84,8 @@ ADDED = (
     ),
     Added(
         "python benchmarks/lora_sweep.py",
-        "--model {models}/tiny-sft --reward-model {models}/tiny-rm --work expo-lora-sweep --rounds 1 --prompts 4 --tokens 4",
+        "--model {models}/tiny-sft --reward-model {models}/tiny-rm"
+        " --work expo-lora-sweep --rounds 1 --prompts 4 --tokens 4",
         SIZE,
     ),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),

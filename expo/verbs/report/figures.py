@@ -114,6 +114,7 @@ def _alpha_curve(table: Table, ending: str, of: str, sweep: SweepRecord | None) 
         dropped=() if race is None else race.dropped,
         confirmed=None if race is None or ending else _confirmed(race.confirmation),
         of="" if race is None else OF_RACE,
+        last_step=None if sweep is None else sweep.last_step,
     )
     says = (
         f"The band is the {INTERVAL} interval of the difference from the baseline, around the baseline's mean; below "

@@ -17,7 +17,7 @@ def sweep_notes(sweep: SweepRecord | None) -> list[str]:
     """Why a sweep did not choose α that gain, and what else it says; the race's own section says whom it dropped."""
     if sweep is None:
         return []
-    rejected = [f"α = {alpha:g} is not chosen: {why}" for alpha, why in sorted(sweep.rejected_gains.items())]
+    rejected = [f"α = {sweep.shown(alpha)} is not chosen: {why}" for alpha, why in sorted(sweep.rejected_gains.items())]
     return [*rejected, *sweep.notes]
 
 

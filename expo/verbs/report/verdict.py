@@ -86,7 +86,7 @@ def verdict(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | None 
         _only_longer(first.models[best], first.baseline, decimals(first)),
         *(_second_opinion(table, best, first, comparison.agreement) for table in further),
     )
-    return Verdict(f"α = {sweep.best_alpha:g} is chosen", tuple(filter(None, sentences)), best)
+    return Verdict(f"α = {sweep.shown(sweep.best_alpha)} is chosen", tuple(filter(None, sentences)), best)
 
 
 def _of_race(comparison: Comparison, sweep: SweepRecord, race: RaceRecord, best: int) -> Verdict:
@@ -103,7 +103,7 @@ def _of_race(comparison: Comparison, sweep: SweepRecord, race: RaceRecord, best:
     figures = [_how_long(model, first.baseline), *(_seen_by(table, best) for table in further)]
     described = f"On all that it answered, {OF_RACE} together: {'; '.join(filter(None, figures))}."
     sentences = (sweep.verdict, described if any(figures) else "")
-    headline = f"α = {sweep.best_alpha:g} is chosen"
+    headline = f"α = {sweep.shown(sweep.best_alpha)} is chosen"
     return Verdict(headline, tuple(filter(None, sentences)), best, tiles=race_tiles(race))
 
 
