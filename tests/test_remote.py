@@ -21,12 +21,13 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from adapters import CASES, Maker
 from helpers import Result, stopped_in_shard, tree, without_clock, write, write_checkpoint
 from hub_server import WRITER, Answer, FakeHub, read_folder
 from huggingface_hub import constants
 
 from expo.checkpoint import ranges, read_ahead, remote
-from expo.checkpoint.folder import read_checkpoint
+from expo.checkpoint.folder import read_checkpoint, read_shard
 from expo.checkpoint.header import TensorInfo
 from expo.checkpoint.ranges import HubFile
 from expo.checkpoint.read_ahead import ReadAhead
@@ -185,6 +186,25 @@ def test_a_head_of_dpos_alone_is_combined_with_sfts_embedding(here: FakeHub, tmp
     name = "model.safetensors"
     assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     assert here.sent_of("org/sft") == header_bytes(pair[0]) + tensor_bytes(pair[0]) + 64 * 32 * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["plain", "saved modules"])
+def test_of_the_base_of_an_adapter_only_what_is_needed_is_read(
+    here: FakeHub, made: Maker, tmp_path: Path, case: str
+) -> None:
+    """For `--as-adapter`: headers, and the tensors that the adapter stores whole."""
+    sft, lora = made(CASES[case], torch.float32)
+    here.add("org/base", read_folder(sft))
+    write((sft, lora), tmp_path / "local", 0.5, as_adapter=True)
+    write(("org/base", lora), tmp_path / "out", 0.5, as_adapter=True)  # type: ignore[arg-type]
+    ours, theirs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "local"))
+    assert ours == theirs
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    stored = [one for one in read_shard(lora / "adapter_model.safetensors").tensors if ".lora_" not in one.name]
+    assert bool(stored) == (case == "saved modules")
+    assert here.sent_of("org/base") == header_bytes(sft) + sum(one.nbytes for one in stored)
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["streamed first", "downloaded first"])

@@ -40,6 +40,8 @@ def find_pair(config: ThetaConfig | ExtrapolateConfig) -> tuple[Location, Locati
     _look_at_course(config)  # before anything is fetched
     if isinstance(config, ExtrapolateConfig) and config.stream_sft:
         return _find_streamed(config)
+    if isinstance(config, ExtrapolateConfig) and config.as_adapter and config.rank is None:
+        return _find_base(config), find_folder(config.dpo) or locate(config.dpo, pickled=config.allow_pickle)
     sft = find_folder(config.sft) or locate(config.sft, weights_only=True, pickled=config.allow_pickle)
     dpo = find_folder(config.dpo) or locate(config.dpo, pickled=config.allow_pickle)
     if is_adapter(dpo.path):  # then SFT's config and other side files are θ(α)'s
@@ -79,6 +81,15 @@ def find_earlier(config: CourseConfig, *, allow_pickle: bool) -> tuple[Location,
     """
     models = [model for _, model in config.course[:-1]]
     return tuple(find_folder(model) or locate(model, weights_only=True, pickled=allow_pickle) for model in models)
+
+
+def _find_base(config: ExtrapolateConfig) -> Location:
+    """SFT of an adapter that is scaled: of its weights the headers do, and tensors that the adapter stores whole."""
+    if (local := find_folder(config.sft)) is not None:
+        return local
+    if config.verify or config.allow_pickle:
+        return locate(config.sft, weights_only=True, pickled=config.allow_pickle)
+    return locate_remote(config.sft, pickled=False)
 
 
 def _find_streamed(config: ExtrapolateConfig) -> tuple[Location, Location]:
