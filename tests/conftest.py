@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -10,12 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import helpers
 import made_inputs
@@ -47,6 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if "vllm" in item.keywords:
                 item.add_marker(pytest.mark.xdist_group("vllm"))  # they share engines, and each needs a core
         items.sort(key=lambda item: ("vllm" not in item.keywords, "slow" not in item.keywords))
+
+
+def pytest_collection_finish() -> None:
+    """All modules and tests stay: garbage is not looked for among them, and forks do not copy them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(700, 10, 100)  # else what is left is so little that all of it is looked through more often
 
 
 @functools.cache
@@ -109,23 +120,65 @@ def run_expo():
 
 
 @pytest.fixture(scope="session")
-def run_warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[helpers.Run]:
-    """`python WORDS` in a process that has imported vLLM already, by `warm.py` → code, stdout, stderr."""
+def ask_warm() -> Iterator[Callable[..., Any]]:
+    """Asks `warm.py`, a process that has imported vLLM."""
     command = [sys.executable, Path(__file__).with_name("warm.py")]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, env=helpers.environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True
     )
 
-    def ask(**asked: object) -> int:
-        process.stdin.write(json.dumps(asked) + "\n")
+    def ask(name: str, **asked: object) -> Any:
+        process.stdin.write(json.dumps([name, asked]) + "\n")
         process.stdin.flush()
-        return int(process.stdout.readline())
+        return json.loads(process.stdout.readline())
 
-    yield _runs_by(ask, tmp_path_factory)
+    yield ask
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+@pytest.fixture(scope="session")
+def run_warm(ask_warm: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> helpers.Run:
+    """`python WORDS` in a process that has imported vLLM already → code, stdout, stderr."""
+    return _runs_by(functools.partial(ask_warm, "run"), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def serve_vllm(ask_warm: Callable[..., Any]) -> Callable[..., AbstractContextManager[Callable[[], str]]]:
+    """vLLM's own server, started on a free port; what is given waits until it answers and returns its URL."""
+
+    @contextmanager
+    def serve(model: Path, *options: object, folder: Path, **env: str) -> Iterator[Callable[[], str]]:
+        port, log = folder / "port", folder / "log"
+        words = [Path(__file__).with_name("vllm_server.py"), port, "--model", model, "--enforce-eager"]
+        server = ask_warm(
+            "start",
+            words=list(map(str, [*words, "--dtype", "float32", *options])),
+            env=helpers.environment(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", **env),
+            stdout=str(folder / "out"),
+            stderr=str(log),
+        )
+
+        def answering() -> str:
+            deadline = time.monotonic() + 300
+            while True:
+                if port.exists():
+                    url = f"http://127.0.0.1:{port.read_text()}"
+                    with suppress(URLError):
+                        urlopen(f"{url}/health").close()
+                        return url
+                assert ask_warm("is alive", child=server), log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+
+        try:
+            yield answering
+        finally:
+            ask_warm("end", child=server)
+
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -118,44 +113,6 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         pytest.skip("mounting a file system needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextmanager
-def vllm_server(model: Path, *options: object, log: Path, **env: str) -> Iterator[Callable[[], str]]:
-    """vLLM's own server, started on a free port; what is given waits until it answers and returns its URL."""
-    command = [sys.executable, Path(__file__).parent / "vllm_server.py"]
-    with socket.socket() as door, log.open("wb") as stream:
-        door.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{door.getsockname()[1]}"
-        arguments = [*command, door.fileno(), "--model", model, "--enforce-eager", "--dtype", "float32", *options]
-        process = subprocess.Popen(
-            list(map(str, arguments)),
-            env=environment(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", **env),
-            pass_fds=[door.fileno()],
-            start_new_session=True,
-            stdout=stream,
-            stderr=stream,
-        )
-
-    def answering() -> str:
-        deadline = time.monotonic() + 300
-        while True:
-            with suppress(URLError):
-                urlopen(f"{url}/health").close()
-                return url
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-
-    try:
-        yield answering
-    finally:
-        process.terminate()  # kindly, so that nothing of it is left, then for certain
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @contextmanager

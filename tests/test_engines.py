@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import helpers
 import pytest
 from observe import observe
 from transformers import AutoTokenizer
@@ -31,13 +30,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def server(trained, plugin, tmp_path_factory) -> Iterator[Callable[[], str]]:
+def server(trained, plugin, serve_vllm, tmp_path_factory) -> Iterator[Callable[[], str]]:
     """Starts vLLM's server; waits for it and gives its URL when it is called."""
     folder = tmp_path_factory.mktemp("served")
     model = opinionated(trained / "tiny-dpo", folder / "model")
     keys = {"sft": str(trained / "tiny-sft"), "alpha": ALPHA}
     theta = ["--load-format", "expo", "--model-loader-extra-config", json.dumps(keys)]
-    with helpers.vllm_server(model, *SERVER, *theta, log=folder / "log", **plugin) as answering:
+    with serve_vllm(model, *SERVER, *theta, folder=folder, **plugin) as answering:
         yield answering
 
 

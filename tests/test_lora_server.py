@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -99,7 +100,9 @@ def by_transformers(model: Path, prompts: Answers) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def served(made: Maker, llama_pair: helpers.Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    made: Maker, llama_pair: helpers.Pair, serve_vllm: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """The server; what it must answer is found while it starts."""
     folder = tmp_path_factory.mktemp("several")
     base, lora = made((wide_llama, CASES["all linear"][1]), torch.float32)
@@ -115,8 +118,8 @@ def served(made: Maker, llama_pair: helpers.Pair, tmp_path_factory: pytest.TempP
         *("--enable-lora", "--max-lora-rank", 8, "--max-loras", PLACES),
         *("--lora-modules", *(f"a{alpha}={folder}/adapters/a{alpha}" for alpha in STARTED)),
     ]
-    log, runtime = folder / "log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    with helpers.vllm_server(sft, *options, log=log, **runtime) as answering:
+    runtime = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with serve_vllm(sft, *options, folder=folder, **runtime) as answering:
         for alpha in (*STARTED, LATER):
             helpers.write(pair, folder / f"a{alpha}", alpha, alpha_for=OWN.get(alpha, ()))
         prompts = torch.randint(6, 64, (ROWS, LONG), generator=torch.Generator().manual_seed(0)).tolist()

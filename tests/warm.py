@@ -1,7 +1,7 @@
 """A process that has imported vLLM, and forks itself for each program that runs vLLM: `python warm.py`.
 
-To import vLLM takes many times as long as to start a tiny engine. A line on stdin names a program, its environment and
-where its output goes; a line on stdout tells its exit code.
+To import vLLM takes many times as long as to start a tiny engine. A line on stdin names one of `ASKED` and what it
+needs: a program, its environment and where its output goes, or a program's process. A line on stdout is its answer.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import gc
 import json
 import os
 import runpy
+import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +28,49 @@ def main() -> None:
 
     prepare_environment()
     from vllm import LLM  # noqa: F401 - what takes the time
+    from vllm.entrypoints.openai import api_server  # noqa: F401
     from vllm.v1.worker import cpu_worker  # noqa: F401
 
-    gc.freeze()
+    gc.freeze()  # vLLM's modules are a million objects, and an engine has all objects looked through some ten times
+    gc.freeze = gc.unfreeze = lambda: None  # at its end it would thaw them, though not only its own are frozen
     for line in sys.stdin:
-        print(in_a_fork(**json.loads(line)), flush=True)
+        name, asked = json.loads(line)
+        print(json.dumps(ASKED[name](**asked)), flush=True)
 
 
 def in_a_fork(**asked: Any) -> int:
     """`run`, in a fork of this process."""
+    return ended(_fork(asked))
+
+
+def start(**asked: Any) -> int:
+    """The same, without waiting for its end; its process, which leads a group."""
+    return _fork(asked, os.setsid)
+
+
+def _fork(asked: dict[str, Any], first: Callable[[], None] = lambda: None) -> int:
     child = os.fork()
     if not child:
+        first()
         mend_torch_threads()
         atexit._clear()  # the exit handlers of this process are not the child's
         os._exit(run(**asked))
+    return child
+
+
+def is_alive(child: int) -> bool:
+    """Whether what was started is there; its process can be ended in any case."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def end(child: int) -> int:
+    """End what was started, kindly so that nothing of it is left, then for certain; its exit code."""
+    os.kill(child, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
     return ended(child)
 
 
@@ -69,6 +102,8 @@ def _execute(words: list[str]) -> Any:
     sys.path.insert(0, str(Path(words[0]).parent))
     return runpy.run_path(words[0], run_name="__main__")
 
+
+ASKED = {"run": in_a_fork, "start": start, "is alive": is_alive, "end": end}
 
 if __name__ == "__main__":
     main()
