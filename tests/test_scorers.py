@@ -24,11 +24,11 @@ from expo.engines import (
     SCORERS,
     ScorerSetup,
     find_engine,
-    tight_batches,
     transformers_reward as backend,
     vllm_reward,
     vllm_tools,
 )
+from expo.engines.batches import tight_batches
 from expo.engines.reward_classes import READ_LAST, VLLM_ARCHITECTURES, class_of_last, unread_id
 from expo.errors import EnvironmentFailure, InputError
 from expo.verbs.score.rows import cut

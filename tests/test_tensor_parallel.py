@@ -37,7 +37,8 @@ def main():
     Known.generate = lambda self, requests, done, own=Known.generate: seen.extend(requests) or own(self, requests, done)
     code = cli.run(sys.argv[2:])
     prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in seen]
-    params = [started[0]._params(request.temperature, request.seed, request.max_tokens) for request in seen]
+    setup = started[0]._setup
+    params = [backend._params(setup, one.temperature, one.seed, one.max_tokens) for one in seen]
     held = started[0].held()
     written = {"load_format": "auto", "model_loader_extra_config": {}}
     started[0]._llm.collective_rpc("update_config", args=({"load_config": written},))
