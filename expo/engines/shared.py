@@ -89,7 +89,7 @@ class Seats(EngineKeeper):
 
 
 class Seat:
-    """A job's place at an engine: a `Generator`.
+    """A job's place at an engine: what a run needs of a `Generator`, which is the others' to load and close.
 
     While it waits it yields nothing, so that whoever runs the jobs can go on with another one.
     """
@@ -126,13 +126,6 @@ class Seat:
         except GeneratorExit:
             self._engine.give_up(list(self._asked))
             raise
-
-    def load(self, setup: Any) -> None:  # noqa: ANN401 - as `Engine` has it
-        """A seat is one setup's."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """The engine is the others', too."""
 
     def versions(self) -> dict[str, str]:
         """As `Engine`."""
