@@ -12,6 +12,7 @@ import os
 import re
 import selectors
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +27,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from tools.documents import programs, stand_ins
+from tools.documents import programs, stand_ins, warm
 from tools.documents.answering import serve
 from tools.documents.check import words_of
 from tools.documents.pages import PYTHON, ROOT, SHELL, Block, Command, commands
@@ -118,7 +119,12 @@ class World:
 
 @contextmanager
 def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
-    """Make what all pages share, in an empty folder; `vllm`: whether this machine has it, if it is installed."""
+    """Make what all pages share, in an empty folder.
+
+    Args:
+        folder: The folder.
+        vllm: Whether this machine has it, if it is installed. Where not, programs are forks of one process (`warm.py`).
+    """
     from evaluations.smoke.mt_bench import write_data
 
     models = stand_ins.trio(folder)
@@ -126,7 +132,7 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
     write_data(data)
     _distributions(site)
     if not vllm:
-        (site / "sitecustomize.py").write_text("import sys\n\nsys.modules['vllm'] = None\n")
+        (site / "sitecustomize.py").write_text(f"import sys\n\nsys.modules['vllm'] = None\n{warm.CLIENT}")
     user.mkdir()
     with (
         stand_ins.hub(models) as hub,
@@ -156,7 +162,28 @@ def world(folder: Path, *, vllm: bool = True) -> Iterator[World]:
             **VARIABLES,
             **{programs.PLACES[name]: place for name, place in places.items()},
         }
-        yield World(folder, environment, models, hub)
+        with ExitStack() as stack:
+            if not vllm:
+                environment[warm.VARIABLE] = stack.enter_context(_warm(site, environment))
+            yield World(folder, environment, models, hub)
+
+
+@contextmanager
+def _warm(site: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A process that forks itself for pages; the socket by which they find it."""
+    path = os.pathsep.join([str(site), str(ROOT)])
+    with TemporaryDirectory(prefix="door-", dir="/tmp") as folder:  # sockets have short names
+        door = Path(folder, "door")
+        command = [sys.executable, str(Path(warm.__file__)), str(door)]
+        with subprocess.Popen(command, env={**environment, "PYTHONPATH": path}, stdin=subprocess.PIPE) as process:
+            try:
+                while not door.exists():
+                    if process.poll() is not None:
+                        raise RuntimeError(f"{command} ended with {process.returncode}")
+                    time.sleep(0.01)
+                yield str(door)
+            finally:
+                process.kill()
 
 
 def _fastchat() -> Path:
