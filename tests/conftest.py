@@ -36,6 +36,7 @@ from expo.rows import process
 
 def pytest_configure() -> None:
     """Tests send SIGINT, which a job in the background of a shell starts with ignored."""
+    gc.disable()  # until all modules are imported, a sixth of whose time it would take
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -56,6 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """All modules and tests stay: garbage is not looked for among them, and forks do not copy them."""
     gc.collect()
+    gc.enable()
     gc.freeze()
     gc.set_threshold(700, 10, 100)  # else what is left is so little that all of it is looked through more often
 
@@ -119,10 +121,10 @@ def run_expo():
     return helpers.run_expo
 
 
-@pytest.fixture(scope="session")
-def ask_warm() -> Iterator[Callable[..., Any]]:
-    """Asks `warm.py`, a process that has imported vLLM."""
-    command = [sys.executable, Path(__file__).with_name("warm.py")]
+@contextmanager
+def _warm_process(kind: str) -> Iterator[Callable[..., Any]]:
+    """`warm.py`, a process that has imported vLLM or expo; what is given asks it."""
+    command = [sys.executable, Path(__file__).with_name("warm.py"), kind]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, env=helpers.environment(), stdin=pipe, stdout=pipe, text=True, start_new_session=True
@@ -137,6 +139,20 @@ def ask_warm() -> Iterator[Callable[..., Any]]:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+@pytest.fixture(scope="session")
+def ask_warm() -> Iterator[Callable[..., Any]]:
+    """Asks a process that has imported vLLM."""
+    with _warm_process("vllm") as ask:
+        yield ask
+
+
+@pytest.fixture(scope="session")
+def run_imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[helpers.Run]:
+    """`python WORDS` in a process that has imported what commands without an engine need → code, stdout, stderr."""
+    with _warm_process("expo") as ask:
+        yield _runs_by(functools.partial(ask, "run"), tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -226,11 +242,12 @@ def hub() -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def expo_on_hub(hub: FakeHub, tmp_path: Path) -> Callable[..., helpers.Result]:
+def expo_on_hub(hub: FakeHub, tmp_path: Path, run_imported: helpers.Run) -> Callable[..., helpers.Result]:
     """The program in a process of its own that talks to `hub` and keeps its cache in tmp_path/home."""
 
     def run(*args: object, token: str | None = WRITER, **env: str) -> helpers.Result:
-        result = helpers.run_python(helpers.UNHURRIED, *args, env={**hub.environment(tmp_path / "home", token), **env})
+        settings = {**hub.environment(tmp_path / "home", token), **env}
+        result = run_imported("-c", helpers.UNHURRIED, *args, env=settings)
         assert "Traceback" not in result.stderr or "--debug" in args
         secrets = [secret for secret in (token, env.get("HF_TOKEN")) if secret]
         for secret in secrets:

@@ -1,7 +1,8 @@
-"""A process that has imported vLLM, and forks itself for each program that runs vLLM: `python warm.py`.
+"""A process that has imported vLLM or expo, and forks itself for each program that runs it: `python warm.py vllm`.
 
-To import vLLM takes many times as long as to start a tiny engine. A line on stdin names one of `ASKED` and what it
-needs: a program, its environment and where its output goes, or a program's process. A line on stdout is its answer.
+To import vLLM takes many times as long as to start a tiny engine, and to import torch as a small command. A line on
+stdin names one of `ASKED` and what it needs: a program, its environment and where its output goes, or a program's
+process. A line on stdout is its answer.
 """
 
 from __future__ import annotations
@@ -24,18 +25,30 @@ from crashes import ended, mend_torch_threads
 
 
 def main() -> None:
-    from expo.engines.vllm_tools import prepare_environment
-
-    prepare_environment()
-    from vllm import LLM  # noqa: F401 - what takes the time
-    from vllm.entrypoints.openai import api_server  # noqa: F401
-    from vllm.v1.worker import cpu_worker  # noqa: F401
-
+    gc.disable()
+    IMPORTS[sys.argv[1]]()
+    gc.enable()
     gc.freeze()  # vLLM's modules are a million objects, and an engine has all objects looked through some ten times
     gc.freeze = gc.unfreeze = lambda: None  # at its end it would thaw them, though not only its own are frozen
     for line in sys.stdin:
         name, asked = json.loads(line)
         print(json.dumps(ASKED[name](**asked)), flush=True)
+
+
+def import_vllm() -> None:
+    from expo.engines.vllm_tools import import_vllm
+
+    import_vllm()
+    from vllm.entrypoints.openai import api_server  # noqa: F401
+
+
+def import_expo() -> None:
+    """What commands without an engine need, but for the hub's library, which reads the environment when imported."""
+    import expo.cli.program
+    import expo.verbs.extrapolate
+    import expo.verbs.inspect  # noqa: F401
+
+    assert "huggingface_hub" not in sys.modules
 
 
 def in_a_fork(**asked: Any) -> int:
@@ -98,11 +111,15 @@ def _execute(words: list[str]) -> Any:
     if words[0] == "-m":
         sys.argv = words[1:]
         return runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        return exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
     return runpy.run_path(words[0], run_name="__main__")
 
 
+IMPORTS = {"vllm": import_vllm, "expo": import_expo}
 ASKED = {"run": in_a_fork, "start": start, "is alive": is_alive, "end": end}
 
 if __name__ == "__main__":
