@@ -53,13 +53,16 @@ def test_a_machine_dies(
     swept: Any,  # noqa: F811
     raylets: Raylets,  # noqa: F811
     start: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """More engines than α: each α is divided, one engine waits for a machine, and then there is but one machine."""
     config, whole = swept(alpha=(2.0,)), swept(alpha=(2.0,), output=str(tmp_path / "whole"))
     folder = Path(config.output)
     raylets.hold()
-    process = start("sweep", *arguments_of(config), "--data-parallel", 3)
+    with monkeypatch.context() as patch:
+        patch.setenv("EXPO_CACHE", str(tmp_path / "cache"))  # where nothing is proved yet
+        process = start("sweep", *arguments_of(config), "--data-parallel", 3)
     verb.run(whole)
     victim, _ = raylets.waiting(2)
     journals = [len(file.read_text().splitlines()) for file in folder.rglob("*.parts/.*.journal.jsonl")]
@@ -68,6 +71,9 @@ def test_a_machine_dies(
     raylets.open()
     _, err = ended(process)
     assert "another process takes it up" in err
+    switch = record_of(folder)["switch"]
+    assert switch["proved"], switch
+    assert switch["reason"].startswith("switched to α = "), "by a process of the cluster"
     assert_same_sweep(folder, Path(whole.output))
     assert verb.run(replace(config, ray="127.0.0.1:9")).status == "already complete", "for which no cluster is needed"
 

@@ -638,6 +638,7 @@ def test_a_pair_of_which_nothing_moves_needs_no_proof(pairs: dict[str, Path]) ->
     assert (proof.proved, proof.worker, proof.reason) == (True, None, "no tensor moves with α")
 
 
+@pytest.mark.full  # in CI a sweep on Ray has it proved with them (`test_ray_sweep.py`)
 @pytest.mark.slow
 def test_a_switch_is_proved_with_real_processes(pairs: dict[str, Path]) -> None:
     work = job("transformers", pairs["llama"], FIRST)

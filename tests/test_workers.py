@@ -449,7 +449,7 @@ def test_an_error_is_told_before_the_engine_is_closed(monkeypatch, capfd, error,
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(trained, alpaca_data, tmp_path, capsys, caplog):
     dataset = alpaca_data / "alpaca_eval" / "zephyr-7b-dpo-full.json"
-    limit = sized(ci=60, full=120)
+    limit = sized(ci=40, full=120)
     others = {"dataset": str(dataset), "limit": limit, "max_tokens": 32, "batch_tokens": 400, "temperature": 0.7}
     whole = verb.run(settings(trained / "tiny-dpo", "alpaca", tmp_path / "whole", **others)).output.read_bytes()
     arguments = ["generate", "alpaca", "--dataset", dataset, "--model", trained / "tiny-dpo", "--limit", limit]

@@ -5,5 +5,5 @@ messages. `check.py` has the program's own parser read each line, without runnin
 that a text names (models and data sets of the hub, `my-sft`, `prompts.jsonl`) resolve to tiny ones of this machine,
 `answering.py` is who answers at an address, and `shortened.py` says which words are added to a command that would take
 too long; the text itself is run as it stands. `programs.py` has the programs that a page's shell finds first, those
-that this machine lacks among them. `session.py` runs a page.
+that this machine lacks among them. `session.py` runs a page, `warm.py` makes its processes cheap in the tests.
 """
