@@ -176,6 +176,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("documents")  # they share a world
 @pytest.mark.parametrize("page", CI)
 def test_marked_commands_run(page: str, shared: session.World) -> None:
     outcomes = list(session.run_page(shared, page, CI[page]))
@@ -183,6 +184,7 @@ def test_marked_commands_run(page: str, shared: session.World) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("documents")
 def test_a_page_that_fails_says_where_and_leaves_nothing(shared: session.World) -> None:
     text = "export GREETING=hello\nsleep 600 &\ncd demo\ntest $GREETING = hello && test -f run.sh\nfalse\n"
     page = [
