@@ -598,6 +598,7 @@ def sweep(
     switch: Literal["auto", "reload", "adapter"] = "auto",
     task: str | PathLike[str] = "ultrafeedback",
     output: str | PathLike[str] | None = None,
+    likelihood: str | PathLike[str] | None = None,
     any_pair: bool = False,
     write: bool = False,
     data_parallel: int | None = None,
@@ -661,6 +662,7 @@ def sweep(
     switch: Literal["auto", "reload", "adapter"] = "auto",
     task: str | PathLike[str] = "ultrafeedback",
     output: str | PathLike[str] | None = None,
+    likelihood: str | PathLike[str] | None = None,
     any_pair: bool = False,
     write: bool = False,
     data_parallel: int | None = None,
@@ -748,6 +750,9 @@ def sweep(
         task: ultrafeedback, alpaca, mtbench, or a .jsonl/.json/.parquet/.csv file.
         output: Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default:
             sweeps/<DPO name>]
+        likelihood: Exploratory: read preference pairs under every θ(α) instead of generating and
+            scoring answers: which is likelier, chosen or rejected. A .jsonl/.json/.parquet/.csv file
+            with prompt, chosen and rejected, or a hub data set as id[@revision][:split] (transformers).
         any_pair: Sweep the pair even if `expo inspect` finds it unsuited.
         write: Write the checkpoint of the chosen α at the end.
         data_parallel: With ray, the number of engines that answer. [default: as many as the cluster has

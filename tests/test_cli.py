@@ -168,7 +168,7 @@ FLAGS = {
     "inspect": f"{PAIR} --checkpoint --output --rule --workers",
     "sweep": f"{PAIR} {RULES}"
     " --any-pair --batch-tokens --chat-template --confidence --confirm --data-parallel --dataset --dtype --engine"
-    " --engine-arg --frequency-penalty --indifference --limit --max-tokens --n --output --presence-penalty"
+    " --engine-arg --frequency-penalty --indifference --likelihood --limit --max-tokens --n --output --presence-penalty"
     " --ray --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
     " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
     " --search --seed --seed-mode --slice --stop-token-id --switch --system --target-step --task --temperature"

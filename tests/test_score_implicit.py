@@ -498,14 +498,14 @@ def test_a_pair_that_common_names_is_for_the_implicit_reward_alone(llama_pair, o
 def test_a_lack_of_memory_halves_the_batch_and_moves_no_reward(llama_pair, outputs, tmp_path, monkeypatch, caplog):
     expected = numbers(verb.run(settings(llama_pair, tmp_path)).rewards)
     shutil.rmtree(tmp_path / "rewards_q")
-    original = TransformersLogProbs._sums
+    original = backend._Reader._sums
 
     def narrow(self, rows):
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, rows)
 
-    monkeypatch.setattr(TransformersLogProbs, "_sums", narrow)
+    monkeypatch.setattr(backend._Reader, "_sums", narrow)
     assert numbers(verb.run(settings(llama_pair, tmp_path)).rewards) == [close(value) for value in expected]
     assert "out of memory: continuing with batches of half the size" in caplog.text
 
@@ -514,7 +514,7 @@ def test_memory_that_does_not_suffice_for_one_row_is_said(llama_pair, outputs, t
     def nothing(self, rows):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TransformersLogProbs, "_sums", nothing)
+    monkeypatch.setattr(backend._Reader, "_sums", nothing)
     with pytest.raises(EnvironmentFailure, match="--dtype bfloat16, or a smaller --max-length"):
         verb.run(settings(llama_pair, tmp_path))
 

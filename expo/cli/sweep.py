@@ -27,6 +27,8 @@ EXAMPLES = (
     "--target-step 800 --reward-model my-rm --task prompts.jsonl\n"
     "\n\b\nFor at most half of the tokens, with the α that is found confirmed on prompts set aside:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --search race --refine\n"
+    "\n\b\nExploratory: what every θ(α) says of preference pairs, with nothing generated:\n"
+    "  expo sweep --sft my-sft --dpo my-dpo --likelihood HuggingFaceH4/ultrafeedback_binarized --limit 200\n"
     "\n\b\nWhat a sweep would cost, measured on a few rows:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --dry-run"
 )

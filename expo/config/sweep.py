@@ -142,6 +142,15 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         Setting("Folder for sweep.json, sweep.png, outputs_<task>/ and rewards_<task>/. [default: sweeps/<DPO name>]",
                 metavar="DIR"),
     ] = None  # fmt: skip
+    likelihood: Annotated[
+        str | None,
+        Setting(
+            "Exploratory: read preference pairs under every θ(α) instead of generating and scoring answers: which is "
+            "likelier, chosen or rejected. A .jsonl/.json/.parquet/.csv file with prompt, chosen and rejected, or a "
+            "hub data set as id[@revision][:split] (transformers).",
+            metavar="PAIRS",
+        ),
+    ] = None
     any_pair: Annotated[bool, Setting("Sweep the pair even if `expo inspect` finds it unsuited.")] = False
     write: Annotated[bool, Setting("Write the checkpoint of the chosen α at the end.")] = False
 
@@ -167,6 +176,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         require_choice("--search", self.search, Search)
         require_choice("--switch", self.switch, Switch)
         self._require_race_settings()
+        self._require_likelihood()
         require(
             not (self.checkpoint and self.alpha_for),
             "a sweep takes no --alpha-for beside --checkpoint: --exclude keeps tensors as the last checkpoint has them",
@@ -220,6 +230,20 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         require(
             len(candidates) > 1 or self.refine,
             f"α = {candidates[0]:g} alone needs no race: give another --alpha, --refine, or --search grid",
+        )
+
+    def _require_likelihood(self) -> None:
+        """Refuse settings that nothing is left to do for where pairs are read: of rewards, of a race, of engines."""
+        if self.likelihood is None:
+            return
+        require_text("--likelihood", self.likelihood)
+        own = {field.name for field in (*fields(RewardsConfig), *fields(RaceConfig))}
+        own |= {"search", "switch", "task", "write", "data_parallel", "ray"}
+        given = next((one for one in fields(self) if one.name in own and _is_given(self, one)), None)
+        require(
+            given is None,
+            f"--{given.name.replace('_', '-') if given else ''} has no meaning with --likelihood, which generates and "
+            "scores nothing and chooses no checkpoint: leave one of the two out",
         )
 
     @property

@@ -1,6 +1,6 @@
-"""What an engine of the implicit reward is: log-probabilities of answers under the two models of a pair.
+"""What gives log-probabilities of answers: under the two models of a pair, for the implicit reward, or under θ(α).
 
-To add one, write a module with a class that satisfies `LogProbs` and a line in `LOG_PROBS`.
+To add one, write a module with classes that satisfy `LogProbs` and `ThetaLogProbs`, and a line in each table.
 """
 
 from __future__ import annotations
@@ -56,6 +56,17 @@ class LogProbs(Engine, Protocol):
         """
 
 
+class ThetaLogProbs(Engine, Protocol):
+    """Gives log-probabilities of answers under one θ(α), and goes on to the next. Made from a `GeneratorSetup`."""
+
+    def log_probs(self, rows: Sequence[Answered]) -> list[float]:
+        """As `LogProbs` does, under θ(α).
+
+        Args:
+            rows: One batch, of any lengths.
+        """
+
+
 LOG_PROBS = {
     "transformers": EngineSpec(
         "expo.engines.transformers_log_probs:TransformersLogProbs",
@@ -64,4 +75,14 @@ LOG_PROBS = {
         settle="expo.engines.torch_tools:with_run_dtype",
     )
 }
-"""Engine → what is known of it."""
+"""Engine of the implicit reward → what is known of it."""
+
+THETA_LOG_PROBS = {
+    "transformers": EngineSpec(
+        "expo.engines.transformers_log_probs:TransformersThetaLogProbs",
+        can=frozenset({"local"}),
+        pads=True,
+        settle="expo.engines.torch_tools:with_run_dtype",
+    )
+}
+"""The same, of those that read θ(α)."""

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from expo.engines import GeneratorSetup
 from expo.engines.coverage import require_trained
 from expo.engines.log_probs import Answered, LogProbSetup, Side
 from expo.engines.torch_tools import find_device, is_out_of_memory, loading, out_of_memory_hint
+from expo.engines.transformers_theta import Places, load_theta, replace_theta
 
 LOGITS_AT_ONCE = 1 << 25
 """Numbers that the head gives at once: 128 MiB in float32, 262 positions of a vocabulary of 128,000."""
@@ -44,7 +46,7 @@ class TransformersLogProbs:
         self._device = find_device(setup.config.device, prefer_gpu=True)
         self._setup = setup
         self._folder: Path | None = None
-        self._model: Any = None
+        self._reader: _Reader | None = None
 
     def log_probs(self, side: Side, rows: Sequence[Answered]) -> list[float]:
         """The sum over each row's answer; padding is on the right, where no token of a causal model sees it.
@@ -53,8 +55,139 @@ class TransformersLogProbs:
             InputError: transformers cannot load the model, or its weights are not all there.
             EnvironmentFailure: There is not enough memory.
         """
-        self._use(getattr(self._setup, side))
-        with torch.inference_mode(), out_of_memory_hint("--dtype bfloat16, or a smaller --max-length,"):
+        folder = getattr(self._setup, side)
+        if self._reader is None or self._folder != folder:
+            self.close()
+            self._folder, self._reader = folder, _Reader(self._load(folder), self._device)
+        return self._reader.sums(rows, "--dtype bfloat16, or a smaller --max-length,")
+
+    def _load(self, folder: Path) -> Any:  # noqa: ANN401 - a transformers model
+        config = self._setup.config
+        with loading(folder.name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=config.dtype,
+                trust_remote_code=config.trust_remote_code,
+                device_map=str(self._device),
+                output_loading_info=True,
+            )
+        model, info = loaded
+        require_trained(folder.name, model, info, "score")
+        return model
+
+    def load(self, setup: LogProbSetup) -> None:
+        """Go on with other settings; none of them is the models'."""
+        self._setup = setup
+
+    def close(self) -> None:
+        """Let go of the model that is in memory, before another one is loaded."""
+        left = None if self._reader is None else weakref.ref(self._reader.model)
+        self._folder = self._reader = None
+        _let_go(left, self._device)
+
+    def versions(self) -> dict[str, str]:
+        """The versions of transformers and torch."""
+        return _versions()
+
+
+class TransformersThetaLogProbs:
+    """See `expo.engines.log_probs.ThetaLogProbs`.
+
+    Args:
+        setup: What to start.
+
+    Raises:
+        InputError: transformers cannot load the model, or its weights are not all there.
+        EnvironmentFailure: There is not enough memory, or the device cannot be used.
+    """
+
+    def __init__(self, setup: GeneratorSetup) -> None:
+        self._device = find_device(setup.config.device, prefer_gpu=True)
+        self._weights = setup.weights()
+        self._reader: _Reader | None = None
+        self._places: Places | None = None
+        self._load_anew(setup)
+
+    def _load_anew(self, setup: GeneratorSetup) -> None:
+        assert setup.theta is not None
+        with loading(setup.name):
+            model, self._places = load_theta(setup, setup.theta, self._device)
+        self._reader = _Reader(model, self._device)
+
+    def log_probs(self, rows: Sequence[Answered]) -> list[float]:
+        """The sum over each row's answer.
+
+        Raises:
+            EnvironmentFailure: There is not enough memory.
+        """
+        assert self._reader is not None
+        return self._reader.sums(rows, "--dtype bfloat16, or a smaller --batch-tokens,")
+
+    def load(self, setup: GeneratorSetup) -> None:
+        """Go on with another θ(α), copied to its places or loaded anew.
+
+        An engine whose weights could not be replaced is closed: some tensors may be the new ones.
+        """
+        weights = setup.weights()
+        if weights == self._weights:
+            return
+        try:
+            if self._places is not None and setup.theta is not None and replace_theta(setup.theta, self._places):
+                assert self._reader is not None
+                self._reader.take_head()
+            else:
+                self.close()
+                self._load_anew(setup)
+        except BaseException:
+            self.close()
+            raise
+        self._weights = weights
+
+    def close(self) -> None:
+        """Let go of the model."""
+        left = None if self._reader is None else weakref.ref(self._reader.model)
+        self._reader = self._places = None
+        _let_go(left, self._device)
+
+    def versions(self) -> dict[str, str]:
+        """The versions of transformers and torch."""
+        return _versions()
+
+
+class _Reader:
+    """A loaded model, read for log-probabilities.
+
+    Args:
+        model: A causal model of transformers.
+        device: Where it is.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:  # noqa: ANN401 - a transformers model
+        self.model = model.eval()
+        self._device = device
+        self._body = getattr(model, model.base_model_prefix)
+        self._no_ids = torch.zeros((1, 1), dtype=torch.long, device=device)
+        self._head = model.get_output_embeddings()
+        self._own_head = dict(self._head.named_parameters(recurse=False))
+        self._at_once = max(1, LOGITS_AT_ONCE // self._head.weight.shape[0])
+        self.take_head()
+
+    def take_head(self) -> None:
+        """Give the model a head in float32 with the values that its own head has now; its own, where it was tied."""
+        for name, parameter in self._own_head.items():
+            setattr(self._head, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
+
+    def sums(self, rows: Sequence[Answered], hint: str) -> list[float]:
+        """Σ log π over each row's answer.
+
+        Args:
+            rows: One batch, of any lengths.
+            hint: What to try where memory does not suffice.
+
+        Raises:
+            EnvironmentFailure: Memory does not suffice for one row.
+        """
+        with torch.inference_mode(), out_of_memory_hint(hint):
             return self._batch(rows)
 
     def _batch(self, rows: Sequence[Answered]) -> list[float]:
@@ -99,53 +232,25 @@ class TransformersLogProbs:
 
     def _logits(self, states: Tensor) -> Tensor:
         """What the model makes of its body's states, (positions, hidden size) → (positions, vocabulary)."""
-        name = self._model.base_model_prefix
-        setattr(self._model, name, _Given(states.float().unsqueeze(0)))
+        name = self.model.base_model_prefix
+        setattr(self.model, name, _Given(states.float().unsqueeze(0)))
         try:
-            logits: Tensor = self._model(input_ids=self._no_ids, use_cache=False).logits[0].float()
+            logits: Tensor = self.model(input_ids=self._no_ids, use_cache=False).logits[0].float()
         finally:
-            setattr(self._model, name, self._body)
+            setattr(self.model, name, self._body)
         return logits
 
-    def _use(self, folder: Path) -> None:
-        if self._folder == folder:
-            return
-        self.close()
-        config = self._setup.config
-        with loading(folder.name):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=config.dtype,
-                trust_remote_code=config.trust_remote_code,
-                device_map=str(self._device),
-                output_loading_info=True,
-            )
-        model, info = loaded
-        require_trained(folder.name, model, info, "score")
-        self._folder, self._model = folder, model.eval()
-        self._body = getattr(model, model.base_model_prefix)
-        self._no_ids = torch.zeros((1, 1), dtype=torch.long, device=self._device)
-        head = model.get_output_embeddings()
-        for parameter_name, parameter in list(head.named_parameters(recurse=False)):  # its own, where it was tied
-            setattr(head, parameter_name, nn.Parameter(parameter.detach().float(), requires_grad=False))
-        self._at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
 
-    def load(self, setup: LogProbSetup) -> None:
-        """Go on with other settings; none of them is the models'."""
-        self._setup = setup
+def _let_go(left: weakref.ref[Any] | None, device: torch.device) -> None:
+    """Free the memory of a model to which nothing but itself refers."""
+    if left is not None and left() is not None:
+        gc.collect()  # something in it refers back to it
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
-    def close(self) -> None:
-        """Let go of the model that is in memory, before another one is loaded."""
-        left = None if self._model is None else weakref.ref(self._model)
-        self._folder = self._model = self._body = None
-        if left is not None and left() is not None:
-            gc.collect()  # something in it refers back to it
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
-    def versions(self) -> dict[str, str]:
-        """The versions of transformers and torch."""
-        return {name: version(name) for name in ("transformers", "torch")}
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("transformers", "torch")}
 
 
 class _Output(MoeModelOutputWithPast):

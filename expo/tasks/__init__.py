@@ -4,6 +4,11 @@
 """
 
 from expo.files import read_rows as read_rows
+from expo.tasks.preferences import (
+    Preference as Preference,
+    clusters_of as clusters_of,
+    load_preferences as load_preferences,
+)
 from expo.tasks.table import TASKS as TASKS, find_task as find_task
 from expo.tasks.task import (
     Answer as Answer,

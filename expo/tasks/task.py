@@ -199,7 +199,7 @@ def load_prompts(task: Task, dataset: str | None = None) -> list[Prompt]:
         EnvironmentFailure: The hub cannot be reached.
     """
     source, name = _source(task, dataset)
-    rows = read_rows(source) if isinstance(source, Path) else _load_from_hub(source)
+    rows = read_rows(source) if isinstance(source, Path) else load_from_hub(source)
     prompts = list(_prompts(task, rows, name))
     if not prompts:
         raise InputError(f"{name} contains no prompts")
@@ -213,7 +213,7 @@ def _prompts(task: Task, rows: Sequence[Row], name: str) -> Iterator[Prompt]:
         except InputError as error:
             raise InputError(f"row {number} of {name} {error}") from error
         turns = (*prompt.messages, *prompt.followups)
-        _require_utf8((prompt.id, *(turn["content"] for turn in turns)), f"row {number} of {name}")
+        require_utf8((prompt.id, *(turn["content"] for turn in turns)), f"row {number} of {name}")
         yield replace(prompt, subset=subset_of(row))
 
 
@@ -222,7 +222,12 @@ def subset_of(row: Row) -> str | None:
     return next((row[name] for name in SUBSETS if isinstance(row.get(name), str) and row[name].strip()), None)
 
 
-def _require_utf8(texts: Iterable[str], where: str) -> None:
+def require_utf8(texts: Iterable[str], where: str) -> None:
+    """Refuse text that no file can hold.
+
+    Raises:
+        InputError: There is some; the message begins with where it is.
+    """
     if not all(map(is_utf8, texts)):
         raise InputError(
             f"{where} holds half of a surrogate pair, which is not valid text: put another character in its place, "
@@ -257,14 +262,24 @@ def _with_ids(task: Task, prompts: list[Prompt], name: str) -> list[Prompt]:
     return [replace(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
 
 
-def _load_from_hub(source: HubSource) -> list[Row]:
+def load_from_hub(source: HubSource, flag: str = "--dataset") -> list[Row]:
+    """The rows of a data set.
+
+    Args:
+        source: Where they are.
+        flag: What takes a local copy instead, for messages.
+
+    Raises:
+        InputError: There is no such data set, or it cannot be loaded.
+        EnvironmentFailure: The hub cannot be reached.
+    """
     repository, _, revision = source.repository.partition("@")
     try:
         if source.file is not None:
             return read_rows(fetch_file(repository, source.file, revision or None, kind=source.kind))
         return _load_dataset(repository, source.split, revision or None)
     except ExpoError as error:
-        raise type(error)(f"the data set cannot be loaded: {error}; --dataset FILE reads a copy") from error
+        raise type(error)(f"the data set cannot be loaded: {error}; {flag} FILE reads a copy") from error
 
 
 def _load_dataset(repository: str, split: str, revision: str | None) -> list[Row]:
@@ -329,7 +344,7 @@ def _conversation(number: int, row: Row, path: Path, task: Task) -> Conversation
         asked, answers = (), ()
     if not asked or not answers or not all(map(is_message, (*asked, *answers))):
         raise InputError(f"{where} lacks a prompt (or instruction) or an output")
-    _require_utf8((turn["content"] for turn in (*asked, *answers)), where)
+    require_utf8((turn["content"] for turn in (*asked, *answers)), where)
     return Conversation((*asked, *answers), prompt_item(asked), failed=row.get("finish_reason") == "error")
 
 
@@ -359,5 +374,5 @@ def answers_of(number: int, row: Row, path: Path, task: Task) -> Sequence[str]:
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: no choices with turns") from error
     if not all(isinstance(text, str) for text in answers):
         raise InputError(f"row {number} of {path} is not a valid {task.name} answer: its turns are not all text")
-    _require_utf8(answers, f"row {number} of {path}")
+    require_utf8(answers, f"row {number} of {path}")
     return answers

@@ -102,14 +102,17 @@ def alpaca_eval() -> Files:
 
 
 def ultrafeedback() -> Files:
-    """UltraFeedback's test prompts."""
+    """UltraFeedback's test prompts and preference pairs."""
     from demo import task
 
     rng, rows = random.Random(1), []
     for number, prompt in enumerate(task.prompts(ROWS, 7, held_out=True)):
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": task.write_answer(prompt, rng)}]
-        rows.append({"prompt": prompt, "prompt_id": f"{number:064x}", "messages": turns})
-    return {"data/test_gen-00000-of-00001.parquet": parquet(rows)}
+        asked = {"role": "user", "content": prompt}
+        chosen, rejected = ([asked, {"role": "assistant", "content": task.write_answer(prompt, rng)}] for _ in range(2))
+        name = f"{number:064x}"
+        row = {"prompt": prompt, "prompt_id": name, "chosen": chosen, "rejected": rejected, "messages": chosen}
+        rows.append(row)
+    return {f"data/{split}-00000-of-00001.parquet": parquet(rows) for split in ("test_gen", "test_prefs")}
 
 
 def mt_bench() -> Files:

@@ -45,7 +45,7 @@ class Swept:
     """The result of a sweep."""
 
     record: Row
-    """As in sweep.json."""
+    """As in sweep.json, or likelihood.json."""
     text: str
     """The table, the verdict and the command."""
     status: str
@@ -66,8 +66,8 @@ class Swept:
 
     @property
     def best_alpha(self) -> float:
-        """The chosen α; 0 where none is better than DPO."""
-        return float(self.record["best_alpha"])
+        """The chosen α; 0 where none is better than DPO, or, with `likelihood`, none is chosen."""
+        return float(self.record.get("best_alpha", 0.0))
 
     @property
     def best_step(self) -> float | None:
@@ -83,7 +83,7 @@ class Swept:
     @property
     def picture(self) -> Path:
         """The curve over α."""
-        return self.file.with_name(PICTURE)
+        return self.file.with_suffix(Path(PICTURE).suffix)
 
     def describe(self) -> Row:
         """As plain data: sweep.json, and where things are."""

@@ -20,6 +20,7 @@ from expo.rows import RowJob, missing_rows
 from expo.verbs.generate import GenerateJob
 from expo.verbs.generate.plan import plan as plan_generate
 from expo.verbs.score import ScoreJob
+from expo.verbs.sweep import likelihood
 from expo.verbs.sweep.lanes import Lane, Lanes, environment_of
 from expo.verbs.sweep.pair import inspect_pair, is_one_model
 from expo.verbs.sweep.plan import SweepPlan, plan
@@ -88,13 +89,15 @@ class CostedPlan:
         return {**self.job.describe(), **pair, **estimate(self.job, missing, found)}
 
 
-def plan_with_cost(config: SweepConfig) -> CostedPlan:
-    """The plan for `--dry-run`; nothing is written.
+def plan_with_cost(config: SweepConfig) -> CostedPlan | likelihood.LikelihoodPlan:
+    """The plan for `--dry-run`; nothing is written. That of likelihoods says how many tokens are read.
 
     Raises:
         InputError: The pair, the task, a reward model or a setting is at fault.
         EnvironmentFailure: The hub cannot be reached.
     """
+    if config.likelihood is not None:
+        return likelihood.plan(config)
     return CostedPlan(config, None if is_one_model(config) else plan(config))
 
 
