@@ -269,6 +269,7 @@ def test_pairs_of_one_prompt_are_named_apart_and_counted_together(tmp_path, capl
         {"reward_model": ("rm",)},
         {"search": "race", "alpha": (1, 2)},
         {"task": "alpaca"},
+        {"system": "s"},
         {"write": True},
         {"ray": "auto"},
     ],

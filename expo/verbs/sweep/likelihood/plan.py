@@ -83,6 +83,8 @@ def plan(config: SweepConfig) -> LikelihoodPlan:
         raise InputError(f"{FLAG} runs with {', '.join(THETA_LOG_PROBS)}, not with --engine {config.engine}")
     engine, spec = find_engine(THETA_LOG_PROBS, config.engine)
     folder = folder_of(config)
+    record = folder / RECORD
+    refuse_replacing(Path(config.likelihood or ""), (record, record.with_suffix(".png")))
     of_alpha = partial(_job, config, folder / f"likelihood_{name}", pairs, engine, spec)
     first = of_alpha(0.0)
     jobs = {0.0: first}
