@@ -2,7 +2,8 @@
 
 Here: the folder with its index, config.json and model card, and fingerprints. Not here: the side files
 (`side_files.py`), what a folder without weights is (`elsewhere.py`), one file's header (`header.py`), pickled weights
-(`pickled.py`), reading tensor data in bulk (`theta/stream.py`), and finding or fetching the folder (`hub.py`).
+(`pickled.py`), quantized ones (`quantized.py`), reading tensor data in bulk (`theta/stream.py`), and finding or
+fetching the folder (`hub.py`).
 To add a format of weights, write a reader of its shards and a `WeightFormat`.
 """
 
@@ -22,7 +23,14 @@ from typing import Any
 import xxhash
 
 from expo.checkpoint.elsewhere import elsewhere, names_below
-from expo.checkpoint.header import Shard as Shard, TensorInfo as TensorInfo, is_text_map, read_shard as read_shard
+from expo.checkpoint.header import (
+    Packed as Packed,
+    Shard as Shard,
+    TensorInfo as TensorInfo,
+    View as View,
+    is_text_map,
+    read_shard as read_shard,
+)
 from expo.checkpoint.read_ahead import ReadAhead
 from expo.errors import InputError
 from expo.files import (
@@ -131,6 +139,8 @@ class Checkpoint:
     """Names of weight files in the folder that do not belong to the checkpoint."""
     open_remote: Callable[[], ReadAhead] | None = None
     """Opens weights that stay on the hub; None if the shards are files here."""
+    dequantized: str | None = None
+    """How the weights are stored of which `tensors` are the bfloat16 values (`quantized.py`); None if as they are."""
 
 
 @dataclass(frozen=True)
@@ -342,16 +352,21 @@ def read_card(path: Path) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A copy of config.json's content with this dtype, under whichever key it has."""
+    config = copy.deepcopy(config)
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    for table in (config, *nested):
+        for key in {"dtype", "torch_dtype"} & set(table):
+            table[key] = dtype
+    if not {"dtype", "torch_dtype"} & set(config):
+        config["torch_dtype"] = dtype
+    return config
+
+
 def config_text(config: dict[str, Any], dtype: str = "auto") -> str:
     """The text of config.json, unless `dtype` is auto with this dtype, under whichever key it has."""
-    if dtype != "auto":
-        config = copy.deepcopy(config)
-        nested = [value for value in config.values() if isinstance(value, dict)]
-        for table in (config, *nested):
-            for key in {"dtype", "torch_dtype"} & set(table):
-                table[key] = dtype
-        if not {"dtype", "torch_dtype"} & set(config):
-            config["torch_dtype"] = dtype
+    config = config if dtype == "auto" else with_dtype(config, dtype)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return text if is_utf8(text) else json.dumps(config, indent=2) + "\n"
 

@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, Literal, NoReturn, TypeGuard
 
 from expo.checkpoint.dtypes import DTYPES
 from expo.errors import InputError
@@ -55,6 +55,29 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A quantized tensor: where its values and their scales are stored."""
+
+    kind: Literal["fp8", "mxfp4"]
+    values: TensorInfo
+    """fp8: F8_E4M3 [..., rows, columns]; mxfp4: U8 [experts, out, in/32, 16], two values a byte."""
+    scales: TensorInfo
+    """One per block; in whichever file of the checkpoint."""
+    block: tuple[int, int]
+    """Rows and columns that have one scale; the last ones may be fewer."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a tensor is made from, of a file that is read as if nothing in it was quantized."""
+
+    start: int
+    """Offset of the tensor's first byte in that file."""
+    stored: TensorInfo | Packed
+    """Where it is in the real one."""
+
+
+@dataclass(frozen=True)
 class Shard:
     """One file of weights."""
 
@@ -68,6 +91,8 @@ class Shard:
     """The whole file's size."""
     output_name: str | None = None
     """Its name in an output, if different from the file's own."""
+    views: tuple[View, ...] = ()
+    """Of a file with quantized tensors (`quantized.py`): what is read at the offsets of `tensors`, in their order."""
 
 
 def read_shard(file: Path) -> Shard:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from expo.theta.pair import ThetaPlan
+    from expo.theta.plan import PairPlan
 
 
 class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type-checked
@@ -65,6 +66,7 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         _unpack_experts(model)
         with report_refusals():
             plan = self._plan(model_config).pair
+            _require_plain_layers(model_config, plan)
             with Theta(plan) as theta, closing(bytes_bar(plan.nbytes, "θ(α)", shown=_is_first_rank())) as bar:
                 for name, tensor in theta.sorted_by(natural):
                     bar.update(tensor.nbytes)
@@ -83,6 +85,22 @@ class ThetaLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         model, revision = str(model_config.model), model_config.revision
         at = f"@{revision}" if revision and not Path(model).is_dir() else ""
         return plan_theta(theta_from(self._keys, model + at))
+
+
+def _require_plain_layers(model_config: Any, plan: PairPlan) -> None:  # noqa: ANN401 - vllm.config.ModelConfig
+    """Refuse layers for quantized weights, which θ(α) of a quantized pair has no more.
+
+    Raises:
+        InputError: vLLM made some, as DPO's config.json asks for.
+    """
+    from expo.errors import InputError
+
+    said = getattr(model_config.hf_config, "quantization_config", None)
+    if plan.dpo.dequantized is not None and said:
+        raise InputError(
+            f"vLLM made layers for {plan.dpo.dequantized}, and θ(α) is in bfloat16: add --hf-overrides "
+            "'{\"quantization_config\": null}'"
+        )
 
 
 def _is_first_rank() -> bool:

@@ -156,6 +156,7 @@ def manifest(
             }
             for side, location in origin.sources.items()
         },
+        **({"dequantized": origin.pair.dequantized} if origin.pair.dequantized else {}),
         "tensors": origin.pair.tensor_counts(),
         **vocabulary_rows(origin.pair),
         **({} if origin.pair.adapter is None else {"lora": origin.pair.adapter.describe()}),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from expo.checkpoint.dtypes import DTYPES, EXACT_DTYPES, FLOAT_DTYPES, FROM_TORCH
 from expo.checkpoint.folder import Checkpoint, TensorInfo
+from expo.checkpoint.quantized import dequantized
 from expo.checkpoint.tied import TIED_HEADS, config_tables, has_row_per_token, ties_head
 from expo.errors import InputError, listed
 from expo.theta.partners import Parts, find_partners, name_difference, unwrapped
@@ -25,16 +26,6 @@ from expo.theta.plan import (
     Vocabulary,
     lay_out,
 )
-
-QUANTIZED = frozenset(
-    (
-        *("qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv"),
-        *("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB"),
-    )
-)
-"""Suffixes of the tensors that GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes store beside the weights;
-older checkpoints have them without an entry in config.json."""
-
 
 CONSTANTS = frozenset({"inv_freq", "original_inv_freq", "cos_cached", "sin_cached"})
 """Tables of rotary embeddings, which older checkpoints hold, in any dtype."""
@@ -104,7 +95,7 @@ def plan_pair(sft: Checkpoint, dpo: Checkpoint, settings: PairSettings) -> PairP
     Raises:
         InputError: The checkpoints do not match; the message lists every kind of mismatch.
     """
-    refuse_quantized(sft, dpo)
+    sft, dpo = dequantized(sft), dequantized(dpo)
     sft, dpo = unwrapped(sft, dpo), unwrapped(dpo, sft)
     matches = match_patterns(dpo, settings)
     excluded = {name for match in matches if match.flag == "--exclude" for name in match.names}
@@ -132,9 +123,9 @@ def overlap(sft: Checkpoint, dpo: Checkpoint) -> Overlap:
     """List what can be compared in a pair and what cannot; matched as in `plan_pair`.
 
     Raises:
-        InputError: A checkpoint is quantized.
+        InputError: A checkpoint is quantized in a way that is not read.
     """
-    refuse_quantized(sft, dpo)
+    sft, dpo = dequantized(sft), dequantized(dpo)
     sft, dpo = unwrapped(sft, dpo), unwrapped(dpo, sft)
     settings = PairSettings(alphas=())
     both = _match(sft, dpo, set(), common=True)
@@ -164,29 +155,6 @@ def _likeness(pair: _Pair) -> str:
     if pair.unlike:
         return "shape"
     return "alike" if pair.fits else "dtype"
-
-
-def refuse_quantized(*checkpoints: Checkpoint) -> None:
-    """Refuse quantized checkpoints.
-
-    Raises:
-        InputError: One of them is quantized; the message names it and the method.
-    """
-    for checkpoint in checkpoints:
-        method = _quantization(checkpoint)
-        if method is not None:
-            raise InputError(
-                f"{checkpoint.path.name} is quantized ({method}); extrapolate the unquantized checkpoints and "
-                "quantize the result (for dequantized weights, remove the quantization from config.json)"
-            )
-
-
-def _quantization(checkpoint: Checkpoint) -> str | None:
-    """How a checkpoint is quantized, by its config or by a tensor that only quantized weights have."""
-    for table in config_tables(checkpoint.config):
-        for said in filter(None, map(table.get, ("quantization_config", "compression_config"))):
-            return str(said.get("quant_method", "unknown")) if isinstance(said, dict) else "unknown"
-    return next((f"it contains {name}" for name in checkpoint.tensors if name.split(".")[-1] in QUANTIZED), None)
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from expo.checkpoint.folder import Checkpoint, TensorInfo
+from expo.checkpoint.quantized import dequantized
 from expo.errors import InputError
 from expo.theta.adapter.tensors import Adapter, LowRank, read_adapter
-from expo.theta.decide import action_for, match_patterns, output_dtype, refuse_quantized
+from expo.theta.decide import action_for, match_patterns, output_dtype
 from expo.theta.partners import unwrapped
 from expo.theta.plan import (
     Action,
@@ -44,10 +45,10 @@ def plan_adapter(base: Checkpoint, folder: Path, settings: PairSettings) -> Pair
         The plan, for all α together.
 
     Raises:
-        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized.
+        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized in a way that
+            is not read.
     """
-    refuse_quantized(base)
-    base = unwrapped(base)
+    base = unwrapped(dequantized(base))
     adapter = read_adapter(folder, base)
     matches = match_patterns(adapter.layout, settings)
     _warn_of_idle(matches, adapter)
@@ -85,7 +86,8 @@ def overlap_adapter(base: Checkpoint, folder: Path) -> Overlap:
     """A base and its adapter compared as a pair: every tensor, including those that the adapter does not change.
 
     Raises:
-        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized.
+        InputError: The adapter is not a plain LoRA or does not match the base, or the base is quantized in a way that
+            is not read.
     """
     plan = plan_adapter(base, folder, PairSettings(alphas=(), common_vocabulary=True))
     segments = [_with_partner(tensor.segments[0]) for shard in plan.shards for tensor in shard.tensors]

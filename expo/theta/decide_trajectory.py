@@ -34,7 +34,7 @@ def plan_trajectory(start: Checkpoint, steps: Sequence[Checkpoint], settings: Pa
     *between, last = steps
     plan = plan_pair(start, last, settings)
     others = [plan_pair(one, last, replace(settings, course=None)) for one in between]
-    return replace(plan, shards=_with_steps(plan, others), earlier=tuple(between))
+    return replace(plan, shards=_with_steps(plan, others), earlier=tuple(one.sft for one in others))
 
 
 def plan_adapters(base: Checkpoint, folders: Sequence[Path], settings: PairSettings) -> PairPlan:

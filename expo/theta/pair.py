@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from expo.theta.pair_checks import check_pair, check_steps, check_target
 from expo.theta.plan import Course, PairPlan, PairSettings
 from expo.theta.rules import DEFAULT_RULE, RULES, require_rule
 from expo.theta.trajectory import LINES, require_line
+
+SIDES = ("sft", "dpo")
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +156,22 @@ def plan_located(
     return pair
 
 
+def warn_of_dequantized(sides: Mapping[str, str]) -> None:
+    """Say which models are dequantized.
+
+    Args:
+        sides: What each is in the pair, and how it is stored.
+    """
+    for side, stored in sides.items():
+        log.warning(
+            "%s is quantized (%s) and dequantized to bfloat16: its rounding errors are part of Δ, and grow with α",
+            *(side.upper() if side in SIDES else side, stored),
+        )
+
+
 def _say(pair: PairPlan, sft: Location) -> None:
     """Log what is not the usual pair's."""
+    warn_of_dequantized(pair.dequantized)
     count, share = pair.copied
     if count and pair.adapter is None:
         say = log.warning if pair.missing else log.info

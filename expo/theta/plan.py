@@ -223,8 +223,17 @@ class PairPlan:
 
     @property
     def changes_config(self) -> bool:
-        """Whether the outputs' config is not that of their side files: an adapter may change the base's."""
-        return self.adapter is not None and self.dpo.config != self.sft.config
+        """Whether the outputs' config is not that of their side files.
+
+        An adapter may change the base's, and one that says how the weights are quantized is no longer true.
+        """
+        return self.dpo.dequantized is not None or (self.adapter is not None and self.dpo.config != self.sft.config)
+
+    @property
+    def dequantized(self) -> dict[str, str]:
+        """The quantized models, by what they are in the pair, with how they are stored."""
+        steps = [] if self.settings.course is None else [f"step {step:g}" for step in self.settings.course.steps]
+        return dequantized_among(zip(("sft", "dpo", *steps), self.sources, strict=False))
 
     @property
     def has_change(self) -> bool:
@@ -260,6 +269,12 @@ class PairPlan:
         merged = {} if self.adapter is None else {"merged": self.count("merge")}
         made = {"extrapolated": self.count("extrapolate"), "copied": self.count("copy", "convert")}
         return {**merged, **made, "equal": self.count("match")}
+
+
+def dequantized_among(sides: Iterable[tuple[str, Checkpoint | Adapter]]) -> dict[str, str]:
+    """How those of these sides are stored that are dequantized."""
+    found = ((name, one.dequantized) for name, one in sides if isinstance(one, Checkpoint))
+    return {name: stored for name, stored in found if stored is not None}
 
 
 @dataclass(frozen=True)
@@ -303,6 +318,11 @@ class Overlap:
     """The checkpoints that the segments are read from."""
     renamed: int = 0
     """As in `PairPlan`."""
+
+    @property
+    def dequantized(self) -> dict[str, str]:
+        """As in `PairPlan`."""
+        return dequantized_among(zip(("sft", "dpo"), self.sources, strict=False))
 
 
 # --- the output's files -----------------------------------------------------------------------------------------------

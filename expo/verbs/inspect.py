@@ -34,7 +34,13 @@ from expo.progress import Progress, bytes_bar
 from expo.theta.adapter.folders import require_base
 from expo.theta.decide import overlap
 from expo.theta.decide_adapter import overlap_adapter
-from expo.theta.pair import find_earlier, plan_located, require_rule_for, source_fingerprints
+from expo.theta.pair import (
+    find_earlier,
+    plan_located,
+    require_rule_for,
+    source_fingerprints,
+    warn_of_dequantized,
+)
 from expo.theta.plan import Course, Overlap, PairPlan, PairSettings, Segment
 
 if TYPE_CHECKING:
@@ -80,6 +86,7 @@ class InspectPlan:
             "sft": str(self.sft.path),
             "dpo": str(self.dpo.path),
             **({"checkpoints": [str(one.path) for one in (*self.earlier, self.dpo)]} if self.earlier else {}),
+            **({"dequantized": both.dequantized} if both.dequantized else {}),
             "tensors": {"measured": len(both.segments), "compared": len(both.exact) + len(both.heads)},
             "mismatches": {kind: list(names) for kind, names in mismatches(both).items()},
             "bytes": self.nbytes,
@@ -107,8 +114,8 @@ def plan(config: InspectConfig) -> InspectPlan:
     """List from headers what can be compared; nothing is written.
 
     Raises:
-        InputError: An input is incomplete, quantized, or an adapter to another model, or the picture would replace
-            something else.
+        InputError: An input is incomplete, quantized in a way that is not read, or an adapter to another model, or the
+            picture would replace something else.
     """
     sft, dpo = (locate(model, weights_only=True, pickled=config.allow_pickle) for model in (config.sft, config.dpo))
     earlier = find_earlier(config, allow_pickle=config.allow_pickle)
@@ -118,7 +125,10 @@ def plan(config: InspectConfig) -> InspectPlan:
         refuse_inside(picture, sft, dpo, *earlier)
         _refuse_picture(picture, _mark(fingerprints), overwrite=config.overwrite)
     both = _overlap(sft, dpo, config.allow_pickle)
-    return InspectPlan(config, sft, dpo, earlier, both, _course(config, sft, dpo, earlier), fingerprints, picture)
+    course = _course(config, sft, dpo, earlier)
+    if course is None:  # else it was said already
+        warn_of_dequantized(both.dequantized)
+    return InspectPlan(config, sft, dpo, earlier, both, course, fingerprints, picture)
 
 
 def _course(config: InspectConfig, sft: Location, dpo: Location, earlier: Sequence[Location]) -> PairPlan | None:

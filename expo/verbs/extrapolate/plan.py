@@ -125,6 +125,7 @@ class ExtrapolatePlan(Origin):
             "dpo": str(self.dpo.path),
             **({"checkpoints": self._describe_course()} if self.config.course else {}),
             "rule": self.config.rule_name,
+            **({"dequantized": pair.dequantized} if pair.dequantized else {}),
             "outputs": [output.describe() for output in self.outputs],
             "tensors": pair.tensor_counts(),
             "share_copied": round(pair.copied[1], 4),

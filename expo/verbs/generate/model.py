@@ -197,6 +197,7 @@ def describe_theta(theta: ThetaPlan) -> Row:
         "dpo": str(theta.dpo.path),
         "alpha": theta.config.alpha,
         **_course(theta),
+        **({"dequantized": theta.pair.dequantized} if theta.pair.dequantized else {}),
         "tensors": theta.pair.tensor_counts(),
     }
 
@@ -230,7 +231,8 @@ def _theta_source(config: ThetaConfig, output: Path) -> ModelSource:
     for location in (theta.sft, theta.dpo):
         require_generator(location.path)
     refuse_inside(output, theta.sft, theta.dpo, *theta.earlier, flag="--output-dir")
-    folder = _linked(theta) if is_adapter(theta.dpo.path) else theta.dpo.path
+    linked = is_adapter(theta.dpo.path) or theta.pair.changes_config
+    folder = _linked(theta) if linked else theta.dpo.path
     sides = {"sft": theta.sft, "dpo": theta.dpo}
     fingerprint = {
         **source_fingerprints(config, theta.sft, theta.dpo, theta.earlier),
@@ -280,7 +282,7 @@ def _folder_of(theta: ThetaPlan) -> Path:
 
 
 def _linked(theta: ThetaPlan) -> Path:
-    """A folder of links to the side files of SFT and the adapter, and the config; it lives as long as the plan."""
+    """A folder of links to the side files of θ(α), and its config; it lives as long as the plan."""
     folder = _folder_of(theta)
     for name, file in theta.side_files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
