@@ -35,6 +35,7 @@ from expo.checkpoint.folder import read_checkpoint
 from expo.checkpoint.quantized import dequantized
 from expo.config import ExtrapolateConfig, GenerateConfig, ThetaConfig
 from expo.errors import InputError
+from expo.theta import stream, unpacked
 from expo.theta.decide import plan_pair
 from expo.theta.dequantize import Grid, Scratch, dequantize_fp8, dequantize_mxfp4, fp8_scales, rectangles
 from expo.theta.moves import moved_kinds
@@ -238,6 +239,25 @@ def test_a_fused_weight_is_cut_where_no_block_ends(tmp_path: Path) -> None:
     write((theirs, ours), tmp_path / "split", 0.5)
     split = read_checkpoint_tensors(tmp_path / "split")
     share_off(next(iter(d.values())), torch.cat(list(s.values())), 0.5, torch.cat([split[name] for name in s]))
+
+
+def test_small_pieces_and_chunks_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts, rows and blocks are cut anywhere, by several threads that share what is kept."""
+    sft, dpo = random_pair({"experts.gate_up_proj": (3, 96, 40), "model.a_proj.weight": (200, 136)})
+    said, stored = {"quantization_config": {"quant_method": "mxfp4"}}, in_mxfp4(dpo)
+    plain = write_checkpoint(tmp_path / "sft", sft)
+    sides = [
+        write_checkpoint(tmp_path / "mxfp4", stored, files={"config.json": json.dumps(said)}),
+        fp8_side(tmp_path / "fp8", {name: values for name, values in dpo.items() if name.startswith("model")})[0],
+    ]
+    for side in sides:
+        write((plain, side), tmp_path / f"{side.name}-whole", 0.5, missing="copy-dpo", workers=1)
+    monkeypatch.setattr(unpacked, "CHUNK", 1000)
+    monkeypatch.setattr(stream, "CPU_PIECE_BYTES", 4096)
+    for side in sides:
+        write((plain, side), tmp_path / f"{side.name}-cut", 0.5, missing="copy-dpo", workers=3)
+        whole, cut = (read_checkpoint_tensors(tmp_path / f"{side.name}-{way}") for way in ("whole", "cut"))
+        assert same(cut, whole)
 
 
 def test_stacked_experts_have_blocks_of_their_own(tmp_path: Path) -> None:

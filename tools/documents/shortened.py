@@ -69,6 +69,8 @@ ADDED = (
     Added("python benchmarks/extrapolate.py", "--cold 1", SIZE, having="--cold"),
     Added("python benchmarks/page_offset.py", "--file {models}/tiny-dpo/model.safetensors", SIZE),
     Added("python benchmarks/memory.py", "--work expo-memory --largest 0.3", SIZE),
+    Added("python benchmarks/dequantize.py", "--work expo-dequantize --rounds 1", SIZE, having="--work"),
+    Added("python benchmarks/dequantize.py", "--models {models}", "the trio is there", having="--models"),
     Added("python benchmarks/remote.py", "--work expo-remote --rounds 1", SIZE),
     Added("python benchmarks/gpu.py", "--work expo-gpu", SIZE),
     Added("python benchmarks/fuzz_headers.py", "--count 500", SIZE),
