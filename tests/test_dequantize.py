@@ -19,7 +19,6 @@ from helpers import (
     as_bytes,
     random_pair,
     read_checkpoint_tensors,
-    run_expo,
     share_off,
     stopped_in_shard,
     tree,
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from expo.checkpoint.folder import read_checkpoint
 from expo.checkpoint.quantized import dequantized
-from expo.config import ExtrapolateConfig, GenerateConfig, ThetaConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, InspectConfig, ThetaConfig
 from expo.errors import InputError
 from expo.theta import stream, unpacked
 from expo.theta.decide import plan_pair
@@ -42,10 +41,11 @@ from expo.theta.moves import moved_kinds
 from expo.theta.pair import plan_theta
 from expo.theta.plan import PairSettings
 from expo.theta.tensors import Theta
-from expo.verbs import extrapolate
+from expo.verbs import extrapolate, inspect
 from expo.verbs.generate.model import find_source
 
 BLOCK = (128, 128)
+STORED = "FP8 in blocks of 128×128"
 
 
 def same(found: Tensors, wanted: Tensors) -> bool:
@@ -93,7 +93,7 @@ def test_any_part_of_a_tensor_is_the_same_part_of_the_whole(shape: tuple[int, ..
     scales = torch.rand(*outer, down, across) + 0.01
     stored = filled.to(torch.float8_e4m3fn)
     wanted = dequantizer()._dequantize_one(stored, scales, torch.bfloat16)[..., :rows, :columns].reshape(-1)
-    flat, own = stored[..., :rows, :columns].reshape(-1).view(torch.uint8), scales.view(-1, across)
+    flat, own = stored[..., :rows, :columns].reshape(-1).view(torch.uint8), fp8_scales(scales).view(-1, across)
     generator = np.random.default_rng(0)
     for _ in range(40):
         first, end = sorted(generator.integers(0, len(flat) + 1, 2).tolist())
@@ -291,16 +291,23 @@ def test_other_types_shard_sizes_and_exclusions_go_on_from_the_dequantized_value
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_log_manifest_and_norms_speak_of_the_dequantized_side(tmp_path: Path) -> None:
+def test_plan_log_manifest_and_norms_speak_of_the_dequantized_side(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sft, dpo = random_pair(SHAPES)
     folder, d = fp8_side(tmp_path / "dpo", dpo)
-    paths = ("--sft", write_checkpoint(tmp_path / "sft", sft), "--dpo", folder)
-    told = run_expo("extrapolate", *paths, "--alpha", 0.5, "--output", tmp_path / "out", "--dry-run", "--json")
-    assert json.loads(told.stdout)["dequantized"] == {"dpo": "FP8 in blocks of 128×128"}
-    assert told.stderr.count("DPO is quantized (FP8 in blocks of 128×128) and dequantized to bfloat16") == 1
-    seen = json.loads(run_expo("inspect", *paths, "--json").stdout)
-    delta = sum(float((d[name].double() - sft[name].double()).square().sum()) for name in SHAPES) ** 0.5
-    assert seen["total"]["delta_norm"] == pytest.approx(delta, rel=1e-6)
+    plain = write_checkpoint(tmp_path / "sft", sft)
+    write((plain, folder), tmp_path / "out", 0.5)
+    said = "DPO is quantized (FP8 in blocks of 128×128) and dequantized to bfloat16: its rounding errors are part of Δ"
+    assert caplog.text.count(said) == 1
+    assert json.loads((tmp_path / "out" / "expo.json").read_text())["dequantized"] == {"dpo": STORED}
+    settings = ExtrapolateConfig(sft=str(folder), dpo=str(plain), alpha=(0.5,), output=str(tmp_path / "dry"))
+    assert extrapolate.plan(settings).describe()["dequantized"] == {"sft": STORED}
+    caplog.clear()
+    found = inspect.run(InspectConfig(sft=str(plain), dpo=str(folder)))
+    assert caplog.text.count(said) == 1
+    delta = sum(float((d[name].double() - sft[name].double()).square().sum()) for name in SHAPES)
+    assert found.total.delta_squared == pytest.approx(delta, rel=1e-6)
 
 
 # --- faults -------------------------------------------------------------------------------------------------------
