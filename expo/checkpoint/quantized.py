@@ -201,7 +201,7 @@ def _block(info: TensorInfo, scales: TensorInfo, block: Iterable[int] | None) ->
     if len(info.shape) < 2 or not info.numel:
         return None
     *outer, rows, columns = info.shape
-    if block is not None:
+    if block is not None and len(scales.shape) > 1:
         height, width = block
         fits = scales.shape == (*outer, -(-rows // height), -(-columns // width))
         return (height, width) if fits else None
