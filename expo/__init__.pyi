@@ -255,6 +255,7 @@ def generate(
     system: str | PathLike[str] | None = None,
     n: int = 1,
     batch_tokens: int = 16384,
+    space: Literal["weights", "logits"] = "weights",
     temperature: float | None = None,
     top_k: int = 50,
     top_p: float = 0.9,
@@ -305,6 +306,7 @@ def generate(
     system: str | PathLike[str] | None = None,
     n: int = 1,
     batch_tokens: int = 16384,
+    space: Literal["weights", "logits"] = "weights",
     temperature: float | None = None,
     top_k: int = 50,
     top_p: float = 0.9,
@@ -354,7 +356,7 @@ def generate(
         alpha: Extrapolation strength α.
         target_step: With checkpoint: the step to extrapolate to, in place of α.
         name: Name of the output files, and of the generator in them. [default: the model's, or <DPO
-            name>-ExPO-a<A> or -t<T>]
+            name>-ExPO-a<A>, -a<A>-logits or -t<T>]
         base_url: URL of the server (openai); its API key is read from OPENAI_API_KEY.
         concurrency: Maximum number of concurrent requests (openai).
         alpha_for: Use another α for tensors whose names match; repeatable, the first match wins.
@@ -374,6 +376,9 @@ def generate(
         n: Number of samples per prompt.
         batch_tokens: Token budget of one batch of the transformers engine, padding included (score on a
             CPU: at most 2,048).
+        space: weights: the model has the weights θ(α); logits (exploratory, transformers only): SFT and
+            DPO answer together, each token drawn from log π_dpo + α(log π_dpo − log π_sft), for about
+            twice the time and memory.
         temperature: Sampling temperature; 0 is greedy decoding. [default: 0.7; mtbench: by category]
         top_k: Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).
         top_p: Sample from the most likely tokens that together have this probability.
@@ -631,6 +636,7 @@ def sweep(
     system: str | PathLike[str] | None = None,
     n: int = 1,
     batch_tokens: int = 16384,
+    space: Literal["weights", "logits"] = "weights",
     temperature: float | None = None,
     top_k: int = 50,
     top_p: float = 0.9,
@@ -695,6 +701,7 @@ def sweep(
     system: str | PathLike[str] | None = None,
     n: int = 1,
     batch_tokens: int = 16384,
+    space: Literal["weights", "logits"] = "weights",
     temperature: float | None = None,
     top_k: int = 50,
     top_p: float = 0.9,
@@ -795,6 +802,9 @@ def sweep(
         n: Number of samples per prompt.
         batch_tokens: Token budget of one batch of the transformers engine, padding included (score on a
             CPU: at most 2,048).
+        space: weights: the model has the weights θ(α); logits (exploratory, transformers only): SFT and
+            DPO answer together, each token drawn from log π_dpo + α(log π_dpo − log π_sft), for about
+            twice the time and memory.
         temperature: Sampling temperature; 0 is greedy decoding. [default: 0.7; mtbench: by category]
         top_k: Sample from the k most likely tokens; 0 or -1 for all (-1 is not sent to openai servers).
         top_p: Sample from the most likely tokens that together have this probability.

@@ -23,7 +23,7 @@ OTHERWISE = {
     "sft": "c/d", "dpo": "-my dpo", "alpha": -0.5, "rule": "r", "alpha_for": ("a=1", "b c=2"), "exclude": ("norm",),
     "checkpoint": ("100=e", "200=-my dpo"), "target_step": 100.0,
     "missing": "copy-dpo", "vocab": "common", "allow_pickle": True, "allow_nonfinite": True,
-    "base_url": "http://localhost:1/v1", "concurrency": 5,
+    "base_url": "http://localhost:1/v1", "concurrency": 5, "space": "logits",
 }  # fmt: skip
 """A value other than the default for every setting."""
 
@@ -55,9 +55,10 @@ def test_every_setting_is_handed_on(resolved):
     assert OTHERWISE.keys() == config_files.field_names("generate"), "a new setting belongs here too"
     alone = {"part": None, "join": None, "data_parallel": None, "ray": None}
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
-    no_pair = {name: defaults[name] for name in ("sft", "dpo", "alpha", "target_step", *PAIR_SETTINGS)}
+    no_rules = {name: defaults[name] for name in ("target_step", *PAIR_SETTINGS)}
+    no_pair = {**no_rules, **{name: defaults[name] for name in ("sft", "dpo", "alpha", "space")}}
     for cut in alone:
-        for source in (no_pair, {"model": None}):
+        for source in (no_pair, {"model": None, "space": "weights"}, {"model": None, **no_rules}):
             made = GenerateConfig(**{**OTHERWISE, **alone, cut: OTHERWISE[cut], **source})
             assert resolved(arguments_of(made)) == made
 

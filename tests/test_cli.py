@@ -157,7 +157,7 @@ FLAGS = {
     "extrapolate": f"{PAIR} {RULES} {PARTS} --as-adapter --dtype --fsync --max-shard-size --no-fsync --output"
     " --private --push-to-hub --rank --stream-sft --target-step --verify --workers",
     "generate": f"{PAIR} {RULES} {ROWS} {PARTS} --base-url --concurrency --engine-arg --frequency-penalty"
-    " --max-tokens --model --n --presence-penalty --seed --seed-mode --stop-token-id --system"
+    " --max-tokens --model --n --presence-penalty --seed --seed-mode --space --stop-token-id --system"
     " --target-step --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code",
     "score": f"{ROWS} {PARTS} --aligned --beta --bos --dpo --implicit-reward --max-length"
@@ -171,7 +171,7 @@ FLAGS = {
     " --engine-arg --frequency-penalty --indifference --likelihood --limit --max-tokens --n --output --presence-penalty"
     " --ray --refine --reward-batch-tokens --reward-bos --reward-chat-template --reward-device --reward-dtype"
     " --reward-engine --reward-engine-arg --reward-max-length --reward-model --reward-tensor-parallel"
-    " --search --seed --seed-mode --slice --stop-token-id --switch --system --target-step --task --temperature"
+    " --search --seed --seed-mode --slice --space --stop-token-id --switch --system --target-step --task --temperature"
     " --tensor-parallel --top-k --top-p --trust-remote-code --with-sft --write",
     "recipes": "--debug --json --show",
 }

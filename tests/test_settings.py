@@ -39,7 +39,7 @@ ABSENT = {
     GenerateConfig(task="alpaca", model="m"): {
         **RULES, "dtype": "auto", "engine_arg": [], "system": None, "n": 1, "temperature": None, "top_k": 50,
         "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 42, "seed_mode": "shared",
-        "max_tokens": 2048,
+        "max_tokens": 2048, "space": "weights",
         "stop_token_id": [], "batch_tokens": 16384,
     },
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from expo.config.course import PAIR_RULE
 from expo.config.engines import BatchTokens, EngineConfig
+from expo.config.logit_space import LOGITS, require_space
 from expo.config.pair import PAIR_SETTINGS, PairConfig, ThetaConfig
 from expo.config.parts import PartsConfig
 from expo.config.sampling import SamplingConfig
@@ -120,8 +121,8 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
     name: Annotated[
         str | None,
         Setting(
-            "Name of the output files, and of the generator in them. [default: the model's, or <DPO name>-ExPO-a<A> "
-            "or -t<T>]",
+            "Name of the output files, and of the generator in them. [default: the model's, or <DPO name>-ExPO-a<A>, "
+            "-a<A>-logits or -t<T>]",
             metavar="NAME",
         ),
     ] = None
@@ -173,6 +174,11 @@ class GenerateConfig(PairConfig, SamplingConfig, RowsConfig):
             require(
                 not rules, f"{', '.join(rules)} cannot be combined with --model, only with --sft, --dpo and --alpha"
             )
+        require(
+            self.space != LOGITS or self.model is None,
+            "--space logits is between two models: give --sft, --dpo and --alpha in place of --model",
+        )
+        require_space(self, self.space)
         _ = self.theta  # made once, so that it is checked
 
     @property

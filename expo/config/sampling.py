@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from expo.config.engines import BatchTokens, EngineConfig
+from expo.config.logit_space import SpaceSetting
 from expo.settings import Setting, changes_rows, flag, require, require_choice
 
 SeedMode: TypeAlias = Literal["row", "shared"]
@@ -32,6 +33,7 @@ class SamplingConfig(EngineConfig):
     ] = None
     n: Annotated[int, changes_rows("Number of samples per prompt.", metavar="N", absent=1)] = 1
     batch_tokens: BatchTokens = 16384
+    space: SpaceSetting = "weights"
     temperature: Annotated[
         float | None,
         changes_rows(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from expo.config.course import shown_step, step_of
 from expo.config.engines import require_engine_args, require_tensor_parallel
+from expo.config.logit_space import LOGITS, require_space
 from expo.config.pair import NO_DPO, PAIR_SETTINGS, Dpo, Dtype, PairConfig, Sft
 from expo.config.parts import ClusterConfig
 from expo.config.rows import DEFAULT_REWARD_MODEL, Bos, GenerateConfig, ScoreConfig, checked_reward_models
@@ -177,6 +178,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         require_choice("--switch", self.switch, Switch)
         self._require_race_settings()
         self._require_likelihood()
+        self._require_space()
         require(
             not (self.checkpoint and self.alpha_for),
             "a sweep takes no --alpha-for beside --checkpoint: --exclude keeps tensors as the last checkpoint has them",
@@ -207,6 +209,12 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         if self.target_step:
             given, beyond = ["--target-step", *map(shown_step, self.target_step)], "one beyond the last --checkpoint"
         require(max(self.alphas) > 0, f"{' '.join(given)} leaves nothing to choose: give {beyond}")
+
+    def _require_space(self) -> None:
+        require_space(self, self.space)
+        if self.space == LOGITS:
+            require(self.switch != "adapter", "--switch adapter is about weights, and --space logits combines none")
+            require(not self.write, "--write cannot be combined with --space logits, of which there is no checkpoint")
 
     def _require_race_settings(self) -> None:
         if self.search != "race":

@@ -15,13 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from expo.config.logit_space import LOGITS
 from expo.config.sweep import SFT_ALPHA
 from expo.errors import InputError
 from expo.settings import flag, settings_of
 from expo.tasks import Message
 
 if TYPE_CHECKING:
-    from expo.config import GenerateConfig, RowsConfig, ScoreConfig, ThetaConfig
+    from expo.config import EngineConfig, GenerateConfig, RowsConfig, ScoreConfig, ThetaConfig
     from expo.theta.applied import Applied
     from expo.theta.pair import ThetaPlan
 
@@ -121,10 +122,20 @@ class GeneratorSetup:
         return self.model.name if self.theta is None else self.theta.name
 
     @property
+    def in_logit_space(self) -> bool:
+        """Whether α acts on what two models say, and on no weights."""
+        return self.config.space == LOGITS
+
+    @property
     def loaded(self) -> ThetaConfig | None:
-        """The θ(α) whose weights the engine loads: SFT, where an adapter is applied to it; None for a model's own."""
+        """The θ(α) whose weights the engine loads; None for a model's own.
+
+        It is SFT, where an adapter is applied to it, and in logit space DPO, whatever α, beside which SFT is loaded.
+        """
         if self.theta is None:
             return None
+        if self.in_logit_space:
+            return replace(self.theta.config, alpha=0.0)
         if self.applied is None:
             return self.theta.config
         return replace(self.theta.config, alpha=SFT_ALPHA, alpha_for=(), exclude=())
@@ -140,13 +151,13 @@ class GeneratorSetup:
 
     def takes_over(self, started: GeneratorSetup) -> bool:
         """Whether an engine that was started with another setup can go on with this one, given its weights."""
-        settings = ("device", "dtype", "engine_arg", "tensor_parallel", "trust_remote_code", "base_url", "concurrency")
+        names = "device dtype engine_arg tensor_parallel trust_remote_code base_url concurrency space"
         places = [one.applied and one.applied.place for one in (self, started)]
         return (
             (self._source, self.stop_ids, self.pad_id) == (started._source, started.stop_ids, started.pad_id)
             and places[0] == places[1]
             and self.context_length <= started.context_length
-            and all(getattr(self.config, name) == getattr(started.config, name) for name in settings)
+            and all(getattr(self.config, name) == getattr(started.config, name) for name in names.split())
         )
 
 
@@ -265,7 +276,8 @@ class EngineSpec:
     """Its class, as `module:class`."""
     can: frozenset[str] = frozenset()
     """What settings may ask of it (`Setting.needs`): `local` (it runs here, on a model folder), `server` (it asks one),
-    `engine_arg`, `tensor_parallel`, `adapters` (it answers for several α in one batch: a `SharedGenerator`)."""
+    `engine_arg`, `tensor_parallel`, `logits` (it can draw tokens from what two models say), `adapters` (it answers for
+    several α in one batch: a `SharedGenerator`)."""
     pads: bool = False
     """Whether it pads rows to batches, so that what changes batches changes rows in their last bits."""
     absent: Mapping[str, object] = field(default_factory=dict)
@@ -299,12 +311,13 @@ GENERATORS = {
         "expo.engines.vllm:VllmGenerator",
         can=frozenset({"local", "engine_arg", "tensor_parallel", "adapters"}),
         why_not="expo.engines.vllm_tools:why_not",
+        rather_not="expo.engines.vllm_tools:rather_not_generate",
         context_limit="expo.engines.vllm_tools:context_limit",
         preload="expo.engines.vllm_tools:import_vllm",
     ),
     "transformers": EngineSpec(
         "expo.engines.transformers:TransformersGenerator",
-        can=frozenset({"local"}),
+        can=frozenset({"local", "logits"}),
         pads=True,
         absent={"seed_mode": "row"},
         settle="expo.engines.torch_tools:with_run_dtype",
@@ -349,7 +362,7 @@ def request_seed(config: GenerateConfig, key: Key) -> int:
 def find_engine(
     engines: Mapping[str, EngineSpec],
     name: str,
-    config: RowsConfig | None = None,
+    config: EngineConfig | None = None,
     model: Path | None = None,
     why_not: Callable[[str], str | None] = lambda _: None,
 ) -> tuple[str, EngineSpec]:
@@ -358,8 +371,8 @@ def find_engine(
     Args:
         engines: The table.
         name: As `--engine` has it.
-        config: The settings, where an engine may not be one for every model.
-        model: The model's folder, in the same case.
+        config: The settings, where an engine may not be one for every model, or for every setting.
+        model: The model's folder, in the first case.
         why_not: Says why the engine of a name does not run this kind of model; None where nothing stands against it.
 
     Raises:
@@ -383,7 +396,7 @@ def find_engine(
     raise InputError(f"no engine can run here: {'; '.join(reasons)}")
 
 
-def _why_not_for(spec: EngineSpec, config: RowsConfig | None, model: Path | None) -> str | None:
+def _why_not_for(spec: EngineSpec, config: EngineConfig | None, model: Path | None) -> str | None:
     why: str | None = None if model is None else spec.call("refuses", config, model)
     return why
 

@@ -16,6 +16,7 @@ from expo.checkpoint.dtypes import DTYPES, FLOAT_DTYPES
 from expo.checkpoint.folder import read_config
 from expo.checkpoint.header import read_shard
 from expo.config import Dtype, RowsConfig, ScoreConfig
+from expo.config.logit_space import LOGITS
 from expo.cpus import usable_cpus
 from expo.engines import EngineSpec
 from expo.errors import EnvironmentFailure, InputError, first_line
@@ -149,7 +150,8 @@ Config = TypeVar("Config", bound=RowsConfig)
 
 def with_run_dtype(config: Config, model: Path) -> Config:
     """The settings with the data type the transformers engine runs in, so that it is recorded and compared."""
-    weights_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    models_at_once = 2 if getattr(config, "space", None) == LOGITS else 1
+    weights_bytes = models_at_once * sum(file.stat().st_size for file in model.glob("*.safetensors"))
     dtype = run_dtype(config.dtype, config.device, weights_bytes)
     if dtype != config.dtype:
         log.info("dtype: %s (this CPU has no bfloat16 arithmetic; --dtype bfloat16 takes half the memory)", dtype)

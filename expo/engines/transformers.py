@@ -33,6 +33,7 @@ from expo.engines.batches import token_batches
 from expo.engines.coverage import is_token, require_trained
 from expo.engines.held import Held, held_by
 from expo.engines.torch_tools import find_device, loading, out_of_memory_hint
+from expo.engines.transformers_logits import ReadsAlong, Sides
 from expo.engines.transformers_theta import Places, load_theta, replace_theta
 
 LOWEST_TEMPERATURE = 0.01
@@ -175,12 +176,17 @@ class TransformersGenerator:
         self._weights = setup.weights()
         self._model: Any = None
         self._places: Places | None = None
+        self._beside: Any = None  # in logit space, SFT
+        self._sides = Sides(self._device)
         self._load_model()
 
     def _load_model(self) -> None:
         setup = self._setup
         with loading(setup.name):
-            model, self._places = _load(setup, self._device)
+            if setup.in_logit_space and setup.theta is not None:
+                model, self._beside = self._sides.of(setup, setup.theta)
+            else:
+                model, self._places = _load(setup, self._device)
         self._model = model.eval()
         self._pad_id = setup.pad_id if is_token(setup.pad_id, model.config.get_text_config()) else 0
         # The model's own sampling defaults must not interfere: the processors below do everything.
@@ -191,10 +197,13 @@ class TransformersGenerator:
     def load(self, setup: GeneratorSetup) -> None:
         """Go on with other settings, and with the weights of another θ(α), copied to their places or loaded anew.
 
-        An engine whose weights could not be replaced is closed: some tensors may be the new ones.
+        An engine whose weights could not be replaced is closed: some tensors may be the new ones. In logit space
+        another α needs no other weights, but a model that was not needed yet.
         """
         theta, weights, self._setup = setup.theta, setup.weights(), setup
         if weights == self._weights:
+            if setup.in_logit_space:
+                self._load_model()
             return
         try:
             replaced = theta is not None and self._places is not None and replace_theta(theta, self._places)
@@ -207,8 +216,9 @@ class TransformersGenerator:
         self._weights = weights
 
     def close(self) -> None:
-        """Let go of the model."""
-        self._model = self._places = None
+        """Let go of the model, or both."""
+        self._model = self._places = self._beside = None
+        self._sides = Sides(self._device)
 
     def generate(self, requests: Sequence[Request], done: set[Key]) -> Iterator[list[Completion]]:
         """Yield rows batch by batch."""
@@ -231,32 +241,50 @@ class TransformersGenerator:
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max(limits),
-                logits_processor=_processors(self._setup.config, batch, width),
+                logits_processor=LogitsProcessorList(
+                    [*self._reading_along(mask), *_processors(self._setup.config, batch, width)]
+                ),
                 stopping_criteria=StoppingCriteriaList([RowLimits(width, limits)]),
             )
         rows = output[:, width:].tolist()
         return [self._completion(request, row) for request, row in zip(batch, rows, strict=True)]
+
+    def _reading_along(self, mask: Tensor) -> LogitsProcessorList:
+        """In logit space the processor that stands before all others; none where one model answers.
+
+        Args:
+            mask: The attention mask of the batch's prompts.
+        """
+        theta = self._setup.theta
+        if self._beside is None or theta is None:
+            return LogitsProcessorList()
+        return LogitsProcessorList([ReadsAlong(self._beside, mask, theta.config.alpha)])
 
     def probe(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Probed]:
         """What follows each prompt, made in one padded batch as rows are."""
         ids, mask = self._padded(prompts)
         own = self._model.generation_config
         self._model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False, pad_token_id=self._pad_id, return_dict_in_generate=True, output_logits=True
+            do_sample=False, pad_token_id=self._pad_id, return_dict_in_generate=True, output_scores=True
         )
         try:
             with torch.inference_mode(), out_of_memory_hint("--dtype bfloat16"):
-                made = self._model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+                made = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=new_tokens,
+                    logits_processor=self._reading_along(mask),
+                )
         finally:
             self._model.generation_config = own
         tokens = made.sequences[:, ids.shape[1] :]  # (prompts, new_tokens)
-        log_probs = torch.stack(made.logits, 1).float().log_softmax(-1)  # (prompts, new_tokens, vocabulary)
+        log_probs = torch.stack(made.scores, 1).float().log_softmax(-1)  # (prompts, new_tokens, vocabulary)
         chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         return [Probed(tuple(row), tuple(seen)) for row, seen in zip(tokens.tolist(), chosen.tolist(), strict=True)]
 
     def held(self) -> list[Held]:
-        """What the model holds."""
-        return [held_by(self._model)]
+        """What the model holds, or in logit space both, as one process each."""
+        return [held_by(model) for model in self._sides.models or [self._model]]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids with padding at the left and the attention mask, (rows, width) each."""

@@ -24,7 +24,8 @@ from typing import Any
 import psutil
 
 from expo.checkpoint.folder import read_config
-from expo.config import RowsConfig
+from expo.config import RowsConfig, SamplingConfig
+from expo.config.logit_space import LOGITS
 from expo.engines.refusals import reraise_refusals
 from expo.engines.torch_tools import is_out_of_memory
 from expo.engines.watched import WatchedCalls
@@ -70,6 +71,14 @@ def why_not() -> str | None:
     if not is_cpu_build and not torch.accelerator.is_available():
         return "there is no GPU, and this vLLM is not its CPU build"
     return None
+
+
+def rather_not_generate(config: SamplingConfig | None) -> str | None:
+    """Why auto leaves answers to another engine; None where it does not."""
+    is_between_models = config is not None and config.space == LOGITS
+    return (
+        "vLLM draws tokens from one model's logits, and --space logits needs two models'" if is_between_models else None
+    )
 
 
 def prepare_environment() -> None:

@@ -1,29 +1,46 @@
-"""How θ(α), and whatever is made with it, is called where nobody names it: <DPO name>-ExPO-a<α>."""
+"""How θ(α), and whatever is made with it, is called where nobody names it: <DPO name>-ExPO-a<α>.
+
+Answers that two models give together in logit space are <DPO name>-ExPO-a<α>-logits.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from expo.config.course import shown_step, step_of
+from expo.config.logit_space import LOGITS, Space
 
-NAMED = re.compile(r"(?P<dpo>.+)-ExPO-a(?P<alpha>-?[\d.]+(?:e[+-]?\d+)?)", re.DOTALL)
+NAMED = re.compile(r"(?P<dpo>.+)-ExPO-a(?P<alpha>-?[\d.]+(?:e[+-]?\d+)?)(?P<logits>-logits)?", re.DOTALL)
 
 
-def theta_name(dpo: str, alpha: float, last_step: float | None = None) -> str:
+class Named(NamedTuple):
+    """What a name says."""
+
+    dpo: str
+    """The DPO model's name."""
+    alpha: float
+    space: Space
+
+
+def theta_name(dpo: str, alpha: float, last_step: float | None = None, space: Space = "weights") -> str:
     """The name of θ(α) made from a DPO model of this name.
 
     Args:
         dpo: The DPO model's name.
         alpha: The α.
         last_step: Of a training run's last checkpoint, where θ(α) is called by the step that α stands for.
+        space: Where α acts.
     """
-    return f"{dpo}-ExPO-a{alpha!r}" if last_step is None else f"{dpo}-ExPO-t{shown_step(step_of(alpha, last_step))}"
+    if last_step is not None:
+        return f"{dpo}-ExPO-t{shown_step(step_of(alpha, last_step))}"
+    return f"{dpo}-ExPO-a{alpha!r}" + (f"-{LOGITS}" if space == LOGITS else "")
 
 
-def named_alpha(name: str) -> tuple[str, float] | None:
-    """The DPO model's name and the α in a name of θ(α); None for another name."""
+def named_alpha(name: str) -> Named | None:
+    """The DPO model's name, the α and its space in a name of θ(α); None for another name."""
     found = NAMED.fullmatch(name)
     try:
-        return (found["dpo"], float(found["alpha"])) if found else None
+        return Named(found["dpo"], float(found["alpha"]), LOGITS if found["logits"] else "weights") if found else None
     except ValueError:
         return None

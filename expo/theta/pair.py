@@ -223,6 +223,10 @@ class ThetaPlan:
         """The name of θ(α), as its folder would be named."""
         return theta_name(self.dpo.name, self.config.alpha, self.config.last_step)
 
+    def at(self, alpha: float) -> ThetaPlan:
+        """Another θ(α) of the pair, of which no tensor has an α of its own; nothing is read."""
+        return replace(self, config=replace(self.config, alpha=alpha), pair=self.pair.at(alpha))
+
     def weights(self, config: ThetaConfig | None = None) -> Row:
         """What decides the values of θ(α), or of another one of the pair: settings, and the state of both models."""
         sources = source_fingerprints(self.config, self.sft, self.dpo, self.earlier)

@@ -189,6 +189,16 @@ class PairPlan:
     earlier: tuple[Checkpoint | Adapter, ...] = ()
     """The checkpoints of the course but the last."""
 
+    def at(self, alpha: float) -> PairPlan:
+        """The plan of one output at another α, of a pair of which no tensor has an α of its own."""
+        return replace(
+            self,
+            settings=replace(self.settings, alphas=(alpha,)),
+            shards=tuple(
+                replace(shard, tensors=tuple(_at(tensor, alpha) for tensor in shard.tensors)) for shard in self.shards
+            ),
+        )
+
     @property
     def sources(self) -> tuple[Checkpoint | Adapter, ...]:
         """The checkpoints whose files are read."""
@@ -290,6 +300,10 @@ class AdapterPlan(PairPlan):
     def changes_config(self) -> bool:
         """An adapter has no config of a model."""
         return False
+
+
+def _at(tensor: TensorPlan, alpha: float) -> TensorPlan:
+    return replace(tensor, segments=tuple(replace(segment, alphas=(alpha,)) for segment in tensor.segments))
 
 
 def _is_copied(tensor: TensorPlan) -> bool:

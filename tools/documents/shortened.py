@@ -90,6 +90,13 @@ ADDED = (
         " --work expo-lora-sweep --rounds 1 --prompts 4 --tokens 4",
         SIZE,
     ),
+    Added(
+        "python benchmarks/logit_space.py",
+        "--sft {models}/tiny-sft --dpo {models}/tiny-dpo --reward-model {models}/tiny-rm"
+        " --prompts {models}/held_out_prompts.json --work expo-logit-space --rounds 1 --limit 4 --n 1 --max-tokens 8"
+        " --alpha 1 --alpha 2",
+        SIZE,
+    ),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
     Added("python benchmarks/pipeline.py", "--limit 8 --max-tokens 8", SIZE),
     Added("python benchmarks/switch.py", f"--work expo-switch --rounds 1 {PAIR}", SIZE),

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from expo.config.logit_space import LOGITS, Space
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, json_line, read_rows, texts_sha256
 from expo.tasks import Conversation, Prompt, Task, answers_of, load_prompts, read_conversations, subset_of
@@ -48,6 +49,8 @@ class Answers:
 
     rows: tuple[Answer, ...]
     alpha: float | None
+    space: Space
+    """Where that α acts."""
     prompts_sha256: str | None
     """As in the meta files; None where the questions are not known."""
     conversations: tuple[object, ...] | None
@@ -93,6 +96,7 @@ def read_answers(path: Path, task: Task, prompts: Sequence[Prompt] | None) -> An
     return Answers(
         tuple(_answer(row, said_of) for row, said_of in zip(rows, said, strict=True)),
         _alpha(meta),
+        LOGITS if meta.get("space") == LOGITS else "weights",
         None if conversations is None else texts_sha256(one.asked for one in conversations),
         None if conversations is None else tuple(list(one.messages) for one in conversations),
     )

@@ -173,6 +173,7 @@ def _own(scores: _Scores, run: int, rows: Mask) -> ModelFigures:
         characters=_average(scores.characters[run][rows]),
         truncated=int(cut.sum()),
         alpha=of.alpha,
+        space=of.space,
         finish_reasons=Counter(sorted(row.finish_reason for row in scores.rows[run] if row.finish_reason)),
         ended=_average(ended[np.isfinite(ended)]),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from expo.config.logit_space import LOGITS, Space
 from expo.files import Row
 from expo.stats.agreement import Agreement
 from expo.stats.means import Interval
@@ -90,6 +91,7 @@ class ModelFigures:
     truncated: int
     """Rows of which the reward model saw only the beginning."""
     alpha: float | None = None
+    space: Space = "weights"
     finish_reasons: Mapping[str, int] = field(default_factory=dict)
     """Finish reason → answers, also those without a reward; empty where none is known."""
     ended: float | None = None
@@ -114,6 +116,7 @@ class ModelFigures:
         own = {
             "name": self.name,
             "alpha": self.alpha,
+            **({"space": self.space} if self.space == LOGITS else {}),
             "n": self.n,
             "mean": self.mean,
             "standard_error": self.standard_error,

@@ -78,7 +78,7 @@ def _of_answers(source: Source, answers: Answers, rewards: Sequence[Rewards]) ->
         if places is None or _is_repeated(one, values):
             continue
         values[one.reward_model], scorings[one.reward_model] = _placed(one, places, answers.rows)
-    run = Run(source.name, source.task, _rows(answers.rows), values, answers.alpha, scorings)
+    run = Run(source.name, source.task, _rows(answers.rows), values, answers.alpha, scorings, answers.space)
     return _Read(source, run, names, answers.prompts_sha256)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from expo.config.logit_space import Space
+
 UNKNOWN = "an unnamed reward model"
 """Stands in `Run.rewards` for the reward model of files that do not name theirs."""
 
@@ -80,3 +82,5 @@ class Run:
     """The α of θ(α), where its files say so; 0 is not assumed."""
     scorings: Mapping[str, Scoring] = field(default_factory=dict)
     """Reward model → what else its files say; the keys are those of `rewards`."""
+    space: Space = "weights"
+    """Where its α acts."""

@@ -23,9 +23,10 @@ from expo.checkpoint.folder import (
     source_fingerprint,
 )
 from expo.checkpoint.hub import locate
-from expo.checkpoint.vocabulary import embedding_rows, rows_in
+from expo.checkpoint.vocabulary import embedding_rows, require_same_vocabulary, rows_in
 from expo.config import GenerateConfig, ThetaConfig
 from expo.config.course import plain, step_of
+from expo.config.logit_space import LOGITS, Space
 from expo.engines import EngineSpec
 from expo.engines.chat import UNLIMITED, ChatTokenizer, configured_stop_ids, context_length
 from expo.engines.coverage import require_whole
@@ -35,7 +36,8 @@ from expo.files import Row
 from expo.settings import recorded
 from expo.tasks import Message
 from expo.theta.applied import Applied, rank_of, why_not_applied, write_applied
-from expo.theta.pair import ThetaPlan, plan_theta, source_fingerprints
+from expo.theta.names import theta_name
+from expo.theta.pair import ThetaPlan, find_pair, plan_theta, source_fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,9 @@ class Model:
 
     def describe(self) -> Row:
         """The model as plain data."""
-        return describe_theta(self.theta) if self.theta is not None else {"model": str(self.path)}
+        if self.theta is None:
+            return {"model": str(self.path)}
+        return describe_theta(self.theta, self.record.get("space", "weights"))
 
     @property
     def asks_for_time(self) -> bool:
@@ -190,15 +194,15 @@ class ModelSource:
         return None if self.theta is None else {t.name: t.shape for s in self.theta.pair.shards for t in s.tensors}
 
 
-def describe_theta(theta: ThetaPlan) -> Row:
-    """A θ(α) as plain data."""
+def describe_theta(theta: ThetaPlan, space: Space = "weights") -> Row:
+    """A θ(α) as plain data; in logit space no tensor of it is made."""
     return {
         "sft": str(theta.sft.path),
         "dpo": str(theta.dpo.path),
         "alpha": theta.config.alpha,
         **_course(theta),
         **({"dequantized": theta.pair.dequantized} if theta.pair.dequantized else {}),
-        "tensors": theta.pair.tensor_counts(),
+        **({"space": space} if space == LOGITS else {"tensors": theta.pair.tensor_counts()}),
     }
 
 
@@ -210,7 +214,7 @@ def find_source(config: GenerateConfig) -> ModelSource:
         EnvironmentFailure: The hub cannot be reached.
     """
     if config.theta is not None:
-        return _theta_source(config.theta, Path(config.output_dir))
+        return _theta_source(config.theta, config.space, Path(config.output_dir))
     location = find_folder(config.model or "") or locate(config.model or "")
     if is_adapter(location.path) and not (location.path / CONFIG_FILE).is_file():
         raise InputError(
@@ -226,7 +230,9 @@ def find_source(config: GenerateConfig) -> ModelSource:
     )
 
 
-def _theta_source(config: ThetaConfig, output: Path) -> ModelSource:
+def _theta_source(config: ThetaConfig, space: Space, output: Path) -> ModelSource:
+    if space == LOGITS:
+        require_same_vocabulary(*find_pair(config))
     theta = plan_theta(config)
     for location in (theta.sft, theta.dpo):
         require_generator(location.path)
@@ -239,8 +245,14 @@ def _theta_source(config: ThetaConfig, output: Path) -> ModelSource:
         "alpha": config.alpha,
         **recorded(config, "weights"),
     }
-    record = {**{side: _record(location) for side, location in sides.items()}, "alpha": config.alpha, **_course(theta)}
-    return ModelSource(folder, theta.name, fingerprint, record, theta)
+    record = {
+        **{side: _record(location) for side, location in sides.items()},
+        "alpha": config.alpha,
+        **({"space": space} if space == LOGITS else {}),
+        **_course(theta),
+    }
+    name = theta_name(theta.dpo.name, config.alpha, config.last_step, space)
+    return ModelSource(folder, name, fingerprint, record, theta)
 
 
 def _course(theta: ThetaPlan) -> Row:

@@ -165,7 +165,7 @@ def plan(config: GenerateConfig, moment: str | None = None, prompts: Collection[
         InputError: The model, the task or a setting is at fault, or there is no prompt with one of the ids.
         EnvironmentFailure: The hub cannot be reached.
     """
-    engine, spec = find_engine(GENERATORS, config.engine)
+    engine, spec = find_engine(GENERATORS, config.engine, config)
     require_fitting(GENERATORS, config, engine)
     require_server(config, engine, spec)
     task = find_task(config.task)

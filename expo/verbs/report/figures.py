@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from expo.config.logit_space import LOGITS, Space
 from expo.output import charts
 from expo.output.charts import Change, Estimate, Series, colour_of
 from expo.output.course import Track, race_course
 from expo.output.curves import OF_RACE, Confirmed, alpha_curve
 from expo.output.races import ConfirmationRecord, RaceRecord
 from expo.output.sweeps import SweepRecord
-from expo.verbs.compare.curve import curve_points, length_unit
+from expo.verbs.compare.curve import curve_points, length_unit, on_curve, spaces_of
 from expo.verbs.compare.figures import Comparison, Measured, Paired, Table
 from expo.verbs.report.aligned import Aligned, Numbers
 from expo.verbs.report.race import OF_ALL
@@ -63,7 +64,7 @@ def charts_of(aligned: Aligned, comparison: Comparison, sweep: SweepRecord | Non
             ending = "" if place == 0 else f"-{place + 1}"
             of = f" ({table.key})" if len(comparison.tables) > 1 else ""
             found += [
-                _alpha_curve(table, ending, of, sweep),
+                *(_alpha_curve(table, space, ending, of, sweep) for space in spaces_of(table)),
                 _differences(table, ending, of),
                 _distributions(aligned, table.key, ending, of),
                 _by_length(aligned, table.key, ending, of),
@@ -101,14 +102,14 @@ def _differences(table: Table, ending: str, of: str) -> Chart | None:
     return Chart(f"differences{ending}", f"Difference in reward{of}", says, figure)
 
 
-def _alpha_curve(table: Table, ending: str, of: str, sweep: SweepRecord | None) -> Chart | None:
-    points = curve_points(table)
+def _alpha_curve(table: Table, space: Space, ending: str, of: str, sweep: SweepRecord | None) -> Chart | None:
+    points = curve_points(table, space)
     if len({point.alpha for point in points}) < (MIN_ALPHAS if sweep is None else 2):
         return None
     race = None if sweep is None else sweep.race
     figure = alpha_curve(
         points,
-        unit=length_unit(*(model for model in table.models if model.alpha is not None)) or "characters",
+        unit=length_unit(*on_curve(table, space)) or "characters",
         chosen=None if sweep is None or ending else sweep.best_alpha,
         rejected=() if sweep is None or ending else sweep.rejected_gains,
         dropped=() if race is None else race.dropped,
@@ -122,7 +123,8 @@ def _alpha_curve(table: Table, ending: str, of: str, sweep: SweepRecord | None) 
     )
     if race is not None and race.confirmation is not None and not ending:
         says += " Beside it is the result of the confirmation's prompts alone, on the same mean."
-    return Chart(f"alpha{ending}", f"Reward and length against α{of}", says, figure)
+    name, where = ("alpha-logits", " in logit space") if space == LOGITS else ("alpha", "")
+    return Chart(f"{name}{ending}", f"Reward and length against α{where}{of}", says, figure)
 
 
 def _confirmed(found: ConfirmationRecord | None) -> Confirmed | None:

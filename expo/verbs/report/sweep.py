@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
@@ -45,12 +45,18 @@ def _outputs(folder: Path, task: str | None) -> list[Path]:
 
 def _alpha(name: str) -> float | None:
     found = named_alpha(name)
-    return None if found is None else found[1]
+    return None if found is None else found.alpha
 
 
 def with_alphas(runs: Sequence[Run]) -> list[Run]:
     """The runs with the α of their names where their files say none: 0.3 of DPO-ExPO-a0.3, 0 of DPO beside it."""
-    beside = {found[0] for run in runs if (found := named_alpha(run.name))}
-    known = [run.alpha if run.alpha is not None else _alpha(run.name) for run in runs]
-    named = [0.0 if alpha is None and run.name in beside else alpha for run, alpha in zip(runs, known, strict=True)]
-    return [replace(run, alpha=alpha) for run, alpha in zip(runs, named, strict=True)]
+    beside = {found.dpo for run in runs if (found := named_alpha(run.name))}
+    return [_with_alpha(run, beside) for run in runs]
+
+
+def _with_alpha(run: Run, beside: Container[str]) -> Run:
+    if run.alpha is not None:
+        return run
+    if (found := named_alpha(run.name)) is not None:
+        return replace(run, alpha=found.alpha, space=found.space)
+    return replace(run, alpha=0.0) if run.name in beside else run

@@ -21,8 +21,7 @@ from expo.checkpoint.folder import (
     require_generator,
     require_loadable,
 )
-from expo.checkpoint.tokens import require_same_ids
-from expo.checkpoint.vocabulary import embedding_rows
+from expo.checkpoint.vocabulary import embedding_rows, require_same_vocabulary
 from expo.config import ScoreConfig
 from expo.engines import EngineSpec, ScorerSetup, find_engine, require_fitting
 from expo.engines.chat import UNLIMITED, ChatTokenizer, context_length
@@ -261,7 +260,7 @@ def _implicit_job(answers: _Answers, scorer: ScoredBy, moment: str | None, confi
     for flag, location in (("--dpo", dpo), ("--sft", sft)):
         _require_policy(flag, location, config)
     refuse_inside(Path(config.output_dir), dpo, sft, flag="--output-dir")
-    _require_same_vocabulary(sft, dpo)
+    require_same_vocabulary(sft, dpo)
     config = spec.call("settle", replace(config, engine_arg=(), tensor_parallel=None), dpo.path)
     tokenizer = _tokenizer(dpo, config)
     longest = _longest(config, dpo, sft)
@@ -389,17 +388,6 @@ def _require_policy(flag: str, location: Location, config: ScoreConfig) -> None:
     require_generator(location.path)
     require_loadable(location.path)
     require_whole(location.path, location.label, None, trust_remote_code=config.trust_remote_code)
-
-
-def _require_same_vocabulary(sft: Location, dpo: Location) -> None:
-    """Refuse models that are not about the same tokens."""
-    ours, theirs = embedding_rows(sft.path), embedding_rows(dpo.path)
-    if ours is not None and theirs is not None and ours != theirs:
-        raise InputError(
-            f"{sft.label} has vectors for {ours} tokens and {dpo.label} for {theirs}: their probabilities are of "
-            "different tokens; use the SFT model that DPO was trained from"
-        )
-    require_same_ids(sft.path, dpo.path, theirs or UNLIMITED)
 
 
 def _answer_rows(answers: _Answers, tokenizer: RewardTokenizer, longest: int) -> tuple[AnswerRow, ...]:

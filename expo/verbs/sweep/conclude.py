@@ -13,6 +13,7 @@ from expo import __version__
 from expo.arguments import shown
 from expo.checkpoint.folder import refuse_inside
 from expo.config import ExtrapolateConfig, SweepConfig
+from expo.config.logit_space import LOGITS
 from expo.files import Row, json_text, write_atomic
 from expo.output.frames import frame
 from expo.output.sweeps import PICTURE, RECORD
@@ -163,6 +164,7 @@ def _described(job: SweepPlan, best_alpha: float, made: Making) -> Row:
     sides = {"sft": theta_of(job.first).sft, "dpo": theta_of(job.first).dpo}
     return {
         "search": job.config.search,
+        **({"space": job.config.space} if job.config.space == LOGITS else {}),
         **{side: {"name": location.label, "revision": location.revision} for side, location in sides.items()},
         "command": _command(job, best_alpha),
         "fingerprint": dict(made_from(job.fingerprint)),
@@ -206,7 +208,12 @@ def _extrapolation(job: SweepPlan, alpha: float) -> ExtrapolateConfig:
 
 
 def _command(job: SweepPlan, alpha: float) -> str | None:
-    return shown("extrapolate", _extrapolation(job, alpha)) if alpha else None
+    """What makes use of an α: its checkpoint, or its answers where there is none; None of DPO itself."""
+    if not alpha:
+        return None
+    if job.config.space == LOGITS:
+        return shown("generate", job.config.generating(alpha, "."))
+    return shown("extrapolate", _extrapolation(job, alpha))
 
 
 def _write(job: SweepPlan, alpha: float) -> Path | None:
@@ -223,7 +230,7 @@ def _write(job: SweepPlan, alpha: float) -> Path | None:
 def of_equal_models(config: SweepConfig, fingerprint: Row, why: str) -> Swept:
     """A sweep of a pair whose sides are equal: every θ(α) is DPO itself, so nothing need be generated."""
     sides = {side: find_model(model) for side, model in (("sft", config.sft), ("dpo", config.dpo))}
-    names = {alpha: theta_name(sides["dpo"].name, alpha) for alpha in config.alphas}
+    names = {alpha: theta_name(sides["dpo"].name, alpha, space=config.space) for alpha in config.alphas}
     record: Row = {
         "best_alpha": 0.0,
         "verdict": f"No α is better than α = 0: {why}.",

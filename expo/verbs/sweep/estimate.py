@@ -1,6 +1,6 @@
 """What a sweep would cost, for `--dry-run`: the plan's rows, at the speed and length that a few of them show.
 
-The probe generates and scores the first prompts with α = 0, in processes and places like those of the sweep, into a
+The probe generates and scores the first prompts with one α, in processes and places like those of the sweep, into a
 folder that is removed again. Few rows do not fill an engine, so a long run is faster than it says rather than slower.
 Where no proof of a switch is kept, the start that it costs is counted, too.
 """
@@ -162,6 +162,7 @@ def estimate(job: SweepPlan, missing: Sequence[int], inspected: Inspection | Non
 def _probe(job: SweepPlan) -> list[Seen]:
     """Generate and score a few rows: what is seen of the policy and of each reward model."""
     seen: dict[int, Seen] = {}
+    alpha = _probed(job)
     policy = Lane("policy", environment_of(job.places[0]), lambda made: answered(made))
     lanes = [
         Lane(model.location.label, environment_of(place), lambda made: scored(made), fed_by=policy, waits=True)
@@ -170,7 +171,7 @@ def _probe(job: SweepPlan) -> list[Seen]:
 
     def answered(made: RowJob) -> None:
         seen[0] = _seen(policy, made)
-        for one in job.scoring(0.0, folder=Path(folder)):
+        for one in job.scoring(alpha, folder=Path(folder)):
             lanes[one.number].add(one)
 
     def scored(made: RowJob) -> None:
@@ -178,16 +179,21 @@ def _probe(job: SweepPlan) -> list[Seen]:
         seen[1 + number] = _seen(lanes[number], made)
 
     with tempfile.TemporaryDirectory(prefix="expo-") as folder, Lanes([policy, *lanes]) as running:
-        answers = _answers(job, folder)
+        answers = _answers(job, alpha, folder)
         policy.add(answers)
-        log.info("probe: %d answers at α = 0", len(answers.keys))
+        log.info("probe: %d answers at α = %g", len(answers.keys), alpha)
         running.run("probe", len(answers.keys) * (1 + len(lanes)), 0)
     return [seen[number] for number in sorted(seen)]
 
 
-def _answers(job: SweepPlan, folder: str) -> GenerateJob:
+def _probed(job: SweepPlan) -> float:
+    """The α of the probe: 0; in logit space, where one model answers by itself at 0, the smallest above it."""
+    return min(alpha for alpha in job.jobs if alpha > 0) if job.first.setup.in_logit_space else 0.0
+
+
+def _answers(job: SweepPlan, alpha: float, folder: str) -> GenerateJob:
     """The first prompts, for an engine like the sweep's."""
-    config = replace(job.first.config, output_dir=folder, limit=min(PROBE_PROMPTS, len(job.first.prompts)))
+    config = replace(job.job_of(alpha).config, output_dir=folder, limit=min(PROBE_PROMPTS, len(job.first.prompts)))
     return plan_generate(config).with_gpu_share(job.places[0].gpu_share)
 
 

@@ -170,7 +170,8 @@ class Making:
         proof = prove(lambda: self._new_policy(waiting[0]), first, self._inspected, there)
         seconds = {"start_seconds": proof.start_seconds, "switch_seconds": proof.switch_seconds}
         known = {key: round(value, 3) for key, value in seconds.items() if value is not None}
-        self.switch = {"way": "reload", "proved": proof.proved, "reason": proof.reason, **known}
+        way = first.config.space if first.setup.in_logit_space else "reload"
+        self.switch = {"way": way, "proved": proof.proved, "reason": proof.reason, **known}
         if proof.worker is not None:
             self._policy.take_over(proof.worker)
         if proof.proved:

@@ -18,6 +18,7 @@ import psutil
 from expo.checkpoint.folder import Location, find_folder, source_fingerprint
 from expo.checkpoint.hub import locate
 from expo.config import ScoreConfig, SweepConfig
+from expo.config.logit_space import LOGITS
 from expo.config.sweep import REWARD
 from expo.engines import GENERATORS, find_engine
 from expo.engines.torch_tools import find_device, gpu_bytes, own_dtype, visible_gpus
@@ -40,6 +41,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHARED_SEEDS = (
     "--seed-mode shared: answers to different prompts share random numbers and so are not independent, as "
     "intervals and p assume; --seed-mode row gives each row its own"
+)
+IN_LOGIT_SPACE = (
+    "--space logits (exploratory): both models answer together, and α weighs what they say, so that there is no "
+    "checkpoint of any α, and vLLM cannot serve one"
 )
 MORE_TOKENS = 1.25
 """A conversation's tokens for the reward model over those for the policy, at most as a rule."""
@@ -121,9 +126,9 @@ class SweepPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know of how answers are sampled."""
+        """What a reader must know of how answers are made."""
         shared = self.config.seed_mode == "shared" and self.config.temperature != 0
-        return [SHARED_SEEDS] if shared else []
+        return [*([SHARED_SEEDS] if shared else []), *([IN_LOGIT_SPACE] if self.config.space == LOGITS else [])]
 
     @property
     def rows(self) -> int:
@@ -138,6 +143,7 @@ class SweepPlan:
             "sft": str(theta_of(self.first).sft.path),
             "dpo": str(theta_of(self.first).dpo.path),
             "alphas": ", ".join(map(repr, self.jobs)),
+            **({"space": self.config.space} if self.config.space == LOGITS else {}),
             **({"switch": "adapter, if a trial shows that it can be"} if self.tries_adapters else {}),
             **({"race": self.race.settings} if self.race else {}),
             "task": self.first.task.name,
@@ -158,7 +164,8 @@ def plan(config: SweepConfig) -> SweepPlan:
         EnvironmentFailure: The hub cannot be reached.
     """
     folder = folder_of(config)
-    engine, _ = find_engine({name: spec for name, spec in GENERATORS.items() if "local" in spec.can}, config.engine)
+    local = {name: spec for name, spec in GENERATORS.items() if "local" in spec.can}
+    engine, _ = find_engine(local, config.engine, config)
     with flags_of_sweep():
         first = plan_generate(config.generating(0.0, str(folder), engine=engine))
     with flags_of_sweep(reward=True):
@@ -241,7 +248,8 @@ def folder_of(config: SweepConfig) -> Path:
         InputError: There is no such DPO model.
         EnvironmentFailure: The hub cannot be reached.
     """
-    return Path(config.output or Path("sweeps") / find_model(config.dpo).name)
+    own = f"-{LOGITS}" if config.space == LOGITS else ""
+    return Path(config.output or Path("sweeps") / f"{find_model(config.dpo).name}{own}")
 
 
 def find_model(model: str) -> Location:
@@ -310,8 +318,9 @@ def quiet(least: int) -> Iterator[None]:
 
 def _places(config: SweepConfig, first: GenerateJob, models: tuple[ReadyModel, ...]) -> tuple[Place, ...]:
     """Where the policy and each reward model run, as the settings and the sizes say."""
+    models_at_once = 2 if first.setup.in_logit_space else 1
     policy = Model(
-        _loaded_bytes(first.model.path, first.config.dtype, theta_of(first).pair.nbytes),
+        models_at_once * _loaded_bytes(first.model.path, first.config.dtype, theta_of(first).pair.nbytes),
         spreads="tensor_parallel" in first.spec.can,
         tensor_parallel=first.config.tensor_parallel,
     )

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from expo.config import SweepConfig
+from expo.config.logit_space import LOGITS
 from expo.output.sweeps import is_sweep
 from expo.rows.worker import Worker
 from expo.rows.workers import stop_all
@@ -29,7 +30,8 @@ def preloaded(config: SweepConfig, folder: Path) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
     try:
         if config.ray is None and not is_sweep(folder) and not any(driver.exists() for driver in GPU_DRIVERS):
-            policy = ("vllm" if find_spec("vllm") else "transformers") if config.engine == "auto" else config.engine
+            auto = "vllm" if find_spec("vllm") and config.space != LOGITS else "transformers"
+            policy = auto if config.engine == "auto" else config.engine
             reward = "transformers" if config.reward_engine == "auto" else config.reward_engine
             for verb, engine in (("generate", policy), ("score", reward)):
                 workers.append(Worker(None, environment_of(Place((), 0)), stays=True))

@@ -100,6 +100,8 @@ def prove(
         InputError: A process refuses to start at the first α.
         EnvironmentFailure: A process died before it was switched.
     """
+    if first.setup.in_logit_space:
+        return Proof(True, "in logit space both models keep their weights: α is a number of the decoding")
     plan, scope = theta_of(first), _scope(first, inspected)
     if not scope.kinds:
         return Proof(True, "no tensor moves with α")
@@ -130,6 +132,8 @@ def _folder_for_answers(elsewhere: Elsewhere | None) -> Iterator[Path]:
 
 def is_known(first: GenerateJob, inspected: Inspection | None = None) -> bool:
     """Whether `prove` needs to start nothing."""
+    if first.setup.in_logit_space:
+        return True
     scope = _scope(first, inspected)
     return not scope.kinds or is_proved(proof_key(first.engine, first.setup), scope)
 
