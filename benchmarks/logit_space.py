@@ -34,6 +34,7 @@ from expo.verbs.compare.run import Run
 SPACES: tuple[Space, ...] = ("weights", "logits")
 ALPHAS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 TIMED_ALPHA = 1.0
+CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ def _mean(run: Run) -> float:
 
 
 def questions(file: Path, work: Path) -> Path:
-    """The prompts as a task's file: a list of texts becomes one."""
+    """The prompts as a task's file: a list of texts becomes one, each cut as the tiny trio's were for its training."""
     if file.suffix != ".json":
         return file
+    texts = [text[:CHARACTERS] for text in json.loads(file.read_text())]
     made = work / "prompts.jsonl"
-    made.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in json.loads(file.read_text())))
+    made.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return made
 
 
@@ -161,10 +163,10 @@ def main() -> None:
     for name in ("--sft", "--dpo", "--reward-model", "--prompts", "--work"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--alpha", type=float, action="append", help=f"default: {' '.join(f'{a:g}' for a in ALPHAS)}")
-    parser.add_argument("--n", type=int, default=8, help="samples per prompt")
+    parser.add_argument("--n", type=int, default=2, help="samples per prompt")
     parser.add_argument("--limit", type=int, help="only the first prompts")
     parser.add_argument("--max-tokens", type=int, default=112)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     task = questions(options.prompts, options.work)

@@ -21,23 +21,32 @@ from expo.theta.pair import ThetaPlan
 
 
 def combined(dpo: Tensor, sft: Tensor, alpha: float) -> Tensor:
-    """Of each token log π_dpo + α(log π_dpo − log π_sft), the logarithm of its probability up to a constant of the row.
+    """The distribution of log π_dpo + α(log π_dpo − log π_sft), as the logarithm of each token's probability.
 
     What DPO gives no probability keeps none, whatever α; what SFT gives none has none for α < 0, which is the limit.
     For α > 0 the limit is infinite: the token is weighed as if SFT gave it as little as the least likely token that it
-    does give a probability. The sum is at most float32's largest number, so that no result is NaN or +∞.
+    does give a probability; and so it is for α < 0, where the two have no token in common. From the log-ratios the one
+    that α raises most is subtracted first, so that no result is NaN or +∞, however large α.
 
     Args:
         dpo: Logits of DPO, (batch, vocabulary), float32.
         sft: Logits of SFT, likewise.
-        alpha: The α, not 0, at which SFT has no say.
+        alpha: The α.
+
+    Returns:
+        (batch, vocabulary), −∞ where a token has no probability.
     """
     log_dpo, log_sft = dpo.log_softmax(-1), sft.log_softmax(-1)  # (batch, vocabulary)
     never, unknown = log_dpo == -torch.inf, log_sft == -torch.inf
     least = log_sft.masked_fill(unknown, torch.inf).amin(-1, keepdim=True)  # (batch, 1)
     ratio = log_dpo - torch.where(unknown, least, log_sft)
-    total = (log_dpo + alpha * ratio).clamp(max=torch.finfo(log_dpo.dtype).max)
-    return total.masked_fill(never | unknown if alpha < 0 else never, -torch.inf)
+    masked = never | unknown if alpha < 0 else never
+    masked = torch.where(masked.all(-1, keepdim=True), never, masked)
+    if alpha < 0:
+        most = ratio.masked_fill(masked, torch.inf).amin(-1, keepdim=True)  # (batch, 1)
+    else:
+        most = ratio.masked_fill(masked, -torch.inf).amax(-1, keepdim=True)
+    return (log_dpo + alpha * (ratio - most)).masked_fill(masked, -torch.inf).log_softmax(-1)
 
 
 class ReadsAlong(LogitsProcessor):
