@@ -93,8 +93,7 @@ ADDED = (
     Added(
         "python benchmarks/logit_space.py",
         "--sft {models}/tiny-sft --dpo {models}/tiny-dpo --reward-model {models}/tiny-rm"
-        " --prompts {models}/held_out_prompts.json --work expo-logit-space --rounds 1 --limit 4 --n 1 --max-tokens 8"
-        " --alpha 1 --alpha 2",
+        " --prompts {models}/held_out_prompts.json --work expo-logit-space --rounds 1 --limit 6 --n 2 --max-tokens 8",
         SIZE,
     ),
     Added("python benchmarks/report.py", "--prompts 20 --models 2 --rounds 1", SIZE),
