@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,8 @@ from expo.errors import EnvironmentFailure, InputError
 from expo.tasks import Preference, clusters_of, load_preferences, preferences
 from expo.verbs import sweep as verb
 from expo.verbs.sweep.likelihood.figures import Likelihoods, explained_by_line, figures
+
+running = importlib.import_module("expo.verbs.sweep.likelihood.run")  # the package has its function under this name
 
 PAIRS = [
     ("w1 w2", "w3 w4 w5", "w6"),
@@ -118,6 +121,13 @@ def dying(patched: pytest.MonkeyPatch, moment: int | None = None) -> Counter[tup
     return seen
 
 
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    """Half of the time of a sweep of five pairs."""
+    monkeypatch.setattr(running, "_picture", lambda *_: b"drawn")
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_a_sweep_that_dies_anywhere_goes_on_and_reads_nothing_twice(llama_pair, pairs, tmp_path):
     """Whatever the batch; and what is complete is not read again, nor anything written."""
     with pytest.MonkeyPatch.context() as patched:
@@ -143,6 +153,7 @@ def test_a_sweep_that_dies_anywhere_goes_on_and_reads_nothing_twice(llama_pair, 
     assert tree(whole.file.parent) == files
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_further_pairs_and_another_alpha_extend_what_is_there(llama_pair, pairs):
     few = verb.run(settings(llama_pair, pairs, limit=2, alpha=(0.5,)))
     first = rows_of(few.file.parent, 0.5)
@@ -157,6 +168,7 @@ def test_further_pairs_and_another_alpha_extend_what_is_there(llama_pair, pairs)
         verb.run(settings(llama_pair, pairs, dtype="bfloat16"))
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_a_pair_that_does_not_fit_fails_and_the_others_are_read(llama_pair, pairs):
     long = " ".join(["w1"] * 200)
     write(
@@ -270,6 +282,7 @@ def test_pairs_of_one_prompt_are_named_apart_and_counted_together(tmp_path, capl
         {"search": "race", "alpha": (1, 2)},
         {"task": "alpaca"},
         {"system": "s"},
+        {"space": "logits"},
         {"write": True},
         {"ray": "auto"},
     ],

@@ -246,7 +246,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
             return
         require_text("--likelihood", self.likelihood)
         own = {field.name for field in (*fields(RewardsConfig), *fields(RaceConfig))}
-        own |= {"search", "switch", "task", "dataset", "system", "n", "write", "data_parallel", "ray"}
+        own |= {"search", "switch", "task", "dataset", "system", "n", "space", "write", "data_parallel", "ray"}
         given = next((one for one in fields(self) if one.name in own and _is_given(self, one)), None)
         require(
             given is None,
