@@ -260,6 +260,24 @@ def test_small_pieces_and_chunks_change_no_bit(tmp_path: Path, monkeypatch: pyte
         assert same(cut, whole)
 
 
+@pytest.mark.parametrize("name", ["model.a_proj.weight_scale_inv", "model.a_proj.scale"])
+@pytest.mark.parametrize("kind", ["e8m0", "a byte", "bfloat16", "one in all"])
+def test_scales_of_every_type_and_name(tmp_path: Path, kind: str, name: str) -> None:
+    sft, dpo = random_pair({"model.a_proj.weight": (256, 384)})
+    exponents = torch.arange(116, 122, dtype=torch.uint8).view(2, 3)
+    scales = {
+        "e8m0": exponents.view(torch.float8_e8m0fnu),
+        "a byte": exponents,
+        "bfloat16": torch.rand(2, 3).bfloat16(),
+        "one in all": torch.tensor(0.01),
+    }[kind]
+    stored = fp8(dpo["model.a_proj.weight"].float(), BLOCK)[0]
+    folder = write_fp8(tmp_path / "dpo", {"model.a_proj.weight": stored, name: scales}, BLOCK)
+    write((write_checkpoint(tmp_path / "sft", sft), folder), tmp_path / "out", 0.0)
+    wanted = dequantizer()._dequantize_one(stored, scales, torch.bfloat16)
+    assert same(read_checkpoint_tensors(tmp_path / "out"), {"model.a_proj.weight": wanted})
+
+
 def test_stacked_experts_have_blocks_of_their_own(tmp_path: Path) -> None:
     sft, dpo = random_pair({"experts.down_proj": (3, 200, 136)})
     parts = [fp8(expert.float(), BLOCK) for expert in dpo["experts.down_proj"]]

@@ -79,7 +79,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     if found.problems:
         raise InputError(
             f"{name} cannot be dequantized ({found.stored_as}): {'; '.join(found.problems)}; give the unquantized "
-            "checkpoint, or load it with transformers, dequantized, and save the result"
+            "checkpoint"
         )
     if checkpoint.open_remote is not None:
         raise InputError(
