@@ -298,7 +298,7 @@ def test_other_types_shard_sizes_and_exclusions_go_on_from_the_dequantized_value
     pair = (write_checkpoint(tmp_path / "sft", sft), folder)
     write(pair, tmp_path / "out", 0.5, dtype=dtype, max_shard_size="60KB", exclude=("a_proj",))
     found = read_checkpoint_tensors(tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (3 if dtype == "float32" else 2)
     assert {values.dtype for values in found.values()} == {getattr(torch, dtype)}
     assert torch.equal(found["model.a_proj.weight"], d["model.a_proj.weight"].to(found["model.a_proj.weight"].dtype))
     share_off(sft["model.b_proj.weight"], d["model.b_proj.weight"], 0.5, found["model.b_proj.weight"])
