@@ -6,11 +6,16 @@ the arithmetic in memory; then of a pair with the shapes of one layer of gpt-oss
 MXFP4. A ratio is the median over rounds of two runs side by side, with the range of these. Every weight of the FP8
 output is compared with that of transformers, whose way is run in the first round alone.
 
-With --models, what rounding does to the weights of a folder's tiny-sft and tiny-dpo, in float64: ‖noise‖ of a side that
-is stored so, against its own norm and that of Δ = θ_dpo − θ_sft, and how far θ(α) is from that of the pair as it is.
+With --models, what rounding does to the weights of a folder's sft and dpo (or tiny-sft and tiny-dpo), in float64:
+‖noise‖ of a side that is stored so, against its own norm and that of Δ = θ_dpo − θ_sft, and how far θ(α) is from that
+of the pair as it is.
+
+With --trio, what rounding does to answers: `expo sweep` of a folder's sft and dpo, as the demo writes them, with rm,
+then with DPO in FP8, and with both sides so; rewards above each pair's own α = 0, and above that of the pair as it is.
 
     python benchmarks/dequantize.py --work /tmp/expo-dequantize --rounds 5
-    python benchmarks/dequantize.py --models ../shared/models
+    python benchmarks/dequantize.py --models models
+    python benchmarks/dequantize.py --trio demo-output
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ import json
 import math
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +39,7 @@ from torch import Tensor
 BLOCK = 128
 LARGEST_FP8 = 448.0
 ALPHAS = (0.0, 0.5, 1.0, 2.0)
+SWEPT = (0.0, 0.5, 1.0, 2.0, 4.0)
 EXPERTS = {"gate_up_proj": (32, 2880, 5760), "down_proj": (32, 2880, 2880)}
 """Of one layer of gpt-oss-20b, [experts, in, out]."""
 FP4 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
@@ -95,6 +103,9 @@ def fp8_copy(source: Path, folder: Path) -> Path:
     if (folder / "config.json").exists():
         return folder
     folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt"):
+            shutil.copy(file, folder)
     weight_map = {}
     for file in sorted(source.glob("*.safetensors")):
         found = {}
@@ -215,7 +226,8 @@ def time_and_memory(work: Path, pair: str, rounds: int) -> None:
 
 def rounding(models: Path) -> None:
     """Print a table of a pair's noise, and of what becomes of it."""
-    files = [models / f"tiny-{side}" / "model.safetensors" for side in ("sft", "dpo")]
+    sides = [next(models.glob(f"*{side}")) for side in ("sft", "dpo")]
+    files = [side / "model.safetensors" for side in sides]
     sft, dpo = ({name: values.double() for name, values in load_file(file).items()} for file in files)
     delta = norm({name: dpo[name] - sft[name] for name in dpo})
     print(f"‖Δ‖/‖θ_sft‖ = {delta / norm(sft):.4f}\n")
@@ -248,14 +260,59 @@ def norm(tensors: dict[str, Tensor]) -> float:
     return math.sqrt(math.fsum(float(values.square().sum()) for values in tensors.values()))
 
 
+# --- what it does to answers ----------------------------------------------------------------------------------------
+
+
+def answers(trio: Path, work: Path, limit: int | None) -> None:
+    """Sweep the pair as it is and in FP8, and print a table of rewards."""
+    sft, dpo = trio / "sft", trio / "dpo"
+    packed = fp8_copy(sft, work / "sft-fp8"), fp8_copy(dpo, work / "dpo-fp8")
+    print(
+        f"| pair |{''.join(f' α = {alpha:g} |' for alpha in SWEPT)} chosen |\n| --- |{' --- |' * (len(SWEPT) + 1)}",
+        flush=True,
+    )
+    plain = 0.0
+    for label, pair in {"in bfloat16": (sft, dpo), "DPO in FP8": (sft, packed[1]), "both in FP8": packed}.items():
+        folder = work / label.replace(" ", "-")
+        words = [
+            "--sft",
+            *pair[:1],
+            "--dpo",
+            *pair[1:],
+            "--reward-model",
+            trio / "rm",
+            "--task",
+            trio / "prompts.jsonl",
+        ]
+        words += ["--engine", "transformers", "--n", "8", "--max-tokens", "64", "--output", folder, "--overwrite"]
+        words += [word for alpha in SWEPT[1:] for word in ("--alpha", alpha)]
+        words += [] if limit is None else ["--limit", limit]
+        command = [sys.executable, "-m", "expo", "sweep", "--any-pair", *map(str, words)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        record = json.loads((folder / "sweep.json").read_text())
+        of = {one["alpha"]: one for one in record["alphas"]}
+        plain = plain or of[0.0]["mean"]
+        cells = [f"{of[0.0]['mean'] - plain:+.3f} to the pair as it is"]
+        cells += [
+            f"{of[alpha]['difference']:+.3f} [{of[alpha]['interval'][0]:+.3f}, {of[alpha]['interval'][1]:+.3f}]"
+            for alpha in SWEPT[1:]
+        ]
+        print(f"| {label} | {' | '.join(cells)} | {record['best_alpha']:g} |", flush=True)
+
+
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for checkpoints and outputs")
     parser.add_argument("--pair", choices=PAIRS, default="1b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", type=Path, help="folder with tiny-sft and tiny-dpo")
+    parser.add_argument("--models", type=Path, help="folder with sft and dpo, or tiny-sft and tiny-dpo")
+    parser.add_argument("--trio", type=Path, help="folder with sft, dpo, rm and prompts.jsonl, as the demo writes it")
+    parser.add_argument("--limit", type=int, help="prompts of --trio")
     options = parser.parse_args()
+    if options.trio:
+        with tempfile.TemporaryDirectory() as folder:
+            answers(options.trio, Path(folder), options.limit)
     if options.models:
         rounding(options.models)
     if options.work:

@@ -198,10 +198,12 @@ def main() -> None:
         getattr(asked, flag[2:].replace("-", "_")) or asked.trio / name for flag, name in MODELS.items()
     )
     prompts = read_prompts(prompts_file)[: asked.limit]
-    if asked.pairs is not None:
-        pairs = [json.loads(line) for line in asked.pairs.read_text(encoding="utf-8").splitlines()]
+    if asked.judged:
+        pairs = list(judged(prompts, asked.judged))
+    elif asked.answers:
+        pairs = list(answered(prompts, *asked.answers))
     else:
-        pairs = list(judged(prompts, asked.judged) if asked.judged else answered(prompts, *asked.answers))
+        pairs = [json.loads(line) for line in asked.pairs.read_text(encoding="utf-8").splitlines()]
     pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
     task = write_rows(asked.work / "prompts.jsonl", [{"prompt": prompt[:LETTERS]} for prompt in prompts])
     rows = [{**pair, "prompt": pair["prompt"][:LETTERS]} for pair in pairs]

@@ -71,6 +71,13 @@ ADDED = (
     Added("python benchmarks/memory.py", "--work expo-memory --largest 0.3", SIZE),
     Added("python benchmarks/dequantize.py", "--work expo-dequantize --rounds 1", SIZE, having="--work"),
     Added("python benchmarks/dequantize.py", "--models {models}", "the trio is there", having="--models"),
+    Added("python benchmarks/dequantize.py", "--limit 8", SIZE, having="--trio"),
+    Added(
+        "python benchmarks/likelihood.py",
+        "--sft {models}/tiny-sft --dpo {models}/tiny-dpo --reward-model {models}/tiny-rm --judged 1"
+        " --prompts {models}/held_out_prompts.json --work expo-likelihood --limit 40 --n 1 --max-tokens 8 --replays 2",
+        SIZE,
+    ),
     Added("python benchmarks/remote.py", "--work expo-remote --rounds 1", SIZE),
     Added("python benchmarks/gpu.py", "--work expo-gpu", SIZE),
     Added("python benchmarks/fuzz_headers.py", "--count 500", SIZE),

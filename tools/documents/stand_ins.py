@@ -344,6 +344,14 @@ def trained(path: Path, models_: Trio) -> None:
     prompts(path / "prompts.jsonl", models_)
 
 
+def pairs(path: Path, _: Trio) -> None:
+    """Preference pairs of the demo's task."""
+    from demo import task
+
+    rows = (one._asdict() for one in task.pairs(ROWS, 0))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def swept(path: Path, models_: Trio) -> None:
     """The folder of a finished sweep with two samples of each prompt."""
     asked = path.with_name(f"{path.name}.jsonl")
@@ -362,6 +370,7 @@ def mergekit(path: Path, _: Trio) -> None:
 
 
 RESULTS = ("benchmarks/RESULTS.md", "benchmarks/race.py")
+MEASURED = (*RESULTS, "docs/frontier.md", "benchmarks/likelihood.py", "benchmarks/dequantize.py")
 FILES = (
     *(Given(name, model("sft")) for name in ("my-sft", "SFT")),
     *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
@@ -382,7 +391,8 @@ FILES = (
     *(Given(f"outputs_prompts/{name}.jsonl", run, DOUBTED) for name in ("my-dpo", "my-expo")),
     Given("outputs_mtbench/mine.jsonl", turns),
     *(Given(name, swept, RESULTS) for name in ("own", "shared", "grid")),
-    Given("demo-output", trained, RESULTS),
+    Given("demo-output", trained, MEASURED),
+    Given("pairs.jsonl", pairs),
     Given("mergekit/bin/mergekit-yaml", mergekit),
     Given("FOLDER", lambda path, _: path.symlink_to(ROOT)),
 )
