@@ -599,7 +599,7 @@ def sweep(
     alpha: float | Iterable[float] = (),
     target_step: float | Iterable[float] = (),
     with_sft: bool = False,
-    search: Literal["grid", "race"] = "grid",
+    search: Literal["grid", "race", "modules"] = "grid",
     switch: Literal["auto", "reload", "adapter"] = "auto",
     task: str | PathLike[str] = "ultrafeedback",
     output: str | PathLike[str] | None = None,
@@ -664,7 +664,7 @@ def sweep(
     alpha: float | Iterable[float] = (),
     target_step: float | Iterable[float] = (),
     with_sft: bool = False,
-    search: Literal["grid", "race"] = "grid",
+    search: Literal["grid", "race", "modules"] = "grid",
     switch: Literal["auto", "reload", "adapter"] = "auto",
     task: str | PathLike[str] = "ultrafeedback",
     output: str | PathLike[str] | None = None,
@@ -749,7 +749,9 @@ def sweep(
             repeatable. The last checkpoint itself is always measured as well.
         with_sft: Also measure SFT itself, which is α = −1, for reference.
         search: grid: every α answers every prompt; race: α that fall behind are dropped, and the best
-            one is tested on prompts set aside, for at most half of the tokens.
+            one is tested on prompts set aside, for at most half of the tokens; modules (exploratory):
+            after a race, further ones give attention, MLP, embeddings and parts of the depth α of their
+            own, tested against one α for all.
         switch: How the policy's engine goes from one α to the next: reload gives it other weights;
             adapter, for a LoRA pair with vllm, has all α in one batch, each as an adapter that is
             applied to SFT; auto is adapter on a GPU where a test finds it as fast, with the same

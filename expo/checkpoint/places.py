@@ -45,9 +45,21 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     keep the stack's name: `visual.blocks.*.attn.qkv`.
     """
     paths = {name: _take_apart(name) for name in names}
-    sizes = Counter(path.stack for path in paths.values() if path.layer is not None)
-    main = max(sorted(sizes), key=sizes.__getitem__, default="")
+    main = _largest(paths.values())
     return {name: Place(path.layer, _module(path, main)) for name, path in paths.items()}
+
+
+def layers_of(names: Iterable[str]) -> dict[str, int]:
+    """The tensors in the largest stack of layers, and the layer of each."""
+    paths = {name: _take_apart(name) for name in names}
+    main = _largest(paths.values())
+    return {name: path.layer for name, path in paths.items() if path.layer is not None and path.stack == main}
+
+
+def _largest(paths: Iterable[_Path]) -> str:
+    """The stack that has the most tensors."""
+    sizes = Counter(path.stack for path in paths if path.layer is not None)
+    return max(sorted(sizes), key=sizes.__getitem__, default="")
 
 
 def _take_apart(name: str) -> _Path:

@@ -27,6 +27,8 @@ EXAMPLES = (
     "--target-step 800 --reward-model my-rm --task prompts.jsonl\n"
     "\n\b\nFor at most half of the tokens, with the α that is found confirmed on prompts set aside:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --search race --refine\n"
+    "\n\b\nExploratory: whether modules with α of their own do better than one α for all:\n"
+    "  expo sweep --sft my-sft --dpo my-dpo --reward-model my-rm --task prompts.jsonl --search modules\n"
     "\n\b\nExploratory: what every θ(α) says of preference pairs, with nothing generated:\n"
     "  expo sweep --sft my-sft --dpo my-dpo --likelihood HuggingFaceH4/ultrafeedback_binarized --limit 200\n"
     "\n\b\nWhat a sweep would cost, measured on a few rows:\n"
@@ -40,7 +42,8 @@ def show(result: Swept) -> Shown:
         log.warning("%s", note)
     log.info("%s: %s", result.status, result.file)
     if result.checkpoint is not None:
-        log.info("θ(%r): %s", result.record["best_alpha"], result.checkpoint)
+        alpha = result.record.get("best_alpha")
+        log.info("%s: %s", "θ" if alpha is None else f"θ({alpha!r})", result.checkpoint)
     return Shown(result.describe(), result.text, result.failed, result.reason, result.can_retry)
 
 

@@ -16,7 +16,7 @@ from expo.config.sampling import SamplingConfig
 from expo.files import is_utf8, shown
 from expo.settings import Setting, require, require_alpha, require_choice, require_device, require_text
 
-Search: TypeAlias = Literal["grid", "race"]
+Search: TypeAlias = Literal["grid", "race", "modules"]
 Switch: TypeAlias = Literal["auto", "reload", "adapter"]
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -32,7 +32,7 @@ REWARD = "reward_"
 class RaceConfig:
     """The settings that only a race has."""
 
-    HEADING = "The race (--search race)"
+    HEADING = "The races (--search race, modules)"
 
     slice: Annotated[
         int | None,
@@ -124,7 +124,8 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         Search,
         Setting(
             "grid: every α answers every prompt; race: α that fall behind are dropped, and the best one is tested on "
-            "prompts set aside, for at most half of the tokens."
+            "prompts set aside, for at most half of the tokens; modules (exploratory): after a race, further ones give "
+            "attention, MLP, embeddings and parts of the depth α of their own, tested against one α for all."
         ),
     ] = "grid"
     switch: Annotated[
@@ -177,6 +178,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         require_choice("--search", self.search, Search)
         require_choice("--switch", self.switch, Switch)
         self._require_race_settings()
+        self._require_modules()
         self._require_likelihood()
         self._require_space()
         require(
@@ -217,7 +219,7 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
             require(not self.write, "--write cannot be combined with --space logits, of which there is no checkpoint")
 
     def _require_race_settings(self) -> None:
-        if self.search != "race":
+        if self.search == "grid":
             given = next((one for one in fields(RaceConfig) if _is_given(self, one)), None)
             require(
                 given is None,
@@ -236,9 +238,27 @@ class SweepConfig(ClusterConfig, RaceConfig, RewardsConfig, PairConfig, Sampling
         )
         candidates = [alpha for alpha in self.alphas if alpha > 0]
         require(
-            len(candidates) > 1 or self.refine,
+            len(candidates) > 1 or self.refine or self.search == "modules",
             f"α = {candidates[0]:g} alone needs no race: give another --alpha, --refine, or --search grid",
         )
+
+    def _require_modules(self) -> None:
+        """Refuse settings that a search over modules has no place for."""
+        if self.search != "modules":
+            return
+        refused = {
+            "--refine": self.refine,
+            "--with-sft": self.with_sft,
+            "--alpha-for": bool(self.alpha_for),
+            "--checkpoint": bool(self.checkpoint),
+            "--switch adapter": self.switch == "adapter",
+            "--ray": self.ray is not None,
+            "--space logits": self.space == LOGITS,
+            "a second --reward-model": len(self.reward_model) > 1,
+            "an --alpha below 0": min(self.alphas) < 0,
+        }
+        given = next((flag for flag, is_given in refused.items() if is_given), None)
+        require(given is None, f"--search modules does not take {given}: leave it out, or use --search race")
 
     def _require_likelihood(self) -> None:
         """Refuse settings that nothing is left to do for where pairs are read: of rewards, of a race, of engines."""

@@ -16,6 +16,8 @@ from expo.output.races import RaceRecord, number, read_race
 
 RECORD = "sweep.json"
 PICTURE = "sweep.png"
+MODULES = "modules.json"
+"""In the place of `RECORD`, of a search over modules, whose outputs have no single α."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from expo.config.course import shown_step, step_of
 from expo.config.logit_space import LOGITS, Space
 
 NAMED = re.compile(r"(?P<dpo>.+)-ExPO-a(?P<alpha>-?[\d.]+(?:e[+-]?\d+)?)(?P<logits>-logits)?", re.DOTALL)
+OF_MODULES = "-for"
+"""Behind the name of θ(α) where some modules have an α of their own, before these are named."""
 
 
 class Named(NamedTuple):
@@ -44,3 +46,8 @@ def named_alpha(name: str) -> Named | None:
         return Named(found["dpo"], float(found["alpha"]), LOGITS if found["logits"] else "weights") if found else None
     except ValueError:
         return None
+
+
+def is_of_modules(name: str) -> bool:
+    """Whether a name is of a θ whose modules have several α, so that no single one says what it is."""
+    return re.fullmatch(f"{NAMED.pattern}{OF_MODULES}-.+", name, re.DOTALL) is not None

@@ -13,6 +13,7 @@ from expo.config.logit_space import LOGITS, Space
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, json_line, read_rows, texts_sha256
 from expo.tasks import Conversation, Prompt, Task, answers_of, load_prompts, read_conversations, subset_of
+from expo.theta.names import is_of_modules
 from expo.verbs.compare.finding import meta_beside
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def read_answers(path: Path, task: Task, prompts: Sequence[Prompt] | None) -> An
     said = _said(meta, path, len(rows))
     return Answers(
         tuple(_answer(row, said_of) for row, said_of in zip(rows, said, strict=True)),
-        _alpha(meta),
+        None if is_of_modules(path.stem) else _alpha(meta),
         LOGITS if meta.get("space") == LOGITS else "weights",
         None if conversations is None else texts_sha256(one.asked for one in conversations),
         None if conversations is None else tuple(list(one.messages) for one in conversations),

@@ -11,7 +11,7 @@ from expo.config import ReportConfig
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row, kind_of, open_file, write_atomic
 from expo.output import charts
-from expo.output.sweeps import SweepRecord, is_sweep, read_sweep
+from expo.output.sweeps import MODULES, SweepRecord, is_sweep, read_sweep
 from expo.verbs.compare.comparison import compare
 from expo.verbs.compare.pairing import with_rows_of
 from expo.verbs.compare.reading import read_runs
@@ -130,6 +130,11 @@ def _words(config: ReportConfig) -> Sequence[str]:
     """The runs by their files."""
     if len(config.runs) < 2:
         given = f"{config.runs[0]} alone" if config.runs else "none"
+        if config.runs and (Path(config.runs[0]) / MODULES).is_file():
+            raise InputError(
+                f"{config.runs[0]} is of a sweep with --search modules, which report has no page for: its {MODULES} "
+                "says what was found; name two or more of its outputs to see them side by side"
+            )
         raise InputError(f"report takes two or more runs, or the folder of a sweep with its sweep.json, not {given}")
     return config.runs
 

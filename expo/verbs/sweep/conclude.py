@@ -31,6 +31,7 @@ from expo.verbs.sweep.picture import picture
 from expo.verbs.sweep.plan import SweepPlan, find_model, folder_of, theta_of
 from expo.verbs.sweep.record import EQUAL, digest, is_current, is_of_equal_models, made_from, plain, read_record
 from expo.verbs.sweep.text import as_text
+from expo.verbs.sweep.vector import Which
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -46,7 +47,7 @@ class Swept:
     """The result of a sweep."""
 
     record: Row
-    """As in sweep.json, or likelihood.json."""
+    """As in sweep.json, likelihood.json, or modules.json."""
     text: str
     """The table, the verdict and the command."""
     status: str
@@ -67,7 +68,7 @@ class Swept:
 
     @property
     def best_alpha(self) -> float:
-        """The chosen α; 0 where none is better than DPO, or, with `likelihood`, none is chosen."""
+        """The chosen α; 0 where none is better than DPO, or none is chosen: with `likelihood`, `search="modules"`."""
         return float(self.record.get("best_alpha", 0.0))
 
     @property
@@ -83,7 +84,7 @@ class Swept:
 
     @property
     def picture(self) -> Path:
-        """The curve over α."""
+        """The curve over α; of a search over modules there is none."""
         return self.file.with_suffix(Path(PICTURE).suffix)
 
     def describe(self) -> Row:
@@ -91,8 +92,8 @@ class Swept:
         return {**self.record, "status": self.status, "file": self.file, "checkpoint": self.checkpoint}
 
     def to_pandas(self) -> DataFrame:
-        """A row per α, with the figures that it has in sweep.json."""
-        return frame(self.record["alphas"])
+        """A row per α, or vector, with the figures that it has in sweep.json, or modules.json."""
+        return frame(self.record["vectors" if "vectors" in self.record else "alphas"])
 
 
 def conclude(job: SweepPlan, made: Making, raced: Raced | None, started: float) -> Swept:
@@ -121,12 +122,12 @@ def conclude(job: SweepPlan, made: Making, raced: Raced | None, started: float) 
         status = "written"
         record = {
             **found,
-            **_history(job, made, earlier or {}),
+            **history(job, made, earlier or {}),
             "clock": _clock(made, [meta for of_alpha in metas.values() for meta in of_alpha], started),
         }
         write_atomic(job.folder / PICTURE, picture(choice))
         write_atomic(job.folder / RECORD, json_text(record, indent=2) + "\n")
-    errors = _errors(metas)
+    errors = errors_of(metas)
     return Swept(
         record=record,
         text=as_text(choice),
@@ -149,9 +150,9 @@ def _judges(record: Row) -> set[str]:
     return {table["reward_model"] for table in tables if table.get("reward_model")}
 
 
-def _errors(metas: Mapping[float, Sequence[Row]]) -> list[Row]:
-    """Why rows failed, once for a row of an α: what has no answer has no reward either."""
-    found: dict[tuple[float, int], Row] = {}
+def errors_of(metas: Mapping[Which, Sequence[Row]]) -> list[Row]:
+    """Why rows failed, once for a row of an α, or a vector: what has no answer has no reward either."""
+    found: dict[tuple[object, int], Row] = {}
     for alpha, of_alpha in metas.items():
         for error in (error for meta in of_alpha for error in meta["errors"]):
             found.setdefault((alpha, error["row"]), error)
@@ -172,7 +173,7 @@ def _described(job: SweepPlan, best_alpha: float, made: Making) -> Row:
     }
 
 
-def _history(job: SweepPlan, made: Making, earlier: Row) -> Row:
+def history(job: SweepPlan, made: Making, earlier: Row) -> Row:
     """What a run that makes no rows does not know, and goes on saying."""
     labels = ["policy", *(model.location.label for model in job.reward_models)]
     engines = [job.first.engine, *(model.engine for model in job.reward_models)]

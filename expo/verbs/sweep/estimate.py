@@ -20,7 +20,7 @@ from expo.rows import RowJob, missing_rows
 from expo.verbs.generate import GenerateJob
 from expo.verbs.generate.plan import plan as plan_generate
 from expo.verbs.score import ScoreJob
-from expo.verbs.sweep import likelihood
+from expo.verbs.sweep import likelihood, modules
 from expo.verbs.sweep.lanes import Lane, Lanes, environment_of
 from expo.verbs.sweep.pair import inspect_pair, is_one_model
 from expo.verbs.sweep.plan import SweepPlan, plan
@@ -30,6 +30,10 @@ from expo.verbs.sweep.switch import is_known
 
 PROBE_PROMPTS = 16
 OF_RACE = "half of the grid's tokens: this many rows if all answers are equally long"
+OF_SEARCH = (
+    "half of what the arms of each race would take on all of its prompts, and the test at the end: this many rows if "
+    "all answers are equally long"
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,8 @@ class CostedPlan:
     config: SweepConfig
     job: SweepPlan | None
     """None where both sides of the pair are one folder."""
+    search: modules.ModulesPlan | None = None
+    """With `--search modules`."""
 
     def describe(self) -> Row:
         """As plain data; the pair is inspected and the cost measured now, as the run would begin.
@@ -77,16 +83,18 @@ class CostedPlan:
         """
         if self.job is None:
             return {"sft": self.config.sft, "dpo": self.config.dpo, **NOTHING, "pair": EQUAL}
-        missing = _missing(self.job)
+        described = (self.search or self.job).describe()
+        missing = _missing(self.job) if self.search is None else _missing_of_search(self.search)
         if not any(missing):
-            return {**self.job.describe(), **NOTHING}
+            return {**described, **NOTHING}
         found = inspect_pair(self.config) if missing[0] else None
         if found is not None and found.suits == EQUAL:
-            return {**self.job.describe(), "pair": EQUAL, **NOTHING}
+            return {**described, "pair": EQUAL, **NOTHING}
         pair = {} if found is None else {"pair": found.suits}
         if self.config.ray is not None:  # whose engines are not started for a plan
-            return {**self.job.describe(), **pair, "rows_to_generate": missing[0], "rows_to_score": sum(missing[1:])}
-        return {**self.job.describe(), **pair, **estimate(self.job, missing, found)}
+            return {**described, **pair, "rows_to_generate": missing[0], "rows_to_score": sum(missing[1:])}
+        most = (OF_RACE if self.job.race else None) if self.search is None else OF_SEARCH
+        return {**described, **pair, **estimate(self.job, missing, found, most)}
 
 
 def plan_with_cost(config: SweepConfig) -> CostedPlan | likelihood.LikelihoodPlan:
@@ -98,6 +106,9 @@ def plan_with_cost(config: SweepConfig) -> CostedPlan | likelihood.LikelihoodPla
     """
     if config.likelihood is not None:
         return likelihood.plan(config)
+    if config.search == "modules":
+        search = modules.plan(config)
+        return CostedPlan(config, search.sweep, search)
     return CostedPlan(config, None if is_one_model(config) else plan(config))
 
 
@@ -117,6 +128,16 @@ def _missing(job: SweepPlan) -> list[int]:
     return [min(rows, max(0, most - known)) for rows, known in zip(whole, there, strict=True)]
 
 
+def _missing_of_search(search: modules.ModulesPlan) -> list[int]:
+    """The same of a search over modules: all that it may ask for, less the answers that its α have given."""
+    job = search.sweep
+    if search.is_finished:
+        return [0 for _ in job.places]
+    whole = _missing_of_grid(job)
+    there = [job.rows * len(job.jobs) - rows for rows in whole]
+    return [max(0, search.most_rows - known) for known in there]
+
+
 def _missing_of_grid(job: SweepPlan) -> list[int]:
     generate = {alpha: missing_rows(one) for alpha, one in job.jobs.items()}
     score = [0 for _ in job.reward_models]
@@ -130,13 +151,14 @@ def _missing_of_grid(job: SweepPlan) -> list[int]:
     return [sum(generate.values()), *score]
 
 
-def estimate(job: SweepPlan, missing: Sequence[int], inspected: Inspection | None) -> Row:
+def estimate(job: SweepPlan, missing: Sequence[int], inspected: Inspection | None, at_most: str | None) -> Row:
     """The cost of what is missing, as plain data: rows, tokens, seconds and memory of each engine.
 
     Args:
         job: The plan.
         missing: The rows that the policy and each reward model have to do.
         inspected: The pair, where something is to be generated.
+        at_most: What these rows are, where they are the most that there can be.
 
     Raises:
         InputError: A model or a setting is at fault.
@@ -152,7 +174,7 @@ def estimate(job: SweepPlan, missing: Sequence[int], inspected: Inspection | Non
     return {
         "rows_to_generate": missing[0],
         "rows_to_score": sum(missing[1:]),
-        **({"at_most": OF_RACE} if job.race else {}),
+        **({"at_most": at_most} if at_most else {}),
         "cost": costs,
         **({"seconds_of_the_proof": proof} if is_switched else {}),
         "seconds_in_all": round(proof + (max(seconds) if beside else sum(seconds))),

@@ -6,7 +6,7 @@ import time
 
 from expo.checkpoint.folder import source_fingerprint
 from expo.config import SweepConfig
-from expo.verbs.sweep import likelihood
+from expo.verbs.sweep import likelihood, modules
 from expo.verbs.sweep.conclude import Swept, conclude, of_equal_models
 from expo.verbs.sweep.making import Making
 from expo.verbs.sweep.pair import inspect_pair, is_one_model
@@ -25,6 +25,8 @@ def run(config: SweepConfig) -> Swept:
     """
     if config.likelihood is not None:
         return likelihood.run(config)
+    if config.search == "modules":
+        return modules.run(config)
     started = time.perf_counter()
     if is_one_model(config):
         dpo = source_fingerprint(find_model(config.dpo))

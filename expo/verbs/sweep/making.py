@@ -29,6 +29,7 @@ from expo.verbs.sweep.plan import SweepPlan, quiet
 from expo.verbs.sweep.record import mark_unfinished
 from expo.verbs.sweep.switch import Elsewhere, prove
 from expo.verbs.sweep.team import Machines, Team, Teams
+from expo.verbs.sweep.vector import Vector, Which
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +44,15 @@ class Making:
     """
 
     def __init__(self, job: SweepPlan, processes: list[Worker], inspected: Inspection | None) -> None:
-        self.generated: list[float] = []
-        """The α whose answers were made in this run."""
-        self.rewards: dict[float, list[RowFiles]] = {}
-        """α → the files of each reward model."""
+        self.generated: list[float | Vector] = []
+        """The α, or vectors, whose answers were made in this run."""
+        self.rewards: dict[float | Vector, list[RowFiles]] = {}
+        """α, or vector → the files of each reward model."""
         self._first_rewards: list[ScoreJob] = []  # planned first: those of other α have their engines and dates
         self.switch: Row | None = None
         """Whether the policy's engine could be switched, where it was asked."""
         self._job, self._inspected = job, inspected
-        self._alpha_of: dict[Path, float] = {}
+        self._alpha_of: dict[Path, float | Vector] = {}
         self._policy: Engines
         self._judges: Sequence[Engines]
         self._machines = None if job.config.ray is None else Machines(job)
@@ -62,8 +63,8 @@ class Making:
             self._policy, *self._judges = teams = self._teams(self._machines)
             self._running = Teams(teams, self._machines)
         self._is_asked = self._is_proved = False
-        self._loaded: float | None = None  # the α whose weights the policy's engine has
-        self._settled: set[float] = set()  # the α that lack no reward of an answer
+        self._loaded: float | Vector | None = None  # the α whose weights the policy's engine has
+        self._settled: set[float | Vector] = set()  # the α that lack no reward of an answer
 
     def _lanes(self, processes: list[Worker]) -> list[Lane]:
         """On this machine: a lane of the policy, and one of each reward model."""
@@ -94,16 +95,16 @@ class Making:
 
     def make(
         self,
-        jobs: Mapping[float, GenerateJob],
+        jobs: Mapping[Which, GenerateJob],
         label: str = "sweep",
         *,
         before: Callable[[], object] = lambda: None,
         more: bool = False,
     ) -> None:
-        """Generate and score what is missing of some α.
+        """Generate and score what is missing of some α, or vectors.
 
         Args:
-            jobs: α → the answers that are needed, in the order in which they are made.
+            jobs: α, or vector → the answers that are needed, in the order in which they are made.
             label: Of the progress bar.
             before: Called before anything is made, if something is.
             more: Whether further ones may be asked for.
@@ -142,11 +143,11 @@ class Making:
             )
         engines.add(job)
 
-    def runs(self, alphas: Sequence[float]) -> list[Run]:
-        """The answers of these α and their rewards by this run's reward models, as they are on disk."""
+    def runs(self, alphas: Sequence[float] | Sequence[Vector]) -> list[Run]:
+        """The answers of these α, or vectors, and their rewards by this run's reward models, as they are on disk."""
         return read_sources([self._source(alpha) for alpha in alphas], self._job.config.dataset)
 
-    def _source(self, alpha: float) -> Source:
+    def _source(self, alpha: float | Vector) -> Source:
         answers = self._job.job_of(alpha)
         files = tuple(file.final for file in self.rewards[alpha])
         return Source(answers.name, answers.name, answers.task.name, answers.files.final, files)
@@ -162,7 +163,8 @@ class Making:
         if not waiting or not may_switch:
             return
         self._is_proved = True
-        first = self._job.job_of(self._alpha_of[waiting[0].files.final])
+        which = self._alpha_of[waiting[0].files.final]
+        first = self._job.job_of(which.alpha if isinstance(which, Vector) else which)  # with which all tensors move
         if self._job.tries_adapters and self._try_adapters(waiting[0], first):
             return
         self._inspected = self._inspected or inspect_pair(self._job.config)
@@ -211,10 +213,11 @@ class Making:
         self._loaded = alpha
         self._settled.discard(alpha)
         speed = made.files.look().meta["tokens_per_second"]
-        log.info("α = %r: %d answers, %.0f tokens/s", alpha, len(made.keys), speed)
+        said = alpha if isinstance(alpha, Vector) else f"α = {alpha!r}"
+        log.info("%s: %d answers, %.0f tokens/s", said, len(made.keys), speed)
         self._add_rewards(alpha)
 
-    def _add_rewards(self, alpha: float) -> int:
+    def _add_rewards(self, alpha: float | Vector) -> int:
         """Queue the rewards that an α lacks, and say how many rows they are."""
         if alpha in self._settled:
             return 0

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from expo.engines import GENERATORS, find_engine
 from expo.engines.torch_tools import find_device, gpu_bytes, own_dtype, visible_gpus
 from expo.errors import EnvironmentFailure, InputError
 from expo.files import Row
+from expo.output.sweeps import MODULES, RECORD
 from expo.rows import is_complete
 from expo.settings import Fingerprint
 from expo.theta.applied import why_not_applied
+from expo.theta.names import theta_name
 from expo.theta.pair import ThetaPlan, find_earlier
 from expo.verbs.generate import GenerateJob
 from expo.verbs.generate.plan import plan as plan_generate
@@ -35,6 +37,7 @@ from expo.verbs.score.plan import plan as plan_score
 from expo.verbs.sweep.placement import Model, Place, as_told, on_cpu, on_gpus
 from expo.verbs.sweep.race_plan import RacePlan, plan_race
 from expo.verbs.sweep.record import earlier_alphas
+from expo.verbs.sweep.vector import Vector, Which
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a weight."""
@@ -64,20 +67,38 @@ class SweepPlan:
     places: tuple[Place, ...]
     """Of the policy, and of each reward model."""
     race: RacePlan | None = None
-    """With `--search race`."""
+    """With `--search race`; with `--search modules` the first of its races."""
     tries_adapters: bool = False
     """Whether the policy's engine may have all α in one batch, as adapters, if a trial shows that it can."""
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    """With `--search modules`: class of tensors → what `--alpha-for` has them by."""
+    vectors: dict[Vector, GenerateJob] = field(default_factory=dict)
+    """The answers of vectors that are no α, as they are planned."""
 
-    def job_of(self, alpha: float) -> GenerateJob:
-        """The answers of an α to all prompts; it is planned now where it has not been.
+    def job_of(self, which: float | Vector) -> GenerateJob:
+        """The answers of an α, or a vector, to all prompts; it is planned now where it has not been.
 
         Raises:
             InputError: Its prompts have another date than those of α = 0.
         """
-        if alpha not in self.jobs:
-            self.jobs[alpha] = _plan_alpha(self.config, alpha, self.folder, self.first, self.places[0])
-            _require_same_prompts(self.first, self.jobs[alpha])
-        return self.jobs[alpha]
+        if isinstance(which, Vector) and which.own:
+            return self._planned(self.vectors, which, which.alpha, self._changes(which))
+        alpha = which.alpha if isinstance(which, Vector) else which
+        return self._planned(self.jobs, alpha, alpha, {})
+
+    def _planned(
+        self, jobs: dict[Which, GenerateJob], which: Which, alpha: float, changes: Mapping[str, object]
+    ) -> GenerateJob:
+        if which not in jobs:
+            jobs[which] = _plan_alpha(self.config, alpha, self.folder, self.first, self.places[0], **changes)
+            _require_same_prompts(self.first, jobs[which])
+        return jobs[which]
+
+    def _changes(self, which: Vector) -> dict[str, object]:
+        """The settings of a vector's answers beside those of its α."""
+        own = which.settings(self.patterns)
+        name = theta_name(theta_of(self.first).dpo.name, which.alpha) + which.suffix
+        return {"alpha_for": own["alpha_for"], "exclude": (*self.config.exclude, *own["exclude"]), "name": name}
 
     @property
     def begins_with(self) -> Mapping[float, GenerateJob]:
@@ -105,8 +126,10 @@ class SweepPlan:
         """
         return {alpha: job for alpha, job in self.begins_with.items() if not is_complete(job)}
 
-    def scoring(self, alpha: float, like: Sequence[ScoreJob] = (), folder: Path | None = None) -> list[ScoreJob]:
-        """The jobs of the reward models for an α whose answers are there.
+    def scoring(
+        self, alpha: float | Vector, like: Sequence[ScoreJob] = (), folder: Path | None = None
+    ) -> list[ScoreJob]:
+        """The jobs of the reward models for an α, or a vector, whose answers are there.
 
         Args:
             alpha: The α.
@@ -164,6 +187,7 @@ def plan(config: SweepConfig) -> SweepPlan:
         EnvironmentFailure: The hub cannot be reached.
     """
     folder = folder_of(config)
+    _require_own_folder(config, folder)
     local = {name: spec for name, spec in GENERATORS.items() if "local" in spec.can}
     engine, _ = find_engine(local, config.engine, config)
     with flags_of_sweep():
@@ -172,7 +196,7 @@ def plan(config: SweepConfig) -> SweepPlan:
         models = tuple(find_reward_models(_score_config(config, first, str(folder))))
     places = _places(config, first, models)
     judges = [model.location.label for model in models]
-    race = plan_race(config, first.prompts, judges) if config.search == "race" else None
+    race = plan_race(config, first.prompts, judges) if config.search != "grid" else None
     made_of = fingerprint_of(config, first)
     there = earlier_alphas(folder, made_of, race.settings if race else None, overwrite=config.overwrite)
     found = SweepPlan(config, folder, {}, models, places, race, _tries_adapters(config, first, places[0]))
@@ -184,13 +208,26 @@ def plan(config: SweepConfig) -> SweepPlan:
     return found
 
 
+def _require_own_folder(config: SweepConfig, folder: Path) -> None:
+    """Refuse a folder whose rows a search over modules has compared, and the other way round, `--overwrite` or not.
+
+    Raises:
+        InputError: It is one.
+    """
+    of_modules = config.search == "modules"
+    file = folder / (RECORD if of_modules else MODULES)
+    if file.is_file():
+        made_by = "a sweep without --search modules" if of_modules else "a sweep with --search modules"
+        raise InputError(f"{file} is of {made_by}, which has compared the rows in this folder: choose another --output")
+
+
 def _tries_adapters(config: SweepConfig, first: GenerateJob, place: Place) -> bool:
     """Whether it is to be tried to have all α in one batch.
 
     Raises:
         InputError: It is asked for, and cannot be.
     """
-    if config.switch == "reload":
+    if config.switch == "reload" or config.search == "modules":
         return False
     why = why_not_applied(theta_of(first).pair)
     if "adapters" not in first.spec.can:
@@ -215,9 +252,11 @@ def fingerprint_of(config: SweepConfig, first: GenerateJob) -> Row:
     return Fingerprint({**first.fingerprint, "rule": config.rule, "course": steps}, {**absent, "course": None})
 
 
-def _plan_alpha(config: SweepConfig, alpha: float, folder: Path, like: GenerateJob, place: Place) -> GenerateJob:
+def _plan_alpha(
+    config: SweepConfig, alpha: float, folder: Path, like: GenerateJob, place: Place, **others: object
+) -> GenerateJob:
     """The answers of an α, with the engine and the template's date of another."""
-    changes: dict[str, object] = {"engine": like.engine, "device": device_in(place, config.device)}
+    changes: dict[str, object] = {"engine": like.engine, "device": device_in(place, config.device), **others}
     if place.gpus and "tensor_parallel" in like.spec.can:
         changes["tensor_parallel"] = len(place.gpus)
     moment = like.date.moment if like.date else None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from expo.config import SweepConfig
 from expo.config.logit_space import LOGITS
-from expo.output.sweeps import is_sweep
+from expo.output.sweeps import MODULES, is_sweep
 from expo.rows.worker import Worker
 from expo.rows.workers import stop_all
 from expo.verbs.sweep.lanes import environment_of
@@ -29,7 +29,8 @@ def preloaded(config: SweepConfig, folder: Path) -> Iterator[list[Worker]]:
     """
     workers: list[Worker] = []
     try:
-        if config.ray is None and not is_sweep(folder) and not any(driver.exists() for driver in GPU_DRIVERS):
+        there = is_sweep(folder) or (folder / MODULES).is_file()
+        if config.ray is None and not there and not any(driver.exists() for driver in GPU_DRIVERS):
             auto = "vllm" if find_spec("vllm") and config.space != LOGITS else "transformers"
             policy = auto if config.engine == "auto" else config.engine
             reward = "transformers" if config.reward_engine == "auto" else config.reward_engine

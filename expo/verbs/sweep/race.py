@@ -223,13 +223,17 @@ HALF = "going on would take more than half of the grid's tokens"
 NO_ROWS = "no row has a reward for every α"
 
 
-def race(rules: Rules, alphas: Iterable[float], clusters: Whole) -> Generator[Ask, Mapping[float, Answered], Course]:
+def race(
+    rules: Rules, alphas: Iterable[float], clusters: Whole, *, zero_may_win: bool = False
+) -> Generator[Ask, Mapping[float, Answered], Course]:
     """Run a race: yields what it needs, is sent the answers, returns its course.
 
     Args:
         rules: Fixed beforehand.
         alphas: The candidates; 0 takes part whether it is among them or not.
         clusters: (rows,): the number of the question of each row of the race, in order, from 0.
+        zero_may_win: Whether the race goes on where only 0 is left beside its leader: nobody is to test afterwards
+            which of the two is better.
 
     Raises:
         ValueError: There are too few questions for a first slice of one (`Rules.is_enough`).
@@ -248,7 +252,7 @@ def race(rules: Rules, alphas: Iterable[float], clusters: Whole) -> Generator[As
         look = _look(len(looks) + 1, questions, answered, of, rules, rules.error(size))
         added = _added(look, tested, answered, of, costs) if rules.refine and look.rows else ()
         size = _next_size(look, costs, added)
-        look = replace(look, added=added, ends=None if added else _ending(look, rules, size))
+        look = replace(look, added=added, ends=None if added else _ending(look, rules, size, zero_may_win))
         looks.append(look)
         if look.ends is not None:
             return Course(rules, tuple(looks))
@@ -305,13 +309,14 @@ def _dropped(
         yield Dropped(alpha, alphas[by], lead(columns[by], columns[place], clusters), float(p[place, by]))
 
 
-def _ending(look: Look, rules: Rules, size: int) -> str | None:
+def _ending(look: Look, rules: Rules, size: int, zero_may_win: bool) -> str | None:
     """Why the race ends after a look, if it does.
 
     Args:
         look: The look.
         rules: The race's.
         size: How many questions could come next.
+        zero_may_win: As `race` has it.
     """
     candidates = [alpha for alpha in look.left if alpha > 0]
     remaining = rules.questions - look.questions
@@ -319,7 +324,7 @@ def _ending(look: Look, rules: Rules, size: int) -> str | None:
         return NO_ROWS
     if not candidates:
         return NONE_LEFT
-    if candidates == [look.leader]:
+    if candidates == [look.leader] and not zero_may_win:
         return ONE_LEFT
     if look.expected_loss < rules.indifference:
         return ALIKE

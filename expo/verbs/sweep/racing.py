@@ -44,7 +44,7 @@ def run_race(job: SweepPlan, plan: RacePlan, made: Making) -> Raced:
         EnvironmentFailure: An engine, the disk or the network failed; finished rows are kept.
     """
     racing = _Racing(job, plan, made)
-    running = race(plan.rules, plan.alphas, racing.clusters(plan.order.race))
+    running = race(plan.rules, plan.alphas, clusters_of(job, plan.order.race))
     ask = next(running)
     try:
         while True:
@@ -60,14 +60,8 @@ class _Racing:
 
     def __init__(self, job: SweepPlan, plan: RacePlan, made: Making) -> None:
         self._job, self._plan, self._made = job, plan, made
-        self._rows_of = Counter(key[0] for key in job.first.keys)  # prompt → its rows
         self._said = 0  # looks
         self._shown = shown_for(job.config.last_step)
-
-    def clusters(self, questions: Sequence[Sequence[str]]) -> Whole:
-        """(rows,): the number of the question of each row of these questions."""
-        rows = [sum(self._rows_of[name] for name in ids) for ids in questions]
-        return np.repeat(np.arange(len(rows), dtype=np.int64), rows)
 
     def say(self, looks: Sequence[Look]) -> None:
         """Tell of the looks that have not been told of."""
@@ -85,8 +79,8 @@ class _Racing:
         before = partial(self._write, ask.looks, ask.alphas)
         self._made.make(jobs, f"look {len(ask.looks) + 1}", before=before, more=True)
         runs = self._made.runs(ask.alphas)
-        keys = _keys(runs[0], self._plan.order.race[: ask.questions])
-        return {alpha: _answered(run, keys) for alpha, run in zip(ask.alphas, runs, strict=True)}
+        keys = keys_of(runs[0], self._plan.order.race[: ask.questions])
+        return {alpha: answered(run, keys) for alpha, run in zip(ask.alphas, runs, strict=True)}
 
     def confirmed(self, course: Course) -> Raced:
         """Choose the candidate, write it down, and test it on the prompts that were set aside."""
@@ -103,9 +97,9 @@ class _Racing:
         before = partial(self._write, course.looks, course.last.left, candidate)
         self._made.make(jobs, "confirmation", before=before)
         runs = self._made.runs((0.0, candidate))
-        keys = _keys(runs[0], order.confirmation)
-        base, own = (_answered(run, keys).rewards for run in runs)
-        found = confirm(candidate, own, base, self.clusters(order.confirmation))
+        keys = keys_of(runs[0], order.confirmation)
+        base, own = (answered(run, keys).rewards for run in runs)
+        found = confirm(candidate, own, base, clusters_of(self._job, order.confirmation))
         rejections = tuple(_rejections(found, [of_rows(run, set(keys)) for run in runs]))
         return Raced(self._plan, course, candidate, passed_over, found, rejections, self._share(course, candidate))
 
@@ -114,7 +108,7 @@ class _Racing:
         if not course.ranking:
             return {}
         runs = self._made.runs((0.0, *course.ranking))
-        keys = set(_keys(runs[0], self._plan.order.race[: course.last.questions]))
+        keys = set(keys_of(runs[0], self._plan.order.race[: course.last.questions]))
         comparison = compare([of_rows(run, keys) for run in runs], intersect=True, flips=0)
         measurable = ends_measurably(comparison)
         found = {}
@@ -129,8 +123,8 @@ class _Racing:
         asked = {alpha: look.questions for look in course.looks for alpha in look.asked}
         for alpha, run in zip(asked, self._made.runs(tuple(asked)), strict=True):
             confirms = candidate is not None and alpha in (0.0, candidate)
-            keys = _keys(run, [*order.race[: asked[alpha]], *(order.confirmation if confirms else ())])
-            spent[alpha] = _answered(run, keys).tokens
+            keys = keys_of(run, [*order.race[: asked[alpha]], *(order.confirmation if confirms else ())])
+            spent[alpha] = answered(run, keys).tokens
         if not all(np.isfinite(tokens).all() and tokens.sum() > 0 for tokens in spent.values()):
             spent = {alpha: np.ones(len(tokens)) for alpha, tokens in spent.items()}
         grid = sum(float(spent[alpha].mean()) for alpha in self._plan.alphas) * len(self._job.first.keys)
@@ -158,7 +152,14 @@ def _seen(looks: Iterable[Look]) -> set[float]:
     return {alpha for look in looks for alpha in look.asked}
 
 
-def _keys(base: Run, questions: Iterable[Sequence[str]]) -> list[RowKey]:
+def clusters_of(job: SweepPlan, questions: Sequence[Sequence[str]]) -> Whole:
+    """(rows,): the number of the question of each row of these questions."""
+    rows_of = Counter(key[0] for key in job.first.keys)  # prompt → its rows
+    rows = [sum(rows_of[name] for name in ids) for ids in questions]
+    return np.repeat(np.arange(len(rows), dtype=np.int64), rows)
+
+
+def keys_of(base: Run, questions: Iterable[Sequence[str]]) -> list[RowKey]:
     """The rows of these questions, in their order, as the run of α = 0 has them."""
     rows: dict[str, list[RowKey]] = {}
     for row in base.rows:
@@ -166,7 +167,7 @@ def _keys(base: Run, questions: Iterable[Sequence[str]]) -> list[RowKey]:
     return [key for ids in questions for name in ids for key in rows[name]]
 
 
-def _answered(run: Run, keys: Sequence[RowKey]) -> Answered:
+def answered(run: Run, keys: Sequence[RowKey]) -> Answered:
     """A run's rewards by its first reward model, and its answers, in the order of these rows."""
     place_of = {row.key: place for place, row in enumerate(run.rows)}
     places = [place_of[key] for key in keys]
