@@ -48,7 +48,7 @@ from expo.verbs.sweep.estimate import Seen, plan_with_cost
 from expo.verbs.sweep.modules import plan as plan_modules
 from expo.verbs.sweep.modules.classes import GROUPS, classes, groups, patterns
 from expo.verbs.sweep.modules.search import UNIFORM, Step, Wanted, arms_of, most_rows, search
-from expo.verbs.sweep.race import Answered, Rules
+from expo.verbs.sweep.race import ONE_LEFT, Answered, Rules
 from expo.verbs.sweep.vector import Vector
 
 pytestmark = pytest.mark.xdist_group("modules")  # they share what was searched
@@ -200,6 +200,7 @@ def searched(gain: Callable[[Vector], float], seed: int, spread: float = 1.0) ->
     steps = driven(search(RULES, (1.0, 2.0), groups(LABELS), race, norms=True), answers)
     most = most_rows(RULES, 3, groups(LABELS), norms=True) - 3 * RULES.confirmation
     assert sum(asked.values()) <= most
+    assert all(step.course.last.ends != ONE_LEFT for step in steps[1:]), "the vector as it was may win, too"
     first, last = steps[0].vector, steps[-1].vector
     if not first.alpha or first == last:
         return steps, None
