@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import save_adapter
 from crashes import ended, forked, killed_when
 from helpers import tree
+from peft import LoraConfig
 from safetensors.torch import load_file
 from sizes import sized
 from test_sweep import (  # fixtures, too
@@ -34,12 +36,12 @@ from test_sweep_race import rows_in
 
 from expo.arguments import arguments_of
 from expo.cli import program as cli
-from expo.config import ExtrapolateConfig, ReportConfig, SweepConfig
+from expo.config import ExtrapolateConfig, GenerateConfig, ReportConfig, SweepConfig
 from expo.errors import InputError
 from expo.theta.decide import match_patterns
 from expo.theta.names import is_of_modules, named_alpha
 from expo.theta.plan import PairSettings
-from expo.verbs import extrapolate, report, sweep as verb
+from expo.verbs import extrapolate, generate, report, sweep as verb
 from expo.verbs.compare.answers import read_answers
 from expo.verbs.compare.finding import task_called
 from expo.verbs.sweep import estimate
@@ -327,9 +329,9 @@ def test_a_search_with_engines(one, tmp_path, processes):  # noqa: F811
     aside = set(job.race.order.to_confirm)
     rewards = {}
     for vector in record["vectors"]:
-        meta = json.loads((folder / "outputs_questions" / f"{vector['name']}.meta.json").read_text())
+        ids = ids_of(folder / "outputs_questions" / f"{vector['name']}.jsonl")
         values = (folder / "rewards_questions" / f"{vector['name']}.jsonl").read_text().splitlines()
-        of = dict(zip(meta["per_row"]["id"], map(float, values), strict=True))
+        of = dict(zip(ids, map(float, values), strict=True))
         assert len(of) == vector["n"]
         assert np.mean(list(of.values())) == pytest.approx(vector["mean"])
         rewards[vector["alpha"], tuple(sorted(vector["own"].items()))] = {k: of[k] for k in aside & of.keys()}
@@ -347,8 +349,12 @@ def test_a_search_with_engines(one, tmp_path, processes):  # noqa: F811
     assert taken[-1]["own"] == record["final"]["own"]
     own = max(record["vectors"], key=lambda vector: len(vector["own"]))
     vector = Vector(own["alpha"], tuple(sorted(own["own"].items())))
-    assert_written_as_it_says(job.extrapolating(vector), vector, one, tmp_path)
+    model = assert_written_as_it_says(job.extrapolating(vector), vector, one, tmp_path)
+    sampling = {"seed": one.seed, "max_tokens": one.max_tokens, "engine": "transformers", "dtype": "float32"}
+    plain = GenerateConfig(task=one.task, model=str(model), output_dir=str(tmp_path), name="plain", **sampling)
     output = folder / "outputs_questions" / f"{own['name']}.jsonl"
+    theirs = generate.run(plain).output.read_text().splitlines()
+    assert output.read_text().splitlines() == [theirs[int(name)] for name in ids_of(output)], "the checkpoint's answers"
     assert read_answers(output, task_called("questions"), None).alpha is None, "no curve over α has it"
 
 
@@ -356,7 +362,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def assert_written_as_it_says(config: ExtrapolateConfig, vector: Vector, one: SweepConfig, folder: Path) -> None:
+def ids_of(output: Path) -> list[str]:
+    meta = json.loads(output.with_name(f"{output.stem}.meta.json").read_text())
+    return list(meta["per_row"]["id"])
+
+
+def assert_written_as_it_says(config: ExtrapolateConfig, vector: Vector, one: SweepConfig, folder: Path) -> Path:
     """The tensors of each class are those of θ at its α."""
     [written] = extrapolate.run(config)
     ours = tensors_of(written.path)
@@ -366,6 +377,7 @@ def assert_written_as_it_says(config: ExtrapolateConfig, vector: Vector, one: Sw
         for label, names in classes(ours).items():
             if vector.of(label) == alpha:
                 assert all(ours[name].equal(theirs[name]) for name in names), label
+    return written.path
 
 
 def test_a_killed_search_ends_as_it_would_have(one, modules, tmp_path):
@@ -412,6 +424,22 @@ def test_the_plan_says_what_it_takes_at_most(modules, capsys, monkeypatch):
     races = 2 + 2 * 5  # arms of the norms' race, and of two groups'
     aside = rules.confirmation
     assert plan["rows_to_generate"] == QUESTIONS - 2 * aside + races * rules.questions // 2 + 3 * aside
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_an_adapter_what_it_moves_is_searched_and_of_other_pairs_what_is_not_excluded(modules, llama_pair, tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    adapter = str(save_adapter(llama_pair[0], tmp_path / "adapter", lora))
+    job = plan_modules(modules(dpo=adapter))
+    assert {label.partition(".")[0] for label in job.classes} == {"attention"}
+    assert {name.split(".")[-2] for names in job.classes.values() for name in names} == {"q_proj"}
+    vector = Vector(2.0).having({next(iter(job.classes)): 1.0})
+    assert job.sweep.job_of(vector).name.startswith("adapter-ExPO-a2.0-for-attn")
+    kept = plan_modules(modules(exclude=("norm", "embed_tokens")))
+    assert kept.classes.keys().isdisjoint({"norms"})
+    assert kept.classes["embeddings"] == ("lm_head.weight",)
+    with pytest.raises(InputError, match="no attention, MLP or embeddings that move"):
+        plan_modules(modules(exclude=("attn", "mlp", "embed", "head")))
 
 
 @pytest.mark.parametrize(
