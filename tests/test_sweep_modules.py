@@ -450,6 +450,7 @@ def test_of_an_adapter_what_it_moves_is_searched_and_of_other_pairs_what_is_not_
         ({"alpha_for": ("mlp=0",)}, "--alpha-for"),
         ({"switch": "adapter"}, "--switch adapter"),
         ({"ray": "auto"}, "--ray"),
+        ({"space": "logits", "engine": "transformers"}, "--space logits"),
         ({"reward_model": ("a", "b")}, "a second --reward-model"),
         ({"alpha": (-0.5, 1.0)}, "an --alpha below 0"),
     ],
