@@ -78,6 +78,12 @@ ADDED = (
         " --prompts {models}/held_out_prompts.json --work expo-likelihood --limit 40 --n 1 --max-tokens 8 --replays 2",
         SIZE,
     ),
+    Added(
+        "python benchmarks/modules.py",
+        "--sft {models}/tiny-sft --dpo {models}/tiny-dpo --reward-model {models}/tiny-rm"
+        " --prompts {models}/held_out_prompts.json --work expo-modules --limit 60 --n 1 --max-tokens 8 --seeds 1",
+        SIZE,
+    ),
     Added("python benchmarks/remote.py", "--work expo-remote --rounds 1", SIZE),
     Added("python benchmarks/gpu.py", "--work expo-gpu", SIZE),
     Added("python benchmarks/fuzz_headers.py", "--count 500", SIZE),

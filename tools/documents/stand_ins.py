@@ -370,7 +370,13 @@ def mergekit(path: Path, _: Trio) -> None:
 
 
 RESULTS = ("benchmarks/RESULTS.md", "benchmarks/race.py")
-MEASURED = (*RESULTS, "docs/frontier.md", "benchmarks/likelihood.py", "benchmarks/dequantize.py")
+MEASURED = (
+    *RESULTS,
+    "docs/frontier.md",
+    "benchmarks/likelihood.py",
+    "benchmarks/dequantize.py",
+    "benchmarks/modules.py",
+)
 FILES = (
     *(Given(name, model("sft")) for name in ("my-sft", "SFT")),
     *(Given(name, model("dpo")) for name in ("my-dpo", "M", "DPO", "MODEL", "tiny-dpo")),
