@@ -1,4 +1,4 @@
-r"""Whether likelihoods of preference pairs foretell the α that rewards choose, and at what cost.
+"""Whether likelihoods of preference pairs foretell the α that rewards choose, and at what cost.
 
 A trio is swept twice: `expo sweep` with its reward model, and `expo sweep --likelihood` on preference pairs. Shown are
 the rewards and the measures of every α, where each is highest, the rank correlation of each measure with the reward
@@ -13,8 +13,7 @@ and c̄ the mean over all prompts, which costs no answer. The correlation of y a
 rewards that a race would not have, which favours the control.
 
     python benchmarks/likelihood.py --trio demo-output --judged 8 --alpha 1 --alpha 2 --alpha 4 --alpha 8 --control
-    python benchmarks/likelihood.py --sft my-sft --dpo my-dpo --reward-model my-rm --prompts prompts.jsonl \
-        --pairs pairs.jsonl --alpha 0.5 --alpha 1 --alpha 2
+    python benchmarks/likelihood.py --trio demo-output --pairs pairs.jsonl --alpha 0.5 --alpha 1 --alpha 2
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Whether modules with α of their own do better than one α for all: `expo sweep --search modules`, with several seeds.
+"""Whether modules with α of their own do better than one α for all: `expo sweep --search modules`, with several seeds.
 
 A seed decides the order of the prompts, which are set aside, and the answers. Shown are, for each: the α that the first
 race found, every step with its arms (the difference of their mean reward from the vector as it was, on the prompts of
@@ -10,10 +10,8 @@ prompts, and the best of them on the prompts that were set aside, chosen on thes
 compared there with the end of the search. `--hidden` says what the demo's hidden quality, which its reward model was
 trained to guess, makes of the same answers.
 
-    python benchmarks/modules.py --trio demo-output --alpha 1 --alpha 2 --alpha 4 --alpha 8 --n 8 --max-tokens 64 \
-        --seeds 3 --hidden --rivals 1 2 3 4
-    python benchmarks/modules.py --sft my-sft --dpo my-dpo --reward-model my-rm --prompts prompts.jsonl \
-        --alpha 0.5 --alpha 1 --rivals 0.5 1 2 3
+    python benchmarks/modules.py --trio demo-output --alpha 1 --alpha 2 --alpha 4 --n 8 --max-tokens 64 --hidden
+    python benchmarks/modules.py --trio demo-output --alpha 0.5 --alpha 1 --seeds 1 --rivals 0.5 1 2 3
 """
 
 from __future__ import annotations

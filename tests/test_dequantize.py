@@ -492,6 +492,7 @@ def test_engines_are_given_the_same_values_and_a_config_without_quantization(tmp
     assert (source.folder / "tokenizer.json").is_file()
 
 
+@pytest.mark.full
 @pytest.mark.vllm
 def test_vllm_is_told_to_make_no_layers_for_quantized_weights(tmp_path: Path) -> None:
     from expo.engines.vllm_loader import _require_plain_layers
