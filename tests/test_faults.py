@@ -27,7 +27,7 @@ from helpers import (
     write,
     write_checkpoint,
 )
-from sizes import sized
+from sizes import in_full, sized
 
 from expo.errors import EnvironmentFailure
 
@@ -92,7 +92,9 @@ def test_sigkill_at_random_moments(large: Pair, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("over_another", [False, True], ids=["into nothing", "over another output"])
+@pytest.mark.parametrize(
+    "over_another", [in_full(False, id="into nothing"), pytest.param(True, id="over another output")]
+)
 def test_the_end_before_each_change_to_the_disk(pair: Pair, tmp_path: Path, over_another: bool) -> None:
     before = [(tree(side), times(side)) for side in pair]
     stride = sized(ci=3, full=1)

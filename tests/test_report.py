@@ -462,6 +462,7 @@ def test_a_browser_that_cannot_unpack_says_so(show: Show, three_document: str) -
     assert page.locator("#verdict h1").is_visible()
 
 
+@pytest.mark.full
 def test_six_models_on_many_prompts(show: Show) -> None:
     prompts = sized(ci=200, full=805)
     runs = made_runs(prompts, ("dpo", *(f"expo-a0.{n}" for n in range(1, 6))))

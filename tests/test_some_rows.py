@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from crashes import DIED, die_at, ended, forked
 from helpers import tree
-from sizes import sized
+from sizes import in_full, sized
 from test_generate import settings, write_rows
 from test_mtbench import QUESTIONS
 from test_score import make_reward_model, settings as score_settings
@@ -487,7 +487,7 @@ def ends_after_every_kill(job: RowJob, check: Callable[[Done], None]) -> None:
             return
 
 
-@pytest.mark.parametrize("asked", [None, ["q0", "q6", "q8"]])
+@pytest.mark.parametrize("asked", [in_full(None), ["q0", "q6", "q8"]])
 def test_a_kill_at_any_moment_of_an_extension_loses_no_answer(job, asked):
     whole = job()
     rows.run(whole.of(["q2", "q3", "q6", "q11"]))

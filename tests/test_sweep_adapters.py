@@ -22,7 +22,7 @@ from adapters import CASES, Maker, save_adapter, wide_llama
 from crashes import ended, forked
 from forks import Fork
 from peft import LoraConfig
-from sizes import sized
+from sizes import in_full, sized
 from test_orphans import wait_until_gone
 from test_sweep import (  # fixtures, too
     assert_same_rows,
@@ -251,7 +251,7 @@ def once(file: Path, at: int, action: Callable[[], object]) -> Callable[[int], N
     return look
 
 
-@pytest.mark.parametrize("at", [0, 15, 33])
+@pytest.mark.parametrize("at", [in_full(0), 15, in_full(33)])
 def test_an_engine_that_is_killed_is_started_again_and_loses_no_row(
     asked: Callable[..., SweepConfig],
     expected: Path,

@@ -175,6 +175,7 @@ def test_a_finished_race_is_complete_and_starts_nothing(raced, finished, kept, p
     assert record_of(Path(config.output)) == first == json.loads(json.dumps(again.record))
 
 
+@pytest.mark.full  # a killed search over modules is in CI, which begins with a race
 def test_a_race_that_is_killed_again_and_again_ends_as_it_would_have(raced, tmp_path):
     """Each time when a certain number of rows is there, of answers and rewards together."""
     small = {"batch_tokens": 60, "reward_batch_tokens": 60}  # rows are on disk when their batch is made
