@@ -154,11 +154,14 @@ def test_a_sweep_that_dies_anywhere_goes_on_and_reads_nothing_twice(llama_pair, 
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_further_pairs_and_another_alpha_extend_what_is_there(llama_pair, pairs):
+def test_further_pairs_and_another_alpha_extend_what_is_there(llama_pair, pairs, monkeypatch):
+    """Rows that are there stay as they are, also in a batch with others that is read again."""
     few = verb.run(settings(llama_pair, pairs, limit=2, alpha=(0.5,)))
     first = rows_of(few.file.parent, 0.5)
     assert few.record["pairs"]["read"] == len(first) == 2
-    all_of_them = verb.run(settings(llama_pair, pairs, alpha=(0.5, 1.0)))
+    original = TransformersThetaLogProbs.log_probs
+    monkeypatch.setattr(TransformersThetaLogProbs, "log_probs", lambda *given: [one - 1 for one in original(*given)])
+    all_of_them = verb.run(settings(llama_pair, pairs, alpha=(0.5, 1.0), batch_tokens=60))
     rows = rows_of(all_of_them.file.parent, 0.5)
     assert rows[:2] == first
     assert len(rows) == len(rows_of(all_of_them.file.parent, 1.0)) == len(PAIRS)

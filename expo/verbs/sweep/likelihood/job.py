@@ -214,7 +214,7 @@ class LikelihoodJob(RowJob):
                 continue
             sums = engine.log_probs([answer for row in batch for answer in (row.chosen, row.rejected)])
             both = zip(batch, sums[::2], sums[1::2], strict=True)
-            yield [row.row(chosen, rejected) for row, chosen, rejected in both]
+            yield [row.row(chosen, rejected) for row, chosen, rejected in both if row.key not in done]
 
     def tokens(self, row: Row) -> int:
         """The tokens of both conversations."""
