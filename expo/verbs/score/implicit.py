@@ -173,7 +173,8 @@ class ImplicitJob(ScoreJob):
                 yield [row.interim(values[row.key]) for row in batch]
         for batch in batches:
             values = _log_probs(engine, "sft", batch)
-            yield [row.result(self.config.beta, first[row.key], values[row.key]) for row in batch]
+            left = [row for row in batch if row.key not in done]
+            yield [row.result(self.config.beta, first[row.key], values[row.key]) for row in left]
 
     def _after_first_model(self) -> dict[Key, float]:
         """Row key → log π_dpo, as the journal has it."""
